@@ -1,0 +1,121 @@
+"""What the tokenizers share: encode, decode, the training pass and the weights' initialisation."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+
+from .modeling_outputs import VQDecoderOutput, VQEncoderOutput, VQModelOutput
+from .quantization import build_quantizer, code_counts, codebook_statistics
+
+
+class VQTokenizerModel(PreTrainedModel):
+    """An image tokenizer: `encoder → quant_conv → quantize → post_quant_conv → decoder`.
+
+    A subclass sets `encoder`, `quant_conv`, `post_quant_conv` and `decoder` between `super().__init__(config)`, which
+    builds `quantize`, and `self.post_init()`.
+    """
+
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    # half-precision codes would move several per cent of the indices
+    _keep_in_fp32_modules_strict = ["quantize.*embed", "quantize.*cluster_size", "quantize.*proj"]
+
+    def __init__(self, config):
+        super().__init__(config)
+        kwargs = dict(config.quantizer_kwargs)
+        if config.quantizer in ("vq", "ema", "cosine", "lfq", "residual"):
+            kwargs.setdefault("commitment_cost", config.commitment_cost)
+        if config.legacy_beta:
+            kwargs.setdefault("legacy_beta", True)
+        self.quantize = build_quantizer(config.quantizer, config.num_embeddings, config.embed_dim, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """torch's own defaults: transformers' would draw every convolution from N(0, 0.02²)."""
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            if module.bias is not None:
+                bound = 1 / math.sqrt(nn.init._calculate_fan_in_and_fan_out(module.weight)[0])
+                init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, nn.GroupNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif hasattr(module, "indices_to_latents") and hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+    def _check_pixels(self, pixel_values: torch.Tensor) -> None:
+        channels, factor = self.config.in_channels, self.config.downsample_factor
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
+            raise ValueError(f"`pixel_values` must have shape (B, {channels}, H, W), got {tuple(pixel_values.shape)}.")
+        if pixel_values.shape[2] % factor or pixel_values.shape[3] % factor:
+            raise ValueError(
+                f"`pixel_values` must have a height and width that are multiples of {factor} (the downsample factor), "
+                f"got {pixel_values.shape[2]}x{pixel_values.shape[3]}."
+            )
+
+    def _encode_latents(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        self._check_pixels(pixel_values)
+        return self.quant_conv(self.encoder(pixel_values))
+
+    def _decode_quantized(self, quantized: torch.Tensor) -> torch.Tensor:
+        return self.decoder(self.post_quant_conv(quantized))
+
+    def encode(self, pixel_values: torch.Tensor, return_dict: bool = True) -> VQEncoderOutput | tuple:
+        """Images to codes.
+
+        Args:
+            pixel_values: `(B, C, H, W)` in [-1, 1]; H and W multiples of `config.downsample_factor`.
+
+        Returns:
+            `latents` `(B, D, h, w)` before quantization (the name that diffusers' pipelines read), `quantized` of the
+            same shape and `indices` int64 `(B, h, w)`.
+        """
+        latents = self._encode_latents(pixel_values)
+        output = self.quantize(latents)
+        if not return_dict:
+            return latents, output.quantized, output.indices
+        return VQEncoderOutput(latents=latents, quantized=output.quantized, indices=output.indices)
+
+    def decode(
+        self, latents: torch.Tensor, quantize: bool = True, return_dict: bool = True
+    ) -> VQDecoderOutput | tuple[torch.Tensor]:
+        """Latents `(B, D, h, w)` to images `(B, C, H, W)`; `quantize=False` takes them as already quantized."""
+        sample = self._decode_quantized(self.quantize(latents).quantized if quantize else latents)
+        return VQDecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def decode_indices(self, indices: torch.Tensor, return_dict: bool = True) -> VQDecoderOutput | tuple[torch.Tensor]:
+        """Codes, int64 `(B, h, w)` in [0, `config.num_embeddings`), to images `(B, C, H, W)`."""
+        if indices.ndim < 3:
+            raise ValueError(f"`indices` must have shape (B, h, w), got {tuple(indices.shape)}.")
+        quantized = self.quantize.indices_to_latents(indices).to(self.dtype)
+        return self.decode(quantized, quantize=False, return_dict=return_dict)
+
+    def forward(self, pixel_values: torch.Tensor, return_dict: bool = True) -> VQModelOutput | tuple:
+        """Encode, quantize, decode, and the loss of `VQModelOutput`. In training mode, statistics of the codebook are updated."""
+        latents = self._encode_latents(pixel_values)
+        quantizer_output = self.quantize(latents)
+        sample = self._decode_quantized(quantizer_output.quantized)
+        reconstruction_loss = F.mse_loss(sample.float(), pixel_values.float())
+        if self.config.data_variance is not None:
+            reconstruction_loss = reconstruction_loss / self.config.data_variance
+        counts = code_counts(quantizer_output.indices, self.config.num_embeddings)
+        output = VQModelOutput(
+            loss=reconstruction_loss + quantizer_output.loss,
+            sample=sample,
+            latents=latents,
+            indices=quantizer_output.indices,
+            reconstruction_loss=reconstruction_loss,
+            quantizer_loss=quantizer_output.loss,
+            codebook_loss=quantizer_output.codebook_loss,
+            commitment_loss=quantizer_output.commitment_loss,
+            perplexity=codebook_statistics(counts).perplexity,
+        )
+        return output if return_dict else output.to_tuple()
+
+
+__all__ = ["VQTokenizerModel"]

@@ -1,0 +1,822 @@
+"""Vector quantizers, one small class each, with one signature.
+
+`quantizer(latents (B, D, h, w)) -> QuantizerOutput(quantized, indices, loss, ...)`, and
+`quantizer.indices_to_latents(indices) -> (B, D, h, w)`.
+
+In the comments z are the latents (encoder output), e the code vectors, K the number of codes, N = B·h·w.
+"""
+
+import inspect
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+
+from .modeling_outputs import QuantizerOutput
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Nearest code, gradient estimators, statistics: what the classes below share
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor, chunk_bytes: int | None = None) -> torch.Tensor:
+    """Index of the nearest code of each vector by Euclidean distance; ties go to the lowest index.
+
+    argmin |z - e|² = argmax (z·e - |e|²/2), always in float32, whatever the autocast: half-precision distances move
+    several per cent of the indices. The N×K scores are made in chunks of `chunk_bytes` (16 MB on a CPU, 128 MB
+    elsewhere) and never held whole, except under `torch.compile`, which would unroll the loop.
+
+    Args:
+        vectors: `(N, D)`.
+        codebook: `(K, D)`.
+
+    Returns:
+        int64 `(N,)`.
+    """
+    if vectors.shape[-1] != codebook.shape[-1]:
+        raise ValueError(
+            f"`vectors` have {vectors.shape[-1]} channels but the codes have {codebook.shape[-1]}: they must be equal."
+        )
+    with torch.autocast(vectors.device.type, enabled=False):
+        vectors, codebook = vectors.float(), codebook.float()
+        bias = codebook.square().sum(dim=1).mul_(-0.5)
+        rows = vectors.shape[0]
+        if not torch.compiler.is_compiling():
+            if chunk_bytes is None:
+                chunk_bytes = 2**24 if vectors.device.type == "cpu" else 2**27
+            rows = max(1, chunk_bytes // (4 * codebook.shape[0]))
+        if rows >= vectors.shape[0]:
+            return torch.addmm(bias, vectors, codebook.t()).argmax(dim=1)
+        indices = torch.empty(vectors.shape[0], dtype=torch.int64, device=vectors.device)
+        scores = torch.empty(rows, codebook.shape[0], dtype=torch.float32, device=vectors.device)
+        for start in range(0, vectors.shape[0], rows):
+            chunk = vectors[start : start + rows]
+            torch.addmm(bias, chunk, codebook.t(), out=scores[: chunk.shape[0]])
+            torch.argmax(scores[: chunk.shape[0]], dim=1, out=indices[start : start + rows])
+    return indices
+
+
+def straight_through(latents: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
+    """The value of `quantized`, the gradient of the identity to `latents` (van den Oord et al. 2017, section 3.2)."""
+    return latents + (quantized - latents).detach()
+
+
+def rotation_trick(latents: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
+    """The value of `quantized`, the gradient of the rotation and scaling that takes `latents` to it.
+
+    Fifty et al. 2024, "Restructuring Vector Quantization with the Rotation Trick", equation 4:
+    q = (|e|/|z|) (I - 2 r rᵀ + 2 ê ẑᵀ) z with r = (ẑ + ê) / |ẑ + ê| and all coefficients constant in the backward
+    pass. Both arguments are `(B, D, h, w)`; vectors are along dimension 1.
+    """
+    # the norms are clamped, so a zero vector keeps a finite gradient
+    floor = 1e-6
+    with torch.no_grad():
+        latent_norm = latents.norm(dim=1, keepdim=True).clamp_min(floor)
+        quantized_norm = quantized.norm(dim=1, keepdim=True)
+        z_hat, e_hat = latents / latent_norm, quantized / quantized_norm.clamp_min(floor)
+        r = F.normalize(z_hat + e_hat, dim=1, eps=floor)
+        scale = quantized_norm / latent_norm
+    along_r = (latents * r).sum(dim=1, keepdim=True)
+    along_z = (latents * z_hat).sum(dim=1, keepdim=True)
+    return scale * (latents - 2 * r * along_r + 2 * e_hat * along_z)
+
+
+GRADIENT_ESTIMATORS = {"straight_through": straight_through, "rotation": rotation_trick}
+
+
+@dataclass
+class CodebookStatistics:
+    """`perplexity`: exp of the entropy of the code frequencies, 1 to K. `usage`: the share of codes used at least once,
+    0 to 1. `dead_codes`: the number of codes never used."""
+
+    perplexity: torch.Tensor
+    usage: torch.Tensor
+    dead_codes: torch.Tensor
+
+
+def codebook_statistics(counts: torch.Tensor) -> CodebookStatistics:
+    """Statistics of code counts `(K,)`, over a batch or summed over a data set; each field is a 0-dim tensor."""
+    if counts.ndim != 1:
+        raise ValueError(f"`counts` must have shape (num_embeddings,), got {tuple(counts.shape)}.")
+    counts = counts.double()
+    probabilities = counts / counts.sum().clamp_min(1)
+    entropy = -torch.xlogy(probabilities, probabilities).sum()
+    used = counts > 0
+    return CodebookStatistics(entropy.exp().float(), used.double().mean().float(), (~used).sum())
+
+
+def code_counts(indices: torch.Tensor, num_embeddings: int) -> torch.Tensor:
+    """How often each of the `num_embeddings` codes occurs in `indices` (any shape): float32 `(K,)`."""
+    flat = indices.reshape(-1)
+    return torch.zeros(num_embeddings, device=flat.device).index_add_(
+        0, flat, torch.ones(flat.shape, dtype=torch.float32, device=flat.device)
+    )
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _flatten(latents: torch.Tensor) -> torch.Tensor:
+    """`(B, D, h, w) -> (B·h·w, D)`."""
+    return latents.movedim(1, -1).reshape(-1, latents.shape[1])
+
+
+def _unflatten(vectors: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """`(B·h·w, D)` to `(B, D, h, w)`, with B, h, w those of `indices`."""
+    return vectors.reshape(*indices.shape, vectors.shape[-1]).movedim(-1, 1)
+
+
+def _check_latents(latents: torch.Tensor, embed_dim: int) -> None:
+    if latents.ndim != 4 or latents.shape[1] != embed_dim:
+        raise ValueError(f"`latents` must have shape (B, {embed_dim}, h, w), got {tuple(latents.shape)}.")
+
+
+def check_indices(indices: torch.Tensor, num_embeddings: int) -> None:
+    """Raise a `ValueError` unless `indices` is an integer tensor with values in [0, num_embeddings)."""
+    if indices.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
+        raise ValueError(f"`indices` must be an integer tensor, got {indices.dtype}.")
+    if torch.compiler.is_compiling() or indices.numel() == 0:
+        return
+    low, high = indices.min().item(), indices.max().item()
+    if low < 0 or high >= num_embeddings:
+        raise ValueError(f"`indices` must lie in [0, {num_embeddings}), got values from {low} to {high}.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Codebooks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class VectorQuantizer(nn.Module):
+    """A codebook trained by its own gradient (van den Oord et al. 2017, equation 3).
+
+    loss = mean |sg[z] - e|² + β · mean |z - sg[e]|²: the codes move to the latents, and β weights how strongly the
+    encoder commits to the codes.
+
+    Args:
+        num_embeddings: K. embed_dim: D.
+        commitment_cost: β.
+        legacy_beta: weight the other term, mean |z - sg[e]|² + β · mean |sg[z] - e|², as the original VQGAN code does;
+            for checkpoints and recipes that come from there.
+        gradient_estimator: "straight_through" or "rotation".
+        kmeans_init: set the codes by k-means of the first training batch (of all processes).
+        kmeans_iterations: Lloyd iterations of that.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embed_dim: int,
+        commitment_cost: float = 0.25,
+        legacy_beta: bool = False,
+        gradient_estimator: str = "straight_through",
+        kmeans_init: bool = False,
+        kmeans_iterations: int = 10,
+    ):
+        super().__init__()
+        if num_embeddings < 1 or embed_dim < 1:
+            raise ValueError(
+                f"`num_embeddings` and `embed_dim` must be positive, got {num_embeddings} and {embed_dim}."
+            )
+        if gradient_estimator not in GRADIENT_ESTIMATORS:
+            raise ValueError(
+                f"`gradient_estimator` must be one of {sorted(GRADIENT_ESTIMATORS)}, got {gradient_estimator!r}."
+            )
+        self.num_embeddings, self.embed_dim = num_embeddings, embed_dim
+        self.commitment_cost, self.legacy_beta = commitment_cost, legacy_beta
+        self.estimator = GRADIENT_ESTIMATORS[gradient_estimator]
+        self.kmeans_iterations = kmeans_iterations if kmeans_init else 0
+        self._build_codebook()
+        if kmeans_init:
+            self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
+        self.reset_parameters()
+
+    def _build_codebook(self) -> None:
+        self.embedding = nn.Embedding(self.num_embeddings, self.embed_dim)
+
+    @property
+    def codebook(self) -> torch.Tensor:
+        """The code vectors `(K, D)`."""
+        return self.embedding.weight
+
+    def reset_parameters(self) -> None:
+        init.uniform_(self.embedding.weight, -1 / self.num_embeddings, 1 / self.num_embeddings)
+        if self.kmeans_iterations:
+            init.zeros_(self.initialized)
+
+    def forward(self, latents: torch.Tensor) -> QuantizerOutput:
+        """Quantize `latents` `(B, D, h, w)`. In training mode a codebook with statistics updates them."""
+        _check_latents(latents, self.embed_dim)
+        with torch.autocast(latents.device.type, enabled=False):
+            z = latents.float()
+            flat = _flatten(z.detach())
+            if self.training and self.kmeans_iterations and not self.initialized:
+                self.set_codebook(kmeans(flat, self.num_embeddings, self.kmeans_iterations))
+                self.initialized.fill_(True)
+            flat_indices = nearest_codes(flat, self.codebook)
+            indices = flat_indices.reshape(latents.shape[0], *latents.shape[2:])
+            codes = _unflatten(self._lookup(flat_indices), indices)
+            output = self._losses(z, codes, indices)
+            if self.training:
+                self._update_codebook(flat, flat_indices)
+        output.quantized = output.quantized.to(latents.dtype)
+        return output
+
+    def _lookup(self, flat_indices: torch.Tensor) -> torch.Tensor:
+        return F.embedding(flat_indices, self.codebook.float())
+
+    def _losses(self, z: torch.Tensor, codes: torch.Tensor, indices: torch.Tensor) -> QuantizerOutput:
+        codebook_loss = F.mse_loss(codes, z.detach())
+        commitment_loss = F.mse_loss(z, codes.detach())
+        if self.legacy_beta:
+            loss = commitment_loss + self.commitment_cost * codebook_loss
+        else:
+            loss = codebook_loss + self.commitment_cost * commitment_loss
+        return QuantizerOutput(
+            quantized=self.estimator(z, codes.detach()),
+            indices=indices,
+            loss=loss,
+            codebook_loss=codebook_loss.detach(),
+            commitment_loss=commitment_loss.detach(),
+        )
+
+    def _update_codebook(self, flat: torch.Tensor, flat_indices: torch.Tensor) -> None:
+        """A codebook with a gradient has nothing to update in the forward pass."""
+
+    @torch.no_grad()
+    def set_codebook(self, codes: torch.Tensor) -> None:
+        """Replace the code vectors by `codes` `(K, D)`."""
+        if codes.shape != self.codebook.shape:
+            raise ValueError(f"`codes` must have shape {tuple(self.codebook.shape)}, got {tuple(codes.shape)}.")
+        self.codebook.copy_(codes)
+
+    def indices_to_latents(self, indices: torch.Tensor) -> torch.Tensor:
+        """Code vectors `(B, D, h, w)` of `indices` `(B, h, w)`, in the codebook's dtype."""
+        check_indices(indices, self.num_embeddings)
+        return F.embedding(indices.long(), self.codebook).movedim(-1, 1)
+
+
+class EMAVectorQuantizer(VectorQuantizer):
+    """A codebook of moving averages of the latents (van den Oord et al. 2017, appendix A.1).
+
+    N ← γN + (1-γ)n, m ← γm + (1-γ)Σz, e = m / N, over the latents of all processes. Only the commitment term has a
+    gradient: loss = β · mean |z - sg[e]|².
+
+    Zero-debiased (`zero_debias`): the rate is (1-γ)/(1-γᵗ) at update t, so the averages are exact weighted means of
+    the data from the first update on, and hold nothing of the initial values (Kingma & Ba 2015, section 3). Counts
+    start at 1 and m at e, and a code keeps its vector while it has no count: an unused code never shrinks or blows up.
+
+    A code whose count falls under `restart_threshold` times the mean count is dead: it restarts at a random latent of
+    the batch, the same one on every process, with the mean count (as in Dhariwal et al. 2020, section 3.1).
+
+    Args:
+        decay: γ. restart_threshold: 0 turns restarts off.
+        count_smoothing: `None`; "laplace", dividing by (N+ε)/(ΣN+Kε)·ΣN as Sonnet does; or "laplace_stored", which
+            also writes the smoothed counts back (as some ports of it do), for parity with them.
+        epsilon: ε.
+        kwargs: those of `VectorQuantizer`, without `legacy_beta` (there is only one term).
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embed_dim: int,
+        commitment_cost: float = 0.25,
+        decay: float = 0.99,
+        zero_debias: bool = True,
+        restart_threshold: float = 0.02,
+        count_smoothing: str | None = None,
+        epsilon: float = 1e-5,
+        **kwargs,
+    ):
+        if not 0 <= decay < 1:
+            raise ValueError(f"`decay` must lie in [0, 1), got {decay}.")
+        if not 0 <= restart_threshold < 1:
+            raise ValueError(f"`restart_threshold` must lie in [0, 1), got {restart_threshold}.")
+        if count_smoothing not in (None, "laplace", "laplace_stored"):
+            raise ValueError(
+                f"`count_smoothing` must be None, 'laplace' or 'laplace_stored', got {count_smoothing!r}."
+            )
+        if kwargs.pop("legacy_beta", False):
+            raise ValueError("`legacy_beta` swaps two loss terms, but an EMA codebook has only the commitment term.")
+        super().__init__(num_embeddings, embed_dim, commitment_cost, **kwargs)
+        self.decay, self.zero_debias, self.restart_threshold = decay, zero_debias, restart_threshold
+        self.count_smoothing, self.epsilon = count_smoothing, epsilon
+
+    def _build_codebook(self) -> None:
+        self.register_buffer("embedding", torch.empty(self.num_embeddings, self.embed_dim))
+        self.register_buffer("embed_avg", torch.empty(self.num_embeddings, self.embed_dim))
+        self.register_buffer("cluster_size", torch.empty(self.num_embeddings))
+        self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def codebook(self) -> torch.Tensor:
+        """The code vectors `(K, D)`."""
+        return self.embedding
+
+    def reset_parameters(self) -> None:
+        init.normal_(self.embedding)
+        init.copy_(self.embed_avg, self.embedding)
+        init.ones_(self.cluster_size)
+        init.zeros_(self.num_updates)
+        if self.kmeans_iterations:
+            init.zeros_(self.initialized)
+
+    def _losses(self, z: torch.Tensor, codes: torch.Tensor, indices: torch.Tensor) -> QuantizerOutput:
+        commitment_loss = F.mse_loss(z, codes)
+        return QuantizerOutput(
+            quantized=self.estimator(z, codes),
+            indices=indices,
+            loss=self.commitment_cost * commitment_loss,
+            commitment_loss=commitment_loss.detach(),
+        )
+
+    @torch.no_grad()
+    def _update_codebook(self, flat: torch.Tensor, flat_indices: torch.Tensor) -> None:
+        counts = code_counts(flat_indices, self.num_embeddings)
+        sums = torch.zeros_like(self.codebook, dtype=torch.float32).index_add_(0, flat_indices, flat)
+        if _is_distributed():
+            dist.all_reduce(counts)
+            dist.all_reduce(sums)
+        self.num_updates += 1
+        rate = 1 - self.decay
+        if self.zero_debias:
+            rate = rate / (1 - self.decay ** self.num_updates.double()).float()
+        self.cluster_size.lerp_(counts.to(self.cluster_size), torch.as_tensor(rate).to(self.cluster_size))
+        self.embed_avg.lerp_(sums.to(self.embed_avg), torch.as_tensor(rate).to(self.embed_avg))
+        divisor = self.cluster_size
+        if self.count_smoothing is not None:
+            total = self.cluster_size.sum()
+            divisor = (self.cluster_size + self.epsilon) / (total + self.num_embeddings * self.epsilon) * total
+            if self.count_smoothing == "laplace_stored":
+                self.cluster_size.copy_(divisor)
+        counted = (divisor > 0).unsqueeze(1)
+        self.codebook.copy_(torch.where(counted, self.embed_avg / divisor.unsqueeze(1), self.codebook))
+        if self.restart_threshold > 0:
+            self._restart_dead_codes(flat)
+
+    def _restart_dead_codes(self, flat: torch.Tensor) -> None:
+        mean_count = self.cluster_size.mean()
+        dead = self.cluster_size < self.restart_threshold * mean_count
+        # one candidate a code whether or not it is dead: fixed shapes, and no wait for the device
+        candidates = flat[torch.randint(flat.shape[0], (self.num_embeddings,), device=flat.device)]
+        candidates = candidates.to(self.codebook.dtype)
+        if _is_distributed():
+            dist.broadcast(candidates, src=0)
+        self.codebook.copy_(torch.where(dead.unsqueeze(1), candidates, self.codebook))
+        self.cluster_size.copy_(torch.where(dead, mean_count, self.cluster_size))
+        self.embed_avg.copy_(
+            torch.where(dead.unsqueeze(1), self.codebook * self.cluster_size.unsqueeze(1), self.embed_avg)
+        )
+
+    @torch.no_grad()
+    def set_codebook(self, codes: torch.Tensor) -> None:
+        """Replace the code vectors by `codes` `(K, D)`; the averages start again from them."""
+        super().set_codebook(codes)
+        self.embed_avg.copy_(codes)
+        self.cluster_size.fill_(1)
+        self.num_updates.zero_()
+
+
+class CosineVectorQuantizer(VectorQuantizer):
+    """Nearest code by angle: latents and codes are scaled to length 1 (Yu et al. 2022, ViT-VQGAN, section 3.2).
+
+    Arguments are those of `VectorQuantizer`; losses are between the unit vectors, and `quantized` has length 1.
+    """
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        # only the direction counts; any isotropic distribution is uniform on the sphere, the uniform cube is not
+        init.normal_(self.embedding.weight)
+
+    def forward(self, latents: torch.Tensor) -> QuantizerOutput:
+        _check_latents(latents, self.embed_dim)
+        output = super().forward(F.normalize(latents.float(), dim=1))
+        output.quantized = output.quantized.to(latents.dtype)
+        return output
+
+    @property
+    def codebook(self) -> torch.Tensor:
+        """The code vectors `(K, D)`, of length 1."""
+        return F.normalize(self.embedding.weight, dim=1)
+
+    @torch.no_grad()
+    def set_codebook(self, codes: torch.Tensor) -> None:
+        """Replace the code vectors by `codes` `(K, D)`; their lengths do not matter."""
+        if codes.shape != self.embedding.weight.shape:
+            raise ValueError(
+                f"`codes` must have shape {tuple(self.embedding.weight.shape)}, got {tuple(codes.shape)}."
+            )
+        self.embedding.weight.copy_(codes)
+
+
+class GumbelQuantizer(nn.Module):
+    """Codes drawn from a categorical whose logits are a 1×1 convolution of z (Jang et al. 2017; Ramesh et al. 2021).
+
+    Training relaxes the draw at `temperature` (a schedule sets this attribute; it is not saved) and adds
+    `kl_weight` · KL(q(code | z) ‖ uniform), the mean over positions. Evaluation takes the most likely code.
+
+    Args:
+        hard: in training, use the one-hot in the forward pass and the relaxed gradient (straight-through).
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embed_dim: int,
+        kl_weight: float = 5e-4,
+        temperature: float = 1.0,
+        hard: bool = True,
+    ):
+        super().__init__()
+        self.num_embeddings, self.embed_dim = num_embeddings, embed_dim
+        self.kl_weight, self.temperature, self.hard = kl_weight, temperature, hard
+        self.proj = nn.Conv2d(embed_dim, num_embeddings, 1)
+        self.embed = nn.Embedding(num_embeddings, embed_dim)
+
+    @property
+    def codebook(self) -> torch.Tensor:
+        """The code vectors `(K, D)`."""
+        return self.embed.weight
+
+    def reset_parameters(self) -> None:
+        init.normal_(self.embed.weight)
+
+    def forward(self, latents: torch.Tensor, noise: torch.Tensor | None = None) -> QuantizerOutput:
+        """Quantize `latents` `(B, D, h, w)`.
+
+        Args:
+            noise: Gumbel(0, 1) noise `(B, K, h, w)`. Given, it is used, in evaluation also; otherwise it is drawn in
+                training and there is none in evaluation.
+        """
+        _check_latents(latents, self.embed_dim)
+        if self.temperature <= 0:
+            raise ValueError(f"`temperature` must be positive, got {self.temperature}.")
+        with torch.autocast(latents.device.type, enabled=False):
+            logits = F.conv2d(latents.float(), self.proj.weight.float(), self.proj.bias.float())
+            if noise is None and self.training:
+                # -log of an exponential draw is Gumbel(0, 1); the floor keeps a draw of exactly 0 finite
+                noise = -torch.empty_like(logits).exponential_().clamp_min(torch.finfo(torch.float32).tiny).log()
+            perturbed = logits if noise is None else logits + noise
+            indices = perturbed.argmax(dim=1)
+            if self.training:
+                weights = (perturbed / self.temperature).softmax(dim=1)
+                if self.hard:
+                    one_hot = torch.zeros_like(weights).scatter_(1, indices.unsqueeze(1), 1.0)
+                    weights = one_hot + weights - weights.detach()
+                quantized = torch.einsum("bkhw,kd->bdhw", weights, self.embed.weight.float())
+            else:
+                quantized = F.embedding(indices, self.embed.weight.float()).movedim(-1, 1)
+            log_q = logits.log_softmax(dim=1)
+            kl = (log_q.exp() * (log_q + math.log(self.num_embeddings))).sum(dim=1).mean()
+        return QuantizerOutput(quantized=quantized.to(latents.dtype), indices=indices, loss=self.kl_weight * kl)
+
+    def indices_to_latents(self, indices: torch.Tensor) -> torch.Tensor:
+        """Code vectors `(B, D, h, w)` of `indices` `(B, h, w)`."""
+        check_indices(indices, self.num_embeddings)
+        return F.embedding(indices.long(), self.embed.weight).movedim(-1, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Without a codebook
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class FSQuantizer(nn.Module):
+    """Finite scalar quantization: each channel is bounded and rounded to a few levels (Mentzer et al. 2023).
+
+    There is no codebook, no extra loss and no collapse. Channel i takes `levels[i]` values in [-1, 1]; K is their
+    product, and an index is the mixed-radix number of the digits, the first channel the fastest.
+
+    Args:
+        num_embeddings: must equal the product of `levels`. embed_dim: must equal their number.
+        levels: for instance (8, 5, 5, 5) for K = 1000; each at least 2.
+    """
+
+    def __init__(self, num_embeddings: int, embed_dim: int, levels: tuple[int, ...] = (8, 5, 5, 5)):
+        super().__init__()
+        if len(levels) != embed_dim or math.prod(levels) != num_embeddings or min(levels) < 2:
+            raise ValueError(
+                f"`levels` {tuple(levels)} must be {embed_dim} numbers (`embed_dim`) of at least 2 with product "
+                f"{num_embeddings} (`num_embeddings`); their product is {math.prod(levels)}."
+            )
+        self.num_embeddings, self.embed_dim, self.levels = num_embeddings, embed_dim, tuple(levels)
+        self.basis = tuple(math.prod(levels[:i]) for i in range(len(levels)))
+
+    def _per_channel(self, values: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=like.device).view(1, -1, 1, 1)
+
+    def forward(self, latents: torch.Tensor) -> QuantizerOutput:
+        """Quantize `latents` `(B, D, h, w)`; the loss is 0."""
+        _check_latents(latents, self.embed_dim)
+        with torch.autocast(latents.device.type, enabled=False):
+            z = latents.float()
+            levels = self._per_channel(self.levels, z)
+            # bounded to just under L/2 either side (equation in section 3.1); an even L is shifted by half a level
+            half_width = (levels - 1) * (1 + 1e-3) / 2
+            offset = (levels % 2 == 0).float() / 2
+            bounded = torch.tanh(z + torch.atanh(offset / half_width)) * half_width - offset
+            rounded = bounded + (bounded.round() - bounded).detach()
+            digits = (rounded.detach() + levels.div(2, rounding_mode="floor")).long()
+            quantized = self._digits_to_values(rounded + levels.div(2, rounding_mode="floor"))
+            indices = (digits * self._per_channel(self.basis, z).long()).sum(dim=1)
+        return QuantizerOutput(
+            quantized=quantized.to(latents.dtype), indices=indices, loss=torch.zeros((), device=z.device)
+        )
+
+    def _digits_to_values(self, digits: torch.Tensor) -> torch.Tensor:
+        """Digits 0 … L-1 to values in [-1, 1], evenly spaced."""
+        return 2 * digits / (self._per_channel(self.levels, digits) - 1) - 1
+
+    def indices_to_latents(self, indices: torch.Tensor) -> torch.Tensor:
+        """Code vectors `(B, D, h, w)` of `indices` `(B, h, w)`, float32."""
+        check_indices(indices, self.num_embeddings)
+        basis = self._per_channel(self.basis, indices).long()
+        levels = self._per_channel(self.levels, indices).long()
+        return self._digits_to_values((indices.long().unsqueeze(1) // basis % levels).float())
+
+    @property
+    def codebook(self) -> torch.Tensor:
+        """All code vectors `(K, D)`, computed."""
+        return self.indices_to_latents(torch.arange(self.num_embeddings).view(1, 1, -1))[0, :, 0].t()
+
+
+class LFQuantizer(nn.Module):
+    """Lookup-free quantization: the signs of D channels are the bits of the code, K = 2ᴰ (Yu et al. 2024, MAGVIT-v2).
+
+    loss = β · mean |z - sg[e]|² + w · (E H[p(code | z)] - H[E p(code | z)]), equations 5 and 6: each choice certain, all
+    codes used. p(code | z) ∝ exp(-|z - e|² · inverse_temperature), which is a product over bits. The entropy of the
+    mean is exact for up to `bits_per_group` bits, and the sum over groups of bits beyond (as in Open-MAGVIT2).
+
+    Args:
+        num_embeddings: must be 2 ** embed_dim.
+        entropy_weight: w. diversity_weight: a factor on the second entropy.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embed_dim: int,
+        commitment_cost: float = 0.25,
+        entropy_weight: float = 0.1,
+        diversity_weight: float = 1.0,
+        inverse_temperature: float = 1.0,
+        bits_per_group: int = 9,
+    ):
+        super().__init__()
+        if num_embeddings != 2**embed_dim:
+            raise ValueError(
+                f"`num_embeddings` must be 2 ** embed_dim = {2**embed_dim} for lookup-free quantization, got {num_embeddings}."
+            )
+        self.num_embeddings, self.embed_dim = num_embeddings, embed_dim
+        self.commitment_cost, self.entropy_weight = commitment_cost, entropy_weight
+        self.diversity_weight, self.inverse_temperature = diversity_weight, inverse_temperature
+        self.bits_per_group = bits_per_group
+
+    def forward(self, latents: torch.Tensor) -> QuantizerOutput:
+        """Quantize `latents` `(B, D, h, w)` to ±1."""
+        _check_latents(latents, self.embed_dim)
+        with torch.autocast(latents.device.type, enabled=False):
+            z = latents.float()
+            bits = z > 0
+            codes = bits.float() * 2 - 1
+            powers = 2 ** torch.arange(self.embed_dim, device=z.device)
+            indices = (bits.long() * powers.view(1, -1, 1, 1)).sum(dim=1)
+            commitment_loss = F.mse_loss(z, codes)
+            sample_entropy, mean_entropy = self._entropies(_flatten(z))
+            loss = self.commitment_cost * commitment_loss
+            loss = loss + self.entropy_weight * (sample_entropy - self.diversity_weight * mean_entropy)
+        return QuantizerOutput(
+            quantized=straight_through(z, codes).to(latents.dtype),
+            indices=indices,
+            loss=loss,
+            commitment_loss=commitment_loss.detach(),
+        )
+
+    def _entropies(self, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """E H[p(code | z)] and H[E p(code | z)] in nats."""
+        # |z+1|² - |z-1|² = 4z: the log odds of a bit
+        log_odds = 4 * self.inverse_temperature * flat
+        on, off = F.logsigmoid(log_odds), F.logsigmoid(-log_odds)
+        sample_entropy = -(on.exp() * on + off.exp() * off).sum(dim=1).mean()
+        mean_entropy = flat.new_zeros(())
+        for start in range(0, self.embed_dim, self.bits_per_group):
+            joint = flat.new_ones(flat.shape[0], 1)
+            for bit in range(start, min(start + self.bits_per_group, self.embed_dim)):
+                choices = torch.stack([off[:, bit].exp(), on[:, bit].exp()], dim=1)
+                joint = (choices.unsqueeze(2) * joint.unsqueeze(1)).flatten(1)
+            mean = joint.mean(dim=0)
+            mean_entropy = mean_entropy - torch.xlogy(mean, mean).sum()
+        return sample_entropy, mean_entropy
+
+    def indices_to_latents(self, indices: torch.Tensor) -> torch.Tensor:
+        """Code vectors `(B, D, h, w)` of ±1, float32, of `indices` `(B, h, w)`."""
+        check_indices(indices, self.num_embeddings)
+        shifts = torch.arange(self.embed_dim, device=indices.device).view(1, -1, 1, 1)
+        return (indices.long().unsqueeze(1) >> shifts & 1).float() * 2 - 1
+
+    @property
+    def codebook(self) -> torch.Tensor:
+        """All code vectors `(K, D)`, computed."""
+        return self.indices_to_latents(torch.arange(self.num_embeddings).view(1, 1, -1))[0, :, 0].t()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several codes a position
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ResidualQuantizer(nn.Module):
+    """Each quantizer codes what the ones before it left over (Zeghidour et al. 2021; Lee et al. 2022, equation 3).
+
+    `indices` have shape `(B, h, w, depth)`. Losses are sums over the depth.
+
+    Args:
+        depth: the number of quantizers. base: "vq", "ema" or "gumbel"; kwargs go to each of them.
+    """
+
+    def __init__(self, num_embeddings: int, embed_dim: int, depth: int = 4, base: str = "ema", **kwargs):
+        super().__init__()
+        if depth < 1:
+            raise ValueError(f"`depth` must be at least 1, got {depth}.")
+        if base not in ("vq", "ema", "gumbel"):
+            raise ValueError(f"`base` must be 'vq', 'ema' or 'gumbel', got {base!r}.")
+        self.num_embeddings, self.embed_dim, self.depth = num_embeddings, embed_dim, depth
+        self.layers = nn.ModuleList(QUANTIZERS[base](num_embeddings, embed_dim, **kwargs) for _ in range(depth))
+
+    def forward(self, latents: torch.Tensor) -> QuantizerOutput:
+        """Quantize `latents` `(B, D, h, w)`."""
+        _check_latents(latents, self.embed_dim)
+        residual = latents.float()
+        outputs = []
+        for layer in self.layers:
+            outputs.append(layer(residual))
+            residual = residual - outputs[-1].quantized.float().detach()
+
+        def total(name):
+            terms = [getattr(output, name) for output in outputs]
+            return None if terms[0] is None else sum(terms)
+
+        # a sum of estimators would pass the gradient `depth` times; one estimator on the sum passes it once
+        quantized = sum(output.quantized.float().detach() for output in outputs)
+        return QuantizerOutput(
+            quantized=straight_through(latents.float(), quantized).to(latents.dtype),
+            indices=torch.stack([output.indices for output in outputs], dim=-1),
+            loss=total("loss"),
+            codebook_loss=total("codebook_loss"),
+            commitment_loss=total("commitment_loss"),
+        )
+
+    def indices_to_latents(self, indices: torch.Tensor) -> torch.Tensor:
+        """Sums of code vectors `(B, D, h, w)` of `indices` `(B, h, w, d)` with 1 ≤ d ≤ depth."""
+        if indices.ndim != 4 or not 1 <= indices.shape[-1] <= self.depth:
+            raise ValueError(
+                f"`indices` must have shape (B, h, w, d) with d from 1 to {self.depth}, got {tuple(indices.shape)}."
+            )
+        return sum(
+            layer.indices_to_latents(level) for layer, level in zip(self.layers, indices.unbind(-1), strict=False)
+        )
+
+
+QUANTIZERS = {
+    "vq": VectorQuantizer,
+    "ema": EMAVectorQuantizer,
+    "gumbel": GumbelQuantizer,
+    "cosine": CosineVectorQuantizer,
+    "fsq": FSQuantizer,
+    "lfq": LFQuantizer,
+    "residual": ResidualQuantizer,
+}
+
+
+def build_quantizer(name: str, num_embeddings: int, embed_dim: int, **kwargs) -> nn.Module:
+    """The quantizer called `name`, one of `QUANTIZERS`, with `kwargs` of its class; an unknown one is a `ValueError`."""
+    if name not in QUANTIZERS:
+        raise ValueError(f"`quantizer` must be one of {sorted(QUANTIZERS)}, got {name!r}.")
+    known = inspect.signature(QUANTIZERS[name]).parameters
+    unknown = [key for key in kwargs if key not in known]
+    if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        raise ValueError(f"`quantizer_kwargs` of {name!r} has no {unknown}; known: {sorted(set(known) - {'self'})}.")
+    return QUANTIZERS[name](num_embeddings, embed_dim, **kwargs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# k-means and remapping
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def kmeans(vectors: torch.Tensor, num_clusters: int, iterations: int = 10) -> torch.Tensor:
+    """Lloyd's algorithm on the vectors `(N, D)` of all processes; the same centres `(K, D)` on every process.
+
+    Starts from random vectors of the first process (with repeats only where it has fewer than K). A cluster that
+    loses all its members keeps its centre.
+    """
+    if vectors.shape[0] == 0:
+        raise ValueError("`vectors` must hold at least one vector, got none.")
+    order = torch.randperm(vectors.shape[0], device=vectors.device)
+    centres = vectors[order.repeat(math.ceil(num_clusters / vectors.shape[0]))[:num_clusters]].clone()
+    if _is_distributed():
+        dist.broadcast(centres, src=0)
+    for _ in range(iterations):
+        nearest = nearest_codes(vectors, centres)
+        counts = code_counts(nearest, num_clusters)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, vectors)
+        if _is_distributed():
+            dist.all_reduce(counts)
+            dist.all_reduce(sums)
+        centres = torch.where((counts > 0).unsqueeze(1), sums / counts.clamp_min(1).unsqueeze(1), centres)
+    return centres
+
+
+class IndexRemap(nn.Module):
+    """Renumbers the codes that a data set really uses to 0 … len(used)-1, and back.
+
+    Args:
+        used: distinct codes, int64 `(U,)`; code `used[i]` becomes i.
+        num_embeddings: K of the tokenizer.
+        unknown: what `to_used` does with a code that is not in `used`: "error" (the default), "extra" (all become the
+            one index U, which `to_full` refuses), "random" (a random used one), or "nearest" (the used code with the
+            nearest vector; needs `codebook` `(K, D)`).
+    """
+
+    def __init__(
+        self,
+        used: torch.Tensor,
+        num_embeddings: int,
+        unknown: str = "error",
+        codebook: torch.Tensor | None = None,
+    ):
+        super().__init__()
+        used = torch.as_tensor(used, dtype=torch.int64).flatten()
+        check_indices(used, num_embeddings)
+        if used.numel() == 0 or used.unique().numel() != used.numel():
+            raise ValueError("`used` must be a non-empty list of distinct codes.")
+        if unknown not in ("error", "extra", "random", "nearest"):
+            raise ValueError(f"`unknown` must be 'error', 'extra', 'random' or 'nearest', got {unknown!r}.")
+        if unknown == "nearest" and codebook is None:
+            raise ValueError("`unknown='nearest'` needs the `codebook`.")
+        self.unknown, self.num_used, self.num_embeddings = unknown, used.numel(), num_embeddings
+        table = torch.full((num_embeddings,), -1, dtype=torch.int64)
+        table[used] = torch.arange(used.numel())
+        if unknown == "nearest":
+            missing = table < 0
+            table[missing] = nearest_codes(codebook[missing], codebook[used]).cpu()
+        elif unknown == "extra":
+            table[table < 0] = used.numel()
+        self.register_buffer("used", used)
+        self.register_buffer("table", table)
+
+    @property
+    def num_indices(self) -> int:
+        """How many values `to_used` can give."""
+        return self.num_used + (self.unknown == "extra")
+
+    def to_used(self, indices: torch.Tensor) -> torch.Tensor:
+        """Codes of the tokenizer (any shape) to 0 … `num_indices` - 1."""
+        check_indices(indices, self.num_embeddings)
+        mapped = self.table[indices.long()]
+        missing = mapped < 0
+        if self.unknown == "error" and missing.any():
+            codes = indices[missing].unique()[:5].tolist()
+            raise ValueError(
+                f"`indices` hold codes that are not among the {self.num_used} used ones, such as {codes}."
+            )
+        if self.unknown == "random":
+            mapped = torch.where(missing, torch.randint_like(mapped, self.num_used), mapped)
+        return mapped
+
+    def to_full(self, indices: torch.Tensor) -> torch.Tensor:
+        """Renumbered indices 0 … U-1 to codes of the tokenizer."""
+        check_indices(indices, self.num_used)
+        return self.used[indices.long()]
+
+
+__all__ = [
+    "GRADIENT_ESTIMATORS",
+    "QUANTIZERS",
+    "CodebookStatistics",
+    "CosineVectorQuantizer",
+    "EMAVectorQuantizer",
+    "FSQuantizer",
+    "GumbelQuantizer",
+    "IndexRemap",
+    "LFQuantizer",
+    "ResidualQuantizer",
+    "VectorQuantizer",
+    "build_quantizer",
+    "check_indices",
+    "code_counts",
+    "codebook_statistics",
+    "kmeans",
+    "nearest_codes",
+    "rotation_trick",
+    "straight_through",
+]
