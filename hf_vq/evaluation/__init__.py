@@ -1,0 +1,1 @@
+"""Measures of reconstructions, codebooks, priors and samples, and pictures of them."""
