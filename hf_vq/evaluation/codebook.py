@@ -1,0 +1,49 @@
+"""Codebook health over a data set: how often each code is used."""
+
+import torch
+
+from ..models.quantization import CodebookStatistics, codebook_statistics
+from .distributed import all_reduced
+
+
+class CodebookCounts:
+    """Counts how often each code occurs, batch by batch and over processes.
+
+    Args:
+        num_embeddings: K, the number of codes.
+
+    Attributes:
+        counts: int64 `(K,)` on the CPU, what this process has seen.
+    """
+
+    def __init__(self, num_embeddings: int):
+        if num_embeddings < 1:
+            raise ValueError(f"`num_embeddings` must be at least 1, got {num_embeddings}")
+        self.num_embeddings = num_embeddings
+        self.counts = torch.zeros(num_embeddings, dtype=torch.int64)
+
+    def update(self, indices: torch.Tensor) -> None:
+        """Count the codes in `indices`, an integer tensor of any shape with values in [0, K)."""
+        if indices.is_floating_point() or indices.dtype == torch.bool:
+            raise ValueError(f"`indices` must be integers, got {indices.dtype}")
+        flat = indices.detach().flatten().to("cpu", torch.int64)
+        if flat.numel() == 0:
+            return
+        low, high = int(flat.min()), int(flat.max())
+        if low < 0 or high >= self.num_embeddings:
+            raise ValueError(f"`indices` must be in [0, {self.num_embeddings}), got values from {low} to {high}")
+        self.counts += torch.bincount(flat, minlength=self.num_embeddings)
+
+    def total(self) -> torch.Tensor:
+        """int64 `(K,)`: the counts over all processes."""
+        return all_reduced(self.counts)
+
+    def compute(self) -> CodebookStatistics:
+        """Perplexity, usage and number of dead codes over everything seen by all processes."""
+        total = self.total()
+        if int(total.sum()) == 0:
+            raise ValueError("no code has been counted: call `update(indices)` before `compute()`")
+        return codebook_statistics(total)
+
+
+__all__ = ["CodebookCounts"]
