@@ -1,0 +1,47 @@
+"""Vector-quantized image models for transformers and diffusers.
+
+Names are imported when first used. The one side effect of importing the package is that transformers' Auto classes and
+diffusers' pipelines learn the classes below (see ``registration.py``).
+"""
+
+import importlib
+
+from . import registration
+
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "VQGANConfig": "hf_vq.models.configuration_vqgan",
+    "VQGANModel": "hf_vq.models.modeling_vqgan",
+    "VQGPTConfig": "hf_vq.models.configuration_vq_gpt",
+    "VQGPTForCausalLM": "hf_vq.models.modeling_vq_gpt",
+    "VQImageProcessor": "hf_vq.models.image_processing_vq",
+    "VQVAEConfig": "hf_vq.models.configuration_vqvae",
+    "VQVAEModel": "hf_vq.models.modeling_vqvae",
+}
+
+# diffusers looks on a component's package for the base class that says how the component is saved and loaded.
+_BASES = {
+    "ModelMixin": "diffusers",
+    "PreTrainedModel": "transformers",
+    "SchedulerMixin": "diffusers",
+}
+
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name):
+    module = _MODULES.get(name) or _BASES.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})
+
+
+registration.install()
