@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 
 from hf_vq.training.discriminator import PatchDiscriminator
 
+
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden" / "taming_vqmodel_f4"
 
 

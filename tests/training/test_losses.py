@@ -18,6 +18,7 @@ from hf_vq.training.losses import (
     l2_loss,
 )
 
+
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
 
 
