@@ -1,0 +1,276 @@
+"""Image data sets for training: a Hub id, a folder of images, parquet, a saved data set, or a stream.
+
+```python
+dataset = load_image_dataset(DataArguments("examples/data/emoji-64", label_column="category"), "train", augment=True)
+dataset[0]                  # {"pixel_values": float32 (3, H, W) in [-1, 1], "label": int}
+dataset.class_names         # ["Smileys & Emotion", ...]
+dataset.sample(0, epoch=3)  # with the augmentation of epoch 3: a function of (seed, epoch, index) alone
+```
+
+An image that cannot be read is replaced by the next one that can, named in a warning, and listed in `dataset.broken`.
+"""
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from .image_decoding import BrokenImageError, crop_and_flip, decode_image, resize_shorter_side, to_pixel_values
+
+
+if TYPE_CHECKING:
+    import datasets
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class DataArguments:
+    """Which images to train on, and how they are prepared."""
+
+    dataset_name_or_path: str = field(
+        metadata={"help": "Hub id, folder of images, folder with parquet files, or folder written by save_to_disk."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    train_split: str = field(default="train", metadata={"help": 'Split to train on; slices as in "train[5%:]" too.'})
+    validation_split: str = field(default="validation", metadata={"help": 'Split to validate on, or "train[:5%]".'})
+    image_column: str = field(default="image", metadata={"help": "Column that holds the images."})
+    label_column: str | None = field(default=None, metadata={"help": "Column that holds the classes."})
+    resolution: int = field(default=64, metadata={"help": "Side of the square images that the model sees."})
+    crop: str = field(default="center", metadata={"help": "Crop of training images.", "choices": ["center", "random"]})
+    random_flip: bool = field(default=False, metadata={"help": "Mirror half of the training images."})
+    max_samples: int | None = field(default=None, metadata={"help": "Use only the first so many samples of a split."})
+    cache_images: bool = field(default=False, metadata={"help": "Keep the resized images in memory, as uint8."})
+    streaming: bool = field(default=False, metadata={"help": "Read the data while training; nothing is downloaded."})
+    shuffle_block: int = field(
+        default=1000, metadata={"help": "Streaming: samples are shuffled within blocks of this size, held in memory."}
+    )
+
+    def __post_init__(self):
+        if self.crop not in ("center", "random"):
+            raise ValueError(f'crop={self.crop!r}: it must be "center" or "random".')
+        for name in ("resolution", "shuffle_block", "max_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: it must be at least 1.")
+        if self.streaming and self.cache_images:
+            raise ValueError(
+                "cache_images=True keeps the data set in memory, which streaming=True avoids: choose one."
+            )
+
+
+def load_image_dataset(arguments: DataArguments, split: str = "train", augment: bool = False, seed: int = 0):
+    """Opens one split as `ImageDataset`, or as `StreamingImageDataset` where `arguments.streaming` is set.
+
+    Args:
+        arguments (`DataArguments`): the data set.
+        split (`str`): `"train"` or `"validation"` (the splits that the arguments name), or any other split's name.
+        augment (`bool`): random crop and flip as the arguments say; without it, a centre crop and no flip.
+        seed (`int`): of the augmentation, and of a stream's order.
+    """
+    name = {"train": arguments.train_split, "validation": arguments.validation_split}.get(split, split)
+    rows = open_rows(arguments, name)
+    rows, class_names = _prepare_columns(rows, arguments)
+    options = {
+        "resolution": arguments.resolution,
+        "crop": arguments.crop if augment else "center",
+        "random_flip": arguments.random_flip and augment,
+        "seed": seed,
+        "class_names": class_names,
+    }
+    if arguments.streaming:
+        from .streaming import StreamingImageDataset
+
+        if arguments.max_samples is not None:
+            rows = rows.take(arguments.max_samples)
+        return StreamingImageDataset(rows, shuffle_block=arguments.shuffle_block, **options)
+    if arguments.max_samples is not None:
+        rows = rows.select(range(min(arguments.max_samples, len(rows))))
+    return ImageDataset(rows, cache_images=arguments.cache_images, **options)
+
+
+def open_rows(arguments: DataArguments, split: str) -> "datasets.Dataset | datasets.IterableDataset":
+    """The rows of one split as `datasets` gives them, with every column."""
+    import datasets
+
+    source, streaming = arguments.dataset_name_or_path, arguments.streaming
+    folder = Path(source).expanduser()
+    try:
+        if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
+            return _open_saved(folder, split, streaming)
+        if folder.is_dir():
+            parquet = any(path.name != "metadata.parquet" for path in folder.rglob("*.parquet"))
+            kind = "parquet" if parquet else "imagefolder"
+            return datasets.load_dataset(kind, data_dir=str(folder), split=split, streaming=streaming)
+        if folder.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
+            raise ValueError(f"dataset_name_or_path={source!r} is neither a folder nor a Hub id.")
+        return datasets.load_dataset(source, arguments.dataset_config_name, split=split, streaming=streaming)
+    except (KeyError, ValueError) as error:
+        if "split" in str(error).lower():
+            raise ValueError(f"dataset_name_or_path={source!r} has no split {split!r}: {error}") from error
+        raise
+
+
+def _open_saved(folder: Path, split: str, streaming: bool):
+    import datasets
+
+    saved = datasets.load_from_disk(str(folder))
+    if isinstance(saved, datasets.DatasetDict):
+        if split not in saved:
+            raise ValueError(f"{folder} has no split {split!r}; it has {sorted(saved)}.")
+        saved = saved[split]
+    return saved.to_iterable_dataset(num_shards=min(64, len(saved))) if streaming else saved
+
+
+def _prepare_columns(rows, arguments: DataArguments):
+    """Keeps the image column, undecoded, as `image`, and the label column, as integers, as `label`."""
+    import datasets
+
+    features = rows.features if rows.features is not None else rows._resolve_features().features
+    wanted = {arguments.image_column: "image"}
+    if arguments.label_column is not None:
+        wanted[arguments.label_column] = "label"
+    for argument, column in (("image_column", arguments.image_column), ("label_column", arguments.label_column)):
+        if column is not None and column not in features:
+            raise ValueError(f"{argument}={column!r} is not a column of the data set, which has {sorted(features)}.")
+
+    rows = rows.select_columns(list(wanted)).cast_column(arguments.image_column, datasets.Image(decode=False))
+    class_names = None
+    if arguments.label_column is not None:
+        rows, class_names = _integer_labels(rows, arguments.label_column, features[arguments.label_column])
+    for column, name in wanted.items():
+        if column != name:
+            rows = rows.rename_column(column, name)
+    return rows, class_names
+
+
+def _integer_labels(rows, column: str, feature):
+    import datasets
+
+    if isinstance(feature, datasets.ClassLabel):
+        return rows, list(feature.names)
+    dtype = getattr(feature, "dtype", None)
+    if dtype == "string" and isinstance(rows, datasets.Dataset):
+        rows = rows.class_encode_column(column)
+        return rows, list(rows.features[column].names)
+    if dtype == "bool" or str(dtype).startswith(("int", "uint")):
+        return rows, None
+    raise ValueError(
+        f"label_column={column!r} holds {feature}: it must hold ClassLabel, bool, integers, or strings when not streaming."
+    )
+
+
+class BrokenImages(dict):
+    """The images that could not be read: name → reason. Each is named in one warning when it is first met."""
+
+    def add(self, name: str, error: BrokenImageError) -> None:
+        if name not in self:
+            logger.warning("Skipped the broken image %s (%s).", name, error)
+            self[name] = str(error)
+
+
+class ImageDataset(Dataset):
+    """Map-style images.
+
+    Args:
+        rows (`datasets.Dataset`): columns `image` (undecoded) and, optionally, `label`.
+        resolution (`int`): the side of the square images.
+        crop (`str`): `"center"` or `"random"`.
+        random_flip (`bool`): mirror half of the images.
+        cache_images (`bool`): decode and resize all images now and keep them as uint8, about `3·resolution²` bytes each.
+        seed (`int`): the augmentation of a sample is drawn from `(seed, epoch, index)`.
+        class_names (`list[str]`, *optional*): names of the labels.
+
+    Attributes:
+        broken (`BrokenImages`): the broken images met so far in this process.
+    """
+
+    def __init__(
+        self,
+        rows: "datasets.Dataset",
+        resolution: int,
+        crop: str = "center",
+        random_flip: bool = False,
+        cache_images: bool = False,
+        seed: int = 0,
+        class_names: list[str] | None = None,
+    ):
+        self.rows = rows
+        self.resolution = resolution
+        self.crop = crop
+        self.random_flip = random_flip
+        self.seed = seed
+        self.class_names = class_names
+        self.labels = np.asarray(rows["label"][:]) if "label" in rows.column_names else None
+        self.broken = BrokenImages()
+        self._cache = None
+        if cache_images:
+            self._cache = [self._read_or_none(index) for index in range(len(rows))]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.sample(index)
+
+    def sample(self, index: int, epoch: int = 0) -> dict:
+        """One image as it is seen in `epoch`; in place of a broken one, the next that can be read.
+
+        Returns:
+            `dict`: `pixel_values` float32 `(3, resolution, resolution)` in [-1, 1], `label` (`int`) if there are labels,
+            `broken_images` (names, tuple) only if broken images were passed over.
+        """
+        passed = []
+        for candidate in range(index, index + len(self)):
+            candidate %= len(self)
+            pixels = self._cache[candidate] if self._cache is not None else self._read_or_none(candidate)
+            if pixels is not None:
+                break
+            passed.append(self.name_of(candidate))
+        else:
+            raise ValueError(f"none of the {len(self)} images of the data set can be read; the first: {passed[0]}.")
+
+        generator = np.random.default_rng((self.seed, epoch, index)) if self._is_random else None
+        pixels = crop_and_flip(pixels, self.resolution, self.crop, self.random_flip, generator)
+        sample = {"pixel_values": to_pixel_values(pixels)}
+        if self.labels is not None:
+            sample["label"] = int(self.labels[candidate])
+        if passed:
+            sample["broken_images"] = tuple(passed)
+        return sample
+
+    @property
+    def _is_random(self) -> bool:
+        return self.crop == "random" or self.random_flip
+
+    def name_of(self, index: int) -> str:
+        """The image's path where the data set has it, and its row."""
+        path = (self.rows[index]["image"] or {}).get("path")
+        return f"{path} (row {index})" if path else f"row {index}"
+
+    def _read_or_none(self, index: int) -> np.ndarray | None:
+        try:
+            return resize_shorter_side(decode_image(self.rows[index]["image"]), self.resolution)
+        except BrokenImageError as error:
+            self.broken.add(self.name_of(index), error)
+            return None
+
+
+def collate(samples: list[dict]) -> dict:
+    """Stacks samples to a batch: tensors and numbers become tensors, `broken_images` are joined, the rest are lists."""
+    batch = {}
+    for key in {key: None for sample in samples for key in sample}:
+        values = [sample[key] for sample in samples if key in sample]
+        if key == "broken_images":
+            batch[key] = [name for names in values for name in names]
+        elif isinstance(values[0], torch.Tensor):
+            batch[key] = torch.stack(values)
+        elif isinstance(values[0], (bool, int, float, np.number)):
+            batch[key] = torch.tensor(values)
+        else:
+            batch[key] = values
+    return batch

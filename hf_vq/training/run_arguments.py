@@ -1,0 +1,89 @@
+"""The arguments that every training run takes."""
+
+import math
+from dataclasses import dataclass, field
+
+
+@dataclass
+class RunArguments:
+    """How a run trains; the same for every example."""
+
+    output_dir: str = field(metadata={"help": "Where checkpoints, metrics.jsonl, logs and pictures go."})
+    seed: int = field(default=0, metadata={"help": "Seeds the initial weights, the data order and the augmentation."})
+    max_train_steps: int = field(default=1000, metadata={"help": "Optimizer steps of the whole run."})
+    max_train_minutes: float | None = field(
+        default=None, metadata={"help": "End the run after so many minutes of training, all restarts together."}
+    )
+    train_batch_size: int = field(
+        default=32, metadata={"help": "Samples per optimizer step over all processes and accumulated micro-batches."}
+    )
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches that a batch is cut into."})
+    learning_rate: float = field(default=1e-4, metadata={"help": "Highest learning rate."})
+    lr_scheduler: str = field(
+        default="constant",
+        metadata={"help": "Schedule.", "choices": ["constant", "constant_with_warmup", "cosine", "linear"]},
+    )
+    lr_warmup_steps: int = field(default=0, metadata={"help": "Steps over which the learning rate rises from 0."})
+    max_grad_norm: float | None = field(default=1.0, metadata={"help": "Clip gradients at this norm; 0: do not."})
+    mixed_precision: str = field(default="no", metadata={"help": "Autocast.", "choices": ["no", "bf16", "fp16"]})
+    ema_decay: float = field(default=0.0, metadata={"help": "Decay of the average of the weights; 0: none."})
+    checkpointing_steps: int = field(default=500, metadata={"help": "Save a checkpoint every so many steps."})
+    checkpoints_total_limit: int | None = field(default=2, metadata={"help": "How many checkpoints to keep."})
+    resume_from_checkpoint: str = field(
+        default="latest", metadata={"help": '"latest" (if there is one), "none", or the path of a checkpoint.'}
+    )
+    logging_steps: int = field(default=50, metadata={"help": "Write mean metrics every so many steps."})
+    validation_steps: int = field(default=500, metadata={"help": "Validate every so many steps; 0: only at the end."})
+    report_to: str = field(
+        default="none", metadata={"help": "Tracker.", "choices": ["none", "tensorboard", "trackio", "wandb"]}
+    )
+    run_name: str = field(default="hf_vq", metadata={"help": "Name of the run, or project, in the tracker."})
+    min_codebook_perplexity: float = field(
+        default=1.05,
+        metadata={
+            "help": "Stop when the metric codebook_perplexity stays below this; 0: never. See codebook_patience."
+        },
+    )
+    codebook_patience: int = field(
+        default=5, metadata={"help": "Consecutive metric rows with a perplexity below the minimum that stop the run."}
+    )
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read data ahead."})
+    compile: bool = field(default=False, metadata={"help": "Compile the models with torch.compile."})
+    deterministic: bool = field(default=False, metadata={"help": "Only deterministic kernels (slower on a GPU)."})
+    cpu: bool = field(default=False, metadata={"help": "Train on the CPU even if there is a GPU."})
+    push_to_hub: bool = field(default=False, metadata={"help": "Push the trained model to the Hub at the end."})
+    hub_model_id: str | None = field(default=None, metadata={"help": "Repository to push to."})
+
+    def __post_init__(self):
+        for name, choices in (
+            ("lr_scheduler", ("constant", "constant_with_warmup", "cosine", "linear")),
+            ("mixed_precision", ("no", "bf16", "fp16")),
+            ("report_to", ("none", "tensorboard", "trackio", "wandb")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r}: it must be one of {', '.join(choices)}.")
+        for name in ("max_train_steps", "gradient_accumulation_steps", "checkpointing_steps", "logging_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: it must be at least 1.")
+        if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
+            raise ValueError(f"checkpoints_total_limit={self.checkpoints_total_limit}: keep at least 1 checkpoint.")
+        if not 0.0 <= self.ema_decay < 1.0:
+            raise ValueError(f"ema_decay={self.ema_decay}: it must be 0 (off) or below 1, for example 0.999.")
+        if self.lr_scheduler == "constant" and self.lr_warmup_steps:
+            raise ValueError(
+                f'lr_warmup_steps={self.lr_warmup_steps} has no effect with lr_scheduler="constant": '
+                'choose "constant_with_warmup", "cosine" or "linear".'
+            )
+        if self.push_to_hub and not self.hub_model_id:
+            raise ValueError('push_to_hub=True needs hub_model_id, for example "user/name".')
+
+
+def learning_rate_factor(arguments: RunArguments, step: int) -> float:
+    """The learning rate of optimizer step `step` (from 0), as a fraction of the highest."""
+    if arguments.lr_scheduler != "constant" and step < arguments.lr_warmup_steps:
+        return (step + 1) / (arguments.lr_warmup_steps + 1)
+    if arguments.lr_scheduler.startswith("constant"):
+        return 1.0
+    rest = max(1, arguments.max_train_steps - arguments.lr_warmup_steps)
+    progress = min(1.0, (step - arguments.lr_warmup_steps) / rest)
+    return 1.0 - progress if arguments.lr_scheduler == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))

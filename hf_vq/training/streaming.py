@@ -1,0 +1,201 @@
+"""Images read from a stream, in an order that can be continued from any step.
+
+The shards are read one after another, in a new order in every epoch, and the samples of each run of `shuffle_block` rows
+are shuffled within it. Both orders are drawn from the seed, so a position is described by the epoch, the shard, the
+`datasets` state at the start of the current block, and the offset in the block: at most one block is read again to
+continue. Every process reads the whole stream but decodes only its own part of each batch, so the samples of a step do not
+depend on the number of processes.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch.utils.data import IterableDataset
+
+from .data import BrokenImages
+from .image_decoding import BrokenImageError, crop_and_flip, decode_image, resize_shorter_side, to_pixel_values
+from .samplers import micro_batch_sizes, process_slice
+
+
+if TYPE_CHECKING:
+    import datasets
+
+
+class _Block:
+    """Consecutive rows of the stream in their shuffled order.
+
+    `start` says where the block begins: the epoch, the number of the block in the epoch, the number of shards that are
+    done, the `datasets` state within the next shard (`None`: its start) and the rows read before the block in the epoch.
+    """
+
+    def __init__(self, start: dict, rows: list[dict], order: np.ndarray):
+        self.start = start
+        self.rows = rows
+        self.order = order
+
+
+class StreamingImageDataset:
+    """Images from a `datasets.IterableDataset` whose rows hold `image` (undecoded) and, optionally, `label`.
+
+    `read_batches` is what a training run uses; iterating over the data set gives the samples of one epoch, in order and
+    without shuffling, for validation.
+
+    Args:
+        rows (`datasets.IterableDataset`): the stream.
+        shuffle_block (`int`): samples are shuffled within blocks of so many rows, which are held in memory undecoded.
+        resolution, crop, random_flip, seed, class_names: as in `ImageDataset`.
+
+    Attributes:
+        broken (`BrokenImages`): the broken images met so far in this process.
+    """
+
+    def __init__(
+        self,
+        rows: "datasets.IterableDataset",
+        resolution: int,
+        shuffle_block: int = 1000,
+        crop: str = "center",
+        random_flip: bool = False,
+        seed: int = 0,
+        class_names: list[str] | None = None,
+    ):
+        self.rows = rows
+        self.resolution = resolution
+        self.shuffle_block = shuffle_block
+        self.crop = crop
+        self.random_flip = random_flip
+        self.seed = seed
+        self.class_names = class_names
+        self.broken = BrokenImages()
+
+    def __iter__(self) -> Iterator[dict]:
+        blocks = self._blocks(None, shuffle=False)
+        for block in blocks:
+            if block.start["epoch"] > 0:
+                return
+            for offset in range(len(block.rows)):
+                yield self._sample(block, offset)
+
+    def read_batches(
+        self,
+        state: dict | None,
+        batch_size: int,
+        micro_batches: int = 1,
+        process_index: int = 0,
+        num_processes: int = 1,
+        num_threads: int = 1,
+    ) -> Iterator[tuple[list[dict], dict]]:
+        """Endlessly yields `(samples of this process's micro-batch, state after it)`.
+
+        Args:
+            state: what was yielded with the last batch that was used, or `None` for the start.
+            batch_size: samples per step over all processes and micro-batches.
+            num_threads: how many images are decoded at a time.
+        """
+        micro, _ = micro_batch_sizes(batch_size, micro_batches, num_processes)
+        (mine,) = process_slice(0, micro, 1, process_index, num_processes)
+        positions = self._positions(state)
+        with ThreadPoolExecutor(num_threads) as pool:
+            while True:
+                places = [next(positions) for _ in range(micro)]
+                samples = list(pool.map(lambda place: self._sample(*place), [places[index] for index in mine]))
+                block, offset = places[-1]
+                yield samples, {**block.start, "offset": offset + 1}
+
+    def _positions(self, state: dict | None) -> Iterator[tuple[_Block, int]]:
+        offset = state["offset"] if state else 0
+        for block in self._blocks(state, shuffle=True):
+            yield from ((block, position) for position in range(offset, len(block.rows)))
+            offset = 0
+
+    def _blocks(self, state: dict | None, shuffle: bool) -> Iterator[_Block]:
+        """All blocks from `state` on, epoch after epoch."""
+        start = {"epoch": 0, "block": 0, "shard": 0, "source": None, "row": 0}
+        if state is not None:
+            start = {name: state[name] for name in start}
+        while True:
+            found = False
+            for block in self._epoch_blocks(start, shuffle):
+                found = True
+                yield block
+            if not found and start["block"] == 0:
+                raise ValueError("the stream is empty: it has no row.")
+            start = {"epoch": start["epoch"] + 1, "block": 0, "shard": 0, "source": None, "row": 0}
+
+    def _epoch_blocks(self, start: dict, shuffle: bool) -> Iterator[_Block]:
+        epoch, number, row = start["epoch"], start["block"], start["row"]
+        count = self.rows.num_shards
+        shards = np.random.default_rng((self.seed, epoch)).permutation(count) if shuffle else np.arange(count)
+        begin = dict(start)
+        collected: list[dict] = []
+
+        def block() -> _Block:
+            generator = np.random.default_rng((self.seed, epoch, number))
+            order = generator.permutation(len(collected)) if shuffle else np.arange(len(collected))
+            return _Block(begin, collected, order)
+
+        for shard_number in range(start["shard"], count):
+            shard = self.rows.shard(num_shards=count, index=int(shards[shard_number])) if count > 1 else self.rows
+            resumed = shard_number == start["shard"] and start["source"] is not None
+            if resumed:
+                shard.load_state_dict(start["source"])
+            for example in shard:
+                collected.append(example)
+                if len(collected) == self.shuffle_block:
+                    yield block()
+                    number, row = number + 1, row + len(collected)
+                    begin = {
+                        "epoch": epoch,
+                        "block": number,
+                        "shard": shard_number,
+                        "source": shard.state_dict(),
+                        "row": row,
+                    }
+                    collected = []
+        if collected:
+            yield block()
+
+    def _sample(self, block: _Block, offset: int) -> dict:
+        """The sample at `offset` of the block's order; in place of a broken one, the next in the block that can be read."""
+        row = block.start["row"] + int(block.order[offset])
+        passed = []
+        for step in range(len(block.rows)):
+            index = int(block.order[(offset + step) % len(block.rows)])
+            example = block.rows[index]
+            try:
+                pixels = resize_shorter_side(decode_image(example["image"]), self.resolution)
+                break
+            except BrokenImageError as error:
+                passed.append(_name_of(example, block.start["row"] + index))
+                self.broken.add(passed[-1], error)
+        else:
+            raise ValueError(f"none of {len(passed)} consecutive images of the stream can be read; one: {passed[0]}.")
+        generator = np.random.default_rng((self.seed, block.start["epoch"], row))
+        pixels = crop_and_flip(pixels, self.resolution, self.crop, self.random_flip, generator)
+        sample = {"pixel_values": to_pixel_values(pixels)}
+        if "label" in example:
+            sample["label"] = int(example["label"])
+        if passed:
+            sample["broken_images"] = tuple(passed)
+        return sample
+
+
+def _name_of(example: dict, row: int) -> str:
+    path = (example["image"] or {}).get("path")
+    return f"{path} (row {row})" if path else f"row {row}"
+
+
+class StreamReader(IterableDataset):
+    """`read_batches` with a collate function, as a `DataLoader` takes it: one worker reads ahead."""
+
+    def __init__(self, dataset: StreamingImageDataset, collate_fn: Callable, state: dict | None, **plan):
+        self.dataset = dataset
+        self.collate_fn = collate_fn
+        self.state = state
+        self.plan = plan
+
+    def __iter__(self) -> Iterator[tuple]:
+        for samples, state in self.dataset.read_batches(self.state, **self.plan):
+            yield self.collate_fn(samples), state
