@@ -226,8 +226,8 @@ class VQGANLoss(nn.Module):
                 raise ValueError(
                     "`generator_loss` needs gradients for its adaptive weight; use `nll_loss` to validate."
                 )
-            with _frozen(discriminator) as network:
-                g_loss = GENERATOR_LOSSES[self.gen_loss](network(reconstructions).float())
+            with _frozen(discriminator):
+                g_loss = GENERATOR_LOSSES[self.gen_loss](discriminator(reconstructions).float())
             d_weight = adaptive_weight(nll, g_loss, last_layer) * self.disc_weight
             loss = loss + d_weight * factor * g_loss
             metrics["g_loss"] = g_loss.detach()
@@ -290,16 +290,13 @@ def cosine_temperature(step: int, start: float = 0.9, end: float = 1e-6, total_s
 
 
 @contextmanager
-def _frozen(module: nn.Module) -> Iterator[nn.Module]:
-    """The bare module, with its parameters frozen while a graph is built: none of them gets a gradient from it."""
-    # a distributed wrapper would wait for gradients that never come
-    if isinstance(module, nn.parallel.DistributedDataParallel):
-        module = module.module
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """Freezes the parameters while a graph is built: none of them gets a gradient from it."""
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)
     try:
-        yield module
+        yield
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)

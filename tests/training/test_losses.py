@@ -412,3 +412,21 @@ def test_shapes_must_agree():
 def test_bad_arguments(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):
         VQGANLoss(None, **arguments)
+
+
+def test_distributed_wrapper_changes_nothing(tmp_path):
+    def gradients(wrap):
+        tiny, loss = Tiny(), VQGANLoss(None)
+        discriminator = wrap(tiny.discriminator)
+        for step in range(2):
+            tiny.generator_loss(loss, step, discriminator=discriminator)[0].backward()
+            fake = tiny.generator(tiny.inputs)
+            loss.discriminator_loss(tiny.inputs, fake, step, discriminator=discriminator)[0].backward()
+        return [parameter.grad for parameter in tiny.parameters()]
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = gradients(torch.nn.parallel.DistributedDataParallel)
+    finally:
+        torch.distributed.destroy_process_group()
+    torch.testing.assert_close(wrapped, gradients(lambda module: module))
