@@ -1,0 +1,170 @@
+"""Completion: part of an image is kept, an autoregressive prior samples the rest."""
+
+import numpy as np
+import PIL.Image
+import torch
+from transformers import LogitsProcessor
+
+from .pipeline_output import VQPipelineOutput
+
+
+HALVES = ("top", "bottom", "left", "right")
+
+
+class KeptCodes(LogitsProcessor):
+    """Forces the codes `(B, L)` of the positions where `keep` `(B, L)` is true; `start` is the prefix's length."""
+
+    def __init__(self, codes: torch.LongTensor, keep: torch.BoolTensor, start: int):
+        self.codes, self.keep, self.start = codes, keep, start
+
+    def __call__(self, input_ids, scores):
+        position = input_ids.shape[1] - self.start
+        forced = torch.full_like(scores, float("-inf")).scatter(1, self.codes[:, position, None], 0.0)
+        return torch.where(self.keep[:, position, None], forced, scores)
+
+
+def kept_positions(keep, grid_size, downsample_factor: int) -> torch.BoolTensor:
+    """
+    Which codes are kept.
+
+    Args:
+        keep: "top", "bottom", "left" or "right" for that half (rounded up), or a bool array or tensor, true where the image
+            is kept: on the grid, `(h, w)` or `(B, h, w)`, or on pixels, `(H, W)` or `(B, H, W)`, where a code is kept if all
+            its pixels are.
+        grid_size: `(h, w)`.
+        downsample_factor: `H / h`.
+
+    Returns:
+        bool `(1 or B, h, w)`.
+    """
+    height, width = grid_size
+    if isinstance(keep, str):
+        if keep not in HALVES:
+            raise ValueError(f"`keep` must be one of {HALVES} or a mask, got {keep!r}.")
+        rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        half = {
+            "top": rows < (height + 1) // 2,
+            "bottom": rows >= height // 2,
+            "left": columns < (width + 1) // 2,
+            "right": columns >= width // 2,
+        }
+        return half[keep][None]
+    mask = keep if isinstance(keep, torch.Tensor) else torch.as_tensor(np.asarray(keep))
+    if mask.dtype != torch.bool or mask.ndim not in (2, 3):
+        raise ValueError(
+            f"`keep` must be a bool mask of 2 or 3 dimensions, got {mask.dtype} of shape {tuple(mask.shape)}."
+        )
+    mask = mask[None] if mask.ndim == 2 else mask
+    if tuple(mask.shape[1:]) == (height, width):
+        return mask
+    factor = downsample_factor
+    if tuple(mask.shape[1:]) != (height * factor, width * factor):
+        raise ValueError(
+            f"`keep` must have shape ({height}, {width}) on the grid or ({height * factor}, {width * factor}) on pixels, got "
+            f"{tuple(mask.shape[1:])}."
+        )
+    return mask.unflatten(2, (width, factor)).unflatten(1, (height, factor)).all(dim=4).all(dim=2)
+
+
+def to_pixel_values(image, channels: int) -> torch.FloatTensor:
+    """PIL images, or a tensor `(C, H, W)` or `(B, C, H, W)` in [-1, 1], as a float32 tensor `(B, C, H, W)` in [-1, 1]."""
+    if isinstance(image, torch.Tensor):
+        if not image.is_floating_point() or image.ndim not in (3, 4):
+            raise ValueError(
+                f"`image` must be a float tensor (B, C, H, W) in [-1, 1], got {image.dtype} of shape {tuple(image.shape)}."
+            )
+        return image.float() if image.ndim == 4 else image.float()[None]
+    images = image if isinstance(image, (list, tuple)) else [image]
+    if not images or not all(isinstance(item, PIL.Image.Image) for item in images):
+        raise ValueError("`image` must be a PIL image, a list of them, or a tensor in [-1, 1].")
+    if len({item.size for item in images}) > 1:
+        raise ValueError(f"`image` must hold images of one size, got {sorted({item.size for item in images})}.")
+    if channels not in (1, 3):
+        raise ValueError(f"`image` must be a tensor for a tokenizer of {channels} channels.")
+    arrays = [np.array(item.convert("RGB" if channels == 3 else "L"), dtype=np.float32) for item in images]
+    pixels = torch.from_numpy(np.stack(arrays)).reshape(len(arrays), *arrays[0].shape[:2], channels)
+    return pixels.permute(0, 3, 1, 2) / 127.5 - 1
+
+
+class CompletionMixin:
+    """The method `complete` of a pipeline with `vqvae`, `prior`, `prepare_prompt` and `sample_sequences`."""
+
+    @torch.no_grad()
+    def complete(
+        self,
+        image=None,
+        keep="top",
+        indices: torch.LongTensor | None = None,
+        class_labels=None,
+        condition=None,
+        num_images_per_prompt: int = 1,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        decode_batch_size: int = 16,
+        **sampling,
+    ) -> VQPipelineOutput | tuple:
+        """
+        Keeps the codes of a part of an image, unchanged, and samples the others.
+
+        The prior reads row by row: a sampled code is conditioned on the codes before it, kept or sampled, and never on kept
+        codes that come after it. The top half is therefore completed from all of it, while what is sampled above a kept
+        bottom half does not know it. The encoder has seen all of `image`, so a kept code near the border may hold traces
+        of the pixels beyond.
+
+        Args:
+            image: PIL images or a tensor `(B, C, H, W)` in [-1, 1], of the size that the prior's grid stands for.
+            keep: what to keep, see [`kept_positions`].
+            indices (int `(B, h, w)`, *optional*): codes to complete, in place of `image`.
+            class_labels, condition, num_images_per_prompt, output_type, return_dict, decode_batch_size: as in the call.
+                One image goes with several classes, and one class with several images.
+            sampling: `guidance_scale`, `temperature`, `top_k`, `top_p`, `generator`, `use_cache`, `cache_implementation`
+                and `callback_on_step_end` of the call.
+
+        Returns:
+            [`VQPipelineOutput`] with `B * num_images_per_prompt` images, those of one input adjacent.
+
+        Raises:
+            ValueError: both or none of `image` and `indices`, wrong shapes, or as in the call.
+        """
+        self.check_output(num_images_per_prompt, output_type)
+        config = self.prior.config
+        indices = self._indices_to_complete(image, indices)
+        keep = kept_positions(keep, config.grid_size, self.vqvae.config.downsample_factor)
+        prompt = self.prepare_prompt(class_labels, condition)
+        batch_size = max(len(indices), len(prompt), len(keep))
+        rows = {"image": indices.flatten(1), "class_labels": prompt, "keep": keep.flatten(1).to(prompt.device)}
+        for name, tensor in rows.items():
+            if len(tensor) not in (1, batch_size):
+                raise ValueError(f"`{name}` must have 1 or {batch_size} rows, got {len(tensor)}.")
+            tensor = tensor.expand(batch_size, -1)
+            rows[name] = tensor.repeat_interleave(num_images_per_prompt, dim=0)
+        codes, prompt, keep = rows["image"], rows["class_labels"], rows["keep"]
+
+        # The kept codes that come first are read at once, as part of the prompt.
+        first = int(keep.all(dim=0).long().cumprod(dim=0).sum())
+        kept = KeptCodes(codes, keep, start=config.condition_length)
+        sequences = self.sample_sequences(torch.cat([prompt, codes[:, :first]], dim=1), kept=kept, **sampling)
+        indices = self.prior.extract_indices(sequences)
+        images = self.postprocess(indices, output_type, decode_batch_size)
+        self.maybe_free_model_hooks()
+        return VQPipelineOutput(images=images, indices=indices) if return_dict else (images, indices)
+
+    def _indices_to_complete(self, image, indices) -> torch.LongTensor:
+        if (image is None) == (indices is None):
+            raise ValueError("Exactly one of `image` and `indices` must be given.")
+        grid_size = tuple(self.prior.config.grid_size)
+        if image is not None:
+            pixel_values = to_pixel_values(image, self.vqvae.config.in_channels)
+            pixel_values = pixel_values.to(self._execution_device, self.vqvae.dtype)
+            indices = torch.cat([self.vqvae.encode(part).indices for part in pixel_values.split(16)])
+        if indices.dtype != torch.int64 or indices.ndim != 3 or tuple(indices.shape[1:]) != grid_size:
+            raise ValueError(
+                f"`{'indices' if image is None else 'image'}` must give int64 codes of shape (B, {grid_size[0]}, "
+                f"{grid_size[1]}), got {indices.dtype} of shape {tuple(indices.shape)}."
+            )
+        if indices.min() < 0 or indices.max() >= self.prior.config.codebook_size:
+            raise ValueError(f"`indices` must lie in 0 … {self.prior.config.codebook_size - 1}.")
+        return indices.to(self._execution_device)
+
+
+__all__ = ["CompletionMixin", "KeptCodes", "kept_positions"]

@@ -1,0 +1,107 @@
+"""What the pipelines share: decoding, output types, and randomness that comes from the caller's generators."""
+
+import sys
+
+import PIL.Image
+import torch
+from diffusers import DiffusionPipeline
+
+
+OUTPUT_TYPES = ("pil", "np", "pt", "indices")
+
+
+class VQPipeline(DiffusionPipeline):
+    """Base of the pipelines that draw codes from a prior and decode them with the image tokenizer `vqvae`."""
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file):
+        """
+        Reads `model_index.json`. A folder that carries its own code names files in place of libraries; where the installed
+        hf_vq has the class, that one is used, and nothing of the folder is executed.
+        """
+        index = super()._dict_from_json_file(json_file)
+        package = sys.modules.get("hf_vq")
+        for name, value in index.items():
+            if not (isinstance(value, list) and len(value) == 2 and isinstance(value[1], str)):
+                continue
+            if hasattr(package, value[1]):
+                index[name] = value[1] if name == "_class_name" else ["hf_vq", value[1]]
+        return index
+
+    @torch.no_grad()
+    def decode_indices(self, indices: torch.LongTensor, batch_size: int = 16) -> torch.FloatTensor:
+        """Codes `(B, h, w)` to images `(B, C, H, W)` in [0, 1], float32, `batch_size` at a time."""
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        parts = [self.vqvae.decode_indices(part).sample.float() for part in indices.split(batch_size)]
+        return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
+
+    def postprocess(self, indices: torch.LongTensor, output_type: str, decode_batch_size: int = 16):
+        """The images of `indices` `(B, h, w)` as `output_type`, see [`VQPipelineOutput`]."""
+        if output_type == "indices":
+            return None
+        images = self.decode_indices(indices, decode_batch_size)
+        if output_type == "pt":
+            return images
+        images = images.permute(0, 2, 3, 1).cpu().numpy()
+        return images if output_type == "np" else numpy_to_pil(images)
+
+    def check_output(self, num_images_per_prompt: int, output_type: str):
+        """ValueErrors for the arguments that say how many images of what kind are wanted."""
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES}, got {output_type!r}.")
+        if output_type == "pil" and self.vqvae.config.in_channels not in (1, 3):
+            raise ValueError(
+                f"`output_type` 'pil' needs images of 1 or 3 channels, got {self.vqvae.config.in_channels}; use 'pt' or 'np'."
+            )
+        if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
+            raise ValueError(f"`num_images_per_prompt` must be a positive int, got {num_images_per_prompt!r}.")
+
+
+def check_generator(generator, batch_size: int):
+    """A ValueError unless `generator` is None, a `torch.Generator`, or a list of one for each of `batch_size` images."""
+    generators = generator if isinstance(generator, list) else [generator]
+    if any(not isinstance(g, torch.Generator) for g in generators if generator is not None):
+        raise ValueError("`generator` must be a torch.Generator or a list of them.")
+    if isinstance(generator, list) and len(generator) != batch_size:
+        raise ValueError(
+            f"`generator` must hold one torch.Generator for each of {batch_size} images, got {len(generator)}."
+        )
+
+
+def numpy_to_pil(images) -> list[PIL.Image.Image]:
+    """An array `(B, H, W, 1 or 3)` in [0, 1] as PIL images."""
+    pixels = (images * 255).round().astype("uint8")
+    return [PIL.Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in pixels]
+
+
+def draw_codes(log_probs: torch.FloatTensor, generator=None) -> torch.LongTensor:
+    """
+    One sample of each row's categorical distribution.
+
+    The code with the largest `log p - log q`, `q ~ Exp(1)`, is distributed as p (the Gumbel-max trick). Unlike
+    `torch.multinomial` it takes a generator of each row, and one that lives on another device.
+
+    Args:
+        log_probs (`(B, K)`): log-probabilities up to a constant of the row; -inf is never drawn.
+        generator: `None` for torch's global randomness, a `torch.Generator`, or a list of one for each row, with which a
+            row's sample does not depend on the other rows.
+
+    Returns:
+        int64 `(B,)`.
+    """
+    rows, device = log_probs.shape[0], log_probs.device
+
+    def exponential(shape, source):
+        where = device if source is None else source.device
+        return torch.empty(shape, device=where).exponential_(generator=source).to(device)
+
+    if isinstance(generator, list):
+        noise = torch.cat([exponential((1, log_probs.shape[1]), source) for source in generator])
+    else:
+        noise = exponential((rows, log_probs.shape[1]), generator)
+    noise = noise.clamp_min(torch.finfo(noise.dtype).tiny)
+    return (log_probs.float() - noise.log()).argmax(dim=-1)
+
+
+__all__ = ["VQPipeline", "check_generator", "draw_codes", "numpy_to_pil"]
