@@ -349,7 +349,8 @@ def test_every_parameter_gets_a_gradient_and_checkpointing_changes_nothing(kind)
     def gradients(checkpointing):
         model = make(kind, attn_pdrop=0.1).train()
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            # gradient_checkpointing_enable is the name in older transformers, deprecated in later ones
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         set_seed(4)
         model(**model.prepare_inputs(make_indices(model), make_condition(model))).loss.backward()
         return {name: parameter.grad for name, parameter in model.named_parameters()}
