@@ -12,11 +12,22 @@ from .modeling_outputs import VQDecoderOutput, VQEncoderOutput, VQModelOutput
 from .quantization import build_quantizer, code_counts, codebook_statistics
 
 
+def build_quantizer_of(config) -> nn.Module:
+    """The quantizer that a tokenizer's configuration describes."""
+    kwargs = dict(config.quantizer_kwargs)
+    if config.quantizer in ("vq", "ema", "cosine", "lfq", "residual"):
+        kwargs.setdefault("commitment_cost", config.commitment_cost)
+    if config.legacy_beta:
+        kwargs.setdefault("legacy_beta", True)
+    return build_quantizer(config.quantizer, config.num_embeddings, config.embed_dim, **kwargs)
+
+
 class VQTokenizerModel(PreTrainedModel):
     """An image tokenizer: `encoder → quant_conv → quantize → post_quant_conv → decoder`.
 
-    A subclass sets `encoder`, `quant_conv`, `post_quant_conv` and `decoder` between `super().__init__(config)`, which
-    builds `quantize`, and `self.post_init()`.
+    A subclass sets these five, `quantize` by `build_quantizer_of(config)`, between `super().__init__(config)` and
+    `self.post_init()`. The encoder comes first: `self.dtype` is that of the first parameter, and the quantizer stays in
+    float32.
     """
 
     main_input_name = "pixel_values"
@@ -24,15 +35,6 @@ class VQTokenizerModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     # half-precision codes would move several per cent of the indices
     _keep_in_fp32_modules_strict = ["quantize.*embed", "quantize.*cluster_size", "quantize.*proj"]
-
-    def __init__(self, config):
-        super().__init__(config)
-        kwargs = dict(config.quantizer_kwargs)
-        if config.quantizer in ("vq", "ema", "cosine", "lfq", "residual"):
-            kwargs.setdefault("commitment_cost", config.commitment_cost)
-        if config.legacy_beta:
-            kwargs.setdefault("legacy_beta", True)
-        self.quantize = build_quantizer(config.quantizer, config.num_embeddings, config.embed_dim, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -118,4 +120,4 @@ class VQTokenizerModel(PreTrainedModel):
         return output if return_dict else output.to_tuple()
 
 
-__all__ = ["VQTokenizerModel"]
+__all__ = ["VQTokenizerModel", "build_quantizer_of"]

@@ -5,7 +5,7 @@ from transformers import PreTrainedModel  # noqa: F401  (diffusers looks for a b
 
 from .autoencoder_blocks import Decoder, Encoder
 from .configuration_vqgan import VQGANConfig
-from .modeling_tokenizer import VQTokenizerModel
+from .modeling_tokenizer import VQTokenizerModel, build_quantizer_of
 
 
 class VQGANModel(VQTokenizerModel):
@@ -23,6 +23,7 @@ class VQGANModel(VQTokenizerModel):
         super().__init__(config)
         self.encoder = Encoder(config)
         self.quant_conv = nn.Conv2d(config.latent_channels, config.embed_dim, 1)
+        self.quantize = build_quantizer_of(config)
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.latent_channels, 1)
         self.decoder = Decoder(config)
         self.post_init()

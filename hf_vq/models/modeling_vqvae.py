@@ -7,7 +7,7 @@ from transformers import PreTrainedModel  # noqa: F401  (diffusers looks for a b
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_vqvae import VQVAEConfig
-from .modeling_tokenizer import VQTokenizerModel
+from .modeling_tokenizer import VQTokenizerModel, build_quantizer_of
 
 
 class VQVAEResidualBlock(GradientCheckpointingLayer):
@@ -94,6 +94,7 @@ class VQVAEModel(VQTokenizerModel):
         super().__init__(config)
         self.encoder = VQVAEEncoder(config)
         self.quant_conv = nn.Conv2d(config.hidden_size, config.embed_dim, 1)
+        self.quantize = build_quantizer_of(config)
         self.post_quant_conv = nn.Identity()
         self.decoder = VQVAEDecoder(config)
         self.post_init()

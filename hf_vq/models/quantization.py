@@ -8,6 +8,8 @@ In the comments z are the latents (encoder output), e the code vectors, K the nu
 
 import inspect
 import math
+from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -24,13 +26,30 @@ from .modeling_outputs import QuantizerOutput
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def _full_float32():
+    """No TF32 inside, whatever the program's setting: its 10 bits of mantissa move indices as half precision does."""
+    if torch.compiler.is_compiling():
+        yield
+        return
+    matmul = torch.backends.cuda.matmul
+    name, value = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
+    before = getattr(matmul, name)
+    setattr(matmul, name, value)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)
+
+
 @torch.no_grad()
 def nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor, chunk_bytes: int | None = None) -> torch.Tensor:
     """Index of the nearest code of each vector by Euclidean distance; ties go to the lowest index.
 
-    argmin |z - e|² = argmax (z·e - |e|²/2), always in float32, whatever the autocast: half-precision distances move
-    several per cent of the indices. The N×K scores are made in chunks of `chunk_bytes` (16 MB on a CPU, 128 MB
-    elsewhere) and never held whole, except under `torch.compile`, which would unroll the loop.
+    argmin |z - e|² = argmax (z·e - |e|²/2), always in float32, whatever the autocast or TF32 setting: half-precision
+    distances move several per cent of the indices. The N×K scores are made in chunks of `chunk_bytes` (16 MB on a CPU,
+    128 MB elsewhere) and never held whole. Under `torch.compile` they are (the loop would be unrolled), and TF32 is as
+    the program has set it.
 
     Args:
         vectors: `(N, D)`.
@@ -43,7 +62,7 @@ def nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor, chunk_bytes: in
         raise ValueError(
             f"`vectors` have {vectors.shape[-1]} channels but the codes have {codebook.shape[-1]}: they must be equal."
         )
-    with torch.autocast(vectors.device.type, enabled=False):
+    with torch.autocast(vectors.device.type, enabled=False), _full_float32():
         vectors, codebook = vectors.float(), codebook.float()
         bias = codebook.square().sum(dim=1).mul_(-0.5)
         rows = vectors.shape[0]
@@ -63,28 +82,29 @@ def nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor, chunk_bytes: in
 
 
 def straight_through(latents: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
-    """The value of `quantized`, the gradient of the identity to `latents` (van den Oord et al. 2017, section 3.2)."""
-    return latents + (quantized - latents).detach()
+    """The value of `quantized` to the bit, the identity's gradient to `latents` (van den Oord et al. 2017, section 3.2)."""
+    return quantized.detach() + (latents - latents.detach())
 
 
 def rotation_trick(latents: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
-    """The value of `quantized`, the gradient of the rotation and scaling that takes `latents` to it.
+    """The value of `quantized` to the bit, the gradient of the rotation and scaling that takes `latents` to it.
 
     Fifty et al. 2024, "Restructuring Vector Quantization with the Rotation Trick", equation 4:
     q = (|e|/|z|) (I - 2 r rᵀ + 2 ê ẑᵀ) z with r = (ẑ + ê) / |ẑ + ê| and all coefficients constant in the backward
-    pass. Both arguments are `(B, D, h, w)`; vectors are along dimension 1.
+    pass. Both arguments are `(B, D, h, w)`; vectors are along dimension 1. A latent of length 0 has no direction and
+    no finite scale: it takes the identity's gradient.
     """
-    # the norms are clamped, so a zero vector keeps a finite gradient
     floor = 1e-6
     with torch.no_grad():
-        latent_norm = latents.norm(dim=1, keepdim=True).clamp_min(floor)
-        quantized_norm = quantized.norm(dim=1, keepdim=True)
-        z_hat, e_hat = latents / latent_norm, quantized / quantized_norm.clamp_min(floor)
+        latent_norm, quantized_norm = latents.norm(dim=1, keepdim=True), quantized.norm(dim=1, keepdim=True)
+        z_hat, e_hat = latents / latent_norm.clamp_min(floor), quantized / quantized_norm.clamp_min(floor)
         r = F.normalize(z_hat + e_hat, dim=1, eps=floor)
-        scale = quantized_norm / latent_norm
+        scale = quantized_norm / latent_norm.clamp_min(floor)
     along_r = (latents * r).sum(dim=1, keepdim=True)
     along_z = (latents * z_hat).sum(dim=1, keepdim=True)
-    return scale * (latents - 2 * r * along_r + 2 * e_hat * along_z)
+    rotated = scale * (latents - 2 * r * along_r + 2 * e_hat * along_z)
+    # the value of `rotated` is only nearly `quantized` (z and e almost opposite), so only its gradient is taken
+    return straight_through(torch.where(latent_norm > floor, rotated, latents), quantized)
 
 
 GRADIENT_ESTIMATORS = {"straight_through": straight_through, "rotation": rotation_trick}
@@ -271,7 +291,8 @@ class EMAVectorQuantizer(VectorQuantizer):
 
     Zero-debiased (`zero_debias`): the rate is (1-γ)/(1-γᵗ) at update t, so the averages are exact weighted means of
     the data from the first update on, and hold nothing of the initial values (Kingma & Ba 2015, section 3). Counts
-    start at 1 and m at e, and a code keeps its vector while it has no count: an unused code never shrinks or blows up.
+    start at 1 and m at e. A code that is not used in an update keeps its vector to the bit (with smoothing: while its
+    count is 0), so that it never shrinks or blows up.
 
     A code whose count falls under `restart_threshold` times the mean count is dead: it restarts at a random latent of
     the batch, the same one on every process, with the mean count (as in Dhariwal et al. 2020, section 3.1).
@@ -281,7 +302,8 @@ class EMAVectorQuantizer(VectorQuantizer):
         count_smoothing: `None`; "laplace", dividing by (N+ε)/(ΣN+Kε)·ΣN as Sonnet does; or "laplace_stored", which
             also writes the smoothed counts back (as some ports of it do), for parity with them.
         epsilon: ε.
-        kwargs: those of `VectorQuantizer`, without `legacy_beta` (there is only one term).
+
+    The other arguments are those of `VectorQuantizer`, without `legacy_beta` (there is only one term).
     """
 
     def __init__(
@@ -294,7 +316,9 @@ class EMAVectorQuantizer(VectorQuantizer):
         restart_threshold: float = 0.02,
         count_smoothing: str | None = None,
         epsilon: float = 1e-5,
-        **kwargs,
+        gradient_estimator: str = "straight_through",
+        kmeans_init: bool = False,
+        kmeans_iterations: int = 10,
     ):
         if not 0 <= decay < 1:
             raise ValueError(f"`decay` must lie in [0, 1), got {decay}.")
@@ -304,9 +328,14 @@ class EMAVectorQuantizer(VectorQuantizer):
             raise ValueError(
                 f"`count_smoothing` must be None, 'laplace' or 'laplace_stored', got {count_smoothing!r}."
             )
-        if kwargs.pop("legacy_beta", False):
-            raise ValueError("`legacy_beta` swaps two loss terms, but an EMA codebook has only the commitment term.")
-        super().__init__(num_embeddings, embed_dim, commitment_cost, **kwargs)
+        super().__init__(
+            num_embeddings,
+            embed_dim,
+            commitment_cost,
+            gradient_estimator=gradient_estimator,
+            kmeans_init=kmeans_init,
+            kmeans_iterations=kmeans_iterations,
+        )
         self.decay, self.zero_debias, self.restart_threshold = decay, zero_debias, restart_threshold
         self.count_smoothing, self.epsilon = count_smoothing, epsilon
 
@@ -351,14 +380,15 @@ class EMAVectorQuantizer(VectorQuantizer):
             rate = rate / (1 - self.decay ** self.num_updates.double()).float()
         self.cluster_size.lerp_(counts.to(self.cluster_size), torch.as_tensor(rate).to(self.cluster_size))
         self.embed_avg.lerp_(sums.to(self.embed_avg), torch.as_tensor(rate).to(self.embed_avg))
-        divisor = self.cluster_size
+        divisor, moved = self.cluster_size, counts > 0
         if self.count_smoothing is not None:
+            # smoothing changes the quotient of unused codes also; without a count it would send them to m/ε
+            moved = self.cluster_size > 0
             total = self.cluster_size.sum()
             divisor = (self.cluster_size + self.epsilon) / (total + self.num_embeddings * self.epsilon) * total
             if self.count_smoothing == "laplace_stored":
                 self.cluster_size.copy_(divisor)
-        counted = (divisor > 0).unsqueeze(1)
-        self.codebook.copy_(torch.where(counted, self.embed_avg / divisor.unsqueeze(1), self.codebook))
+        self.codebook.copy_(torch.where(moved.unsqueeze(1), self.embed_avg / divisor.unsqueeze(1), self.codebook))
         if self.restart_threshold > 0:
             self._restart_dead_codes(flat)
 
@@ -470,7 +500,7 @@ class GumbelQuantizer(nn.Module):
                 weights = (perturbed / self.temperature).softmax(dim=1)
                 if self.hard:
                     one_hot = torch.zeros_like(weights).scatter_(1, indices.unsqueeze(1), 1.0)
-                    weights = one_hot + weights - weights.detach()
+                    weights = straight_through(weights, one_hot)
                 quantized = torch.einsum("bkhw,kd->bdhw", weights, self.embed.weight.float())
             else:
                 quantized = F.embedding(indices, self.embed.weight.float()).movedim(-1, 1)
@@ -497,14 +527,16 @@ class FSQuantizer(nn.Module):
 
     Args:
         num_embeddings: must equal the product of `levels`. embed_dim: must equal their number.
-        levels: for instance (8, 5, 5, 5) for K = 1000; each at least 2.
+        levels: for instance (8, 5, 5, 5) for K = 1000; each from 2 to 1000.
     """
 
-    def __init__(self, num_embeddings: int, embed_dim: int, levels: tuple[int, ...] = (8, 5, 5, 5)):
+    def __init__(self, num_embeddings: int, embed_dim: int, levels: Sequence[int] = (8, 5, 5, 5)):
         super().__init__()
-        if len(levels) != embed_dim or math.prod(levels) != num_embeddings or min(levels) < 2:
+        # beyond 1000 levels the margin of 1e-3 in `forward` would be a whole level
+        in_range = all(2 <= level <= 1000 for level in levels)
+        if len(levels) != embed_dim or math.prod(levels) != num_embeddings or not in_range:
             raise ValueError(
-                f"`levels` {tuple(levels)} must be {embed_dim} numbers (`embed_dim`) of at least 2 with product "
+                f"`levels` {tuple(levels)} must be {embed_dim} numbers (`embed_dim`) from 2 to 1000 with product "
                 f"{num_embeddings} (`num_embeddings`); their product is {math.prod(levels)}."
             )
         self.num_embeddings, self.embed_dim, self.levels = num_embeddings, embed_dim, tuple(levels)
@@ -523,10 +555,9 @@ class FSQuantizer(nn.Module):
             half_width = (levels - 1) * (1 + 1e-3) / 2
             offset = (levels % 2 == 0).float() / 2
             bounded = torch.tanh(z + torch.atanh(offset / half_width)) * half_width - offset
-            rounded = bounded + (bounded.round() - bounded).detach()
-            digits = (rounded.detach() + levels.div(2, rounding_mode="floor")).long()
-            quantized = self._digits_to_values(rounded + levels.div(2, rounding_mode="floor"))
-            indices = (digits * self._per_channel(self.basis, z).long()).sum(dim=1)
+            digits = straight_through(bounded, bounded.round()) + levels.div(2, rounding_mode="floor")
+            quantized = self._digits_to_values(digits)
+            indices = (digits.detach().long() * self._per_channel(self.basis, z).long()).sum(dim=1)
         return QuantizerOutput(
             quantized=quantized.to(latents.dtype), indices=indices, loss=torch.zeros((), device=z.device)
         )
@@ -639,17 +670,18 @@ class ResidualQuantizer(nn.Module):
     `indices` have shape `(B, h, w, depth)`. Losses are sums over the depth.
 
     Args:
-        depth: the number of quantizers. base: "vq", "ema" or "gumbel"; kwargs go to each of them.
+        depth: the number of quantizers. base: "vq" or "ema"; kwargs go to each of them. The gradient estimator acts
+            once, on the sum of the codes.
     """
 
     def __init__(self, num_embeddings: int, embed_dim: int, depth: int = 4, base: str = "ema", **kwargs):
         super().__init__()
         if depth < 1:
             raise ValueError(f"`depth` must be at least 1, got {depth}.")
-        if base not in ("vq", "ema", "gumbel"):
-            raise ValueError(f"`base` must be 'vq', 'ema' or 'gumbel', got {base!r}.")
+        if base not in ("vq", "ema"):
+            raise ValueError(f"`base` must be 'vq' or 'ema', got {base!r}.")
         self.num_embeddings, self.embed_dim, self.depth = num_embeddings, embed_dim, depth
-        self.layers = nn.ModuleList(QUANTIZERS[base](num_embeddings, embed_dim, **kwargs) for _ in range(depth))
+        self.layers = nn.ModuleList(build_quantizer(base, num_embeddings, embed_dim, **kwargs) for _ in range(depth))
 
     def forward(self, latents: torch.Tensor) -> QuantizerOutput:
         """Quantize `latents` `(B, D, h, w)`."""
@@ -658,16 +690,16 @@ class ResidualQuantizer(nn.Module):
         outputs = []
         for layer in self.layers:
             outputs.append(layer(residual))
-            residual = residual - outputs[-1].quantized.float().detach()
+            residual = residual - outputs[-1].quantized.detach()
 
         def total(name):
             terms = [getattr(output, name) for output in outputs]
             return None if terms[0] is None else sum(terms)
 
         # a sum of estimators would pass the gradient `depth` times; one estimator on the sum passes it once
-        quantized = sum(output.quantized.float().detach() for output in outputs)
+        codes = sum(output.quantized.detach() for output in outputs)
         return QuantizerOutput(
-            quantized=straight_through(latents.float(), quantized).to(latents.dtype),
+            quantized=self.layers[0].estimator(latents.float(), codes).to(latents.dtype),
             indices=torch.stack([output.indices for output in outputs], dim=-1),
             loss=total("loss"),
             codebook_loss=total("codebook_loss"),
@@ -703,7 +735,9 @@ def build_quantizer(name: str, num_embeddings: int, embed_dim: int, **kwargs) ->
     known = inspect.signature(QUANTIZERS[name]).parameters
     unknown = [key for key in kwargs if key not in known]
     if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
-        raise ValueError(f"`quantizer_kwargs` of {name!r} has no {unknown}; known: {sorted(set(known) - {'self'})}.")
+        raise ValueError(
+            f"`quantizer_kwargs` of {name!r} have no {unknown}; known: {sorted(set(known) - {'num_embeddings', 'embed_dim'})}."
+        )
     return QUANTIZERS[name](num_embeddings, embed_dim, **kwargs)
 
 
@@ -755,14 +789,15 @@ class IndexRemap(nn.Module):
         codebook: torch.Tensor | None = None,
     ):
         super().__init__()
-        used = torch.as_tensor(used, dtype=torch.int64).flatten()
+        used = torch.as_tensor(used, dtype=torch.int64).cpu().flatten()
         check_indices(used, num_embeddings)
         if used.numel() == 0 or used.unique().numel() != used.numel():
             raise ValueError("`used` must be a non-empty list of distinct codes.")
         if unknown not in ("error", "extra", "random", "nearest"):
             raise ValueError(f"`unknown` must be 'error', 'extra', 'random' or 'nearest', got {unknown!r}.")
-        if unknown == "nearest" and codebook is None:
-            raise ValueError("`unknown='nearest'` needs the `codebook`.")
+        if unknown == "nearest" and (codebook is None or codebook.shape[0] != num_embeddings):
+            shape = None if codebook is None else tuple(codebook.shape)
+            raise ValueError(f"`unknown='nearest'` needs a `codebook` of shape ({num_embeddings}, D), got {shape}.")
         self.unknown, self.num_used, self.num_embeddings = unknown, used.numel(), num_embeddings
         table = torch.full((num_embeddings,), -1, dtype=torch.int64)
         table[used] = torch.arange(used.numel())
