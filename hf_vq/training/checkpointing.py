@@ -127,6 +127,32 @@ def set_aside_after(folder: str | Path, step: int) -> list[Path]:
     return moved
 
 
+def save_parts(folder: Path, parts: dict) -> None:
+    """Writes the `state_dict()` of every part to `folder/<name>.pt`."""
+    for name, part in parts.items():
+        torch.save(part.state_dict(), folder / f"{name}.pt")
+
+
+def load_parts(folder: Path, parts: dict) -> None:
+    """Gives every part its state from `folder/<name>.pt`.
+
+    An optimizer takes its state but keeps the hyper-parameters that it was made with: a run may be continued with
+    another weight decay.
+    """
+    for name, part in parts.items():
+        file = folder / f"{name}.pt"
+        if not file.exists():
+            raise ValueError(f"the checkpoint {folder} has no {name!r}: it was written by a run with other parts.")
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(part, torch.optim.Optimizer):
+            part.load_state_dict(state)
+            continue
+        options = [{key: value for key, value in group.items() if key != "params"} for group in part.param_groups]
+        part.load_state_dict(state)
+        for group, own in zip(part.param_groups, options, strict=True):
+            group.update(own)
+
+
 def get_random_state() -> dict:
     """The state of the generators of Python, numpy, torch and the CUDA device of this process.
 

@@ -33,7 +33,7 @@ a step depends on is in the checkpoint. A run that was killed continues with the
 
 import json
 import logging
-import time
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -41,24 +41,27 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
 
 from .checkpointing import (
     draft_folder,
     find_checkpoints,
     get_random_state,
+    load_parts,
     preserved_random_state,
     publish_folder,
     remove_unfinished,
     rotate_checkpoints,
+    save_parts,
     set_aside_after,
     set_random_state,
 )
 from .data import collate
-from .metrics import MetricsFile, MetricWindow
+from .guards import MetricGuard, TrainingStoppedError
+from .loading import micro_batches, move_to_device
+from .metrics import MetricsFile, MetricWindow, Stopwatch
+from .processes import build_accelerator, from_main_process, seed_process, union_over_processes
 from .run_arguments import RunArguments, learning_rate_factor
-from .samplers import ProcessBatchSampler, SampleOrder, micro_batch_sizes
-from .streaming import StreamReader
+from .samplers import micro_batch_sizes
 from .trackers import start_tracker, track_images
 from .weight_ema import WeightEMA
 
@@ -67,20 +70,8 @@ __all__ = ["RunArguments", "TrainingRun", "TrainingStoppedError"]
 
 logger = logging.getLogger(__name__)
 
-
-class TrainingStoppedError(RuntimeError):
-    """The run cannot go on: a loss or a gradient is not finite, or the codebook has collapsed."""
-
-
-class _SamplesByEpoch(Dataset):
-    """Reads `(epoch, index)`; a data set without `sample(index, epoch)` is the same in every epoch."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __getitem__(self, key: tuple[int, int]):
-        epoch, index = key
-        return self.dataset.sample(index, epoch) if hasattr(self.dataset, "sample") else self.dataset[index]
+# Arguments that may differ between two starts of one run without a word.
+_FREE_ARGUMENTS = ("resume_from_checkpoint", "output_dir", "report_to", "push_to_hub", "hub_model_id", "cpu")
 
 
 class TrainingRun:
@@ -98,36 +89,11 @@ class TrainingRun:
     """
 
     def __init__(self, arguments: RunArguments, find_unused_parameters: bool = False):
-        from accelerate import Accelerator
-        from accelerate.utils import DistributedDataParallelKwargs, set_seed
+        from accelerate.utils import set_seed
 
         self.arguments = arguments
         self.output_dir = Path(arguments.output_dir)
-        if arguments.deterministic:
-            torch.use_deterministic_algorithms(True)
-            torch.backends.cudnn.benchmark = False
-        # Buffers are not broadcast: quantizers synchronise their own, and a broadcast within a step would change tensors
-        # that the backward pass still needs.
-        ddp = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=find_unused_parameters)
-        self.accelerator = Accelerator(
-            mixed_precision=arguments.mixed_precision,
-            gradient_accumulation_steps=arguments.gradient_accumulation_steps,
-            cpu=arguments.cpu,
-            log_with=None if arguments.report_to == "none" else arguments.report_to,
-            project_dir=str(self.output_dir / "logs"),
-            kwargs_handlers=[ddp],
-        )
-        if str(self.accelerator.distributed_type.value) not in (
-            "NO",
-            "MULTI_CPU",
-            "MULTI_GPU",
-            "MULTI_XPU",
-            "MULTI_NPU",
-        ):
-            raise ValueError(
-                f"distributed_type={self.accelerator.distributed_type.value}: runs work on one process or with data "
-                "parallelism (accelerate launch --multi_gpu, or --cpu --num_processes N)."
-            )
+        self.accelerator = build_accelerator(arguments, find_unused_parameters)
         micro_batch_sizes(
             arguments.train_batch_size, arguments.gradient_accumulation_steps, self.accelerator.num_processes
         )
@@ -135,27 +101,32 @@ class TrainingRun:
 
         self.models: dict[str, nn.Module] = {}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
-        self.schedulers: dict[str, torch.optim.lr_scheduler.LRScheduler] = {}
         self.emas: dict[str, WeightEMA] = {}
         self.states: dict[str, object] = {}
         self.global_step = 0
         self.samples_seen = 0
         self.is_finished = False
         self.broken_images: set[str] = set()
-        self.metrics_file = MetricsFile(self.output_dir / "metrics.jsonl")
-        self._window = MetricWindow()
-        self._validation: Callable[[], dict | None] | None = None
-        self._started = False
+        self._peak_rates: dict[str, list[float]] = {}
         self._dataset_size: int | None = None
         self._stream_state: dict | None = None
-        self._seconds = 0.0
-        self._clock = self._window_clock = 0.0
-        self._window_images = 0
-        self._low_perplexity_rows = 0
-        self._learning_rates: dict[str, float] = {}
+        self._validation: Callable[[], dict | None] | None = None
+        self._started = False
+        self._metrics_file = MetricsFile(self.output_dir / "metrics.jsonl")
+        self._window = MetricWindow(self.device)
+        self._guard = MetricGuard(arguments.min_codebook_perplexity, arguments.codebook_patience)
         self._progress_bar = None
+        self._clock = Stopwatch()
 
-    # ---- what is trained -------------------------------------------------------------------------------------------
+    @property
+    def is_main_process(self) -> bool:
+        return self.accelerator.is_main_process
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    # What is trained
 
     def add_model(self, name: str, model: nn.Module, ema: bool = False) -> nn.Module:
         """Moves a model to the device and prepares it for precision and processes; returns what the loop calls.
@@ -173,12 +144,10 @@ class TrainingRun:
         return prepared
 
     def add_optimizer(self, name: str, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        """Registers an optimizer; its learning rates become the peak of the schedule that the arguments name."""
+        """Registers an optimizer. Its learning rates become the peaks of the schedule that the arguments name."""
         self._check_new(name)
         self.optimizers[name] = optimizer
-        self.schedulers[name] = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: learning_rate_factor(self.arguments, step)
-        )
+        self._peak_rates[name] = [group["lr"] for group in optimizer.param_groups]
         return optimizer
 
     def add_state(self, name: str, state):
@@ -201,18 +170,20 @@ class TrainingRun:
         """The module that was given to `add_model`."""
         return self.accelerator.unwrap_model(model)
 
+    def ema_weights(self, name: str):
+        """A context in which a model has its averaged weights (its own, if no average is kept)."""
+        return self.emas[name].applied() if name in self.emas else ExitStack()
+
     def _check_new(self, name: str) -> None:
         if self._started:
             raise ValueError(f"{name!r} is added after start(): add models, optimizers and states before it.")
         if name in (*self.models, *self.optimizers, *self.states):
             raise ValueError(f"the name {name!r} is taken: every model, optimizer and state needs its own.")
 
-    # ---- the loop --------------------------------------------------------------------------------------------------
+    # The loop
 
     def start(self) -> int:
         """Continues from a checkpoint as `resume_from_checkpoint` says, and returns the number of steps done."""
-        from accelerate.utils import set_seed
-
         if self.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             for name in remove_unfinished(self.output_dir):
@@ -222,21 +193,21 @@ class TrainingRun:
         if checkpoint is not None:
             self._load_checkpoint(checkpoint)
         else:
-            set_seed(self.arguments.seed + self.accelerator.process_index)
+            seed_process(self.accelerator, self.arguments.seed)
         self.accelerator.wait_for_everyone()
         if self.is_main_process:
-            self.metrics_file.truncate_after(self.global_step)
+            self._metrics_file.truncate_after(self.global_step)
             for path in set_aside_after(self.output_dir, self.global_step):
-                logger.warning("A later checkpoint is kept as %s.", path)
+                logger.warning("A checkpoint of a later step is kept as %s.", path)
         self._started = True
+        self._set_learning_rates()
+        self._clock.start()
         self.is_finished = self._reached_the_end()
-        self._clock = self._window_clock = time.perf_counter()
         if self.is_finished:
-            self._say(f"Already finished at step {self.global_step}, skipping ({self.output_dir}).")
+            self.accelerator.print(f"Already finished at step {self.global_step}, skipping ({self.output_dir}).")
         else:
-            self._say(
-                f"{'Continuing from' if checkpoint else 'Starting at'} step {self.global_step}: {self.output_dir}"
-            )
+            beginning = "Starting at" if checkpoint is None else f"Continuing from {checkpoint.name},"
+            self.accelerator.print(f"{beginning} step {self.global_step} ({self.output_dir}).")
             start_tracker(self.accelerator, self.arguments, self.output_dir, self.global_step)
         return self.global_step
 
@@ -247,7 +218,7 @@ class TrainingRun:
             dataset: map-style (`len()` and, for an augmentation that depends on the epoch, `sample(index, epoch)`; else
                 `dataset[index]`), or a `StreamingImageDataset`.
             collate_fn: makes a batch of a list of samples.
-            shuffle: a new order in every epoch.
+            shuffle: a new order in every epoch (a stream is always shuffled within its blocks).
         """
         if not self._started:
             raise ValueError("batches() before start(): start the run first, so that it knows where it stands.")
@@ -255,81 +226,48 @@ class TrainingRun:
             return
         from tqdm.auto import tqdm
 
-        self._progress_bar = tqdm(
-            total=self.arguments.max_train_steps,
-            initial=self.global_step,
-            disable=not self.is_main_process,
-            unit="step",
-        )
-        if hasattr(dataset, "read_batches"):
-            loader = self._stream_loader(dataset, collate_fn)
-        else:
-            loader = ((batch, None) for batch in self._map_loader(dataset, collate_fn, shuffle))
-        try:
-            for batch, stream_state in loader:
-                if isinstance(batch, dict):
-                    self.broken_images.update(batch.pop("broken_images", ()))
-                self._stream_state = stream_state
-                yield self.to_device(batch)
-                if self.is_finished:
-                    return
-        finally:
-            self._progress_bar.close()
-
-    def _map_loader(self, dataset, collate_fn: Callable, shuffle: bool) -> DataLoader:
-        if self._dataset_size not in (None, len(dataset)):
-            raise ValueError(
-                f"the data set has {len(dataset)} samples, but the checkpoint was written with {self._dataset_size}: "
-                "continue with the same data, or start afresh with resume_from_checkpoint=none."
-            )
-        self._dataset_size = len(dataset)
-        sampler = ProcessBatchSampler(
-            SampleOrder(len(dataset), self.arguments.seed, shuffle),
-            position=self.samples_seen,
-            steps=self.arguments.max_train_steps - self.global_step,
-            batch_size=self.arguments.train_batch_size,
-            micro_batches=self.arguments.gradient_accumulation_steps,
-            process_index=self.accelerator.process_index,
-            num_processes=self.accelerator.num_processes,
-        )
-        return DataLoader(
-            _SamplesByEpoch(dataset),
-            batch_sampler=sampler,
-            collate_fn=collate_fn,
-            num_workers=self.arguments.dataloader_num_workers,
-            pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # else the loader draws from the global generator, at every start once
-        )
-
-    def _stream_loader(self, dataset, collate_fn: Callable) -> DataLoader:
-        workers = self.arguments.dataloader_num_workers
-        reader = StreamReader(
+        self._check_dataset_size(dataset)
+        arguments = self.arguments
+        loader = micro_batches(
             dataset,
             collate_fn,
-            self._stream_state,
-            batch_size=self.arguments.train_batch_size,
-            micro_batches=self.arguments.gradient_accumulation_steps,
-            process_index=self.accelerator.process_index,
-            num_processes=self.accelerator.num_processes,
-            num_threads=max(1, workers),
-        )
-        return DataLoader(
-            reader,
-            batch_size=None,
-            num_workers=min(1, workers),  # one process reads the stream, with a thread per worker asked for
+            plan={
+                "batch_size": arguments.train_batch_size,
+                "micro_batches": arguments.gradient_accumulation_steps,
+                "process_index": self.accelerator.process_index,
+                "num_processes": self.accelerator.num_processes,
+            },
+            position=self.samples_seen,
+            steps=arguments.max_train_steps - self.global_step,
+            seed=arguments.seed,
+            shuffle=shuffle,
+            stream_state=self._stream_state,
+            num_workers=arguments.dataloader_num_workers,
             pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),
         )
+        self._progress_bar = tqdm(
+            total=arguments.max_train_steps,
+            initial=self.global_step,
+            unit="step",
+            mininterval=0.2 if sys.stderr.isatty() else 10.0,
+            disable=not self.is_main_process,
+        )
+        with self._progress_bar:
+            for batch, self._stream_state in loader:
+                if isinstance(batch, dict):
+                    self.broken_images.update(batch.pop("broken_images", ()))
+                yield move_to_device(batch, self.device)
+                if self.is_finished:
+                    return
 
-    def to_device(self, batch):
-        """Moves the tensors of a batch (a tensor, or a dict, list or tuple of them) to the device."""
-        if torch.is_tensor(batch):
-            return batch.to(self.device, non_blocking=True)
-        if isinstance(batch, dict):
-            return {name: self.to_device(value) for name, value in batch.items()}
-        if isinstance(batch, (list, tuple)):
-            return type(batch)(self.to_device(value) for value in batch)
-        return batch
+    def _check_dataset_size(self, dataset) -> None:
+        size = len(dataset) if hasattr(dataset, "__len__") else None
+        if self.global_step and size != self._dataset_size:
+            raise ValueError(
+                f"the data set has {size} samples, but {self._dataset_size} when the checkpoint was written: continue "
+                "with the same data, or start afresh with resume_from_checkpoint=none."
+            )
+        self._dataset_size = size
 
     def accumulate(self, *models: nn.Module):
         """The context of one micro-batch: gradients are exchanged between processes only in the last of a step."""
@@ -355,6 +293,7 @@ class TrainingRun:
             scaler.unscale_(optimizer)
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, self.arguments.max_grad_norm or float("inf"))
+        # After the exchange of gradients all processes hold the same norm, and so take the same branch.
         if torch.isfinite(norm):
             self._window.add({f"grad_norm/{name}": norm})
         elif scaler is None or scaler.get_scale() < 1.0:
@@ -370,146 +309,106 @@ class TrainingRun:
         self._window.add(metrics)
 
     def finish_step(self) -> None:
-        """Ends a micro-batch; after the last of a step: schedules, averages, metrics, guards, validation, checkpoint."""
+        """Ends a micro-batch; after the last of a step: schedule, averages, metrics, guards, validation, checkpoint."""
         if not self.accelerator.sync_gradients:
             return
         arguments = self.arguments
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.update()
-        self._learning_rates = {name: scheduler.get_last_lr()[0] for name, scheduler in self.schedulers.items()}
-        for scheduler in self.schedulers.values():
-            scheduler.step()
         for ema in self.emas.values():
             ema.update()
         self.global_step += 1
         self.samples_seen += arguments.train_batch_size
-        self._window_images += arguments.train_batch_size
+        self._clock.samples += arguments.train_batch_size
         self.is_finished = self._reached_the_end()
         if self._progress_bar is not None:
             self._progress_bar.update()
         if self.global_step % arguments.logging_steps == 0 or self.is_finished:
             self._report()
-        validation_due = arguments.validation_steps and self.global_step % arguments.validation_steps == 0
-        if self._validation is not None and (validation_due or self.is_finished):
+        self._set_learning_rates()
+        if self._validation is not None and (self.is_finished or self._is_due(arguments.validation_steps)):
             self._validate()
-        if self.global_step % arguments.checkpointing_steps == 0 or self.is_finished:
-            with self._outside_of_speed():
+        if self.is_finished or self._is_due(arguments.checkpointing_steps):
+            with self._clock.paused():
                 self.save_checkpoint()
 
     def finish(self) -> None:
         """Closes the trackers and the process group. Save the trained model before."""
         self.accelerator.end_training()
 
-    # ---- metrics and guards ----------------------------------------------------------------------------------------
+    def _is_due(self, interval: int) -> bool:
+        return interval > 0 and self.global_step % interval == 0
+
+    def _set_learning_rates(self) -> None:
+        factor = learning_rate_factor(self.arguments, self.global_step)
+        for name, optimizer in self.optimizers.items():
+            for group, peak in zip(optimizer.param_groups, self._peak_rates[name], strict=True):
+                group["lr"] = peak * factor
+
+    def _reached_the_end(self) -> bool:
+        if self.global_step >= self.arguments.max_train_steps:
+            return True
+        if self.arguments.max_train_minutes is None:
+            return False
+        # The clocks of the processes differ: the main process decides.
+        return from_main_process(self._clock.elapsed() >= 60 * self.arguments.max_train_minutes)
+
+    # Metrics
 
     def _report(self) -> None:
-        now = time.perf_counter()
-        row = {"step": self.global_step, "epoch": self._epoch()}
-        row.update({f"learning_rate/{name}": rate for name, rate in self._learning_rates.items()})
+        row = {"step": self.global_step}
+        if self._dataset_size:
+            row["epoch"] = self.samples_seen / self._dataset_size
+        row.update({f"learning_rate/{name}": opt.param_groups[0]["lr"] for name, opt in self.optimizers.items()})
         row.update(self._window.take(lambda sums: self.accelerator.reduce(sums, "sum")))
-        row["images_per_second"] = self._window_images / max(now - self._window_clock, 1e-9)
-        row["seconds"] = self._elapsed()
-        row["broken_images"] = self._count_broken_images()
-        self._window_clock, self._window_images = now, 0
+        row["images_per_second"] = self._clock.take_speed()
+        row["seconds"] = self._clock.elapsed()
+        self.broken_images = union_over_processes(self.accelerator, self.broken_images)
+        row["broken_images"] = len(self.broken_images)
         self._write_row(row)
         if self._progress_bar is not None:
             shown = {name: f"{value:.4g}" for name, value in row.items() if "loss" in name or "perplexity" in name}
-            self._progress_bar.set_postfix(shown)
-        self._guard(row)
-
-    def _guard(self, row: dict) -> None:
-        bad = [
-            name for name, value in row.items() if isinstance(value, float) and not torch.isfinite(torch.tensor(value))
-        ]
-        if bad:
-            self._stop(
-                f"{', '.join(bad)} not finite in the {self.arguments.logging_steps} steps up to {self.global_step}"
-            )
-        perplexity = row.get("codebook_perplexity")
-        if perplexity is not None:
-            low = perplexity < self.arguments.min_codebook_perplexity
-            self._low_perplexity_rows = self._low_perplexity_rows + 1 if low else 0
-            if self._low_perplexity_rows >= self.arguments.codebook_patience:
-                self._stop(
-                    f"the codebook has collapsed: its perplexity is {perplexity:.3f}, and has been below "
-                    f"min_codebook_perplexity={self.arguments.min_codebook_perplexity} in the last "
-                    f"{self._low_perplexity_rows} rows of metrics, up to step {self.global_step}"
-                )
-
-    def _stop(self, reason: str) -> None:
-        """Saves the state for a look at it, under a name that is never resumed unasked, and raises."""
-        failed = self.output_dir / f"checkpoint-{self.global_step}-failed"
-        self.save_checkpoint(failed)
-        good = list(find_checkpoints(self.output_dir).values())
-        last = f"the last good checkpoint is {good[-1]}" if good else "there is no earlier checkpoint"
-        raise TrainingStoppedError(
-            f"Training stopped: {reason}. The state is saved in {failed}; {last}. A lower learning_rate, a longer "
-            "lr_warmup_steps or another seed may help."
-        )
+            self._progress_bar.set_postfix(shown, refresh=False)
+        reason = self._guard.check(row)
+        if reason is not None:
+            self._stop(reason)
 
     def _validate(self) -> None:
         with ExitStack() as stack:
-            stack.enter_context(self._outside_of_speed())
+            stack.enter_context(self._clock.paused())
             stack.enter_context(preserved_random_state())
             stack.enter_context(torch.no_grad())
-            for name in self.emas:
+            for name, model in self.models.items():
                 stack.enter_context(self.ema_weights(name))
-            for model in self.models.values():
-                stack.enter_context(_in_eval_mode(model))
+                stack.enter_context(_eval_mode(model))
             metrics = self._validation() or {}
-        self._write_row({"step": self.global_step, **{f"validation/{name}": float(v) for name, v in metrics.items()}})
+        row = {f"validation/{name}": float(value) for name, value in metrics.items()}
+        self._write_row({"step": self.global_step, **row})
 
     def log_images(self, name: str, images: torch.Tensor) -> None:
         """Writes a grid of `images` `(N, 3, H, W)` in [-1, 1] to `output_dir/pictures`, and to the tracker."""
         if self.is_main_process:
             track_images(self.accelerator, self.output_dir / "pictures", name, images, self.global_step)
 
-    def ema_weights(self, name: str):
-        """A context in which a model has its averaged weights (its own, if no average is kept)."""
-        return self.emas[name].applied() if name in self.emas else ExitStack()
-
     def _write_row(self, row: dict) -> None:
         if self.is_main_process and len(row) > 1:
-            self.metrics_file.append(row)
-            values = {name: value for name, value in row.items() if name != "step"}
-            self.accelerator.log(values, step=self.global_step)
+            self._metrics_file.append(row)
+            self.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
 
-    def _count_broken_images(self) -> int:
-        if self.accelerator.num_processes > 1:
-            from accelerate.utils import gather_object
+    def _stop(self, reason: str) -> None:
+        """Saves the state for inspection, under a name that is never resumed unasked, and raises."""
+        failed = self.save_checkpoint(self.output_dir / f"checkpoint-{self.global_step}-failed")
+        good = list(find_checkpoints(self.output_dir).values())
+        last = f"the last good checkpoint is {good[-1]}" if good else "there is no earlier checkpoint"
+        raise TrainingStoppedError(
+            f"Training stopped: {reason}. The state is saved in {failed}; {last}. A lower learning_rate, a longer "
+            "warm-up or another seed may help."
+        )
 
-            self.broken_images.update(gather_object(sorted(self.broken_images)))
-        return len(self.broken_images)
+    # Checkpoints
 
-    def _epoch(self) -> float:
-        return self.samples_seen / self._dataset_size if self._dataset_size else 0.0
-
-    @contextmanager
-    def _outside_of_speed(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._window_clock += time.perf_counter() - start
-
-    def _elapsed(self) -> float:
-        return self._seconds + time.perf_counter() - self._clock
-
-    def _reached_the_end(self) -> bool:
-        budget = self.arguments.max_train_minutes
-        out_of_time = False
-        if budget is not None:
-            elapsed = self._elapsed() if self._clock else self._seconds
-            # The clocks of the processes differ: the main process decides.
-            flag = torch.tensor([int(elapsed >= 60 * budget)], device=self.device)
-            if self.accelerator.num_processes > 1:
-                torch.distributed.broadcast(flag, 0)
-            out_of_time = bool(flag.item())
-        return out_of_time or self.global_step >= self.arguments.max_train_steps
-
-    # ---- checkpoints -----------------------------------------------------------------------------------------------
-
-    def _components(self) -> dict[str, object]:
+    def _parts(self) -> dict[str, object]:
         parts = {**self.models, **self.optimizers, **self.states}
-        parts.update({f"{name}-scheduler": scheduler for name, scheduler in self.schedulers.items()})
         parts.update({f"{name}-ema": ema for name, ema in self.emas.items()})
         if self.accelerator.scaler is not None:
             parts["grad_scaler"] = self.accelerator.scaler
@@ -517,16 +416,13 @@ class TrainingRun:
 
     def save_checkpoint(self, path: str | Path | None = None) -> Path:
         """Writes `output_dir/checkpoint-<step>`, which appears complete or not at all; called by every process."""
-        name = f"checkpoint-{self.global_step}"
-        path = Path(path) if path is not None else self.output_dir / name
-        draft = draft_folder(path) if self.is_main_process else None
-        draft = self._from_main_process(draft)
+        path = Path(path) if path is not None else self.output_dir / f"checkpoint-{self.global_step}"
+        self.broken_images = union_over_processes(self.accelerator, self.broken_images)
+        draft = from_main_process(draft_folder(path) if self.is_main_process else None)
         own = {"random": get_random_state(), "window": self._window.state_dict()}
         torch.save(own, draft / f"process-{self.accelerator.process_index}.pt")
-        self._count_broken_images()
         if self.is_main_process:
-            for part_name, part in self._components().items():
-                torch.save(part.state_dict(), draft / f"{part_name}.pt")
+            save_parts(draft, self._parts())
             (draft / "run.json").write_text(json.dumps(self._position(), indent=1))
         self.accelerator.wait_for_everyone()
         if self.is_main_process:
@@ -541,17 +437,12 @@ class TrainingRun:
             "samples_seen": self.samples_seen,
             "dataset_size": self._dataset_size,
             "stream": self._stream_state,
-            "seconds": self._elapsed(),
-            "low_perplexity_rows": self._low_perplexity_rows,
+            "seconds": self._clock.elapsed(),
+            "low_perplexity_rows": self._guard.low_rows,
             "broken_images": sorted(self.broken_images),
             "num_processes": self.accelerator.num_processes,
             "arguments": asdict(self.arguments),
         }
-
-    def _from_main_process(self, value):
-        from accelerate.utils import broadcast_object_list
-
-        return broadcast_object_list([value])[0]
 
     def _checkpoint_to_resume(self) -> Path | None:
         wanted = self.arguments.resume_from_checkpoint
@@ -564,50 +455,35 @@ class TrainingRun:
         return Path(wanted)
 
     def _load_checkpoint(self, path: Path) -> None:
+        load_parts(path, self._parts())
         position = json.loads((path / "run.json").read_text())
-        for name, part in self._components().items():
-            file = path / f"{name}.pt"
-            if not file.exists():
-                raise ValueError(f"the checkpoint {path} has no {name!r}: it belongs to a run with other parts.")
-            part.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
         self.global_step = position["step"]
         self.samples_seen = position["samples_seen"]
         self._dataset_size = position["dataset_size"]
         self._stream_state = position["stream"]
-        self._seconds = position["seconds"]
-        self._low_perplexity_rows = position["low_perplexity_rows"]
+        self._clock.seconds_before = position["seconds"]
+        self._guard.low_rows = position["low_perplexity_rows"]
         self.broken_images = set(position["broken_images"])
+        for name, value in asdict(self.arguments).items():
+            before = position["arguments"].get(name, value)
+            if before != value and name not in _FREE_ARGUMENTS and self.is_main_process:
+                logger.warning("Continuing with %s=%r; the checkpoint was written with %r.", name, value, before)
         if position["num_processes"] == self.accelerator.num_processes:
             own = torch.load(path / f"process-{self.accelerator.process_index}.pt", weights_only=True)
             set_random_state(own["random"])
-            self._window.load_state_dict(own["window"], self.device)
+            self._window.load_state_dict(own["window"])
         else:
-            from accelerate.utils import set_seed
-
-            set_seed(self.arguments.seed + self.accelerator.process_index + 1000 * self.global_step)
+            seed_process(self.accelerator, self.arguments.seed + 1000 * self.global_step)
             logger.warning(
-                "The checkpoint was written by %d processes, this run has %d: the data go on where they were, but what "
-                "the model draws at random (dropout, for example) differs from an unbroken run.",
+                "The checkpoint was written by %d processes and is continued by %d: the data go on where they were, but "
+                "what the model draws at random (dropout) differs from an unbroken run.",
                 position["num_processes"],
                 self.accelerator.num_processes,
             )
 
-    # ---- small things ----------------------------------------------------------------------------------------------
-
-    @property
-    def is_main_process(self) -> bool:
-        return self.accelerator.is_main_process
-
-    @property
-    def device(self) -> torch.device:
-        return self.accelerator.device
-
-    def _say(self, message: str) -> None:
-        self.accelerator.print(message)
-
 
 @contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+def _eval_mode(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

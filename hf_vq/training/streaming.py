@@ -7,12 +7,11 @@ continue. Every process reads the whole stream but decodes only its own part of 
 depend on the number of processes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
-from torch.utils.data import IterableDataset
 
 from .data import BrokenImages
 from .image_decoding import BrokenImageError, crop_and_flip, decode_image, resize_shorter_side, to_pixel_values
@@ -185,17 +184,3 @@ class StreamingImageDataset:
 def _name_of(example: dict, row: int) -> str:
     path = (example["image"] or {}).get("path")
     return f"{path} (row {row})" if path else f"row {row}"
-
-
-class StreamReader(IterableDataset):
-    """`read_batches` with a collate function, as a `DataLoader` takes it: one worker reads ahead."""
-
-    def __init__(self, dataset: StreamingImageDataset, collate_fn: Callable, state: dict | None, **plan):
-        self.dataset = dataset
-        self.collate_fn = collate_fn
-        self.state = state
-        self.plan = plan
-
-    def __iter__(self) -> Iterator[tuple]:
-        for samples, state in self.dataset.read_batches(self.state, **self.plan):
-            yield self.collate_fn(samples), state

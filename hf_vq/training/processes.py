@@ -1,0 +1,65 @@
+"""The processes of a run: what they share, and what they agree on."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from .run_arguments import RunArguments
+
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def build_accelerator(arguments: RunArguments, find_unused_parameters: bool):
+    """The `Accelerator` of a run, on one process or with data parallelism."""
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+
+    if arguments.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    # Buffers are not broadcast: quantizers synchronise their own, and a broadcast within a step would change tensors that
+    # the backward pass still needs.
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=find_unused_parameters)
+    accelerator = Accelerator(
+        mixed_precision=arguments.mixed_precision,
+        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
+        cpu=arguments.cpu,
+        log_with=None if arguments.report_to == "none" else arguments.report_to,
+        project_dir=str(Path(arguments.output_dir) / "logs"),
+        kwargs_handlers=[ddp],
+    )
+    supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    if accelerator.distributed_type not in supported:
+        raise ValueError(
+            f"distributed_type={accelerator.distributed_type.value}: runs work on one process or with data parallelism "
+            "(accelerate launch --multi_gpu, or --cpu --num_processes N)."
+        )
+    return accelerator
+
+
+def seed_process(accelerator: "Accelerator", seed: int) -> None:
+    """Seeds the generators of Python, numpy and torch, differently in every process."""
+    from accelerate.utils import set_seed
+
+    set_seed(seed + accelerator.process_index)
+
+
+def from_main_process(value):
+    """The value that the main process has; called by every process."""
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([value])[0]
+
+
+def union_over_processes(accelerator: "Accelerator", names: set[str]) -> set[str]:
+    """The names that any process has; called by every process."""
+    if accelerator.num_processes == 1:
+        return names
+    from accelerate.utils import gather_object
+
+    return set(gather_object(sorted(names)))
