@@ -12,6 +12,7 @@ from . import registration
 __version__ = "0.1.0"
 
 _MODULES = {
+    "VQAutoregressivePipeline": "hf_vq.pipelines.pipeline_vq_autoregressive",
     "VQGANConfig": "hf_vq.models.configuration_vqgan",
     "VQGANModel": "hf_vq.models.modeling_vqgan",
     "VQGPTConfig": "hf_vq.models.configuration_vq_gpt",
@@ -23,6 +24,7 @@ _MODULES = {
 
 # diffusers looks on a component's package for the base class that says how the component is saved and loaded.
 _BASES = {
+    "ImageProcessingMixin": "transformers",
     "ModelMixin": "diffusers",
     "PreTrainedModel": "transformers",
     "SchedulerMixin": "diffusers",
