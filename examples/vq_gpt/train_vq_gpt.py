@@ -1,0 +1,140 @@
+"""Train a GPT prior (Esser et al. 2021) over the codes of a trained tokenizer, unconditional or by class.
+
+    python examples/vq_gpt/train_vq_gpt.py examples/vq_gpt/emoji_32.yaml --tokenizer outputs/vqgan/tokenizer
+    accelerate launch examples/vq_gpt/train_vq_gpt.py CONFIG.yaml [--argument value ...]
+
+The data set is encoded once, into OUTPUT_DIR/indices. The result is a pipeline folder, OUTPUT_DIR/pipeline.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import AutoModel
+
+from hf_vq import VQAutoregressivePipeline, VQGPTConfig, VQGPTForCausalLM
+from hf_vq.evaluation.evaluate import evaluate_prior
+from hf_vq.training.arguments import parse_arguments
+from hf_vq.training.checkpointing import atomic_folder
+from hf_vq.training.data import DataArguments, collate, load_image_dataset
+from hf_vq.training.indices_cache import load_indices, write_indices
+from hf_vq.training.run import RunArguments, TrainingRun
+
+
+@dataclass
+class VQGPTArguments:
+    """The prior and its optimizer."""
+
+    tokenizer: str = field(metadata={"help": "Folder or Hub id of the trained tokenizer."})
+    num_hidden_layers: int = 12
+    hidden_size: int = 512
+    num_attention_heads: int = 8
+    dropout: float = field(default=0.1, metadata={"help": "In the residual stream, the attention and the embedding."})
+    pkeep: float = field(default=1.0, metadata={"help": "Share of the input codes that stay; the others are random."})
+    condition_dropout: float = field(
+        default=0.1, metadata={"help": "Share of the classes that become the null class, for guidance."}
+    )
+    random_flip_codes: bool = field(
+        default=False, metadata={"help": "In half of the cases, train on the codes of the mirrored image."}
+    )
+    weight_decay: float = field(default=0.01, metadata={"help": "On the weight matrices only."})
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    sample_classes: int = field(default=9, metadata={"help": "Classes in the validation picture, 8 samples each."})
+    guidance_scale: float = field(default=1.0, metadata={"help": "Guidance of the validation picture."})
+
+
+def build_prior(args: VQGPTArguments, tokenizer, grid_size: tuple[int, int], class_names: list[str] | None):
+    conditional = class_names is not None
+    config = VQGPTConfig(
+        codebook_size=tokenizer.config.num_embeddings,
+        grid_size=grid_size,
+        condition_type="class" if conditional else "unconditional",
+        condition_vocab_size=len(class_names) if conditional else 0,
+        condition_dropout=args.condition_dropout if conditional else 0.0,
+        pkeep=args.pkeep,
+        n_layer=args.num_hidden_layers,
+        n_embd=args.hidden_size,
+        n_head=args.num_attention_heads,
+        resid_pdrop=args.dropout,
+        embd_pdrop=args.dropout,
+        attn_pdrop=args.dropout,
+        **({"id2label": dict(enumerate(class_names))} if conditional else {}),
+    )
+    return VQGPTForCausalLM(config)
+
+
+def weight_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
+    """Weight decay on the matrices of the blocks and the head; none on embeddings, norms and biases."""
+    decayed, kept = [], []
+    for name, parameter in model.named_parameters():
+        is_matrix = parameter.ndim >= 2 and ".wte." not in name and ".wpe." not in name
+        (decayed if is_matrix else kept).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+
+
+@torch.no_grad()
+def validate(run: TrainingRun, prior, tokenizer, codes, args: VQGPTArguments) -> dict[str, float]:
+    """Bits per index on the validation codes, and a picture with a row of samples for each class."""
+    loader = DataLoader(codes, batch_size=64, collate_fn=collate)
+    conditional = prior.config.condition_type == "class"
+    figures = evaluate_prior(prior, loader, condition_key="label" if conditional else None, progress=False)
+    if run.is_main_process:
+        pipe = VQAutoregressivePipeline(vqvae=tokenizer, prior=prior)
+        pipe.set_progress_bar_config(disable=True)
+        classes = list(range(min(args.sample_classes, prior.config.condition_vocab_size))) if conditional else None
+        images = pipe(
+            class_labels=classes,
+            num_images_per_prompt=8 if conditional else 64,
+            guidance_scale=args.guidance_scale if conditional else 1.0,
+            generator=torch.Generator(prior.device).manual_seed(0),
+            output_type="pt",
+        ).images
+        run.log_images("samples", images * 2 - 1, columns=8)
+    return figures
+
+
+def main(argv: list[str] | None = None) -> None:
+    run_args, data_args, args = parse_arguments((RunArguments, DataArguments, VQGPTArguments), argv)
+    run = TrainingRun(run_args)
+    tokenizer = AutoModel.from_pretrained(args.tokenizer, dtype=torch.float32).to(run.device).eval()
+    codes, class_names = {}, None
+    for split in ("train", "validation"):
+        images = load_image_dataset(data_args, split)
+        class_names = images.class_names
+        folder = run.output_dir / "indices" / split
+        flip = args.random_flip_codes and split == "train"
+        write_indices(tokenizer, images, folder, flip=flip)
+        codes[split] = load_indices(folder, tokenizer, random_flip=flip, seed=run_args.seed)
+
+    grid_size = tuple(codes["train"].grids["indices"])
+    prior = build_prior(args, tokenizer, grid_size, class_names)
+    model = run.add_model("model", prior, ema=True)
+    optimizer = run.add_optimizer(
+        "optimizer",
+        torch.optim.AdamW(
+            weight_groups(prior, args.weight_decay),
+            lr=run_args.learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+        ),
+    )
+
+    run.on_validation(lambda: validate(run, prior, tokenizer, codes["validation"], args))
+    run.start()
+    for batch in run.batches(codes["train"]):
+        with run.accumulate(model):
+            inputs = prior.prepare_inputs(batch["indices"], batch["label"] if class_names else None)
+            loss = model(**inputs).loss
+            run.backward(loss)
+            run.step(optimizer)
+            run.log({"loss": loss.detach()})
+        run.finish_step()
+
+    if run.is_main_process:
+        with run.ema_weights("model"), atomic_folder(run.output_dir / "pipeline") as folder:
+            VQAutoregressivePipeline(vqvae=tokenizer, prior=prior.eval()).save_pretrained(folder)
+    run.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Train a VQ-VAE tokenizer (van den Oord et al. 2017) on a folder of images, parquet files or a Hub data set.
+
+python examples/vqvae/train_vqvae.py examples/vqvae/emoji_32.yaml --output_dir outputs/vqvae
+accelerate launch examples/vqvae/train_vqvae.py CONFIG.yaml [--argument value ...]
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from hf_vq import VQImageProcessor, VQVAEConfig, VQVAEModel
+from hf_vq.training.arguments import parse_arguments
+from hf_vq.training.checkpointing import atomic_folder
+from hf_vq.training.data import DataArguments, load_image_dataset
+from hf_vq.training.losses import cosine_temperature
+from hf_vq.training.perceptual import build_perceptual
+from hf_vq.training.run import RunArguments, TrainingRun
+from hf_vq.training.validation import validate_tokenizer
+
+
+@dataclass
+class VQVAEArguments:
+    """The model; the defaults are the paper's."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Start from this tokenizer; the fields down to `quantizer_kwargs` are its own."},
+    )
+    hidden_size: int = 128
+    residual_hidden_size: int = 32
+    num_residual_layers: int = 2
+    downsample_factor: int = 4
+    embed_dim: int = 64
+    num_embeddings: int = 512
+    commitment_cost: float = 0.25
+    quantizer: str = field(default="ema", metadata={"help": "vq, ema, gumbel, cosine, fsq, lfq or residual."})
+    quantizer_kwargs: dict | str = field(default_factory=dict, metadata={"help": "Its further arguments, as JSON."})
+    data_variance: float | None = field(
+        default=None, metadata={"help": "Variance of the pixels; measured on the first 1000 images if not given."}
+    )
+    validation_perceptual: str = field(
+        default="none",
+        metadata={"help": "Network for the perceptual figure of validation: lpips, mobilenet_v2, none."},
+    )
+
+
+def measure_variance(dataset) -> float:
+    """Variance of the pixels of the first 1000 images about their mean."""
+    pixels = torch.stack([dataset[i]["pixel_values"] for i in range(min(1000, len(dataset)))])
+    return float(pixels.var())
+
+
+def build_model(args: VQVAEArguments, resolution: int, dataset) -> VQVAEModel:
+    if args.model_name_or_path is not None:
+        return VQVAEModel.from_pretrained(args.model_name_or_path, dtype=torch.float32)
+    config = VQVAEConfig(
+        resolution=resolution,
+        hidden_size=args.hidden_size,
+        residual_hidden_size=args.residual_hidden_size,
+        num_residual_layers=args.num_residual_layers,
+        downsample_factor=args.downsample_factor,
+        embed_dim=args.embed_dim,
+        num_embeddings=args.num_embeddings,
+        commitment_cost=args.commitment_cost,
+        quantizer=args.quantizer,
+        quantizer_kwargs=args.quantizer_kwargs,
+        data_variance=args.data_variance or measure_variance(dataset),
+    )
+    return VQVAEModel(config)
+
+
+def main(argv: list[str] | None = None) -> None:
+    run_args, data_args, args = parse_arguments((RunArguments, DataArguments, VQVAEArguments), argv)
+    run = TrainingRun(run_args)
+    dataset = load_image_dataset(data_args, "train", augment=True, seed=run_args.seed)
+    validation = load_image_dataset(data_args, "validation")
+
+    tokenizer = build_model(args, data_args.resolution, validation).to(memory_format=torch.channels_last)
+    model = run.add_model("model", tokenizer, ema=True)
+    optimizer = run.add_optimizer("optimizer", torch.optim.Adam(model.parameters(), lr=run_args.learning_rate))
+    perceptual = build_perceptual(args.validation_perceptual)
+    if perceptual is not None:
+        perceptual.to(run.device)
+
+    run.on_validation(lambda: validate_tokenizer(run, tokenizer, validation, perceptual))
+    run.start()
+    for batch in run.batches(dataset):
+        if tokenizer.config.quantizer == "gumbel":
+            tokenizer.quantize.temperature = cosine_temperature(run.global_step, total_steps=run_args.max_train_steps)
+        with run.accumulate(model):
+            output = model(batch["pixel_values"].contiguous(memory_format=torch.channels_last))
+            run.backward(output.loss)
+            run.step(optimizer)
+            run.log(
+                {
+                    "loss": output.loss.detach(),
+                    "reconstruction_loss": output.reconstruction_loss.detach(),
+                    "quantizer_loss": output.quantizer_loss.detach(),
+                    "codebook_perplexity": output.perplexity,
+                }
+            )
+        run.finish_step()
+
+    if run.is_main_process:
+        with run.ema_weights("model"), atomic_folder(run.output_dir / "tokenizer") as folder:
+            tokenizer.eval().save_pretrained(folder)
+            VQImageProcessor(size=data_args.resolution).save_pretrained(folder)
+    run.finish()
+
+
+if __name__ == "__main__":
+    main()
