@@ -40,6 +40,10 @@ class DataArguments:
     validation_split: str = field(default="validation", metadata={"help": 'Split to validate on, or "train[:5%]".'})
     image_column: str = field(default="image", metadata={"help": "Column that holds the images."})
     label_column: str | None = field(default=None, metadata={"help": "Column that holds the classes."})
+    extra_columns: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Further columns (captions, for example) that samples carry as they are."},
+    )
     resolution: int = field(default=64, metadata={"help": "Side of the square images that the model sees."})
     crop: str = field(default="center", metadata={"help": "Crop of training images.", "choices": ["center", "random"]})
     random_flip: bool = field(default=False, metadata={"help": "Mirror half of the training images."})
@@ -127,16 +131,19 @@ def _open_saved(folder: Path, split: str, streaming: bool):
 
 
 def _prepare_columns(rows, arguments: DataArguments):
-    """Keeps the image column, undecoded, as `image`, and the label column, as integers, as `label`."""
+    """Keeps the image column, undecoded, as `image`, the label column, as integers, as `label`, and the extra ones."""
     import datasets
 
     features = rows.features if rows.features is not None else rows._resolve_features().features
     wanted = {arguments.image_column: "image"}
     if arguments.label_column is not None:
         wanted[arguments.label_column] = "label"
-    for argument, column in (("image_column", arguments.image_column), ("label_column", arguments.label_column)):
-        if column is not None and column not in features:
-            raise ValueError(f"{argument}={column!r} is not a column of the data set, which has {sorted(features)}.")
+    wanted.update({column: column for column in arguments.extra_columns})
+    for column in wanted:
+        if column not in features:
+            raise ValueError(f"the data set has no column {column!r}; it has {sorted(features)}.")
+    if len(set(wanted.values())) < len(wanted):
+        raise ValueError(f"extra_columns={arguments.extra_columns} may not contain 'image' or 'label'.")
 
     rows = rows.select_columns(list(wanted)).cast_column(arguments.image_column, datasets.Image(decode=False))
     class_names = None
@@ -177,7 +184,7 @@ class ImageDataset(Dataset):
     """Map-style images.
 
     Args:
-        rows (`datasets.Dataset`): columns `image` (undecoded) and, optionally, `label`.
+        rows (`datasets.Dataset`): columns `image` (undecoded), optionally `label`, and others that samples carry along.
         resolution (`int`): the side of the square images.
         crop (`str`): `"center"` or `"random"`.
         random_flip (`bool`): mirror half of the images.
@@ -207,9 +214,11 @@ class ImageDataset(Dataset):
         self.class_names = class_names
         self.labels = np.asarray(rows["label"][:]) if "label" in rows.column_names else None
         self.broken = BrokenImages()
+        extra = [column for column in rows.column_names if column not in ("image", "label")]
+        self._extra = rows.select_columns(extra) if extra else None
         self._cache = None
         if cache_images:
-            self._cache = [self._read_or_none(index) for index in range(len(rows))]
+            self._cache = [self._decode(index) for index in range(len(rows))]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -221,38 +230,47 @@ class ImageDataset(Dataset):
         """One image as it is seen in `epoch`; in place of a broken one, the next that can be read.
 
         Returns:
-            `dict`: `pixel_values` float32 `(3, resolution, resolution)` in [-1, 1], `label` (`int`) if there are labels,
-            `broken_images` (names, tuple) only if broken images were passed over.
+            `dict`: `pixel_values` float32 `(3, resolution, resolution)` in [-1, 1]; `label` (`int`) if there are labels;
+            the extra columns; `broken_images` (a tuple of names) only if broken images were passed over.
         """
         passed = []
         for candidate in range(index, index + len(self)):
             candidate %= len(self)
-            pixels = self._cache[candidate] if self._cache is not None else self._read_or_none(candidate)
+            pixels = self._pixels(candidate)
             if pixels is not None:
                 break
             passed.append(self.name_of(candidate))
         else:
             raise ValueError(f"none of the {len(self)} images of the data set can be read; the first: {passed[0]}.")
-
-        generator = np.random.default_rng((self.seed, epoch, index)) if self._is_random else None
+        is_random = self.crop == "random" or self.random_flip
+        generator = np.random.default_rng((self.seed, epoch, index)) if is_random else None
         pixels = crop_and_flip(pixels, self.resolution, self.crop, self.random_flip, generator)
-        sample = {"pixel_values": to_pixel_values(pixels)}
-        if self.labels is not None:
-            sample["label"] = int(self.labels[candidate])
+        sample = {"pixel_values": to_pixel_values(pixels), **self._fields(candidate)}
         if passed:
             sample["broken_images"] = tuple(passed)
         return sample
 
-    @property
-    def _is_random(self) -> bool:
-        return self.crop == "random" or self.random_flip
+    def read(self, index: int) -> dict | None:
+        """The centre crop of one image with its other fields, or `None` if it is broken."""
+        pixels = self._pixels(index)
+        if pixels is None:
+            return None
+        pixels = crop_and_flip(pixels, self.resolution, "center", False, None)
+        return {"pixel_values": to_pixel_values(pixels), **self._fields(index)}
+
+    def _pixels(self, index: int) -> np.ndarray | None:
+        return self._cache[index] if self._cache is not None else self._decode(index)
+
+    def _fields(self, index: int) -> dict:
+        label = {} if self.labels is None else {"label": int(self.labels[index])}
+        return {**label, **(self._extra[index] if self._extra is not None else {})}
 
     def name_of(self, index: int) -> str:
         """The image's path where the data set has it, and its row."""
         path = (self.rows[index]["image"] or {}).get("path")
         return f"{path} (row {index})" if path else f"row {index}"
 
-    def _read_or_none(self, index: int) -> np.ndarray | None:
+    def _decode(self, index: int) -> np.ndarray | None:
         try:
             return resize_shorter_side(decode_image(self.rows[index]["image"]), self.resolution)
         except BrokenImageError as error:

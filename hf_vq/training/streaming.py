@@ -38,8 +38,8 @@ class _Block:
 class StreamingImageDataset:
     """Images from a `datasets.IterableDataset` whose rows hold `image` (undecoded) and, optionally, `label`.
 
-    `read_batches` is what a training run uses; iterating over the data set gives the samples of one epoch, in order and
-    without shuffling, for validation.
+    `read_batches` is what a training run uses; iterating over the data set gives the centre crops of one epoch, in order,
+    without the broken images.
 
     Args:
         rows (`datasets.IterableDataset`): the stream.
@@ -70,12 +70,18 @@ class StreamingImageDataset:
         self.broken = BrokenImages()
 
     def __iter__(self) -> Iterator[dict]:
-        blocks = self._blocks(None, shuffle=False)
-        for block in blocks:
-            if block.start["epoch"] > 0:
-                return
-            for offset in range(len(block.rows)):
-                yield self._sample(block, offset)
+        for row, example in enumerate(self.rows):
+            sample = self.read(example, row)
+            if sample is not None:
+                yield sample
+
+    def read(self, example: dict, row: int) -> dict | None:
+        """The centre crop of one row of `self.rows` with its other fields, or `None` if the image is broken."""
+        pixels = self._pixels(example, row)
+        if pixels is None:
+            return None
+        pixels = crop_and_flip(pixels, self.resolution, "center", False, None)
+        return {"pixel_values": to_pixel_values(pixels), **_fields(example)}
 
     def read_batches(
         self,
@@ -105,40 +111,39 @@ class StreamingImageDataset:
 
     def _positions(self, state: dict | None) -> Iterator[tuple[_Block, int]]:
         offset = state["offset"] if state else 0
-        for block in self._blocks(state, shuffle=True):
+        for block in self._blocks(state):
             yield from ((block, position) for position in range(offset, len(block.rows)))
             offset = 0
 
-    def _blocks(self, state: dict | None, shuffle: bool) -> Iterator[_Block]:
+    def _blocks(self, state: dict | None) -> Iterator[_Block]:
         """All blocks from `state` on, epoch after epoch."""
         start = {"epoch": 0, "block": 0, "shard": 0, "source": None, "row": 0}
         if state is not None:
             start = {name: state[name] for name in start}
         while True:
             found = False
-            for block in self._epoch_blocks(start, shuffle):
+            for block in self._epoch_blocks(start):
                 found = True
                 yield block
             if not found and start["block"] == 0:
                 raise ValueError("the stream is empty: it has no row.")
             start = {"epoch": start["epoch"] + 1, "block": 0, "shard": 0, "source": None, "row": 0}
 
-    def _epoch_blocks(self, start: dict, shuffle: bool) -> Iterator[_Block]:
+    def _epoch_blocks(self, start: dict) -> Iterator[_Block]:
         epoch, number, row = start["epoch"], start["block"], start["row"]
         count = self.rows.num_shards
-        shards = np.random.default_rng((self.seed, epoch)).permutation(count) if shuffle else np.arange(count)
+        shards = np.random.default_rng((self.seed, epoch)).permutation(count)
         begin = dict(start)
         collected: list[dict] = []
 
         def block() -> _Block:
-            generator = np.random.default_rng((self.seed, epoch, number))
-            order = generator.permutation(len(collected)) if shuffle else np.arange(len(collected))
+            order = np.random.default_rng((self.seed, epoch, number)).permutation(len(collected))
             return _Block(begin, collected, order)
 
         for shard_number in range(start["shard"], count):
-            shard = self.rows.shard(num_shards=count, index=int(shards[shard_number])) if count > 1 else self.rows
-            resumed = shard_number == start["shard"] and start["source"] is not None
-            if resumed:
+            # a new object, even of a single shard: one that was given a state starts there in every later epoch
+            shard = self.rows.shard(num_shards=count, index=int(shards[shard_number]))
+            if shard_number == start["shard"] and start["source"] is not None:
                 shard.load_state_dict(start["source"])
             for example in shard:
                 collected.append(example)
@@ -158,29 +163,37 @@ class StreamingImageDataset:
 
     def _sample(self, block: _Block, offset: int) -> dict:
         """The sample at `offset` of the block's order; in place of a broken one, the next in the block that can be read."""
-        row = block.start["row"] + int(block.order[offset])
         passed = []
         for step in range(len(block.rows)):
             index = int(block.order[(offset + step) % len(block.rows)])
-            example = block.rows[index]
-            try:
-                pixels = resize_shorter_side(decode_image(example["image"]), self.resolution)
+            example, row = block.rows[index], block.start["row"] + index
+            pixels = self._pixels(example, row)
+            if pixels is not None:
                 break
-            except BrokenImageError as error:
-                passed.append(_name_of(example, block.start["row"] + index))
-                self.broken.add(passed[-1], error)
+            passed.append(_name_of(example, row))
         else:
             raise ValueError(f"none of {len(passed)} consecutive images of the stream can be read; one: {passed[0]}.")
-        generator = np.random.default_rng((self.seed, block.start["epoch"], row))
+        place = block.start["row"] + int(block.order[offset])
+        generator = np.random.default_rng((self.seed, block.start["epoch"], place))
         pixels = crop_and_flip(pixels, self.resolution, self.crop, self.random_flip, generator)
-        sample = {"pixel_values": to_pixel_values(pixels)}
-        if "label" in example:
-            sample["label"] = int(example["label"])
+        sample = {"pixel_values": to_pixel_values(pixels), **_fields(example)}
         if passed:
             sample["broken_images"] = tuple(passed)
         return sample
+
+    def _pixels(self, example: dict, row: int) -> np.ndarray | None:
+        try:
+            return resize_shorter_side(decode_image(example["image"]), self.resolution)
+        except BrokenImageError as error:
+            self.broken.add(_name_of(example, row), error)
+            return None
 
 
 def _name_of(example: dict, row: int) -> str:
     path = (example["image"] or {}).get("path")
     return f"{path} (row {row})" if path else f"row {row}"
+
+
+def _fields(example: dict) -> dict:
+    fields = {name: value for name, value in example.items() if name != "image"}
+    return {**fields, "label": int(fields["label"])} if "label" in fields else fields
