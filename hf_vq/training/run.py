@@ -385,10 +385,10 @@ class TrainingRun:
         row = {f"validation/{name}": float(value) for name, value in metrics.items()}
         self._write_row({"step": self.global_step, **row})
 
-    def log_images(self, name: str, images: torch.Tensor) -> None:
+    def log_images(self, name: str, images: torch.Tensor, columns: int | None = None) -> None:
         """Writes a grid of `images` `(N, 3, H, W)` in [-1, 1] to `output_dir/pictures`, and to the tracker."""
         if self.is_main_process:
-            track_images(self.accelerator, self.output_dir / "pictures", name, images, self.global_step)
+            track_images(self.accelerator, self.output_dir / "pictures", name, images, self.global_step, columns)
 
     def _write_row(self, row: dict) -> None:
         if self.is_main_process and len(row) > 1:

@@ -47,7 +47,7 @@ def image_grid(images: torch.Tensor, columns: int | None = None, gap: int = 2) -
     return sheet
 
 
-def track_images(accelerator, folder: Path, name: str, images: torch.Tensor, step: int, columns: int | None = None):
+def track_images(accelerator, folder: Path, name: str, images: torch.Tensor, step: int, columns: int | None) -> None:
     """Writes a grid to `folder/<name>-<step>.png` and gives it to the trackers that take pictures."""
     import numpy as np
 
