@@ -44,7 +44,7 @@ def _full_float32():
 
 @torch.no_grad()
 def nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor, chunk_bytes: int | None = None) -> torch.Tensor:
-    """Index of the nearest code of each vector by Euclidean distance; ties go to the lowest index.
+    """Index of the nearest code of each vector by Euclidean distance; of equal scores, the lowest index.
 
     argmin |z - e|² = argmax (z·e - |e|²/2), always in float32, whatever the autocast or TF32 setting: half-precision
     distances move several per cent of the indices. The N×K scores are made in chunks of `chunk_bytes` (16 MB on a CPU,
@@ -148,9 +148,14 @@ def _flatten(latents: torch.Tensor) -> torch.Tensor:
     return latents.movedim(1, -1).reshape(-1, latents.shape[1])
 
 
-def _unflatten(vectors: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """`(B·h·w, D)` to `(B, D, h, w)`, with B, h, w those of `indices`."""
-    return vectors.reshape(*indices.shape, vectors.shape[-1]).movedim(-1, 1)
+def _look_up(indices: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """Vectors `(B, D, h, w)` of `indices` `(B, h, w)`."""
+    return F.embedding(indices, codebook).movedim(-1, 1)
+
+
+def _check_sizes(num_embeddings: int, embed_dim: int) -> None:
+    if num_embeddings < 1 or embed_dim < 1:
+        raise ValueError(f"`num_embeddings` and `embed_dim` must be positive, got {num_embeddings} and {embed_dim}.")
 
 
 def _check_latents(latents: torch.Tensor, embed_dim: int) -> None:
@@ -201,10 +206,7 @@ class VectorQuantizer(nn.Module):
         kmeans_iterations: int = 10,
     ):
         super().__init__()
-        if num_embeddings < 1 or embed_dim < 1:
-            raise ValueError(
-                f"`num_embeddings` and `embed_dim` must be positive, got {num_embeddings} and {embed_dim}."
-            )
+        _check_sizes(num_embeddings, embed_dim)
         if gradient_estimator not in GRADIENT_ESTIMATORS:
             raise ValueError(
                 f"`gradient_estimator` must be one of {sorted(GRADIENT_ESTIMATORS)}, got {gradient_estimator!r}."
@@ -242,15 +244,11 @@ class VectorQuantizer(nn.Module):
                 self.initialized.fill_(True)
             flat_indices = nearest_codes(flat, self.codebook)
             indices = flat_indices.reshape(latents.shape[0], *latents.shape[2:])
-            codes = _unflatten(self._lookup(flat_indices), indices)
-            output = self._losses(z, codes, indices)
+            output = self._losses(z, _look_up(indices, self.codebook.float()), indices)
             if self.training:
                 self._update_codebook(flat, flat_indices)
         output.quantized = output.quantized.to(latents.dtype)
         return output
-
-    def _lookup(self, flat_indices: torch.Tensor) -> torch.Tensor:
-        return F.embedding(flat_indices, self.codebook.float())
 
     def _losses(self, z: torch.Tensor, codes: torch.Tensor, indices: torch.Tensor) -> QuantizerOutput:
         codebook_loss = F.mse_loss(codes, z.detach())
@@ -280,7 +278,7 @@ class VectorQuantizer(nn.Module):
     def indices_to_latents(self, indices: torch.Tensor) -> torch.Tensor:
         """Code vectors `(B, D, h, w)` of `indices` `(B, h, w)`, in the codebook's dtype."""
         check_indices(indices, self.num_embeddings)
-        return F.embedding(indices.long(), self.codebook).movedim(-1, 1)
+        return _look_up(indices.long(), self.codebook)
 
 
 class EMAVectorQuantizer(VectorQuantizer):
@@ -466,6 +464,7 @@ class GumbelQuantizer(nn.Module):
         hard: bool = True,
     ):
         super().__init__()
+        _check_sizes(num_embeddings, embed_dim)
         self.num_embeddings, self.embed_dim = num_embeddings, embed_dim
         self.kl_weight, self.temperature, self.hard = kl_weight, temperature, hard
         self.proj = nn.Conv2d(embed_dim, num_embeddings, 1)
@@ -503,7 +502,7 @@ class GumbelQuantizer(nn.Module):
                     weights = straight_through(weights, one_hot)
                 quantized = torch.einsum("bkhw,kd->bdhw", weights, self.embed.weight.float())
             else:
-                quantized = F.embedding(indices, self.embed.weight.float()).movedim(-1, 1)
+                quantized = _look_up(indices, self.embed.weight.float())
             log_q = logits.log_softmax(dim=1)
             kl = (log_q.exp() * (log_q + math.log(self.num_embeddings))).sum(dim=1).mean()
         return QuantizerOutput(quantized=quantized.to(latents.dtype), indices=indices, loss=self.kl_weight * kl)
@@ -511,7 +510,7 @@ class GumbelQuantizer(nn.Module):
     def indices_to_latents(self, indices: torch.Tensor) -> torch.Tensor:
         """Code vectors `(B, D, h, w)` of `indices` `(B, h, w)`."""
         check_indices(indices, self.num_embeddings)
-        return F.embedding(indices.long(), self.embed.weight).movedim(-1, 1)
+        return _look_up(indices.long(), self.embed.weight)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -541,23 +540,26 @@ class FSQuantizer(nn.Module):
             )
         self.num_embeddings, self.embed_dim, self.levels = num_embeddings, embed_dim, tuple(levels)
         self.basis = tuple(math.prod(levels[:i]) for i in range(len(levels)))
+        # bounded to just under L/2 either side (section 3.1); an even L is moved by half a level
+        self.half_width = tuple((level - 1) * (1 + 1e-3) / 2 for level in levels)
+        self.offset = tuple((level % 2 == 0) / 2 for level in levels)
+        self.shift = tuple(math.atanh(o / h) for o, h in zip(self.offset, self.half_width, strict=True))
 
-    def _per_channel(self, values: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=like.device).view(1, -1, 1, 1)
+    @staticmethod
+    def _per_channel(values: tuple[float, ...], like: torch.Tensor, dtype=torch.float32) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, device=like.device).view(1, -1, 1, 1)
 
     def forward(self, latents: torch.Tensor) -> QuantizerOutput:
         """Quantize `latents` `(B, D, h, w)`; the loss is 0."""
         _check_latents(latents, self.embed_dim)
         with torch.autocast(latents.device.type, enabled=False):
             z = latents.float()
-            levels = self._per_channel(self.levels, z)
-            # bounded to just under L/2 either side (equation in section 3.1); an even L is shifted by half a level
-            half_width = (levels - 1) * (1 + 1e-3) / 2
-            offset = (levels % 2 == 0).float() / 2
-            bounded = torch.tanh(z + torch.atanh(offset / half_width)) * half_width - offset
-            digits = straight_through(bounded, bounded.round()) + levels.div(2, rounding_mode="floor")
+            half_width, offset, shift = (self._per_channel(v, z) for v in (self.half_width, self.offset, self.shift))
+            bounded = torch.tanh(z + shift) * half_width - offset
+            lowest = self._per_channel(tuple(level // 2 for level in self.levels), z)
+            digits = straight_through(bounded, bounded.round()) + lowest
             quantized = self._digits_to_values(digits)
-            indices = (digits.detach().long() * self._per_channel(self.basis, z).long()).sum(dim=1)
+            indices = (digits.detach().long() * self._per_channel(self.basis, z, torch.int64)).sum(dim=1)
         return QuantizerOutput(
             quantized=quantized.to(latents.dtype), indices=indices, loss=torch.zeros((), device=z.device)
         )
@@ -569,8 +571,8 @@ class FSQuantizer(nn.Module):
     def indices_to_latents(self, indices: torch.Tensor) -> torch.Tensor:
         """Code vectors `(B, D, h, w)` of `indices` `(B, h, w)`, float32."""
         check_indices(indices, self.num_embeddings)
-        basis = self._per_channel(self.basis, indices).long()
-        levels = self._per_channel(self.levels, indices).long()
+        basis = self._per_channel(self.basis, indices, torch.int64)
+        levels = self._per_channel(self.levels, indices, torch.int64)
         return self._digits_to_values((indices.long().unsqueeze(1) // basis % levels).float())
 
     @property
@@ -602,6 +604,9 @@ class LFQuantizer(nn.Module):
         bits_per_group: int = 9,
     ):
         super().__init__()
+        _check_sizes(num_embeddings, embed_dim)
+        if bits_per_group < 1:
+            raise ValueError(f"`bits_per_group` must be at least 1, got {bits_per_group}.")
         if num_embeddings != 2**embed_dim:
             raise ValueError(
                 f"`num_embeddings` must be 2 ** embed_dim = {2**embed_dim} for lookup-free quantization, got {num_embeddings}."
@@ -644,7 +649,9 @@ class LFQuantizer(nn.Module):
                 choices = torch.stack([off[:, bit].exp(), on[:, bit].exp()], dim=1)
                 joint = (choices.unsqueeze(2) * joint.unsqueeze(1)).flatten(1)
             mean = joint.mean(dim=0)
-            mean_entropy = mean_entropy - torch.xlogy(mean, mean).sum()
+            # a product of bits underflows to 0, where the logarithm and its gradient are not finite
+            log_mean = mean.clamp_min(torch.finfo(mean.dtype).tiny).log()
+            mean_entropy = mean_entropy - (mean * log_mean).sum()
         return sample_entropy, mean_entropy
 
     def indices_to_latents(self, indices: torch.Tensor) -> torch.Tensor:
