@@ -153,6 +153,15 @@ def load_parts(folder: Path, parts: dict) -> None:
             group.update(own)
 
 
+def get_buffers(models: dict) -> dict[str, dict]:
+    """The saved state of every model without its parameters."""
+    parameters = {name: dict(model.named_parameters()) for name, model in models.items()}
+    return {
+        name: {key: value for key, value in model.state_dict().items() if key not in parameters[name]}
+        for name, model in models.items()
+    }
+
+
 def get_random_state() -> dict:
     """The state of the generators of Python, numpy, torch and the CUDA device of this process.
 

@@ -1,5 +1,6 @@
 """The processes of a run: what they share, and what they agree on."""
 
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,8 @@ from .run_arguments import RunArguments
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
 
 
 def build_accelerator(arguments: RunArguments, find_unused_parameters: bool):
@@ -37,7 +40,15 @@ def build_accelerator(arguments: RunArguments, find_unused_parameters: bool):
     if accelerator.distributed_type not in supported:
         raise ValueError(
             f"distributed_type={accelerator.distributed_type.value}: runs work on one process or with data parallelism "
-            "(accelerate launch --multi_gpu, or --cpu --num_processes N)."
+            "(accelerate launch --multi_gpu, also with the argument --cpu)."
+        )
+    # Accelerate's launcher for the CPU sets the address of a main process, but starts one process only (without MPI).
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    if on_cpu and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        logger.warning(
+            "This is a single process. If you asked for more with `accelerate launch --cpu --num_processes N`: it starts "
+            "one unless there is an MPI. Use `accelerate launch --multi_gpu --num_processes N SCRIPT ... --cpu`, or "
+            "`torchrun --nproc_per_node N SCRIPT ... --cpu`."
         )
     return accelerator
 

@@ -45,6 +45,7 @@ from torch import nn
 from .checkpointing import (
     draft_folder,
     find_checkpoints,
+    get_buffers,
     get_random_state,
     load_parts,
     preserved_random_state,
@@ -419,7 +420,9 @@ class TrainingRun:
         path = Path(path) if path is not None else self.output_dir / f"checkpoint-{self.global_step}"
         self.broken_images = union_over_processes(self.accelerator, self.broken_images)
         draft = from_main_process(draft_folder(path) if self.is_main_process else None)
-        own = {"random": get_random_state(), "window": self._window.state_dict()}
+        # The main process's buffers are with its models; BatchNorm's statistics, for one, are each process's own.
+        buffers = {} if self.is_main_process else get_buffers(self.models)
+        own = {"random": get_random_state(), "window": self._window.state_dict(), "buffers": buffers}
         torch.save(own, draft / f"process-{self.accelerator.process_index}.pt")
         if self.is_main_process:
             save_parts(draft, self._parts())
@@ -472,6 +475,8 @@ class TrainingRun:
             own = torch.load(path / f"process-{self.accelerator.process_index}.pt", weights_only=True)
             set_random_state(own["random"])
             self._window.load_state_dict(own["window"])
+            for name, buffers in own["buffers"].items():
+                self.models[name].load_state_dict(buffers, strict=False)
         else:
             seed_process(self.accelerator, self.arguments.seed + 1000 * self.global_step)
             logger.warning(

@@ -1,0 +1,159 @@
+"""A tiny but complete run: two models, dropout, an EMA codebook with restarts, two optimizers, random augmentation.
+
+As a script it takes a JSON object: the arguments of `train`. `kill_at` kills its own process with SIGKILL in that step, at
+the `kill_moment` "step" (before the update), "save" (the checkpoint is written but not yet in place) or "published".
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hf_vq.models.quantization import EMAVectorQuantizer
+from hf_vq.training import run as run_module
+from hf_vq.training.run import RunArguments, TrainingRun
+
+
+class ToyImages:
+    """Images of one colour with noise that depends on the epoch; remembers nothing."""
+
+    def __init__(self, size: int = 23):
+        self.size = size
+
+    def __len__(self):
+        return self.size
+
+    def sample(self, index, epoch=0):
+        colour = np.random.default_rng((7, index)).uniform(-1, 1, (3, 1, 1))
+        noise = np.random.default_rng((8, epoch, index)).normal(0, 0.1, (3, 6, 6))
+        return {"pixel_values": torch.tensor(colour + noise, dtype=torch.float32), "index": index, "epoch": epoch}
+
+
+class ToyTokenizer(nn.Module):
+    def __init__(self, dropout: float = 0.2, restart_threshold: float = 0.3):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.Dropout(dropout))
+        self.quantize = EMAVectorQuantizer(8, 4, decay=0.9, restart_threshold=restart_threshold)
+        self.quantize.reset_parameters()
+        self.decoder = nn.ConvTranspose2d(4, 3, 2, stride=2)
+
+    def forward(self, images):
+        output = self.quantize(self.encoder(images))
+        return self.decoder(output.quantized), output.loss
+
+
+class Interrupted(Exception):
+    pass
+
+
+def _kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _kill_while_saving(run, moment):
+    publish = run_module.publish_folder
+
+    def publish_and_die(draft, path):
+        if moment == "save":
+            _kill()
+        publish(draft, path)
+        _kill()
+
+    run_module.publish_folder = publish_and_die
+
+
+def train(
+    output_dir,
+    interrupt_at=None,
+    kill_at=None,
+    kill_moment="step",
+    dropout=0.2,
+    restart_threshold=0.3,
+    size=23,
+    loss_hook=None,
+    metrics_hook=None,
+    spy=None,
+    **arguments,
+):
+    """Trains and returns the run and its models. `interrupt_at` raises `Interrupted` in that step, before the update."""
+    defaults = {
+        "max_train_steps": 10,
+        "train_batch_size": 4,
+        "logging_steps": 1,
+        "checkpointing_steps": 3,
+        "validation_steps": 2,
+        "ema_decay": 0.9,
+        "lr_scheduler": "cosine",
+        "lr_warmup_steps": 2,
+        "min_codebook_perplexity": 0.0,
+        "cpu": True,
+    }
+    run = TrainingRun(RunArguments(str(output_dir), **{**defaults, **arguments}))
+    tokenizer = ToyTokenizer(dropout, restart_threshold)
+    model = run.add_model("model", tokenizer, ema=True)
+    critic = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.LeakyReLU(0.2), nn.Conv2d(4, 1, 3))
+    critic = run.add_model("critic", critic)
+    optimizer = run.add_optimizer("optimizer", torch.optim.Adam(model.parameters(), lr=1e-2))
+    c_optimizer = run.add_optimizer("c_optimizer", torch.optim.AdamW(critic.parameters(), lr=1e-2))
+
+    @run.on_validation
+    def validate():
+        return {"noise": torch.rand(()) + model(torch.zeros(1, 3, 6, 6, device=run.device))[0].mean()}
+
+    run.start()
+    for batch in run.batches(ToyImages(size)):
+        if spy is not None:
+            spy.append((run.global_step, batch["epoch"].tolist(), batch["index"].tolist()))
+        images = batch["pixel_values"]
+        with run.accumulate(model, critic):
+            reconstructions, commitment = model(images)
+            loss = F.mse_loss(reconstructions, images) + commitment
+            loss = loss if loss_hook is None else loss_hook(run, loss)
+            run.backward(loss)
+            if run.global_step + 1 == interrupt_at:
+                raise Interrupted
+            if run.global_step + 1 == kill_at:
+                _kill() if kill_moment == "step" else _kill_while_saving(run, kill_moment)
+            run.step(optimizer)
+            both = torch.cat([images, reconstructions.detach()])
+            c_loss = F.softplus(torch.cat([-critic(both)[: len(images)], critic(both)[len(images) :]])).mean()
+            run.backward(c_loss)
+            run.step(c_optimizer)
+            run.log({"loss": loss, "c_loss": c_loss})
+            if metrics_hook is not None:
+                run.log(metrics_hook(run))
+        run.finish_step()
+    return run
+
+
+def rows(output_dir, validation=False):
+    """The rows of metrics.jsonl without the times."""
+    found = []
+    for line in Path(output_dir, "metrics.jsonl").read_text().splitlines():
+        row = {name: value for name, value in json.loads(line).items() if name not in ("seconds", "images_per_second")}
+        if validation or "loss" in row:
+            found.append(row)
+    return found
+
+
+def weights(run):
+    """Everything that training has changed, by name."""
+    states = {name: model.state_dict() for name, model in run.models.items()}
+    states["ema"] = {**run.emas["model"].averages, **run.emas["model"].copies}
+    return {f"{name}.{key}": value.clone() for name, state in states.items() for key, value in state.items()}
+
+
+if __name__ == "__main__":
+    options = json.loads(sys.argv[1])
+    save_to = options.pop("save_to", None)
+    torch.set_num_threads(1)
+    finished = train(**options)
+    if save_to is not None:
+        torch.save(weights(finished), f"{save_to}-{finished.accelerator.process_index}.pt")
+    finished.finish()
