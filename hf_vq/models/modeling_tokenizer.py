@@ -10,6 +10,7 @@ from transformers import initialization as init
 
 from .modeling_outputs import VQDecoderOutput, VQEncoderOutput, VQModelOutput
 from .quantization import build_quantizer, code_counts, codebook_statistics
+from .tiling import map_tiles
 
 
 def build_quantizer_of(config) -> nn.Module:
@@ -60,12 +61,76 @@ class VQTokenizerModel(PreTrainedModel):
                 f"got {pixel_values.shape[2]}x{pixel_values.shape[3]}."
             )
 
+    # set by enable_tiling and enable_slicing; neither is part of the configuration
+    tile_size: int | None = None
+    tile_overlap: int = 0
+    use_slicing: bool = False
+
+    def enable_tiling(self, tile_size: int | None = None, overlap: int | None = None) -> None:
+        """Encode and decode images larger than `tile_size` in overlapping tiles, blended: the memory is that of a tile.
+
+        Codes are still chosen from all latents at once. Tiles are not used in training mode.
+
+        Args:
+            tile_size: side in pixels, a multiple of `downsample_factor`; by default twice the training resolution.
+            overlap: pixels that neighbours share, a multiple of `downsample_factor`; by default a quarter of a tile.
+        """
+        factor = self.config.downsample_factor
+        tile_size = 2 * self.config.resolution if tile_size is None else tile_size
+        overlap = tile_size // 4 // factor * factor if overlap is None else overlap
+        if tile_size < 2 * factor or tile_size % factor:
+            raise ValueError(
+                f"`tile_size` must be a multiple of {factor} (the downsample factor) and at least {2 * factor}, got {tile_size}."
+            )
+        if not 0 <= overlap <= tile_size // 2 or overlap % factor:
+            raise ValueError(
+                f"`overlap` must be a multiple of {factor} (the downsample factor) from 0 to half of "
+                f"tile_size={tile_size}, got {overlap}."
+            )
+        self.tile_size, self.tile_overlap = tile_size, overlap
+
+    def disable_tiling(self) -> None:
+        """Encode and decode images whole again."""
+        self.tile_size = None
+
+    def enable_slicing(self) -> None:
+        """Encode and decode the images of a batch one after the other."""
+        self.use_slicing = True
+
+    def disable_slicing(self) -> None:
+        """Encode and decode whole batches again."""
+        self.use_slicing = False
+
+    def _in_pieces(self, function, inputs: torch.Tensor, tile: int, overlap: int, scale: float) -> torch.Tensor:
+        """`function(inputs)` as slicing and tiling say; `tile` and `overlap` in positions of `inputs`."""
+        if self.training:
+            return function(inputs)
+        if self.use_slicing and inputs.shape[0] > 1:
+            slices = inputs.split(1)
+            return torch.cat([self._in_pieces(function, one, tile, overlap, scale) for one in slices])
+        if self.tile_size is not None and max(inputs.shape[2:]) > tile:
+            return map_tiles(function, inputs, tile, overlap, scale)
+        return function(inputs)
+
     def _encode_latents(self, pixel_values: torch.Tensor) -> torch.Tensor:
         self._check_pixels(pixel_values)
-        return self.quant_conv(self.encoder(pixel_values))
+        return self._in_pieces(
+            lambda pixels: self.quant_conv(self.encoder(pixels)),
+            pixel_values,
+            self.tile_size or 0,
+            self.tile_overlap,
+            1 / self.config.downsample_factor,
+        )
 
     def _decode_quantized(self, quantized: torch.Tensor) -> torch.Tensor:
-        return self.decoder(self.post_quant_conv(quantized))
+        factor = self.config.downsample_factor
+        return self._in_pieces(
+            lambda codes: self.decoder(self.post_quant_conv(codes)),
+            quantized,
+            (self.tile_size or 0) // factor,
+            self.tile_overlap // factor,
+            factor,
+        )
 
     def encode(self, pixel_values: torch.Tensor, return_dict: bool = True) -> VQEncoderOutput | tuple:
         """Images to codes.
