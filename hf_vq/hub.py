@@ -1,0 +1,224 @@
+"""Sharing: folders that carry their own code, model cards, and pushing both to the Hub."""
+
+import inspect
+import json
+import tempfile
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from transformers import PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
+
+from .code_bundle import bundle
+from .registration import MODELS
+
+
+CARD_TEMPLATE = Path(__file__).parent / "model_card_template.md"
+
+
+def save_with_code(model, folder: str | Path) -> None:
+    """Saves a model, an image processor or a pipeline so that it loads where hf_vq is not installed.
+
+    A model then loads by ``AutoModel`` (or ``AutoModelForCausalLM``), an image processor by ``AutoImageProcessor``, a
+    pipeline by ``DiffusionPipeline``, each with ``trust_remote_code=True``; where hf_vq is installed its own classes are
+    used, and nothing from the folder is executed. A model and its image processor may share a folder.
+
+    Raises:
+        ValueError: if there is nothing of hf_vq in it.
+    """
+    folder = Path(folder)
+    if isinstance(model, DiffusionPipeline):
+        _save_pipeline(model, folder)
+    elif isinstance(model, PreTrainedModel) and _is_ours(model):
+        auto_map = _auto_map(model)
+        model.save_pretrained(folder)
+        _edit_json(folder / "config.json", auto_map=auto_map)
+        _write_code(model, folder)
+    elif isinstance(model, BaseImageProcessor) and _is_ours(model):
+        model.save_pretrained(folder)
+        module = _write_code(model, folder)
+        auto_map = {"AutoImageProcessor": f"{module}.{type(model).__name__}"}
+        _edit_json(folder / "preprocessor_config.json", auto_map=auto_map)
+    else:
+        raise ValueError(
+            "`model` must be a model or an image processor of hf_vq, or a pipeline that has one, got "
+            f"{type(model).__module__}.{type(model).__name__}."
+        )
+
+
+def push_to_hub(
+    model,
+    repo_id: str,
+    card: ModelCard | None = None,
+    image_processor=None,
+    with_code: bool = True,
+    private: bool | None = None,
+    token: str | None = None,
+    commit_message: str | None = None,
+) -> str:
+    """Uploads a model or a pipeline in one commit and returns the commit's address.
+
+    Args:
+        model: a model or pipeline of hf_vq.
+        repo_id: "user/name"; created if it does not exist.
+        card: becomes README.md (see `model_card`); without one, a README.md that is there already stays.
+        image_processor: saved beside the model.
+        with_code: as `save_with_code` does; otherwise only those who have hf_vq can load it.
+        private, token, commit_message: as in `huggingface_hub`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        for part in (model, image_processor):
+            if part is not None:
+                save_with_code(part, folder) if with_code else part.save_pretrained(folder)
+        if card is not None:
+            card.save(Path(folder) / "README.md")
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        message = commit_message or f"Upload {type(model).__name__}"
+        return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message).commit_url
+
+
+def model_card(
+    model,
+    repo_id: str,
+    license: str,
+    dataset: str,
+    dataset_id: str | None = None,
+    metrics: dict[str, float] | None = None,
+    split: str = "validation",
+    description: str = "",
+    command: str | None = None,
+    tags: tuple[str, ...] = (),
+    with_code: bool = True,
+) -> ModelCard:
+    """The card of a model or pipeline: what it is, how it loads, what it was trained on, and its figures.
+
+    Args:
+        repo_id: where it will live, for the examples.
+        license: the weights' licence by its Hub name, such as "apache-2.0" or "cc-by-4.0".
+        dataset: the training data's name, and its credit where its licence asks for it.
+        dataset_id: the data set's Hub id, if it has one.
+        metrics: the figures by name, measured on `split` of the data set; the card's index carries them too.
+        description: what is particular about this checkpoint, in Markdown.
+        command: the command that trained it.
+        tags: further tags.
+        with_code: whether the repository carries the code, as after `save_with_code`.
+
+    Raises:
+        ValueError: for a figure that is not a finite number.
+    """
+    is_pipeline = isinstance(model, DiffusionPipeline)
+    parts = {name: part for name, part in model.components.items() if _is_ours(part)} if is_pipeline else {"": model}
+    metrics = metrics or {}
+    for name, value in metrics.items():
+        if not isinstance(value, (int, float)) or value - value != 0:
+            raise ValueError(f"`metrics[{name!r}]` must be a finite number, got {value!r}.")
+    task = "unconditional-image-generation" if is_pipeline else _task(model)
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type=dataset_id or "custom",
+            dataset_name=dataset_id or dataset.splitlines()[0],
+            dataset_split=split,
+            metric_type=name,
+            metric_value=value,
+        )
+        for name, value in metrics.items()
+    ]
+    data = ModelCardData(
+        library_name="hf_vq",
+        license=license,
+        pipeline_tag=task,
+        datasets=[dataset_id] if dataset_id else None,
+        metrics=list(metrics) or None,
+        tags=["vector-quantization", *(["diffusers"] if is_pipeline else []), *tags],
+        **({"model_name": repo_id.split("/")[-1], "eval_results": results} if results else {}),
+    )
+    return ModelCard.from_template(
+        data,
+        template_path=str(CARD_TEMPLATE),
+        repo_id=repo_id,
+        name=repo_id.split("/")[-1],
+        class_name=type(model).__name__,
+        auto_class="DiffusionPipeline" if is_pipeline else next(iter(MODELS[model.config.model_type][1])),
+        call=_example_call(model) if is_pipeline else None,
+        with_code=with_code,
+        facts=[(f"`{name}` {key}".strip(), value) for name, part in parts.items() for key, value in facts(part)],
+        dataset=dataset,
+        split=split,
+        metrics=metrics,
+        description=description,
+        command=command,
+    )
+
+
+def facts(model: PreTrainedModel) -> list[tuple[str, str]]:
+    """What a model is, as pairs of a name and a value, for people."""
+    config = model.config
+    found = [("class", type(model).__name__), ("parameters", f"{model.num_parameters():,}")]
+    if hasattr(config, "quantizer"):
+        found += [
+            (
+                "codebook",
+                f"{config.num_embeddings} codes of {config.embed_dim} channels, quantizer `{config.quantizer}`",
+            ),
+            ("pixels a code", f"{config.downsample_factor}×{config.downsample_factor}"),
+            ("trained at", f"{config.resolution}×{config.resolution}"),
+        ]
+    elif hasattr(config, "codebook_size"):
+        height, width = config.grid_size
+        found += [
+            ("codes", f"{height}×{width} of {config.codebook_size}"),
+            ("layers", str(config.num_hidden_layers)),
+            ("width", str(config.hidden_size)),
+            ("condition", config.condition_type),
+        ]
+    return found
+
+
+def _example_call(pipeline) -> str:
+    condition = getattr(getattr(pipeline, "prior", None), "config", None)
+    return {"class": "class_labels=0", "codes": "condition=codes"}.get(getattr(condition, "condition_type", None), "")
+
+
+def _task(model) -> str:
+    return "image-feature-extraction" if hasattr(model.config, "quantizer") else "unconditional-image-generation"
+
+
+def _is_ours(model) -> bool:
+    return type(model).__module__.split(".")[0] == __package__
+
+
+def _auto_map(model) -> dict[str, str]:
+    config, classes = MODELS.get(model.config.model_type, (None, {}))
+    own = [auto_class for auto_class, name in classes.items() if name == type(model).__name__]
+    if not own:
+        raise ValueError(
+            f"`model` must be of a registered class (`hf_vq.registration.MODELS`), got {type(model).__name__}."
+        )
+    module = Path(inspect.getfile(type(model))).stem
+    return {"AutoConfig": f"{module}.{config}", **{name: f"{module}.{type(model).__name__}" for name in own}}
+
+
+def _write_code(model, folder: Path) -> str:
+    """Writes the one file that defines the class of ``model``; returns its module name."""
+    source = Path(inspect.getfile(type(model)))
+    (folder / source.name).write_text(bundle(source), encoding="utf-8")
+    return source.stem
+
+
+def _save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
+    ours = {name: part for name, part in pipeline.components.items() if _is_ours(part)}
+    if not ours:
+        raise ValueError(f"`model` must have a component of hf_vq, got {type(pipeline).__name__} without one.")
+    pipeline.save_pretrained(folder)
+    entries = {name: [_write_code(part, folder / name), type(part).__name__] for name, part in ours.items()}
+    if _is_ours(pipeline):
+        entries["_class_name"] = [_write_code(pipeline, folder), type(pipeline).__name__]
+    _edit_json(folder / "model_index.json", **entries)
+
+
+def _edit_json(path: Path, **entries) -> None:
+    content = json.loads(path.read_text(encoding="utf-8")) | entries
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,254 @@
+"""Checkpoints that carry their code, loaded by processes that do not have hf_vq, from a folder and from the Hub."""
+
+import json
+import math
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard import metadata_load
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import BertConfig, BertModel
+
+import hf_vq
+from hf_vq.hub import CARD_TEMPLATE, facts, model_card, save_with_code
+
+
+pytestmark = pytest.mark.hub
+
+
+@pytest.fixture
+def vqgan():
+    torch.manual_seed(0)
+    config = hf_vq.VQGANConfig(
+        base_channels=8,
+        norm_num_groups=4,
+        channel_multiplier=[1, 2],
+        num_res_blocks=1,
+        attn_resolutions=[],
+        latent_channels=4,
+        embed_dim=4,
+        num_embeddings=16,
+        resolution=8,
+    )
+    return hf_vq.VQGANModel(config).eval()
+
+
+@pytest.fixture
+def pipeline(vqgan):
+    torch.manual_seed(1)
+    config = hf_vq.VQGPTConfig(
+        codebook_size=16, grid_size=4, n_embd=16, n_layer=1, n_head=2, condition_type="class", condition_vocab_size=3
+    )
+    pipeline = hf_vq.VQAutoregressivePipeline(vqvae=vqgan, prior=hf_vq.VQGPTForCausalLM(config).eval())
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+LOAD_MODEL = """
+import sys, torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoImageProcessor, AutoModel
+
+assert AutoConfig.from_pretrained({source!r}, trust_remote_code=True).codebook_size == 16
+processor = AutoImageProcessor.from_pretrained({source!r}, trust_remote_code=True)
+for dtype in ("float32", "bfloat16"):
+    model = AutoModel.from_pretrained({source!r}, trust_remote_code=True, dtype=getattr(torch, dtype))
+    assert type(model).__module__.startswith("transformers_modules."), type(model)
+    expected = load_file({expected!r} + dtype)
+    values = processor(Image.open({picture!r}), return_tensors="pt").pixel_values
+    assert torch.equal(values, expected.pop("pixel_values"))
+    with torch.no_grad():
+        assert torch.equal(model.decode_indices(expected.pop("indices")).sample, expected.pop("sample"))
+    state = {{**dict(model.named_parameters()), **dict(model.named_buffers())}}
+    assert state.keys() == expected.keys(), state.keys() ^ expected.keys()
+    for name, value in expected.items():
+        assert state[name].dtype == value.dtype and torch.equal(state[name], value), name
+assert "hf_vq" not in sys.modules
+"""
+
+
+def expect_model(source, processor, folder):
+    """Writes what a stranger must get, in each precision: pixel values, a decoded image and every tensor."""
+    picture = folder / "picture.png"
+    Image.radial_gradient("L").resize((13, 9)).save(picture)
+    indices = torch.arange(16).view(1, 4, 4)
+    for dtype in ("float32", "bfloat16"):
+        model = hf_vq.VQGANModel.from_pretrained(source, dtype=getattr(torch, dtype))
+        expected = {"indices": indices, **dict(model.named_parameters()), **dict(model.named_buffers())}
+        expected["pixel_values"] = processor(Image.open(picture), return_tensors="pt").pixel_values
+        with torch.no_grad():
+            expected["sample"] = model.decode_indices(indices).sample
+        expected = {name: value.detach().clone().contiguous() for name, value in expected.items()}
+        save_file(expected, folder / f"expected-{dtype}")
+    return {"expected": str(folder / "expected-"), "picture": str(picture)}
+
+
+def test_model_without_hf_vq(vqgan, hub, tmp_path):
+    processor = hf_vq.VQImageProcessor(size=8)
+    folder = str(tmp_path / "model")
+    save_with_code(vqgan, folder)
+    save_with_code(processor, folder)
+    expected = expect_model(folder, processor, tmp_path)
+    hub.run(LOAD_MODEL.format(source=folder, **expected), installed=False)
+    hub.run(
+        f"import hf_vq\nfrom hf_vq.hub import push_to_hub\nmodel = hf_vq.VQGANModel.from_pretrained({folder!r})\n"
+        f"processor = hf_vq.VQImageProcessor.from_pretrained({folder!r})\n"
+        "push_to_hub(model, 'tester/vqgan', image_processor=processor)"
+    )
+    assert {"modeling_vqgan.py", "image_processing_vq.py", "model.safetensors"} <= hub.files("tester/vqgan").keys()
+    hub.run(LOAD_MODEL.format(source="tester/vqgan", **expected), installed=False)
+
+
+LOAD_PIPELINE = """
+import sys, torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+pipeline = DiffusionPipeline.from_pretrained({source!r}, trust_remote_code=True)
+pipeline.set_progress_bar_config(disable=True)
+assert "hf_vq" not in sys.modules
+assert type(pipeline).__module__.startswith("diffusers_modules."), type(pipeline)
+output = pipeline(class_labels=[0, 2], generator=torch.Generator().manual_seed(0), output_type="pt")
+expected = load_file({expected!r})
+assert torch.equal(output.indices, expected["indices"])
+assert torch.equal(output.images, expected["images"])
+"""
+LOAD_PIPELINE_INSTALLED = """
+import hf_vq, torch
+from diffusers import DiffusionPipeline
+for pipeline in (
+    hf_vq.VQAutoregressivePipeline.from_pretrained({source!r}),
+    {cls}.from_pretrained({source!r}),
+):
+    assert type(pipeline) is hf_vq.VQAutoregressivePipeline
+    assert type(pipeline.vqvae) is hf_vq.VQGANModel and type(pipeline.prior) is hf_vq.VQGPTForCausalLM
+"""
+
+
+def expect_images(pipeline, folder):
+    output = pipeline(class_labels=[0, 2], generator=torch.Generator().manual_seed(0), output_type="pt")
+    save_file({"indices": output.indices.contiguous(), "images": output.images.contiguous()}, folder / "expected.st")
+    return str(folder / "expected.st")
+
+
+def test_pipeline_without_hf_vq(pipeline, hub, tmp_path):
+    folder = str(tmp_path / "pipeline")
+    save_with_code(pipeline, folder)
+    expected = expect_images(pipeline, tmp_path)
+    hub.run(LOAD_PIPELINE.format(source=folder, expected=expected), installed=False)
+    hub.run(
+        "import hf_vq\nfrom hf_vq.hub import model_card, push_to_hub\n"
+        f"pipeline = hf_vq.VQAutoregressivePipeline.from_pretrained({folder!r})\n"
+        "card = model_card(pipeline, 'tester/pipeline', 'apache-2.0', 'emoji-64', metrics={'psnr': 20.5})\n"
+        "card.validate()\n"
+        "push_to_hub(pipeline, 'tester/pipeline', card=card)\n"
+        "from huggingface_hub import ModelCard\n"
+        "assert ModelCard.load('tester/pipeline').data.eval_results[0].metric_value == 20.5\n"
+        + LOAD_PIPELINE_INSTALLED.format(source="tester/pipeline", cls="hf_vq.VQAutoregressivePipeline")
+    )
+    assert {"README.md", "model_index.json", "pipeline_vq_autoregressive.py", "vqvae/modeling_vqgan.py"} <= hub.files(
+        "tester/pipeline"
+    ).keys()
+    hub.run(LOAD_PIPELINE.format(source="tester/pipeline", expected=expected), installed=False)
+
+
+def test_pipeline_with_hf_vq_and_without_code(pipeline, hub, tmp_path):
+    """Saved the usual way: `DiffusionPipeline` finds the class once hf_vq is imported, in a folder and on the Hub."""
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    index = json.loads((tmp_path / "pipeline" / "model_index.json").read_text())
+    assert index["vqvae"] == ["hf_vq", "VQGANModel"] and index["prior"] == ["hf_vq", "VQGPTForCausalLM"]
+    folder = str(tmp_path / "pipeline")
+    hub.run(
+        f"import hf_vq\nhf_vq.VQAutoregressivePipeline.from_pretrained({folder!r}).push_to_hub('tester/plain')\n"
+        + LOAD_PIPELINE_INSTALLED.format(source=folder, cls="DiffusionPipeline")
+        + LOAD_PIPELINE_INSTALLED.format(source="tester/plain", cls="DiffusionPipeline")
+    )
+
+
+def test_saving_with_code_leaves_no_trace(vqgan, pipeline, tmp_path):
+    save_with_code(pipeline, tmp_path / "code")
+    pipeline.save_pretrained(tmp_path / "plain")
+    assert not list((tmp_path / "plain").rglob("*.py"))
+    assert "auto_map" not in (tmp_path / "plain" / "vqvae" / "config.json").read_text()
+    save_with_code(vqgan, tmp_path / "model")
+    vqgan.save_pretrained(tmp_path / "again")
+    assert not list((tmp_path / "again").rglob("*.py"))
+    assert "auto_map" not in (tmp_path / "again" / "config.json").read_text()
+
+
+def test_installed_classes_win_over_the_code_of_a_folder(vqgan, pipeline, tmp_path):
+    from transformers import AutoModel
+
+    save_with_code(vqgan, tmp_path / "model")
+    save_with_code(pipeline, tmp_path / "pipeline")
+    for trust in (None, True):
+        assert type(AutoModel.from_pretrained(tmp_path / "model", trust_remote_code=trust)) is hf_vq.VQGANModel
+    loaded = hf_vq.VQAutoregressivePipeline.from_pretrained(tmp_path / "pipeline")
+    assert type(loaded.vqvae) is hf_vq.VQGANModel and type(loaded.prior) is hf_vq.VQGPTForCausalLM
+
+
+def test_what_cannot_be_saved_with_code(tmp_path):
+    config = BertConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    with pytest.raises(ValueError, match="`model` must be .*BertModel"):
+        save_with_code(BertModel(config), tmp_path)
+    with pytest.raises(ValueError, match="`model` must be .*dict"):
+        save_with_code({}, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_card_round_trip(pipeline, tmp_path):
+    card = model_card(
+        pipeline,
+        "tester/name",
+        license="cc-by-4.0",
+        dataset="emoji-64: Noto Emoji (Apache-2.0) and Twemoji (CC BY 4.0)",
+        dataset_id="tester/emoji-64",
+        metrics={"psnr": 21.5, "codebook_usage": 0.875},
+        description="Small.",
+        command="python train.py",
+        tags=("emoji",),
+    )
+    card.save(tmp_path / "README.md")
+    data = metadata_load(tmp_path / "README.md")
+    assert (
+        data["library_name"] == "hf_vq" and data["license"] == "cc-by-4.0" and data["datasets"] == ["tester/emoji-64"]
+    )
+    assert data["pipeline_tag"] == "unconditional-image-generation" and "emoji" in data["tags"]
+    results = ModelCard.load(tmp_path / "README.md").data.eval_results
+    assert {(r.metric_type, r.metric_value, r.dataset_split) for r in results} == {
+        ("psnr", 21.5, "validation"),
+        ("codebook_usage", 0.875, "validation"),
+    }
+    text = (tmp_path / "README.md").read_text()
+    for expected in (
+        'DiffusionPipeline.from_pretrained("tester/name", trust_remote_code=True)',
+        "pipeline(class_labels=0).images",
+        "| psnr | 21.5 |",
+        "| codebook_usage | 0.875 |",
+        "python train.py",
+        "Twemoji (CC BY 4.0)",
+        "16 codes of 4 channels",
+    ):
+        assert expected in text, text
+    assert "{{" not in text and "{%" not in text
+
+
+def test_card_of_a_model_without_figures(vqgan):
+    card = model_card(vqgan, "tester/name", license="mit", dataset="noise", with_code=False)
+    assert card.data.eval_results is None and "model-index" not in card.content and "model_name" not in card.content
+    assert "trust_remote_code" not in card.content and "Figures" not in card.content
+    assert 'VQGANModel.from_pretrained("tester/name")' in card.content
+    with pytest.raises(ValueError, match=r"metrics\['psnr'\].*nan"):
+        model_card(vqgan, "tester/name", license="mit", dataset="noise", metrics={"psnr": math.nan})
+
+
+def test_the_repository_has_one_template():
+    link = CARD_TEMPLATE.parent.parent / "model_cards" / "template.md"
+    assert link.resolve() == CARD_TEMPLATE
+
+
+def test_facts(pipeline):
+    assert dict(facts(pipeline.vqvae))["parameters"] == f"{sum(p.numel() for p in pipeline.vqvae.parameters()):,}"
+    assert dict(facts(pipeline.prior))["codes"] == "4×4 of 16"
