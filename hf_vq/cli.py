@@ -1,0 +1,246 @@
+"""The command ``hf-vq``. Everything heavy is imported by the subcommand that needs it."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from . import __version__
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; returns 0, or 1 after printing the error that a user can mend."""
+    options = build_parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, OSError) as error:
+        print(f"hf-vq {options.command}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hf-vq", description="Vector-quantized image models.")
+    parser.add_argument("--version", action="version", version=f"hf-vq {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name, run, summary, source, **source_options):
+        command = commands.add_parser(name, help=summary, description=summary)
+        command.set_defaults(run=run)
+        command.add_argument(source, **source_options)
+        return command
+
+    model = {"metavar": "MODEL", "help": "folder or Hub id of a tokenizer, or of a pipeline that has one"}
+    add("info", info, "show what a model or a pipeline is", "model", metavar="MODEL", help="folder or Hub id")
+
+    command = add("reconstruct", reconstruct, "encode and decode images, and show both", "model", **model)
+    command.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    command.add_argument("--output", type=Path, default=Path("reconstructions.png"), help="(default: %(default)s)")
+    add_tokenizer_options(command)
+
+    command = add("encode", encode, "turn images into code indices", "model", **model)
+    command.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    command.add_argument("--output", type=Path, default=Path("indices.safetensors"), help="(default: %(default)s)")
+    add_tokenizer_options(command)
+
+    command = add("decode", decode, "turn the output of `encode` into images", "model", **model)
+    command.add_argument("indices", type=Path, metavar="INDICES", help="a safetensors file with a tensor `indices`")
+    command.add_argument("--output", type=Path, default=Path("decoded"), help="folder (default: %(default)s)")
+    add_device(command)
+
+    command = add("sample", sample, "draw new images", "pipeline", metavar="PIPELINE", help="folder or Hub id")
+    command.add_argument("--class-label", nargs="+", metavar="CLASS", help="one row for each, a number or a name")
+    command.add_argument("--num-images", type=positive, default=8, help="for each class (default: %(default)s)")
+    command.add_argument("--guidance-scale", type=float, default=1.0, help="(default: %(default)s)")
+    command.add_argument("--temperature", type=float, default=1.0, help="(default: %(default)s)")
+    command.add_argument("--top-k", type=int)
+    command.add_argument("--top-p", type=float)
+    command.add_argument("--seed", type=int, help="(default: a new one each time)")
+    command.add_argument("--output", type=Path, default=Path("samples.png"), help="(default: %(default)s)")
+    add_device(command)
+    return parser
+
+
+def add_tokenizer_options(command):
+    command.add_argument(
+        "--size", type=positive, help="side of the images (default: the one the model was trained at)"
+    )
+    add_device(command)
+
+
+def add_device(command):
+    command.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU if there is one)")
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
+def info(options):
+    from diffusers import DiffusionPipeline
+
+    from .hub import facts
+
+    model = load(options.model)
+    parts = model.components if isinstance(model, DiffusionPipeline) else {"": model}
+    for name, part in parts.items():
+        if name:
+            print(f"{name}:")
+        rows = facts(part) if hasattr(part, "num_parameters") else [("class", type(part).__name__)]
+        for key, value in rows:
+            print(f"  {key:14} {value}")
+
+
+def reconstruct(options):
+    import torch
+
+    from .evaluation.pictures import reconstruction_grid
+    from .evaluation.reconstruction import psnr
+
+    model = load_tokenizer(options)
+    pixel_values = read_images(options, model)
+    with torch.no_grad():
+        sample = model.decode(model.encode(pixel_values).latents).sample.clamp(-1, 1)
+    for path, value in zip(options.images, psnr(sample, pixel_values), strict=True):
+        print(f"{path}: PSNR {value:.2f} dB")
+    write_image(reconstruction_grid(pixel_values, sample), options.output)
+
+
+def encode(options):
+    import torch
+    from safetensors.torch import save_file
+
+    model = load_tokenizer(options)
+    with torch.no_grad():
+        indices = model.encode(read_images(options, model)).indices
+    metadata = {"model": options.model, "images": json.dumps([str(path) for path in options.images])}
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"indices": indices.cpu().contiguous()}, options.output, metadata=metadata)
+    print(f"{options.output}: indices {tuple(indices.shape)}, {indices.unique().numel()} different codes")
+
+
+def decode(options):
+    import torch
+    from safetensors import safe_open
+
+    from .models.image_processing_vq import VQImageProcessor
+
+    model = load_tokenizer(options)
+    with safe_open(options.indices, "pt") as file:
+        if "indices" not in file.keys():
+            raise ValueError(f"`{options.indices}` must hold a tensor `indices`, got {sorted(file.keys())}.")
+        indices = file.get_tensor("indices")
+        names = json.loads((file.metadata() or {}).get("images", "[]"))
+    codes = model.config.num_embeddings
+    if indices.ndim != 3 or indices.is_floating_point() or indices.min() < 0 or indices.max() >= codes:
+        raise ValueError(f"`indices` must be whole numbers (B, h, w) below {codes}, the size of the codebook.")
+    with torch.no_grad():
+        images = VQImageProcessor().postprocess(model.decode_indices(indices.long().to(model.device)).sample)
+    for number, image in enumerate(images):
+        stem = Path(names[number]).stem if len(names) == len(images) else "image"
+        write_image(image, options.output / f"{number:04d}-{stem}.png")
+
+
+def sample(options):
+    import torch
+
+    from .evaluation.pictures import labelled_rows
+
+    pipeline = load(options.pipeline)
+    if not callable(pipeline) or not hasattr(pipeline, "components"):
+        raise ValueError(f"`{options.pipeline}` is not a pipeline, but a {type(pipeline).__name__}.")
+    pipeline.to(options.device or default_device())
+    labels = [int(label) if label.isdigit() else label for label in options.class_label or []]
+    generator = None if options.seed is None else torch.Generator().manual_seed(options.seed)
+    output = pipeline(
+        class_labels=labels or None,
+        num_images_per_prompt=options.num_images,
+        guidance_scale=options.guidance_scale,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        generator=generator,
+    )
+    rows = [
+        output.images[start : start + options.num_images] for start in range(0, len(output.images), options.num_images)
+    ]
+    write_image(labelled_rows(list(zip(map(str, labels or [""]), rows, strict=True))), options.output)
+
+
+def default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load(source: str):
+    """The model or pipeline of hf_vq in a folder or Hub repository."""
+    import hf_vq
+
+    index = read_json(source, "model_index.json")
+    if index is None:
+        config = read_json(source, "config.json")
+        if config is None:
+            raise ValueError(f"`{source}` must hold a model_index.json or a config.json.")
+        name = (config.get("architectures") or [None])[0]
+    else:
+        name = index["_class_name"]
+        name = name if isinstance(name, str) else name[-1]
+    if name not in hf_vq.__all__:
+        raise ValueError(f"`{source}` must be a model or pipeline of hf_vq, got a {name}.")
+    return getattr(hf_vq, name).from_pretrained(source)
+
+
+def read_json(source: str, name: str) -> dict | None:
+    """A JSON file of a folder or Hub repository; None if it is not there."""
+    if Path(source).is_dir():
+        path = Path(source) / name
+    else:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+
+        try:
+            path = Path(hf_hub_download(source, name))
+        except EntryNotFoundError:
+            return None
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def load_tokenizer(options):
+    """The tokenizer `options.model`, or that of the pipeline `options.model`, on the device."""
+    model = load(options.model)
+    model = getattr(model, "vqvae", model)
+    if not hasattr(model, "decode_indices"):
+        raise ValueError(
+            f"`{options.model}` must be a tokenizer or a pipeline that has one, got {type(model).__name__}."
+        )
+    return model.to(options.device or default_device()).eval()
+
+
+def read_images(options, model):
+    """The images as `pixel_values` (B, 3, H, W) on the model's device, prepared as the model's folder says."""
+    from PIL import Image
+
+    from .models.image_processing_vq import VQImageProcessor
+
+    saved = read_json(options.model, "preprocessor_config.json")
+    processor = VQImageProcessor.from_dict(saved) if saved else VQImageProcessor(size=model.config.resolution)
+    size = {} if options.size is None else {"size": options.size}
+    images = []
+    for path in options.images:
+        with Image.open(path) as image:
+            image.load()
+        images.append(image)
+    return processor(images, return_tensors="pt", **size).pixel_values.to(model.device, model.dtype)
+
+
+def write_image(image, path: Path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+    print(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import hf_vq
+from hf_vq.cli import main
+
+
+CONFIG = {
+    "base_channels": 8,
+    "norm_num_groups": 4,
+    "channel_multiplier": [1, 2],
+    "num_res_blocks": 1,
+    "attn_resolutions": [],
+    "latent_channels": 4,
+    "embed_dim": 4,
+    "num_embeddings": 16,
+    "resolution": 8,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Holds a tokenizer, a prior, a pipeline of both, and two pictures."""
+    folder = tmp_path_factory.mktemp("cli")
+    torch.manual_seed(0)
+    vqgan = hf_vq.VQGANModel(hf_vq.VQGANConfig(**CONFIG)).eval()
+    names = {0: "cat", 1: "dog", 2: "owl"}
+    prior = hf_vq.VQGPTForCausalLM(
+        hf_vq.VQGPTConfig(
+            codebook_size=16,
+            grid_size=4,
+            n_embd=16,
+            n_layer=1,
+            n_head=2,
+            condition_type="class",
+            condition_vocab_size=3,
+            id2label=names,
+        )
+    )
+    vqgan.save_pretrained(folder / "vqgan")
+    prior.save_pretrained(folder / "prior")
+    hf_vq.VQAutoregressivePipeline(vqvae=vqgan, prior=prior.eval()).save_pretrained(folder / "pipeline")
+    Image.radial_gradient("L").resize((13, 9)).save(folder / "a.png")
+    Image.linear_gradient("L").resize((20, 20)).save(folder / "b.png")
+    return folder
+
+
+@pytest.fixture
+def model(folder):
+    return hf_vq.VQGANModel.from_pretrained(folder / "vqgan")
+
+
+def run(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+def test_info(folder, model, capsys):
+    assert run("info", folder / "vqgan") == 0
+    printed = capsys.readouterr().out
+    assert "VQGANModel" in printed and f"{model.num_parameters():,}" in printed and "16 codes of 4 channels" in printed
+    assert run("info", folder / "pipeline") == 0
+    printed = capsys.readouterr().out
+    assert "vqvae:" in printed and "prior:" in printed and "VQGPTForCausalLM" in printed and "4×4 of 16" in printed
+
+
+def test_encode_and_decode(folder, model, tmp_path):
+    indices_file = tmp_path / "new" / "indices.safetensors"
+    assert run("encode", folder / "vqgan", folder / "a.png", folder / "b.png", "--output", indices_file) == 0
+    with safe_open(indices_file, "pt") as file:
+        indices = file.get_tensor("indices")
+    processor = hf_vq.VQImageProcessor(size=8)
+    images = [Image.open(folder / name) for name in ("a.png", "b.png")]
+    with torch.no_grad():
+        expected = model.encode(processor(images, return_tensors="pt").pixel_values).indices
+        samples = processor.postprocess(model.decode_indices(expected).sample)
+    assert indices.dtype == torch.int64 and torch.equal(indices, expected)
+    assert run("decode", folder / "pipeline", indices_file, "--output", tmp_path / "decoded") == 0
+    for name, sample in zip(("0000-a.png", "0001-b.png"), samples, strict=True):
+        np.testing.assert_array_equal(np.array(Image.open(tmp_path / "decoded" / name)), np.array(sample))
+
+
+def test_the_saved_image_processor_and_size_are_used(folder, model, tmp_path):
+    model.save_pretrained(tmp_path / "vqgan")
+    hf_vq.VQImageProcessor(size=12).save_pretrained(tmp_path / "vqgan")
+    output = tmp_path / "indices.safetensors"
+    for options, side in (((), 6), (("--size", 10), 5)):
+        assert run("encode", tmp_path / "vqgan", folder / "b.png", "--output", output, *options) == 0
+        with safe_open(output, "pt") as file:
+            assert file.get_tensor("indices").shape == (1, side, side)
+
+
+def test_reconstruct(folder, tmp_path, capsys):
+    output = tmp_path / "both.png"
+    assert run("reconstruct", folder / "vqgan", folder / "a.png", folder / "b.png", "--output", output) == 0
+    assert capsys.readouterr().out.count("PSNR") == 2
+    assert Image.open(output).width > 16
+
+
+def test_sample(folder, tmp_path):
+    arguments = ("sample", folder / "pipeline", "--class-label", "dog", "2", "--num-images", "3", "--seed", "4")
+    assert run(*arguments, "--output", tmp_path / "one.png") == 0
+    assert run(*arguments, "--output", tmp_path / "two.png") == 0
+    assert run(*arguments[:-1], "5", "--output", tmp_path / "three.png") == 0
+    one, two, three = (np.array(Image.open(tmp_path / f"{name}.png")) for name in ("one", "two", "three"))
+    np.testing.assert_array_equal(one, two)
+    assert one.shape == three.shape and (one != three).any()
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (("info", "."), "model_index.json or a config.json"),
+        (("encode", "prior", "a.png"), "must be a tokenizer"),
+        (("encode", "vqgan", "missing.png"), "missing.png"),
+        (("sample", "vqgan"), "is not a pipeline"),
+        (("sample", "pipeline", "--class-label", "cow"), "cow"),
+        (("decode", "vqgan", "outside.safetensors"), "below 16"),
+        (("decode", "vqgan", "other.safetensors"), "a tensor `indices`"),
+    ],
+)
+def test_errors_a_user_can_mend(folder, arguments, message, capsys, monkeypatch):
+    save_file({"indices": torch.full((1, 4, 4), 16)}, folder / "outside.safetensors")
+    save_file({"codes": torch.zeros(1, 4, 4)}, folder / "other.safetensors")
+    monkeypatch.chdir(folder)
+    assert run(*arguments) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"hf-vq {arguments[0]}: ") and message in error, error
+
+
+def test_wrong_usage_exits_with_2(capsys):
+    for arguments in ([], ["sample", "x", "--num-images", "0"]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+
+
+def test_version():
+    done = subprocess.run([sys.executable, "-m", "hf_vq.cli", "--version"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == f"hf-vq {hf_vq.__version__}"
