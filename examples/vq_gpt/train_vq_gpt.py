@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import AutoModel
+from transformers import AutoImageProcessor, AutoModel
 
 from hf_vq import VQAutoregressivePipeline, VQGPTConfig, VQGPTForCausalLM
 from hf_vq.evaluation.evaluate import evaluate_prior
 from hf_vq.training.arguments import parse_arguments
-from hf_vq.training.checkpointing import atomic_folder
 from hf_vq.training.data import DataArguments, collate, load_image_dataset
 from hf_vq.training.indices_cache import load_indices, write_indices
 from hf_vq.training.run import RunArguments, TrainingRun
+from hf_vq.training.sharing import save_trained
 
 
 @dataclass
@@ -131,8 +131,9 @@ def main(argv: list[str] | None = None) -> None:
         run.finish_step()
 
     if run.is_main_process:
-        with run.ema_weights("model"), atomic_folder(run.output_dir / "pipeline") as folder:
-            VQAutoregressivePipeline(vqvae=tokenizer, prior=prior.eval()).save_pretrained(folder)
+        pipe = VQAutoregressivePipeline(vqvae=tokenizer, prior=prior.eval())
+        with run.ema_weights("model"):
+            save_trained(run, pipe, "pipeline", data_args, AutoImageProcessor.from_pretrained(args.tokenizer))
     run.finish()
 
 

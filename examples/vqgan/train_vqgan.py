@@ -10,12 +10,12 @@ import torch
 
 from hf_vq import VQGANConfig, VQGANModel, VQImageProcessor
 from hf_vq.training.arguments import parse_arguments
-from hf_vq.training.checkpointing import atomic_folder
 from hf_vq.training.data import DataArguments, load_image_dataset
 from hf_vq.training.discriminator import PatchDiscriminator
 from hf_vq.training.losses import VQGANLoss, cosine_temperature
 from hf_vq.training.perceptual import build_perceptual
 from hf_vq.training.run import RunArguments, TrainingRun
+from hf_vq.training.sharing import save_trained
 from hf_vq.training.validation import validate_tokenizer
 
 
@@ -135,9 +135,8 @@ def main(argv: list[str] | None = None) -> None:
         run.finish_step()
 
     if run.is_main_process:
-        with run.ema_weights("model"), atomic_folder(run.output_dir / "tokenizer") as folder:
-            tokenizer.eval().save_pretrained(folder)
-            VQImageProcessor(size=data_args.resolution).save_pretrained(folder)
+        with run.ema_weights("model"):
+            save_trained(run, tokenizer.eval(), "tokenizer", data_args, VQImageProcessor(size=data_args.resolution))
     run.finish()
 
 

@@ -53,6 +53,7 @@ class RunArguments:
     cpu: bool = field(default=False, metadata={"help": "Train on the CPU even if there is a GPU."})
     push_to_hub: bool = field(default=False, metadata={"help": "Push the trained model to the Hub at the end."})
     hub_model_id: str | None = field(default=None, metadata={"help": "Repository to push to."})
+    hub_license: str = field(default="unknown", metadata={"help": "Licence of the weights, by its name on the Hub."})
 
     def __post_init__(self):
         for name, choices in (

@@ -1,0 +1,68 @@
+"""The end of a run: the trained model in a folder of its own, with a card that states its figures, and on the Hub."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+from huggingface_hub import ModelCard
+
+from ..hub import model_card, push_to_hub
+from .checkpointing import atomic_folder
+from .data import DataArguments
+
+
+def validation_figures(output_dir: Path) -> dict[str, float]:
+    """The last validation of a run, from its metrics.jsonl; empty if there was none."""
+    figures = {}
+    for line in (output_dir / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        found = {name.removeprefix("validation/"): v for name, v in row.items() if name.startswith("validation/")}
+        figures = found or figures
+    return figures
+
+
+def training_card(run, model, data: DataArguments, license: str = "unknown") -> ModelCard:
+    """The card of what a run has trained: its data, its command and the figures of its last validation."""
+    command = shlex.join(["python", *sys.argv])
+    name = run.arguments.hub_model_id or f"user/{run.output_dir.name}"
+    source = data.dataset_name_or_path
+    figures = {
+        name: value
+        for name, value in validation_figures(run.output_dir).items()
+        if not name.startswith(("num_", "images_per"))
+    }
+    description = f"Trained for {run.global_step} steps of {run.arguments.train_batch_size} samples."
+    is_hub_id = not Path(source).exists()
+    return model_card(
+        model,
+        name,
+        license=license,
+        dataset=source if is_hub_id else f"the folder `{Path(source).name}`",
+        dataset_id=source if is_hub_id else None,
+        metrics=figures,
+        split=data.validation_split,
+        description=description,
+        command=command,
+    )
+
+
+def save_trained(run, model, name: str, data: DataArguments, image_processor=None) -> Path:
+    """Writes `output_dir/name`, complete or not at all, and pushes it if the arguments say so. Main process only.
+
+    Args:
+        run (`TrainingRun`): finished, within its `ema_weights`.
+        model: a model or a pipeline of hf_vq, with the weights that are to be shared.
+        name: of the folder.
+        data: what it was trained on, for the card.
+        image_processor: saved with a model; with a pipeline, beside its tokenizer.
+    """
+    card = training_card(run, model, data, run.arguments.hub_license)
+    with atomic_folder(run.output_dir / name) as folder:
+        model.save_pretrained(folder)
+        if image_processor is not None:
+            image_processor.save_pretrained(folder / "vqvae" if (folder / "vqvae").is_dir() else folder)
+        card.save(folder / "README.md")
+    if run.arguments.push_to_hub:
+        push_to_hub(model, run.arguments.hub_model_id, card=card, image_processor=image_processor)
+    return run.output_dir / name
