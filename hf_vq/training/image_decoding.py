@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 
 class BrokenImageError(ValueError):
@@ -36,6 +36,8 @@ def decode_image(source) -> Image.Image:
             image = Image.open(io.BytesIO(source))
         image.load()
         return _to_rgb(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError as error:
+        raise BrokenImageError("not an image of a known format") from error
     except Exception as error:  # decoders fail in many ways (OSError, SyntaxError, struct.error, zlib.error, ...)
         raise BrokenImageError(f"{type(error).__name__}: {error}") from error
 

@@ -121,10 +121,10 @@ def write_indices(
     if known is not None and not stale and known["complete"]:
         return path
 
-    writer = _ShardWriter(tokenizer, dataset, path, flip)
     mode = tokenizer.training
     tokenizer.eval()
     try:
+        writer = _ShardWriter(tokenizer, dataset, path, flip)
         plan = _Plan(set(_shards(path)), rank, world, rows_per_shard, batch_size)
         writer.write_all(plan, num_workers, show_progress=progress and rank == 0)
     finally:
@@ -236,7 +236,7 @@ class _ShardWriter:
                 batch = []
             shard = row // plan.rows_per_shard
             if plan.is_mine(shard):
-                batch.append((row, self.dataset.read(example, row)))
+                batch.append((row, self.dataset.read(example, f"row {row}")))
         if batch:
             yield shard, batch
 

@@ -25,14 +25,21 @@ if TYPE_CHECKING:
 class _Block:
     """Consecutive rows of the stream in their shuffled order.
 
-    `start` says where the block begins: the epoch, the number of the block in the epoch, the number of shards that are
-    done, the `datasets` state within the next shard (`None`: its start) and the rows read before the block in the epoch.
+    Args:
+        start (`dict`): where it begins: the `epoch`, the number of the `block` and of the `row` in the epoch, how many
+            shards are done (`shard`), the `datasets` state within the next one (`source`; `None`: its start) and the
+            rows that were read of it (`shard_row`).
+        rows (`list`): `(name, example)` of every row; the name is the same in every epoch.
+        order (`np.ndarray`): the permutation of the rows.
     """
 
-    def __init__(self, start: dict, rows: list[dict], order: np.ndarray):
+    def __init__(self, start: dict, rows: list[tuple[str, dict]], order: np.ndarray):
         self.start = start
         self.rows = rows
         self.order = order
+
+
+_BEGINNING = {"epoch": 0, "block": 0, "row": 0, "shard": 0, "source": None, "shard_row": 0}
 
 
 class StreamingImageDataset:
@@ -71,13 +78,16 @@ class StreamingImageDataset:
 
     def __iter__(self) -> Iterator[dict]:
         for row, example in enumerate(self.rows):
-            sample = self.read(example, row)
+            sample = self.read(example, f"row {row}")
             if sample is not None:
                 yield sample
 
-    def read(self, example: dict, row: int) -> dict | None:
-        """The centre crop of one row of `self.rows` with its other fields, or `None` if the image is broken."""
-        pixels = self._pixels(example, row)
+    def read(self, example: dict, name: str) -> dict | None:
+        """The centre crop of one row of `self.rows` with its other fields, or `None` if the image is broken.
+
+        `name` is what a broken image without a path is called.
+        """
+        pixels = self._pixels(example, name)
         if pixels is None:
             return None
         pixels = crop_and_flip(pixels, self.resolution, "center", False, None)
@@ -117,9 +127,7 @@ class StreamingImageDataset:
 
     def _blocks(self, state: dict | None) -> Iterator[_Block]:
         """All blocks from `state` on, epoch after epoch."""
-        start = {"epoch": 0, "block": 0, "shard": 0, "source": None, "row": 0}
-        if state is not None:
-            start = {name: state[name] for name in start}
+        start = dict(_BEGINNING) if state is None else {name: state[name] for name in _BEGINNING}
         while True:
             found = False
             for block in self._epoch_blocks(start):
@@ -127,71 +135,72 @@ class StreamingImageDataset:
                 yield block
             if not found and start["block"] == 0:
                 raise ValueError("the stream is empty: it has no row.")
-            start = {"epoch": start["epoch"] + 1, "block": 0, "shard": 0, "source": None, "row": 0}
+            start = {**_BEGINNING, "epoch": start["epoch"] + 1}
 
     def _epoch_blocks(self, start: dict) -> Iterator[_Block]:
-        epoch, number, row = start["epoch"], start["block"], start["row"]
-        count = self.rows.num_shards
+        epoch, count = start["epoch"], self.rows.num_shards
         shards = np.random.default_rng((self.seed, epoch)).permutation(count)
-        begin = dict(start)
-        collected: list[dict] = []
+        begin, rows = start, []
 
         def block() -> _Block:
-            order = np.random.default_rng((self.seed, epoch, number)).permutation(len(collected))
-            return _Block(begin, collected, order)
+            generator = np.random.default_rng((self.seed, epoch, begin["block"]))
+            return _Block(begin, rows, generator.permutation(len(rows)))
 
         for shard_number in range(start["shard"], count):
+            index = int(shards[shard_number])
             # a new object, even of a single shard: one that was given a state starts there in every later epoch
-            shard = self.rows.shard(num_shards=count, index=int(shards[shard_number]))
+            shard = self.rows.shard(num_shards=count, index=index)
+            shard_row = 0
             if shard_number == start["shard"] and start["source"] is not None:
                 shard.load_state_dict(start["source"])
+                shard_row = start["shard_row"]
             for example in shard:
-                collected.append(example)
-                if len(collected) == self.shuffle_block:
+                rows.append((f"row {shard_row} of shard {index}", example))
+                shard_row += 1
+                if len(rows) == self.shuffle_block:
                     yield block()
-                    number, row = number + 1, row + len(collected)
                     begin = {
                         "epoch": epoch,
-                        "block": number,
+                        "block": begin["block"] + 1,
+                        "row": begin["row"] + len(rows),
                         "shard": shard_number,
                         "source": shard.state_dict(),
-                        "row": row,
+                        "shard_row": shard_row,
                     }
-                    collected = []
-        if collected:
+                    rows = []
+        if rows:
             yield block()
 
     def _sample(self, block: _Block, offset: int) -> dict:
         """The sample at `offset` of the block's order; in place of a broken one, the next in the block that can be read."""
         passed = []
         for step in range(len(block.rows)):
-            index = int(block.order[(offset + step) % len(block.rows)])
-            example, row = block.rows[index], block.start["row"] + index
-            pixels = self._pixels(example, row)
+            name, example = block.rows[block.order[(offset + step) % len(block.rows)]]
+            pixels = self._pixels(example, name)
             if pixels is not None:
                 break
-            passed.append(_name_of(example, row))
+            passed.append(_name_of(example, name))
         else:
             raise ValueError(f"none of {len(passed)} consecutive images of the stream can be read; one: {passed[0]}.")
-        place = block.start["row"] + int(block.order[offset])
-        generator = np.random.default_rng((self.seed, block.start["epoch"], place))
+        row = block.start["row"] + int(block.order[offset])
+        generator = np.random.default_rng((self.seed, block.start["epoch"], row))
         pixels = crop_and_flip(pixels, self.resolution, self.crop, self.random_flip, generator)
         sample = {"pixel_values": to_pixel_values(pixels), **_fields(example)}
         if passed:
             sample["broken_images"] = tuple(passed)
         return sample
 
-    def _pixels(self, example: dict, row: int) -> np.ndarray | None:
+    def _pixels(self, example: dict, name: str) -> np.ndarray | None:
         try:
             return resize_shorter_side(decode_image(example["image"]), self.resolution)
         except BrokenImageError as error:
-            self.broken.add(_name_of(example, row), error)
+            self.broken.add(_name_of(example, name), error)
             return None
 
 
-def _name_of(example: dict, row: int) -> str:
+def _name_of(example: dict, name: str) -> str:
     path = (example["image"] or {}).get("path")
-    return f"{path} (row {row})" if path else f"row {row}"
+    return f"{path} ({name})" if path else name
 
 
 def _fields(example: dict) -> dict:

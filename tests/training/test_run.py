@@ -14,6 +14,7 @@ from hf_vq.training.checkpointing import find_checkpoints
 from hf_vq.training.run import RunArguments, TrainingRun, TrainingStoppedError
 from hf_vq.training.run_arguments import learning_rate_factor
 from tests.training import toy_run
+from tests.training.test_streaming import open_stream, write_shards
 from tests.training.toy_run import Interrupted, ToyImages, rows, train, weights
 
 
@@ -329,6 +330,39 @@ def test_validation_uses_the_average_and_changes_nothing(tmp_path):
     assert seen == [True, True]  # step 2 and the end
     found = [json.loads(line) for line in (tmp_path / "d" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in found if "validation/answer" in row] == [2, 3]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_continues_in_a_stream(tmp_path, workers):
+    folder = write_shards(tmp_path / "data", broken=(3,))
+
+    def start(output_dir, interrupt_at=None):
+        run = TrainingRun(
+            RunArguments(
+                str(output_dir),
+                max_train_steps=9,
+                train_batch_size=8,
+                gradient_accumulation_steps=2,
+                checkpointing_steps=2,
+                logging_steps=1,
+                dataloader_num_workers=workers,
+                cpu=True,
+            )
+        )
+        run.start()
+        for batch in run.batches(open_stream(folder, crop="random")):
+            with run.accumulate():
+                run.log({"loss": batch["pixel_values"].mean(), "label": batch["label"].float().mean()})
+            if run.global_step + 1 == interrupt_at:
+                return None
+            run.finish_step()
+        return run
+
+    start(tmp_path / "a")
+    start(tmp_path / "b", interrupt_at=6)
+    resumed = start(tmp_path / "b")
+    assert resumed.broken_images == {"img-3.png (row 3 of shard 0)"}
+    assert len(rows(tmp_path / "a")) == 9 and rows(tmp_path / "a") == rows(tmp_path / "b")
 
 
 def test_broken_images_are_counted_and_remembered(tmp_path):
