@@ -34,6 +34,10 @@ class VQTokenizerConfig(PreTrainedConfig):
         scaling_factor: float = 1.0,
         **kwargs,
     ):
+        if num_embeddings < 1 or embed_dim < 1:
+            raise ValueError(
+                f"`num_embeddings` and `embed_dim` must be positive, got {num_embeddings} and {embed_dim}."
+            )
         if commitment_cost < 0:
             raise ValueError(f"`commitment_cost` must not be negative, got {commitment_cost}.")
         if data_variance is not None and data_variance <= 0:
