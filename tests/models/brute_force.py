@@ -15,3 +15,13 @@ def brute_force(vectors, codebook):
 def rows(latents):
     """`(B, D, h, w) -> (B·h·w, D)`, written out."""
     return torch.stack([latents[b, :, i, j] for b in range(len(latents)) for i in range(latents.shape[2]) for j in range(latents.shape[3])])  # fmt: skip
+
+
+def plain_lloyd(vectors, centres, iterations):
+    vectors, centres = vectors.double(), centres.double().clone()
+    for _ in range(iterations):
+        nearest = brute_force(vectors, centres)
+        for k in range(len(centres)):
+            if (nearest == k).any():
+                centres[k] = vectors[nearest == k].mean(0)
+    return centres

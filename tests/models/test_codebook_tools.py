@@ -14,7 +14,7 @@ from hf_vq.models.quantization import (
     kmeans,
     nearest_codes,
 )
-from tests.models.brute_force import brute_force, randn
+from tests.models.brute_force import brute_force, plain_lloyd, randn
 
 
 # -------------------------------------------------------------------------------------------------------- nearest codes
@@ -97,16 +97,6 @@ def test_nearest_codes_refuses_other_widths():
 
 
 # -------------------------------------------------------------------------------------------------------------- k-means
-
-
-def plain_lloyd(vectors, centres, iterations):
-    vectors, centres = vectors.double(), centres.double().clone()
-    for _ in range(iterations):
-        nearest = brute_force(vectors, centres)
-        for k in range(len(centres)):
-            if (nearest == k).any():
-                centres[k] = vectors[nearest == k].mean(0)
-    return centres
 
 
 @pytest.mark.parametrize("iterations", [0, 1, 8])

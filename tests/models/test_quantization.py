@@ -9,10 +9,11 @@ from hf_vq.models.quantization import (
     EMAVectorQuantizer,
     VectorQuantizer,
     build_quantizer,
+    kmeans,
     rotation_trick,
     straight_through,
 )
-from tests.models.brute_force import brute_force, randn, rows
+from tests.models.brute_force import brute_force, plain_lloyd, randn, rows
 
 
 # -------------------------------------------------------------------------------------------------- gradient estimators
@@ -165,6 +166,13 @@ def test_ema_update_is_its_definition(zero_debias, decay):
     assert quantizer.num_updates == 5
 
 
+def test_a_new_codebook_has_counts_of_one():
+    quantizer = EMAVectorQuantizer(7, 3)
+    assert torch.equal(quantizer.cluster_size, torch.ones(7))
+    assert torch.equal(quantizer.embed_avg, quantizer.embedding)
+    assert quantizer.num_updates == 0
+
+
 def test_zero_debiased_codes_are_weighted_means_of_the_data_alone():
     quantizer = EMAVectorQuantizer(2, 3, decay=0.9, restart_threshold=0)
     quantizer.set_codebook(torch.stack([torch.full((3,), 5.0), torch.full((3,), -500.0)]))
@@ -293,6 +301,8 @@ def train_on_one_of_two(rank, folder):
         quantizer.set_codebook(randn(8, 3, seed=99))
         run_ema(quantizer, [latents_of(rank, step) for step in range(4)])
         state[name] = quantizer.state_dict()
+    torch.manual_seed(rank)
+    state["centres"] = {"": kmeans(rows(latents_of(rank, 0)), 6, 3)}
     torch.save(state, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -305,6 +315,11 @@ def test_two_processes_end_with_the_same_codebook(tmp_path):
         for key, value in first[name].items():
             assert torch.equal(value, second[name][key]), (name, key)
     assert not torch.equal(first["plain"]["embedding"], first["restarts"]["embedding"])
+
+    torch.manual_seed(0)
+    start = rows(latents_of(0, 0))[torch.randperm(16)[:6]]
+    centres = plain_lloyd(rows(torch.cat([latents_of(0, 0), latents_of(1, 0)])), start, 3)
+    torch.testing.assert_close(first["centres"][""].double(), centres, atol=1e-5, rtol=1e-5)
 
     alone = EMAVectorQuantizer(8, 3, decay=0.9, restart_threshold=0)
     alone.set_codebook(randn(8, 3, seed=99))
