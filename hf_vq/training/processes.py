@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from .run_arguments import RunArguments
 
@@ -25,16 +26,13 @@ def build_accelerator(arguments: RunArguments, find_unused_parameters: bool):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
-    # Buffers are not broadcast: quantizers synchronise their own, and a broadcast within a step would change tensors that
-    # the backward pass still needs.
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=find_unused_parameters)
     accelerator = Accelerator(
         mixed_precision=arguments.mixed_precision,
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
         cpu=arguments.cpu,
         log_with=None if arguments.report_to == "none" else arguments.report_to,
         project_dir=str(Path(arguments.output_dir) / "logs"),
-        kwargs_handlers=[ddp],
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)],
     )
     supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
     if accelerator.distributed_type not in supported:
@@ -51,6 +49,16 @@ def build_accelerator(arguments: RunArguments, find_unused_parameters: bool):
             "`torchrun --nproc_per_node N SCRIPT ... --cpu`."
         )
     return accelerator
+
+
+def prepare_model(accelerator: "Accelerator", model: nn.Module) -> nn.Module:
+    """Moves a model to the device of this process and prepares it for precision and several processes."""
+    prepared = accelerator.prepare_model(model)
+    if isinstance(prepared, nn.parallel.DistributedDataParallel):
+        # Quantizers synchronise their own buffers, and a broadcast in the middle of a step would change tensors that the
+        # backward pass still needs.
+        prepared.broadcast_buffers = False
+    return prepared
 
 
 def seed_process(accelerator: "Accelerator", seed: int) -> None:

@@ -60,7 +60,7 @@ from .data import collate
 from .guards import MetricGuard, TrainingStoppedError
 from .loading import micro_batches, move_to_device
 from .metrics import MetricsFile, MetricWindow, Stopwatch
-from .processes import build_accelerator, from_main_process, seed_process, union_over_processes
+from .processes import build_accelerator, from_main_process, prepare_model, seed_process, union_over_processes
 from .run_arguments import RunArguments, learning_rate_factor
 from .samplers import micro_batch_sizes
 from .trackers import start_tracker, track_images
@@ -139,7 +139,7 @@ class TrainingRun:
         if self.arguments.compile:
             model.compile()
         self.models[name] = model
-        prepared = self.accelerator.prepare_model(model)
+        prepared = prepare_model(self.accelerator, model)
         if ema and self.arguments.ema_decay:
             self.emas[name] = WeightEMA(model, self.arguments.ema_decay)
         return prepared
