@@ -142,12 +142,12 @@ def test_pipeline_without_hf_vq(pipeline, hub, tmp_path):
         "import hf_vq\nfrom hf_vq.hub import model_card, push_to_hub\n"
         f"pipeline = hf_vq.VQAutoregressivePipeline.from_pretrained({folder!r})\n"
         "card = model_card(pipeline, 'tester/pipeline', 'apache-2.0', 'emoji-64', metrics={'psnr': 20.5})\n"
-        "card.validate()\n"
         "push_to_hub(pipeline, 'tester/pipeline', card=card)\n"
         "from huggingface_hub import ModelCard\n"
         "assert ModelCard.load('tester/pipeline').data.eval_results[0].metric_value == 20.5\n"
         + LOAD_PIPELINE_INSTALLED.format(source="tester/pipeline", cls="hf_vq.VQAutoregressivePipeline")
     )
+    assert "POST /api/validate-yaml" in hub.store.requests
     assert {"README.md", "model_index.json", "pipeline_vq_autoregressive.py", "vqvae/modeling_vqgan.py"} <= hub.files(
         "tester/pipeline"
     ).keys()
