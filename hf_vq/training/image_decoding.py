@@ -90,4 +90,4 @@ def crop_and_flip(
 
 def to_pixel_values(pixels: np.ndarray) -> torch.Tensor:
     """uint8 `(height, width, 3)` to float32 `(3, height, width)` in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).float().div_(127.5).sub_(1.0)
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))).float().div_(127.5).sub_(1.0)
