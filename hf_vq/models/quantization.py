@@ -83,7 +83,8 @@ def nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor, chunk_bytes: in
 
 def straight_through(latents: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
     """The value of `quantized` to the bit, the identity's gradient to `latents` (van den Oord et al. 2017, section 3.2)."""
-    return quantized.detach() + (latents - latents.detach())
+    # in this order the result has the memory layout of the latents, which the decoder then keeps
+    return (latents - latents.detach()) + quantized.detach()
 
 
 def rotation_trick(latents: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
@@ -150,7 +151,7 @@ def _flatten(latents: torch.Tensor) -> torch.Tensor:
 
 def _look_up(indices: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     """Vectors `(B, D, h, w)` of `indices` `(B, h, w)`."""
-    return F.embedding(indices, codebook).movedim(-1, 1)
+    return F.embedding(indices, codebook).movedim(-1, 1).contiguous()
 
 
 def _check_sizes(num_embeddings: int, embed_dim: int) -> None:
@@ -500,7 +501,7 @@ class GumbelQuantizer(nn.Module):
                 if self.hard:
                     one_hot = torch.zeros_like(weights).scatter_(1, indices.unsqueeze(1), 1.0)
                     weights = straight_through(weights, one_hot)
-                quantized = torch.einsum("bkhw,kd->bdhw", weights, self.embed.weight.float())
+                quantized = torch.einsum("bkhw,kd->bdhw", weights, self.embed.weight.float()).contiguous()
             else:
                 quantized = _look_up(indices, self.embed.weight.float())
             log_q = logits.log_softmax(dim=1)

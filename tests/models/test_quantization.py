@@ -119,10 +119,16 @@ def test_indices_to_latents_and_dtype():
     assert torch.equal(vectors[1, :, 2, 3], quantizer.codebook[output.indices[1, 2, 3]])
 
 
-def test_latents_in_channels_last_give_the_same():
-    quantizer, latents = EMAVectorQuantizer(6, 3).eval(), randn(2, 3, 4, 5)
-    expected, output = quantizer(latents), quantizer(latents.to(memory_format=torch.channels_last))
+@pytest.mark.parametrize("estimator", ["straight_through", "rotation"])
+def test_the_memory_layout_is_that_of_the_latents(estimator):
+    quantizer = EMAVectorQuantizer(6, 3, gradient_estimator=estimator).eval()
+    latents = randn(2, 3, 4, 5)
+    expected = quantizer(latents)
+    assert expected.quantized.is_contiguous()
+    assert quantizer.indices_to_latents(expected.indices).is_contiguous()
+    output = quantizer(latents.to(memory_format=torch.channels_last))
     assert torch.equal(output.indices, expected.indices) and torch.equal(output.quantized, expected.quantized)
+    assert output.quantized.is_contiguous(memory_format=torch.channels_last)
 
 
 # ---------------------------------------------------------------------------------------------- moving-average codebook
