@@ -29,7 +29,10 @@ class VQGPTArguments:
     num_hidden_layers: int = 12
     hidden_size: int = 512
     num_attention_heads: int = 8
-    dropout: float = field(default=0.1, metadata={"help": "In the residual stream, the attention and the embedding."})
+    dropout: float = field(default=0.1, metadata={"help": "In the residual stream and the embedding."})
+    attention_dropout: float = field(
+        default=0.0, metadata={"help": "On the attention weights; not 0 costs the fused attention of a CPU."}
+    )
     pkeep: float = field(default=1.0, metadata={"help": "Share of the input codes that stay; the others are random."})
     condition_dropout: float = field(
         default=0.1, metadata={"help": "Share of the classes that become the null class, for guidance."}
@@ -58,7 +61,7 @@ def build_prior(args: VQGPTArguments, tokenizer, grid_size: tuple[int, int], cla
         n_head=args.num_attention_heads,
         resid_pdrop=args.dropout,
         embd_pdrop=args.dropout,
-        attn_pdrop=args.dropout,
+        attn_pdrop=args.attention_dropout,
         **({"id2label": dict(enumerate(class_names))} if conditional else {}),
     )
     return VQGPTForCausalLM(config)
