@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_STREAMED_VALIDATION_ROWS = 1000
+
 
 @dataclass
 class DataArguments:
@@ -70,9 +72,12 @@ class DataArguments:
 def load_image_dataset(arguments: DataArguments, split: str = "train", augment: bool = False, seed: int = 0):
     """Opens one split as `ImageDataset`, or as `StreamingImageDataset` where `arguments.streaming` is set.
 
+    Of the validation split of a stream, the first 1000 rows (or `max_samples`) are read into memory, undecoded, and given
+    as an `ImageDataset`.
+
     Args:
         arguments (`DataArguments`): the data set.
-        split (`str`): `"train"` or `"validation"` (the splits that the arguments name), or any other split's name.
+        split (`str`): `"train"` or `"validation"` (the splits that the arguments name), or any split's own name.
         augment (`bool`): random crop and flip as the arguments say; without it, a centre crop and no flip.
         seed (`int`): of the augmentation, and of a stream's order.
     """
@@ -86,6 +91,11 @@ def load_image_dataset(arguments: DataArguments, split: str = "train", augment: 
         "seed": seed,
         "class_names": class_names,
     }
+    if arguments.streaming and split == "validation":
+        import datasets
+
+        few = list(rows.take(arguments.max_samples or _STREAMED_VALIDATION_ROWS))
+        return ImageDataset(datasets.Dataset.from_list(few, features=rows.features), **options)
     if arguments.streaming:
         from .streaming import StreamingImageDataset
 
@@ -134,7 +144,9 @@ def _prepare_columns(rows, arguments: DataArguments):
     """Keeps the image column, undecoded, as `image`, the label column, as integers, as `label`, and the extra ones."""
     import datasets
 
-    features = rows.features if rows.features is not None else rows._resolve_features().features
+    if rows.features is None:  # a stream of a format without a schema: the first rows tell
+        rows = rows._resolve_features()
+    features = rows.features
     wanted = {arguments.image_column: "image"}
     if arguments.label_column is not None:
         wanted[arguments.label_column] = "label"
@@ -233,6 +245,8 @@ class ImageDataset(Dataset):
             `dict`: `pixel_values` float32 `(3, resolution, resolution)` in [-1, 1]; `label` (`int`) if there are labels;
             the extra columns; `broken_images` (a tuple of names) only if broken images were passed over.
         """
+        if not 0 <= index < len(self):
+            raise IndexError(f"index={index}: the data set has the images 0 to {len(self) - 1}.")
         passed = []
         for candidate in range(index, index + len(self)):
             candidate %= len(self)

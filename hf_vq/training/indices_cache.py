@@ -433,6 +433,8 @@ class IndicesDataset(Dataset):
 
     def sample(self, index: int, epoch: int = 0) -> dict:
         """`indices` (int64, in the shape of the grid), `label` (`int`) if there are labels, and the other columns."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"index={index}: there are the rows 0 to {len(self) - 1}.")
         mirrored = self.random_flip and np.random.default_rng((self.seed, epoch, index)).random() < 0.5
         suffix = "_flipped" if mirrored else ""
         row = self._rows[index] if self._arrays is None else {name: v[index] for name, v in self._arrays.items()}

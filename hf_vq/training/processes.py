@@ -26,6 +26,13 @@ def build_accelerator(arguments: RunArguments, find_unused_parameters: bool):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched not in ("no", arguments.mixed_precision):
+        logger.warning(
+            "Training with mixed_precision=%s, the run's own argument; the launcher's %s has no effect.",
+            arguments.mixed_precision,
+            launched,
+        )
     accelerator = Accelerator(
         mixed_precision=arguments.mixed_precision,
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,

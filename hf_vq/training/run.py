@@ -416,7 +416,10 @@ class TrainingRun:
         return parts
 
     def save_checkpoint(self, path: str | Path | None = None) -> Path:
-        """Writes `output_dir/checkpoint-<step>`, which appears complete or not at all; called by every process."""
+        """Writes `output_dir/checkpoint-<step>`, which appears complete or not at all.
+
+        Called by every process; all of them, on all machines, must see the same `output_dir`.
+        """
         path = Path(path) if path is not None else self.output_dir / f"checkpoint-{self.global_step}"
         self.broken_images = union_over_processes(self.accelerator, self.broken_images)
         draft = from_main_process(draft_folder(path) if self.is_main_process else None)
@@ -472,7 +475,8 @@ class TrainingRun:
             if before != value and name not in _FREE_ARGUMENTS and self.is_main_process:
                 logger.warning("Continuing with %s=%r; the checkpoint was written with %r.", name, value, before)
         if position["num_processes"] == self.accelerator.num_processes:
-            own = torch.load(path / f"process-{self.accelerator.process_index}.pt", weights_only=True)
+            own_file = path / f"process-{self.accelerator.process_index}.pt"
+            own = torch.load(own_file, map_location="cpu", weights_only=True)
             set_random_state(own["random"])
             self._window.load_state_dict(own["window"])
             for name, buffers in own["buffers"].items():

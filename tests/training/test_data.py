@@ -1,4 +1,5 @@
 import io
+import json
 import logging
 
 import datasets
@@ -7,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_vq.training.data import DataArguments, collate, load_image_dataset
+from hf_vq.training.data import DataArguments, _prepare_columns, collate, load_image_dataset
+from hf_vq.training.streaming import StreamingImageDataset
 
 
 def picture(number, size=(12, 8)):
@@ -64,6 +66,7 @@ def test_parquet(parquet):
     assert len(load_image_dataset(arguments(parquet, max_samples=6))) == 6
     assert len(load_image_dataset(arguments(parquet, train_split="train[30%:]"))) == 7
     assert set(load_image_dataset(arguments(parquet))[0]) == {"pixel_values"}
+    assert len(list(dataset)) == 10  # it ends
 
 
 def test_saved_data_sets(tmp_path):
@@ -71,7 +74,7 @@ def test_saved_data_sets(tmp_path):
     datasets.DatasetDict({"train": make_rows(), "validation": make_rows(3)}).save_to_disk(tmp_path / "two")
     assert len(load_image_dataset(arguments(str(tmp_path / "one")))) == 10
     assert len(load_image_dataset(arguments(str(tmp_path / "two")), "validation")) == 3
-    streamed = load_image_dataset(arguments(str(tmp_path / "two"), streaming=True), "validation")
+    streamed = load_image_dataset(arguments(str(tmp_path / "two"), streaming=True), "train")
     torch.testing.assert_close(next(iter(streamed))["pixel_values"], expected_pixels(0))
     with pytest.raises(ValueError, match="no split 'test'"):
         load_image_dataset(arguments(str(tmp_path / "two")), "test")
@@ -92,6 +95,26 @@ def test_a_folder_of_images(tmp_path):
     assert dataset[4]["broken_images"] and "dog/1.png" in dataset[4]["broken_images"][0]
     torch.testing.assert_close(dataset[4]["pixel_values"], expected_pixels(12))
     assert len(load_image_dataset(source, "validation")) == 2
+
+
+def test_the_validation_split_of_a_stream_is_held_in_memory(parquet):
+    options = {"streaming": True, "label_column": "animal", "extra_columns": ["text"]}
+    streamed = load_image_dataset(arguments(parquet, **options), "validation")
+    plain = load_image_dataset(arguments(parquet, **{**options, "streaming": False}), "validation")
+    assert len(streamed) == len(plain) == 4 and streamed.class_names == plain.class_names
+    for first, second in zip(streamed, plain, strict=True):
+        assert torch.equal(first.pop("pixel_values"), second.pop("pixel_values")) and first == second
+    assert len(load_image_dataset(arguments(parquet, max_samples=3, **options), "validation")) == 3
+
+
+def test_a_stream_without_a_schema(tmp_path):
+    picture(5).save(tmp_path / "5.png")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"img": str(tmp_path / "5.png"), "number": 7}) + "\n")
+    rows = datasets.load_dataset("json", data_files=str(tmp_path / "rows.jsonl"), split="train", streaming=True)
+    rows, _ = _prepare_columns(rows, arguments("x", label_column="number"))
+    sample = next(iter(StreamingImageDataset(rows, resolution=8)))
+    torch.testing.assert_close(sample["pixel_values"], expected_pixels(5))
+    assert sample["label"] == 7
 
 
 def test_labels_of_other_types(parquet):

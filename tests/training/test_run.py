@@ -459,6 +459,13 @@ def test_a_launch_that_lost_its_processes_is_named(tmp_path, monkeypatch, caplog
     assert "This is a single process" in caplog.text
 
 
+def test_the_launchers_precision_is_not_dropped_in_silence(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with caplog.at_level(logging.WARNING):
+        run = TrainingRun(RunArguments(str(tmp_path), cpu=True))
+    assert run.accelerator.mixed_precision == "no" and "the launcher's bf16 has no effect" in caplog.text
+
+
 # Whole processes
 
 
@@ -515,7 +522,7 @@ def test_two_processes(tmp_path):
 @pytest.mark.slow
 def test_two_processes_train_as_one_does(tmp_path):
     # without what each process draws on its own: dropout, and the latents at which dead codes restart
-    options = {"dropout": 0.0, "restart_threshold": 0.0, "max_train_steps": 8}
+    options = {"dropout": 0.0, "restart_threshold": 0.0, "max_train_steps": 8, "gradient_accumulation_steps": 2}
     done = launch({**options, "output_dir": str(tmp_path / "two")}, 2)
     assert done.returncode == 0, done.stderr
     train(tmp_path / "one", **options)
