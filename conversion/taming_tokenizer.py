@@ -40,7 +40,7 @@ DROPPED_KEYS = {
     "loss.discriminator.": "the discriminator, which only training needs; --discriminator saves it",
     "colorize": "random colours for logging segmentation maps",
     "quantize.used": "the table of a renumbering: the model gives the codebook's own indices, and "
-    "hf_vq.models.quantization.IndexRemap renumbers them",
+    "hf_vq.models.index_remap.IndexRemap renumbers them",
 }
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..models.quantization import CodebookStatistics, codebook_statistics
+from ..models.codebook_statistics import CodebookStatistics, codebook_statistics
 from .distributed import all_reduced
 
 

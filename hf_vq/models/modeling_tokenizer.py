@@ -8,8 +8,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
+from .codebook_statistics import code_counts, codebook_statistics
 from .modeling_outputs import VQDecoderOutput, VQEncoderOutput, VQModelOutput
-from .quantization import build_quantizer, code_counts, codebook_statistics
+from .quantization import build_quantizer
 from .tiling import map_tiles
 
 

@@ -9,8 +9,6 @@ In the comments z are the latents (encoder output), e the code vectors, K the nu
 import inspect
 import math
 from collections.abc import Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -18,130 +16,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 
+from .codebook_search import draw_vectors, is_distributed, kmeans, nearest_codes
+from .codebook_statistics import check_indices, code_counts
+from .gradient_estimators import GRADIENT_ESTIMATORS, straight_through
 from .modeling_outputs import QuantizerOutput
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Nearest code, gradient estimators, statistics: what the classes below share
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _full_float32():
-    """No TF32 inside, whatever the program's setting: its 10 bits of mantissa move indices as half precision does."""
-    if torch.compiler.is_compiling():
-        yield
-        return
-    matmul = torch.backends.cuda.matmul
-    name, value = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
-    before = getattr(matmul, name)
-    setattr(matmul, name, value)
-    try:
-        yield
-    finally:
-        setattr(matmul, name, before)
-
-
-@torch.no_grad()
-def nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor, chunk_bytes: int | None = None) -> torch.Tensor:
-    """Index of the nearest code of each vector by Euclidean distance; of equal scores, the lowest index.
-
-    argmin |z - e|² = argmax (z·e - |e|²/2), always in float32, whatever the autocast or TF32 setting: half-precision
-    distances move several per cent of the indices. The N×K scores are made in chunks of `chunk_bytes` (16 MB on a CPU,
-    128 MB elsewhere) and never held whole. Under `torch.compile` they are (the loop would be unrolled), and TF32 is as
-    the program has set it.
-
-    Args:
-        vectors: `(N, D)`.
-        codebook: `(K, D)`.
-
-    Returns:
-        int64 `(N,)`.
-    """
-    if vectors.shape[-1] != codebook.shape[-1]:
-        raise ValueError(
-            f"`vectors` have {vectors.shape[-1]} channels but the codes have {codebook.shape[-1]}: they must be equal."
-        )
-    with torch.autocast(vectors.device.type, enabled=False), _full_float32():
-        vectors, codebook = vectors.float(), codebook.float()
-        bias = codebook.square().sum(dim=1).mul_(-0.5)
-        rows = vectors.shape[0]
-        if not torch.compiler.is_compiling():
-            if chunk_bytes is None:
-                chunk_bytes = 2**24 if vectors.device.type == "cpu" else 2**27
-            rows = max(1, chunk_bytes // (4 * codebook.shape[0]))
-        if rows >= vectors.shape[0]:
-            return torch.addmm(bias, vectors, codebook.t()).argmax(dim=1)
-        indices = torch.empty(vectors.shape[0], dtype=torch.int64, device=vectors.device)
-        scores = torch.empty(rows, codebook.shape[0], dtype=torch.float32, device=vectors.device)
-        for start in range(0, vectors.shape[0], rows):
-            chunk = vectors[start : start + rows]
-            torch.addmm(bias, chunk, codebook.t(), out=scores[: chunk.shape[0]])
-            torch.argmax(scores[: chunk.shape[0]], dim=1, out=indices[start : start + rows])
-    return indices
-
-
-def straight_through(latents: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
-    """The value of `quantized` to the bit, the identity's gradient to `latents` (van den Oord et al. 2017, section 3.2)."""
-    # in this order the result has the memory layout of the latents, which the decoder then keeps
-    return (latents - latents.detach()) + quantized.detach()
-
-
-def rotation_trick(latents: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
-    """The value of `quantized` to the bit, the gradient of the rotation and scaling that takes `latents` to it.
-
-    Fifty et al. 2024, "Restructuring Vector Quantization with the Rotation Trick", equation 4:
-    q = (|e|/|z|) (I - 2 r rᵀ + 2 ê ẑᵀ) z with r = (ẑ + ê) / |ẑ + ê| and all coefficients constant in the backward
-    pass. Both arguments are `(B, D, h, w)`; vectors are along dimension 1. A latent of length 0 has no direction and
-    no finite scale: it takes the identity's gradient.
-    """
-    floor = 1e-6
-    with torch.no_grad():
-        latent_norm, quantized_norm = latents.norm(dim=1, keepdim=True), quantized.norm(dim=1, keepdim=True)
-        z_hat, e_hat = latents / latent_norm.clamp_min(floor), quantized / quantized_norm.clamp_min(floor)
-        r = F.normalize(z_hat + e_hat, dim=1, eps=floor)
-        scale = quantized_norm / latent_norm.clamp_min(floor)
-    along_r = (latents * r).sum(dim=1, keepdim=True)
-    along_z = (latents * z_hat).sum(dim=1, keepdim=True)
-    rotated = scale * (latents - 2 * r * along_r + 2 * e_hat * along_z)
-    # the value of `rotated` is only nearly `quantized` (z and e almost opposite), so only its gradient is taken
-    return straight_through(torch.where(latent_norm > floor, rotated, latents), quantized)
-
-
-GRADIENT_ESTIMATORS = {"straight_through": straight_through, "rotation": rotation_trick}
-
-
-@dataclass
-class CodebookStatistics:
-    """`perplexity`: exp of the entropy of the code frequencies, 1 to K. `usage`: the share of codes used at least once,
-    0 to 1. `dead_codes`: the number of codes never used."""
-
-    perplexity: torch.Tensor
-    usage: torch.Tensor
-    dead_codes: torch.Tensor
-
-
-def codebook_statistics(counts: torch.Tensor) -> CodebookStatistics:
-    """Statistics of code counts `(K,)`, over a batch or summed over a data set; each field is a 0-dim tensor."""
-    if counts.ndim != 1:
-        raise ValueError(f"`counts` must have shape (num_embeddings,), got {tuple(counts.shape)}.")
-    counts = counts.double()
-    probabilities = counts / counts.sum().clamp_min(1)
-    entropy = -torch.xlogy(probabilities, probabilities).sum()
-    used = counts > 0
-    return CodebookStatistics(entropy.exp().float(), used.double().mean().float(), (~used).sum())
-
-
-def code_counts(indices: torch.Tensor, num_embeddings: int) -> torch.Tensor:
-    """How often each of the `num_embeddings` codes occurs in `indices` (any shape): float32 `(K,)`."""
-    flat = indices.reshape(-1)
-    return torch.zeros(num_embeddings, device=flat.device).index_add_(
-        0, flat, torch.ones(flat.shape, dtype=torch.float32, device=flat.device)
-    )
-
-
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _flatten(latents: torch.Tensor) -> torch.Tensor:
@@ -162,17 +40,6 @@ def _check_sizes(num_embeddings: int, embed_dim: int) -> None:
 def _check_latents(latents: torch.Tensor, embed_dim: int) -> None:
     if latents.ndim != 4 or latents.shape[1] != embed_dim:
         raise ValueError(f"`latents` must have shape (B, {embed_dim}, h, w), got {tuple(latents.shape)}.")
-
-
-def check_indices(indices: torch.Tensor, num_embeddings: int) -> None:
-    """Raise a `ValueError` unless `indices` is an integer tensor with values in [0, num_embeddings)."""
-    if indices.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
-        raise ValueError(f"`indices` must be an integer tensor, got {indices.dtype}.")
-    if torch.compiler.is_compiling() or indices.numel() == 0:
-        return
-    low, high = indices.min().item(), indices.max().item()
-    if low < 0 or high >= num_embeddings:
-        raise ValueError(f"`indices` must lie in [0, {num_embeddings}), got values from {low} to {high}.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -370,7 +237,7 @@ class EMAVectorQuantizer(VectorQuantizer):
     def _update_codebook(self, flat: torch.Tensor, flat_indices: torch.Tensor) -> None:
         counts = code_counts(flat_indices, self.num_embeddings)
         sums = torch.zeros_like(self.codebook, dtype=torch.float32).index_add_(0, flat_indices, flat)
-        if _is_distributed():
+        if is_distributed():
             dist.all_reduce(counts)
             dist.all_reduce(sums)
         self.num_updates += 1
@@ -395,10 +262,7 @@ class EMAVectorQuantizer(VectorQuantizer):
         mean_count = self.cluster_size.mean()
         dead = self.cluster_size < self.restart_threshold * mean_count
         # one candidate a code whether or not it is dead: fixed shapes, and no wait for the device
-        candidates = flat[torch.randint(flat.shape[0], (self.num_embeddings,), device=flat.device)]
-        candidates = candidates.to(self.codebook.dtype)
-        if _is_distributed():
-            dist.broadcast(candidates, src=0)
+        candidates = draw_vectors(flat, self.num_embeddings, seed=self.num_updates).to(self.codebook.dtype)
         self.codebook.copy_(torch.where(dead.unsqueeze(1), candidates, self.codebook))
         self.cluster_size.copy_(torch.where(dead, mean_count, self.cluster_size))
         self.embed_avg.copy_(
@@ -749,117 +613,14 @@ def build_quantizer(name: str, num_embeddings: int, embed_dim: int, **kwargs) ->
     return QUANTIZERS[name](num_embeddings, embed_dim, **kwargs)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# k-means and remapping
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def kmeans(vectors: torch.Tensor, num_clusters: int, iterations: int = 10) -> torch.Tensor:
-    """Lloyd's algorithm on the vectors `(N, D)` of all processes; the same centres `(K, D)` on every process.
-
-    Starts from random vectors of the first process (with repeats only where it has fewer than K). A cluster that
-    loses all its members keeps its centre.
-    """
-    if vectors.shape[0] == 0:
-        raise ValueError("`vectors` must hold at least one vector, got none.")
-    order = torch.randperm(vectors.shape[0], device=vectors.device)
-    centres = vectors[order.repeat(math.ceil(num_clusters / vectors.shape[0]))[:num_clusters]].clone()
-    if _is_distributed():
-        dist.broadcast(centres, src=0)
-    for _ in range(iterations):
-        nearest = nearest_codes(vectors, centres)
-        counts = code_counts(nearest, num_clusters)
-        sums = torch.zeros_like(centres).index_add_(0, nearest, vectors)
-        if _is_distributed():
-            dist.all_reduce(counts)
-            dist.all_reduce(sums)
-        centres = torch.where((counts > 0).unsqueeze(1), sums / counts.clamp_min(1).unsqueeze(1), centres)
-    return centres
-
-
-class IndexRemap(nn.Module):
-    """Renumbers the codes that a data set really uses to 0 … len(used)-1, and back.
-
-    Args:
-        used: distinct codes, int64 `(U,)`; code `used[i]` becomes i.
-        num_embeddings: K of the tokenizer.
-        unknown: what `to_used` does with a code that is not in `used`: "error" (the default), "extra" (all become the
-            one index U, which `to_full` refuses), "random" (a random used one), or "nearest" (the used code with the
-            nearest vector; needs `codebook` `(K, D)`).
-    """
-
-    def __init__(
-        self,
-        used: torch.Tensor,
-        num_embeddings: int,
-        unknown: str = "error",
-        codebook: torch.Tensor | None = None,
-    ):
-        super().__init__()
-        used = torch.as_tensor(used, dtype=torch.int64).cpu().flatten()
-        check_indices(used, num_embeddings)
-        if used.numel() == 0 or used.unique().numel() != used.numel():
-            raise ValueError("`used` must be a non-empty list of distinct codes.")
-        if unknown not in ("error", "extra", "random", "nearest"):
-            raise ValueError(f"`unknown` must be 'error', 'extra', 'random' or 'nearest', got {unknown!r}.")
-        if unknown == "nearest" and (codebook is None or codebook.shape[0] != num_embeddings):
-            shape = None if codebook is None else tuple(codebook.shape)
-            raise ValueError(f"`unknown='nearest'` needs a `codebook` of shape ({num_embeddings}, D), got {shape}.")
-        self.unknown, self.num_used, self.num_embeddings = unknown, used.numel(), num_embeddings
-        table = torch.full((num_embeddings,), -1, dtype=torch.int64)
-        table[used] = torch.arange(used.numel())
-        if unknown == "nearest":
-            missing = table < 0
-            table[missing] = nearest_codes(codebook[missing], codebook[used]).cpu()
-        elif unknown == "extra":
-            table[table < 0] = used.numel()
-        self.register_buffer("used", used)
-        self.register_buffer("table", table)
-
-    @property
-    def num_indices(self) -> int:
-        """How many values `to_used` can give."""
-        return self.num_used + (self.unknown == "extra")
-
-    def to_used(self, indices: torch.Tensor) -> torch.Tensor:
-        """Codes of the tokenizer (any shape) to 0 … `num_indices` - 1."""
-        check_indices(indices, self.num_embeddings)
-        mapped = self.table[indices.long()]
-        missing = mapped < 0
-        if self.unknown == "error" and missing.any():
-            codes = indices[missing].unique()[:5].tolist()
-            raise ValueError(
-                f"`indices` hold codes that are not among the {self.num_used} used ones, such as {codes}."
-            )
-        if self.unknown == "random":
-            mapped = torch.where(missing, torch.randint_like(mapped, self.num_used), mapped)
-        return mapped
-
-    def to_full(self, indices: torch.Tensor) -> torch.Tensor:
-        """Renumbered indices 0 … U-1 to codes of the tokenizer."""
-        check_indices(indices, self.num_used)
-        return self.used[indices.long()]
-
-
 __all__ = [
-    "GRADIENT_ESTIMATORS",
     "QUANTIZERS",
-    "CodebookStatistics",
     "CosineVectorQuantizer",
     "EMAVectorQuantizer",
     "FSQuantizer",
     "GumbelQuantizer",
-    "IndexRemap",
     "LFQuantizer",
     "ResidualQuantizer",
     "VectorQuantizer",
     "build_quantizer",
-    "check_indices",
-    "code_counts",
-    "codebook_statistics",
-    "kmeans",
-    "nearest_codes",
-    "rotation_trick",
-    "straight_through",
 ]

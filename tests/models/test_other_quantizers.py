@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from hf_vq.models.gradient_estimators import rotation_trick
 from hf_vq.models.quantization import (
     CosineVectorQuantizer,
     FSQuantizer,
@@ -13,7 +14,6 @@ from hf_vq.models.quantization import (
     LFQuantizer,
     ResidualQuantizer,
     VectorQuantizer,
-    rotation_trick,
 )
 from tests.models.brute_force import brute_force, randn, rows
 

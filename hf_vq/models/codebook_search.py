@@ -1,0 +1,137 @@
+"""Search in a codebook: the nearest codes, k-means, and vectors drawn alike by every process."""
+
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from .codebook_statistics import code_counts
+
+
+@contextmanager
+def _full_float32():
+    """No TF32 inside, whatever the program's setting: its 10 bits of mantissa move indices as half precision does."""
+    if torch.compiler.is_compiling():
+        yield
+        return
+    matmul = torch.backends.cuda.matmul
+    name, value = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
+    before = getattr(matmul, name)
+    setattr(matmul, name, value)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)
+
+
+@torch.no_grad()
+def nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor, chunk_bytes: int | None = None) -> torch.Tensor:
+    """Index of the nearest code of each vector by Euclidean distance; of equal scores, the lowest index.
+
+    argmin |z - e|² = argmax (z·e - |e|²/2), always in float32, whatever the autocast or TF32 setting: half-precision
+    distances move several per cent of the indices. The N×K scores are made in chunks of `chunk_bytes` (16 MB on a CPU,
+    128 MB elsewhere) and never held whole. Under `torch.compile` they are (the loop would be unrolled), and TF32 is as
+    the program has set it.
+
+    Args:
+        vectors: `(N, D)`.
+        codebook: `(K, D)`.
+
+    Returns:
+        int64 `(N,)`.
+    """
+    if vectors.shape[-1] != codebook.shape[-1]:
+        raise ValueError(
+            f"`vectors` have {vectors.shape[-1]} channels but the codes have {codebook.shape[-1]}: they must be equal."
+        )
+    with torch.autocast(vectors.device.type, enabled=False), _full_float32():
+        vectors, codebook = vectors.float(), codebook.float()
+        bias = codebook.square().sum(dim=1).mul_(-0.5)
+        rows = vectors.shape[0]
+        if not torch.compiler.is_compiling():
+            if chunk_bytes is None:
+                chunk_bytes = 2**24 if vectors.device.type == "cpu" else 2**27
+            rows = max(1, chunk_bytes // (4 * codebook.shape[0]))
+        if rows >= vectors.shape[0]:
+            return torch.addmm(bias, vectors, codebook.t()).argmax(dim=1)
+        indices = torch.empty(vectors.shape[0], dtype=torch.int64, device=vectors.device)
+        scores = torch.empty(rows, codebook.shape[0], dtype=torch.float32, device=vectors.device)
+        for start in range(0, vectors.shape[0], rows):
+            chunk = vectors[start : start + rows]
+            torch.addmm(bias, chunk, codebook.t(), out=scores[: chunk.shape[0]])
+            torch.argmax(scores[: chunk.shape[0]], dim=1, out=indices[start : start + rows])
+    return indices
+
+
+def is_distributed() -> bool:
+    """Whether several processes train together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _hash(numbers: torch.Tensor) -> torch.Tensor:
+    """An integer hash, int64 to 32 bits, in place of a generator: two rounds of xor-shift and multiply."""
+    for _ in range(2):
+        numbers = ((numbers ^ (numbers >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
+    return numbers ^ (numbers >> 16)
+
+
+def _rows_of_all(vectors: torch.Tensor, position: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    """Rows `position` of the vectors of all processes put one after the other; `sizes` says how many each has."""
+    if not is_distributed():
+        return vectors[position]
+    local = position - sizes[: dist.get_rank()].sum()
+    mine = (local >= 0) & (local < vectors.shape[0])
+    rows = torch.where(mine.unsqueeze(1), vectors[local.clamp(0, vectors.shape[0] - 1)], 0)
+    dist.all_reduce(rows)
+    return rows
+
+
+@torch.no_grad()
+def draw_vectors(vectors: torch.Tensor, count: int, seed: torch.Tensor | int, distinct: bool = False) -> torch.Tensor:
+    """`count` pseudo-random rows of the vectors `(N, D)` of all processes, the same on every process.
+
+    Which rows are drawn is a function of `seed` and the total number of vectors alone: not of the global generator,
+    so that a resumed run draws the same, and not of the number of processes among which the same vectors are divided.
+    A `seed` that lies on the device is not read from there.
+
+    Args:
+        distinct: draw no row twice while there are enough (this sorts all rows' numbers, and waits for the device).
+
+    Returns:
+        `(count, D)`.
+    """
+    device = vectors.device
+    sizes = torch.tensor([vectors.shape[0]], device=device)
+    if is_distributed():
+        sizes = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
+        sizes[dist.get_rank()] = vectors.shape[0]
+        dist.all_reduce(sizes)
+    seed = torch.as_tensor(seed, device=device)
+    if not distinct:
+        return _rows_of_all(vectors, _hash(torch.arange(count, device=device) + count * seed) % sizes.sum(), sizes)
+    total = int(sizes.sum())
+    order = _hash(torch.arange(total, device=device) + total * seed).argsort(stable=True)
+    return _rows_of_all(vectors, order[torch.arange(count, device=device) % total], sizes)
+
+
+@torch.no_grad()
+def kmeans(vectors: torch.Tensor, num_clusters: int, iterations: int = 10, seed: int = 0) -> torch.Tensor:
+    """Lloyd's algorithm on the vectors `(N, D)` of all processes; the same centres `(K, D)` on every process.
+
+    Starts from vectors drawn by `draw_vectors`, with repeats only where there are fewer than K. A cluster that loses all its members keeps its centre.
+    """
+    if vectors.shape[0] == 0:
+        raise ValueError("`vectors` must hold at least one vector, got none.")
+    centres = draw_vectors(vectors, num_clusters, seed, distinct=True)
+    for _ in range(iterations):
+        nearest = nearest_codes(vectors, centres)
+        counts = code_counts(nearest, num_clusters)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, vectors)
+        if is_distributed():
+            dist.all_reduce(counts)
+            dist.all_reduce(sums)
+        centres = torch.where((counts > 0).unsqueeze(1), sums / counts.clamp_min(1).unsqueeze(1), centres)
+    return centres
+
+
+__all__ = ["draw_vectors", "is_distributed", "kmeans", "nearest_codes"]

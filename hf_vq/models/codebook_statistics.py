@@ -1,0 +1,48 @@
+"""How a codebook is used: counts, perplexity, usage, and whether indices belong to it."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class CodebookStatistics:
+    """`perplexity`: exp of the entropy of the code frequencies, 1 to K. `usage`: the share of codes used at least once,
+    0 to 1. `dead_codes`: the number of codes never used."""
+
+    perplexity: torch.Tensor
+    usage: torch.Tensor
+    dead_codes: torch.Tensor
+
+
+def codebook_statistics(counts: torch.Tensor) -> CodebookStatistics:
+    """Statistics of code counts `(K,)`, over a batch or summed over a data set; each field is a 0-dim tensor."""
+    if counts.ndim != 1:
+        raise ValueError(f"`counts` must have shape (num_embeddings,), got {tuple(counts.shape)}.")
+    counts = counts.double()
+    probabilities = counts / counts.sum().clamp_min(1)
+    entropy = -torch.xlogy(probabilities, probabilities).sum()
+    used = counts > 0
+    return CodebookStatistics(entropy.exp().float(), used.double().mean().float(), (~used).sum())
+
+
+def code_counts(indices: torch.Tensor, num_embeddings: int) -> torch.Tensor:
+    """How often each of the `num_embeddings` codes occurs in `indices` (any shape): float32 `(K,)`."""
+    flat = indices.reshape(-1)
+    return torch.zeros(num_embeddings, device=flat.device).index_add_(
+        0, flat, torch.ones(flat.shape, dtype=torch.float32, device=flat.device)
+    )
+
+
+def check_indices(indices: torch.Tensor, num_embeddings: int) -> None:
+    """Raise a `ValueError` unless `indices` is an integer tensor with values in [0, num_embeddings)."""
+    if indices.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
+        raise ValueError(f"`indices` must be an integer tensor, got {indices.dtype}.")
+    if torch.compiler.is_compiling() or indices.numel() == 0:
+        return
+    low, high = indices.min().item(), indices.max().item()
+    if low < 0 or high >= num_embeddings:
+        raise ValueError(f"`indices` must lie in [0, {num_embeddings}), got values from {low} to {high}.")
+
+
+__all__ = ["CodebookStatistics", "check_indices", "code_counts", "codebook_statistics"]
