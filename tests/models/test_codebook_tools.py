@@ -116,7 +116,7 @@ def test_kmeans_sets_the_codebook_at_the_first_training_step_only(name):
         name, 6, 2, kmeans_init=True, **({"depth": 2, "base": "vq"} if name == "residual" else {})
     )
     layers = quantizer.layers if name == "residual" else [quantizer]
-    latents = randn(4, 2, 4, 4)
+    latents = 5 + randn(4, 2, 4, 4)  # away from where the codes start
     before = [layer.codebook.clone() for layer in layers]
     quantizer.eval()(latents)
     assert all(torch.equal(layer.codebook, b) for layer, b in zip(layers, before, strict=True))
@@ -127,7 +127,7 @@ def test_kmeans_sets_the_codebook_at_the_first_training_step_only(name):
     assert all(layer.initialized for layer in layers)
     assert not any(torch.equal(layer.codebook, b) for layer, b in zip(layers, before, strict=True))
     if name != "cosine":
-        assert (output.quantized - latents).square().mean() < 0.6 * error
+        assert (output.quantized - latents).square().mean() < 0.1 * error
     after = [layer.codebook.clone() for layer in layers]
     if name != "ema":
         quantizer(latents + 100)
