@@ -115,6 +115,18 @@ expected = load_file({expected!r})
 assert torch.equal(output.indices, expected["indices"])
 assert torch.equal(output.images, expected["images"])
 """
+LOAD_PRIOR_AND_VQVAE = """
+from transformers import AutoModel, AutoModelForCausalLM, set_seed
+prior = AutoModelForCausalLM.from_pretrained({prior!r}, trust_remote_code=True)
+assert type(prior).__module__.startswith("transformers_modules.")
+codes = prior.generate(prior.prepare_condition([1]), max_new_tokens=16, do_sample=False)
+assert torch.equal(codes, load_file({expected!r})["codes"])
+vqvae = AutoModel.from_pretrained({vqvae!r}, trust_remote_code=True)
+with torch.no_grad():
+    sample = vqvae(torch.zeros(1, 3, 8, 8)).sample
+assert torch.equal(sample, load_file({expected!r})["sample"])
+assert "hf_vq" not in sys.modules
+"""
 LOAD_PIPELINE_INSTALLED = """
 import hf_vq, torch
 from diffusers import DiffusionPipeline
@@ -133,11 +145,23 @@ def expect_images(pipeline, folder):
     return str(folder / "expected.st")
 
 
+def expect_prior_and_vqvae(prior, folder):
+    vqvae = hf_vq.VQVAEModel(hf_vq.VQVAEConfig(num_embeddings=16, resolution=8)).eval()
+    save_with_code(prior, folder / "prior")
+    save_with_code(vqvae, folder / "vqvae")
+    codes = prior.generate(prior.prepare_condition([1]), max_new_tokens=16, do_sample=False)
+    with torch.no_grad():
+        sample = vqvae(torch.zeros(1, 3, 8, 8)).sample
+    save_file({"codes": codes.contiguous(), "sample": sample.contiguous()}, folder / "more.st")
+    return {"prior": str(folder / "prior"), "vqvae": str(folder / "vqvae"), "expected": str(folder / "more.st")}
+
+
 def test_pipeline_without_hf_vq(pipeline, hub, tmp_path):
     folder = str(tmp_path / "pipeline")
     save_with_code(pipeline, folder)
     expected = expect_images(pipeline, tmp_path)
-    hub.run(LOAD_PIPELINE.format(source=folder, expected=expected), installed=False)
+    models = LOAD_PRIOR_AND_VQVAE.format(**expect_prior_and_vqvae(pipeline.prior, tmp_path))
+    hub.run(LOAD_PIPELINE.format(source=folder, expected=expected) + models, installed=False)
     hub.run(
         "import hf_vq\nfrom hf_vq.hub import model_card, push_to_hub\n"
         f"pipeline = hf_vq.VQAutoregressivePipeline.from_pretrained({folder!r})\n"
