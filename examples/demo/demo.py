@@ -108,13 +108,13 @@ def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
 
     print("Samples from the checkpoint that comes with the project:")
-    sample_sheet(VQAutoregressivePipeline.from_pretrained(SHIPPED).to(device), output_dir / "shipped_samples.png")
+    sample_sheet(VQAutoregressivePipeline.from_pretrained(str(SHIPPED)).to(device), output_dir / "shipped_samples.png")
 
     train("vqgan/train_vqgan.py", f"vqgan_{size}.yaml", output_dir / "vqgan", *quick)
     tokenizer = ("--tokenizer", str(output_dir / "vqgan/tokenizer"))
     train("vq_gpt/train_vq_gpt.py", f"vq_gpt_{size}.yaml", output_dir / "vq_gpt", *tokenizer, *quick)
 
-    pipe = VQAutoregressivePipeline.from_pretrained(output_dir / "vq_gpt/pipeline").to(device)
+    pipe = VQAutoregressivePipeline.from_pretrained(str(output_dir / "vq_gpt/pipeline")).to(device)
     pipe.save_pretrained(output_dir / "pipeline")
     metrics = evaluate(pipe, output_dir, output_dir / "vq_gpt/indices/validation", args.quick)
     metrics["images_per_second"] = sample_sheet(pipe, output_dir / "samples.png")

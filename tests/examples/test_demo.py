@@ -43,7 +43,7 @@ def test_writes_pictures_a_pipeline_and_metrics(demo):
     assert metrics["images_per_second"] > 0
     for name in metrics:
         assert name in printed
-    indices = VQAutoregressivePipeline.from_pretrained(output_dir / "pipeline")(0, output_type="indices").indices
+    indices = VQAutoregressivePipeline.from_pretrained(str(output_dir / "pipeline"))(0, output_type="indices").indices
     assert indices.shape == (1, 8, 8)
 
 
