@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "examples/data/emoji-64"
 SHIPPED = ROOT / "examples/checkpoints/emoji-32"
 SAMPLES_PER_CLASS = 8
+GUIDANCE_SCALE = 2.0
 # the same code path in about a minute, for the tests; its pictures mean nothing
 QUICK = ["--max_train_steps", "12", "--validation_steps", "0", "--max_samples", "256", "--train_batch_size", "8"]
 
@@ -50,6 +51,7 @@ def sample_sheet(pipe: VQAutoregressivePipeline, path: Path) -> float:
     images = pipe(
         class_labels=classes,
         num_images_per_prompt=SAMPLES_PER_CLASS,
+        guidance_scale=GUIDANCE_SCALE,
         generator=torch.Generator(pipe.device).manual_seed(0),
     ).images
     seconds = time.perf_counter() - start
