@@ -19,11 +19,11 @@ def codebook_statistics(counts: torch.Tensor) -> CodebookStatistics:
     """Statistics of code counts `(K,)`, over a batch or summed over a data set; each field is a 0-dim tensor."""
     if counts.ndim != 1:
         raise ValueError(f"`counts` must have shape (num_embeddings,), got {tuple(counts.shape)}.")
-    counts = counts.double()
+    counts = counts.to(torch.float32 if counts.device.type == "mps" else torch.float64)  # mps has no float64
     probabilities = counts / counts.sum().clamp_min(1)
     entropy = -torch.xlogy(probabilities, probabilities).sum()
     used = counts > 0
-    return CodebookStatistics(entropy.exp().float(), used.double().mean().float(), (~used).sum())
+    return CodebookStatistics(entropy.exp().float(), used.float().mean(), (~used).sum())
 
 
 def code_counts(indices: torch.Tensor, num_embeddings: int) -> torch.Tensor:

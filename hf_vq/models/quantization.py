@@ -109,7 +109,6 @@ class VectorQuantizer(nn.Module):
             flat = _flatten(z.detach())
             if self.training and self.kmeans_iterations and not self.initialized:
                 self.set_codebook(kmeans(flat, self.num_embeddings, self.kmeans_iterations))
-                self.initialized.fill_(True)
             flat_indices = nearest_codes(flat, self.codebook)
             indices = flat_indices.reshape(latents.shape[0], *latents.shape[2:])
             output = self._losses(z, _look_up(indices, self.codebook.float()), indices)
@@ -138,9 +137,14 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def set_codebook(self, codes: torch.Tensor) -> None:
-        """Replace the code vectors by `codes` `(K, D)`."""
+        """Replace the code vectors by `codes` `(K, D)`; they are not initialised by k-means any more."""
         if codes.shape != self.codebook.shape:
             raise ValueError(f"`codes` must have shape {tuple(self.codebook.shape)}, got {tuple(codes.shape)}.")
+        self._write_codes(codes)
+        if self.kmeans_iterations:
+            self.initialized.fill_(True)
+
+    def _write_codes(self, codes: torch.Tensor) -> None:
         self.codebook.copy_(codes)
 
     def indices_to_latents(self, indices: torch.Tensor) -> torch.Tensor:
@@ -242,8 +246,9 @@ class EMAVectorQuantizer(VectorQuantizer):
             dist.all_reduce(sums)
         self.num_updates += 1
         rate = 1 - self.decay
-        if self.zero_debias:
-            rate = rate / (1 - self.decay ** self.num_updates.double()).float()
+        if self.zero_debias and self.decay > 0:
+            # 1 - γᵗ without cancellation, and without float64, which not every device has
+            rate = rate / -torch.expm1(self.num_updates.float() * math.log(self.decay))
         self.cluster_size.lerp_(counts.to(self.cluster_size), torch.as_tensor(rate).to(self.cluster_size))
         self.embed_avg.lerp_(sums.to(self.embed_avg), torch.as_tensor(rate).to(self.embed_avg))
         divisor, moved = self.cluster_size, counts > 0
@@ -269,10 +274,9 @@ class EMAVectorQuantizer(VectorQuantizer):
             torch.where(dead.unsqueeze(1), self.codebook * self.cluster_size.unsqueeze(1), self.embed_avg)
         )
 
-    @torch.no_grad()
-    def set_codebook(self, codes: torch.Tensor) -> None:
-        """Replace the code vectors by `codes` `(K, D)`; the averages start again from them."""
-        super().set_codebook(codes)
+    def _write_codes(self, codes: torch.Tensor) -> None:
+        # the averages start again from them
+        self.codebook.copy_(codes)
         self.embed_avg.copy_(codes)
         self.cluster_size.fill_(1)
         self.num_updates.zero_()
@@ -300,13 +304,8 @@ class CosineVectorQuantizer(VectorQuantizer):
         """The code vectors `(K, D)`, of length 1."""
         return F.normalize(self.embedding.weight, dim=1)
 
-    @torch.no_grad()
-    def set_codebook(self, codes: torch.Tensor) -> None:
-        """Replace the code vectors by `codes` `(K, D)`; their lengths do not matter."""
-        if codes.shape != self.embedding.weight.shape:
-            raise ValueError(
-                f"`codes` must have shape {tuple(self.embedding.weight.shape)}, got {tuple(codes.shape)}."
-            )
+    def _write_codes(self, codes: torch.Tensor) -> None:
+        # their lengths do not matter
         self.embedding.weight.copy_(codes)
 
 

@@ -134,6 +134,17 @@ def test_kmeans_sets_the_codebook_at_the_first_training_step_only(name):
         assert all(torch.equal(layer.codebook, a) for layer, a in zip(layers, after, strict=True))
 
 
+@pytest.mark.parametrize("name", ["vq", "ema", "cosine"])
+def test_kmeans_leaves_codes_that_were_set(name):
+    options = {"restart_threshold": 0} if name == "ema" else {}
+    quantizer = build_quantizer(name, 6, 2, kmeans_init=True, **options).train()
+    quantizer.set_codebook(100 + randn(6, 2))
+    before = quantizer.codebook.clone()
+    quantizer(randn(1, 2, 1, 1) + 100)
+    assert quantizer.initialized
+    assert (quantizer.codebook == before).all(dim=1).sum() >= 5
+
+
 # ------------------------------------------------------------------------------------------------ statistics, remapping
 
 
