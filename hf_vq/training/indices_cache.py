@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from .checkpointing import flush_file, remove_unfinished, write_file_atomically
+from .checkpointing import flush_file, preserved_random_state, remove_unfinished, write_file_atomically
 from .streaming import StreamingImageDataset
 
 
@@ -126,7 +126,9 @@ def write_indices(
     try:
         writer = _ShardWriter(tokenizer, dataset, path, flip)
         plan = _Plan(set(_shards(path)), rank, world, rows_per_shard, batch_size)
-        writer.write_all(plan, num_workers, show_progress=progress and rank == 0)
+        # a run that finds its cache goes on with the same random numbers as one that has to write it
+        with preserved_random_state():
+            writer.write_all(plan, num_workers, show_progress=progress and rank == 0)
     finally:
         tokenizer.train(mode)
     _barrier()
