@@ -41,7 +41,7 @@ class DataArguments:
     train_split: str = field(default="train", metadata={"help": 'Split to train on; slices as in "train[5%:]" too.'})
     validation_split: str = field(default="validation", metadata={"help": 'Split to validate on, or "train[:5%]".'})
     image_column: str = field(default="image", metadata={"help": "Column that holds the images."})
-    label_column: str | None = field(default=None, metadata={"help": "Column that holds the classes."})
+    label_column: str | None = field(default=None, metadata={"help": 'Column that holds the classes; "none": no.'})
     extra_columns: list[str] = field(
         default_factory=list,
         metadata={"help": "Further columns (captions, for example) that samples carry as they are."},
@@ -57,6 +57,8 @@ class DataArguments:
     )
 
     def __post_init__(self):
+        if self.label_column is not None and self.label_column.lower() == "none":  # a command line has no other None
+            self.label_column = None
         if self.crop not in ("center", "random"):
             raise ValueError(f'crop={self.crop!r}: it must be "center" or "random".')
         for name in ("resolution", "shuffle_block", "max_samples"):
@@ -69,7 +71,13 @@ class DataArguments:
             )
 
 
-def load_image_dataset(arguments: DataArguments, split: str = "train", augment: bool = False, seed: int = 0):
+def load_image_dataset(
+    arguments: DataArguments,
+    split: str = "train",
+    augment: bool = False,
+    seed: int = 0,
+    class_names: list[str] | None = None,
+):
     """Opens one split as `ImageDataset`, or as `StreamingImageDataset` where `arguments.streaming` is set.
 
     Of the validation split of a stream, the first 1000 rows (or `max_samples`) are read into memory, undecoded, and given
@@ -80,10 +88,15 @@ def load_image_dataset(arguments: DataArguments, split: str = "train", augment: 
         split (`str`): `"train"` or `"validation"` (the splits that the arguments name), or any split's own name.
         augment (`bool`): random crop and flip as the arguments say; without it, a centre crop and no flip.
         seed (`int`): of the augmentation, and of a stream's order.
+        class_names (`list[str]`, *optional*): number the classes in this order, as the training split does (give its
+            `class_names`); without it, classes that are strings are numbered in the order of the split's own names.
+
+    Raises:
+        ValueError: the data set, the split or a column is not there, or a class is not among `class_names`.
     """
     name = {"train": arguments.train_split, "validation": arguments.validation_split}.get(split, split)
     rows = open_rows(arguments, name)
-    rows, class_names = _prepare_columns(rows, arguments)
+    rows, class_names = _prepare_columns(rows, arguments, class_names)
     options = {
         "resolution": arguments.resolution,
         "crop": arguments.crop if augment else "center",
@@ -133,14 +146,19 @@ def _open_saved(folder: Path, split: str, streaming: bool):
     import datasets
 
     saved = datasets.load_from_disk(str(folder))
-    if isinstance(saved, datasets.DatasetDict):
-        if split not in saved:
-            raise ValueError(f"{folder} has no split {split!r}; it has {sorted(saved)}.")
-        saved = saved[split]
-    return saved.to_iterable_dataset(num_shards=min(64, len(saved))) if streaming else saved
+    splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+    if split in splits:
+        rows = splits[split]
+    else:  # "train[:5%]", or a name that is not there, which to_absolute refuses
+        lengths = {name: len(rows) for name, rows in splits.items()}
+        slices = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
+        rows = datasets.concatenate_datasets(
+            [splits[part.splitname].select(range(part.from_, part.to)) for part in slices]
+        )
+    return rows.to_iterable_dataset(num_shards=min(64, len(rows))) if streaming else rows
 
 
-def _prepare_columns(rows, arguments: DataArguments):
+def _prepare_columns(rows, arguments: DataArguments, class_names: list[str] | None = None):
     """Keeps the image column, undecoded, as `image`, the label column, as integers, as `label`, and the extra ones."""
     import datasets
 
@@ -158,24 +176,37 @@ def _prepare_columns(rows, arguments: DataArguments):
         raise ValueError(f"extra_columns={arguments.extra_columns} may not contain 'image' or 'label'.")
 
     rows = rows.select_columns(list(wanted)).cast_column(arguments.image_column, datasets.Image(decode=False))
-    class_names = None
-    if arguments.label_column is not None:
-        rows, class_names = _integer_labels(rows, arguments.label_column, features[arguments.label_column])
+    if arguments.label_column is None:
+        class_names = None
+    else:
+        column = arguments.label_column
+        rows, class_names = _integer_labels(rows, column, features[column], class_names)
     for column, name in wanted.items():
         if column != name:
             rows = rows.rename_column(column, name)
     return rows, class_names
 
 
-def _integer_labels(rows, column: str, feature):
+def _integer_labels(rows, column: str, feature, class_names: list[str] | None):
     import datasets
 
     if isinstance(feature, datasets.ClassLabel):
+        if class_names is not None and feature.names != class_names:
+            raise ValueError(
+                f"label_column={column!r} has the classes {feature.names}: they must be {class_names}, in this order."
+            )
         return rows, list(feature.names)
     dtype = getattr(feature, "dtype", None)
     if dtype == "string" and isinstance(rows, datasets.Dataset):
-        rows = rows.class_encode_column(column)
-        return rows, list(rows.features[column].names)
+        if class_names is None:
+            rows = rows.class_encode_column(column)
+            return rows, list(rows.features[column].names)
+        unknown = sorted(set(rows.unique(column)) - {None, *class_names})
+        if unknown:
+            raise ValueError(
+                f"label_column={column!r} holds {unknown}: the classes of the training data are {class_names}."
+            )
+        return rows.cast_column(column, datasets.ClassLabel(names=class_names)), class_names
     if dtype == "bool" or str(dtype).startswith(("int", "uint")):
         return rows, None
     raise ValueError(

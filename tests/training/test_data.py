@@ -80,6 +80,23 @@ def test_saved_data_sets(tmp_path):
         load_image_dataset(arguments(str(tmp_path / "two")), "test")
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_slices_of_saved_data_sets(tmp_path, streaming):
+    make_rows().save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": make_rows(), "my-split": make_rows(3)}).save_to_disk(tmp_path / "two")
+
+    def numbers(folder, split):
+        options = arguments(str(tmp_path / folder), extra_columns=["number"], streaming=streaming)
+        return sorted(sample["number"] for sample in load_image_dataset(options, split))
+
+    for folder in ("one", "two"):
+        assert numbers(folder, "train[:20%]") == [0, 1]
+        assert numbers(folder, "train[:1]+train[8:]") == [0, 8, 9]
+        with pytest.raises(ValueError, match="no split 'validation'"):
+            numbers(folder, "validation")
+    assert numbers("two", "my-split") == [0, 1, 2]
+
+
 def test_a_folder_of_images(tmp_path):
     for split, count in (("train", 3), ("validation", 1)):
         for number, name in enumerate(["cat", "dog"]):
@@ -124,6 +141,20 @@ def test_labels_of_other_types(parquet):
     assert integers.class_names is None and integers[4]["label"] == 4
     with pytest.raises(ValueError, match="label_column='text' holds"):
         load_image_dataset(arguments(parquet, label_column="text", streaming=True))
+
+
+def test_validation_has_the_classes_of_the_training_data(tmp_path):
+    rows = make_rows()
+    parts = {"train": rows, "validation": rows.select([2, 1]), "other": rows.select([0])}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    options = arguments(str(tmp_path / "saved"), label_column="text")
+    names = load_image_dataset(options).class_names
+    validation = load_image_dataset(options, "validation", class_names=names)
+    assert validation.class_names == names and validation.labels.tolist() == [2, 1]
+    with pytest.raises(ValueError, match=r"label_column='text' holds \['text 0'\]: .*\['text 1', 'text 2'\]"):
+        load_image_dataset(options, "other", class_names=names[1:])
+    with pytest.raises(ValueError, match="'cat', 'dog'.*'dog', 'cat'"):
+        load_image_dataset(arguments(options.dataset_name_or_path, label_column="animal"), class_names=["dog", "cat"])
 
 
 @pytest.mark.parametrize("cache", [False, True])
