@@ -33,6 +33,7 @@ def build_accelerator(arguments: RunArguments, find_unused_parameters: bool):
             arguments.mixed_precision,
             launched,
         )
+    _check_tracker(arguments.report_to)
     accelerator = Accelerator(
         mixed_precision=arguments.mixed_precision,
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
@@ -56,6 +57,16 @@ def build_accelerator(arguments: RunArguments, find_unused_parameters: bool):
             "`torchrun --nproc_per_node N SCRIPT ... --cpu`."
         )
     return accelerator
+
+
+def _check_tracker(name: str) -> None:
+    """Accelerate passes over a tracker whose package is missing; a run that would leave no curves ends here."""
+    from accelerate.tracking import get_available_trackers
+
+    if name != "none" and name not in [str(tracker) for tracker in get_available_trackers()]:
+        raise ValueError(
+            f'report_to={name!r} needs a package that is not installed: `pip install {name}`, or use "none".'
+        )
 
 
 def prepare_model(accelerator: "Accelerator", model: nn.Module) -> nn.Module:

@@ -332,6 +332,14 @@ class TrainingRun:
         if self.is_finished or self._is_due(arguments.checkpointing_steps):
             with self._clock.paused():
                 self.save_checkpoint()
+        if self.is_finished and self.global_step < arguments.max_train_steps and self.is_main_process:
+            logger.warning(
+                "max_train_minutes=%g ended the run after %d of max_train_steps=%d steps. The learning rate's schedule and "
+                "the start of a discriminator count steps: choose max_train_steps so that the run ends with them.",
+                arguments.max_train_minutes,
+                self.global_step,
+                arguments.max_train_steps,
+            )
 
     def finish(self) -> None:
         """Closes the trackers and the process group. Save the trained model before."""
