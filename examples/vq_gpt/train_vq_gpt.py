@@ -47,13 +47,29 @@ class VQGPTArguments:
     guidance_scale: float = field(default=1.0, metadata={"help": "Guidance of the validation picture."})
 
 
-def build_prior(args: VQGPTArguments, tokenizer, grid_size: tuple[int, int], class_names: list[str] | None):
-    conditional = class_names is not None
+def count_classes(codes: dict, class_names: list[str] | None) -> int:
+    """The number of classes: of the names, or one more than the highest label of the training data; 0: no labels."""
+    if codes["train"].labels is None:
+        return 0
+    count = len(class_names) if class_names is not None else int(codes["train"].labels.max()) + 1
+    for split, dataset in codes.items():
+        lowest, highest = int(dataset.labels.min()), int(dataset.labels.max())
+        if lowest < 0 or highest >= count:
+            raise ValueError(
+                f"label_column: the {split} labels are {lowest} to {highest}, not within 0 to {count - 1}."
+            )
+    return count
+
+
+def build_prior(
+    args: VQGPTArguments, tokenizer, grid_size: tuple[int, int], num_classes: int, class_names: list[str] | None
+):
+    conditional = num_classes > 0
     config = VQGPTConfig(
         codebook_size=tokenizer.config.num_embeddings,
         grid_size=grid_size,
         condition_type="class" if conditional else "unconditional",
-        condition_vocab_size=len(class_names) if conditional else 0,
+        condition_vocab_size=num_classes,
         condition_dropout=args.condition_dropout if conditional else 0.0,
         pkeep=args.pkeep,
         n_layer=args.num_hidden_layers,
@@ -62,7 +78,7 @@ def build_prior(args: VQGPTArguments, tokenizer, grid_size: tuple[int, int], cla
         resid_pdrop=args.dropout,
         embd_pdrop=args.dropout,
         attn_pdrop=args.attention_dropout,
-        **({"id2label": dict(enumerate(class_names))} if conditional else {}),
+        **({"id2label": dict(enumerate(class_names))} if class_names is not None else {}),
     )
     return VQGPTForCausalLM(config)
 
@@ -99,19 +115,24 @@ def validate(run: TrainingRun, prior, tokenizer, codes, args: VQGPTArguments) ->
 
 def main(argv: list[str] | None = None) -> None:
     run_args, data_args, args = parse_arguments((RunArguments, DataArguments, VQGPTArguments), argv)
+    if data_args.random_flip or data_args.crop != "center":
+        raise ValueError(
+            f"random_flip={data_args.random_flip} and crop={data_args.crop!r} have no effect on codes that are written "
+            "once: leave them out, and use random_flip_codes=True for mirrored images."
+        )
     run = TrainingRun(run_args)
     tokenizer = AutoModel.from_pretrained(args.tokenizer, dtype=torch.float32).to(run.device).eval()
     codes, class_names = {}, None
     for split in ("train", "validation"):
-        images = load_image_dataset(data_args, split)
-        class_names = images.class_names
+        images = load_image_dataset(data_args, split, class_names=class_names)
+        class_names = images.class_names if split == "train" else class_names
         folder = run.output_dir / "indices" / split
         flip = args.random_flip_codes and split == "train"
-        write_indices(tokenizer, images, folder, flip=flip)
+        write_indices(tokenizer, images, folder, flip=flip, num_workers=run_args.dataloader_num_workers)
         codes[split] = load_indices(folder, tokenizer, random_flip=flip, seed=run_args.seed)
 
     grid_size = tuple(codes["train"].grids["indices"])
-    prior = build_prior(args, tokenizer, grid_size, class_names)
+    prior = build_prior(args, tokenizer, grid_size, count_classes(codes, class_names), class_names)
     model = run.add_model("model", prior, ema=True)
     optimizer = run.add_optimizer(
         "optimizer",
@@ -126,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
     run.start()
     for batch in run.batches(codes["train"]):
         with run.accumulate(model):
-            inputs = prior.prepare_inputs(batch["indices"], batch["label"] if class_names else None)
+            inputs = prior.prepare_inputs(batch["indices"], batch.get("label"))
             loss = model(**inputs).loss
             run.backward(loss)
             run.step(optimizer)

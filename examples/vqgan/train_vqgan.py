@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from hf_vq import VQGANConfig, VQGANModel, VQImageProcessor
-from hf_vq.training.arguments import parse_arguments
+from hf_vq.training.arguments import parse_arguments, parse_mapping
 from hf_vq.training.data import DataArguments, load_image_dataset
 from hf_vq.training.discriminator import PatchDiscriminator
 from hf_vq.training.losses import VQGANLoss, cosine_temperature
@@ -33,8 +33,9 @@ class VQGANArguments:
     latent_channels: int = 256
     embed_dim: int = 256
     num_embeddings: int = 1024
+    commitment_cost: float = 0.25
     quantizer: str = field(default="ema", metadata={"help": "vq, ema, gumbel, cosine, fsq, lfq or residual."})
-    quantizer_kwargs: dict | str = field(default_factory=dict, metadata={"help": "Its further arguments, as JSON."})
+    quantizer_kwargs: str = field(default="{}", metadata={"help": "Its further arguments, a mapping or JSON."})
     reconstruction: str = field(default="l1", metadata={"help": "l1 or l2."})
     perceptual: str = field(
         default="lpips", metadata={"help": "lpips, mobilenet_v2, none, or a file with LPIPS's weights."}
@@ -51,6 +52,12 @@ class VQGANArguments:
     adam_beta1: float = 0.5
     adam_beta2: float = 0.9
 
+    def __post_init__(self):
+        self.quantizer_kwargs = parse_mapping("quantizer_kwargs", self.quantizer_kwargs)
+        self.disc_start_fraction = float(
+            self.disc_start_fraction
+        )  # YAML's 1 is an int, which the loss takes for a step
+
 
 def build_model(args: VQGANArguments, resolution: int) -> VQGANModel:
     if args.model_name_or_path is not None:
@@ -64,6 +71,7 @@ def build_model(args: VQGANArguments, resolution: int) -> VQGANModel:
         latent_channels=args.latent_channels,
         embed_dim=args.embed_dim,
         num_embeddings=args.num_embeddings,
+        commitment_cost=args.commitment_cost,
         quantizer=args.quantizer,
         quantizer_kwargs=args.quantizer_kwargs,
     )

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from hf_vq import VQImageProcessor, VQVAEConfig, VQVAEModel
-from hf_vq.training.arguments import parse_arguments
+from hf_vq.training.arguments import parse_arguments, parse_mapping
 from hf_vq.training.data import DataArguments, load_image_dataset
 from hf_vq.training.losses import cosine_temperature
 from hf_vq.training.perceptual import build_perceptual
@@ -34,7 +34,7 @@ class VQVAEArguments:
     num_embeddings: int = 512
     commitment_cost: float = 0.25
     quantizer: str = field(default="ema", metadata={"help": "vq, ema, gumbel, cosine, fsq, lfq or residual."})
-    quantizer_kwargs: dict | str = field(default_factory=dict, metadata={"help": "Its further arguments, as JSON."})
+    quantizer_kwargs: str = field(default="{}", metadata={"help": "Its further arguments, a mapping or JSON."})
     data_variance: float | None = field(
         default=None, metadata={"help": "Variance of the pixels; measured on the first 1000 images if not given."}
     )
@@ -42,6 +42,9 @@ class VQVAEArguments:
         default="none",
         metadata={"help": "Network for the perceptual figure of validation: lpips, mobilenet_v2, none."},
     )
+
+    def __post_init__(self):
+        self.quantizer_kwargs = parse_mapping("quantizer_kwargs", self.quantizer_kwargs)
 
 
 def measure_variance(dataset) -> float:

@@ -1,0 +1,122 @@
+"""The training scripts in this process: their arguments, and a prior on labels without names."""
+
+import importlib.util
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from hf_vq import VQGPTForCausalLM, VQImageProcessor, VQVAEConfig, VQVAEModel
+from hf_vq.training.arguments import parse_arguments
+from hf_vq.training.losses import VQGANLoss
+
+
+def script(name):
+    path = Path(__file__).resolve().parents[2] / "examples" / name / f"train_{name}.py"
+    spec = importlib.util.spec_from_file_location(f"train_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def tokenizer_arguments(name, *argv):
+    module = script(name)
+    kind = module.VQGANArguments if name == "vqgan" else module.VQVAEArguments
+    return parse_arguments((kind,), list(argv))[0]
+
+
+@pytest.mark.parametrize("name", ["vqgan", "vqvae"])
+def test_quantizer_kwargs_from_the_command_line_and_from_a_file(tmp_path, name):
+    file = tmp_path / "fsq.yaml"
+    file.write_text("quantizer: fsq\nquantizer_kwargs:\n  levels: [8, 5, 5]\n")
+    assert tokenizer_arguments(name).quantizer_kwargs == {}
+    assert tokenizer_arguments(name, str(file)).quantizer_kwargs == {"levels": [8, 5, 5]}
+    assert tokenizer_arguments(name, str(file), "--quantizer_kwargs", '{"levels": [4, 4]}').quantizer_kwargs == {
+        "levels": [4, 4]
+    }
+
+
+def test_the_commitment_cost_reaches_the_vqgan():
+    small = ["--base_channels", "32", "--channel_multiplier", "1", "--attn_resolutions", "8", "--embed_dim", "4"]
+    args = tokenizer_arguments("vqgan", *small, "--latent_channels", "8", "--commitment_cost", "0.7")
+    assert script("vqgan").build_model(args, 8).quantize.commitment_cost == 0.7
+
+
+@pytest.mark.parametrize(("fraction", "step"), [("1", 50), ("0", 0), ("0.5", 25)])
+def test_the_start_of_the_discriminator_is_a_fraction(tmp_path, fraction, step):
+    (tmp_path / "vqgan.yaml").write_text(f"disc_start_fraction: {fraction}\n")
+    args = tokenizer_arguments("vqgan", str(tmp_path / "vqgan.yaml"))
+    losses = VQGANLoss(None, perceptual_weight=0.0, disc_start=args.disc_start_fraction)
+    assert [losses.discriminator_active(step + offset, 50) for offset in (-1, 0)] == [False, True]
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    """A tokenizer, and a saved data set with labels 0 to 2 as integers and as strings."""
+    config = VQVAEConfig(
+        resolution=8, hidden_size=8, residual_hidden_size=4, num_residual_layers=1, embed_dim=4, num_embeddings=8
+    )
+    VQVAEModel(config).save_pretrained(tmp_path / "tokenizer")
+    VQImageProcessor(size=8).save_pretrained(tmp_path / "tokenizer")
+    pixels = np.random.default_rng(0).integers(0, 255, (8, 8, 8, 3), np.uint8)
+    columns = {"image": [Image.fromarray(image) for image in pixels], "number": [0, 1, 2, 1] * 2}
+    features = datasets.Features({"image": datasets.Image(), "number": datasets.Value("int32")})
+    rows = datasets.Dataset.from_dict(columns, features=features)
+    rows = rows.add_column("name", [f"class {number}" for number in columns["number"]])
+    # the validation rows have the labels 1 and 2 only, whose own numbers would be 0 and 1
+    datasets.DatasetDict({"train": rows, "validation": rows.select([1, 2, 3])}).save_to_disk(tmp_path / "images")
+    return tmp_path
+
+
+def train_prior(folder, *options):
+    shape = "--num_hidden_layers 1 --hidden_size 8 --num_attention_heads 1 --sample_classes 1".split()
+    length = "--max_train_steps 1 --train_batch_size 4 --resolution 8 --cpu true".split()
+    places = [f"--{key}={folder / value}" for key, value in PLACES.items()]
+    script("vq_gpt").main([*places, *shape, *length, *options])
+    return VQGPTForCausalLM.from_pretrained(folder / "prior/pipeline/prior").config
+
+
+PLACES = {"tokenizer": "tokenizer", "dataset_name_or_path": "images", "output_dir": "prior"}
+
+
+def test_a_prior_on_labels_without_names_has_their_classes(inputs):
+    config = train_prior(inputs, "--label_column", "number")
+    assert (config.condition_type, config.condition_vocab_size) == ("class", 3)
+
+
+def test_a_prior_on_strings_has_the_names_of_the_training_data(inputs):
+    config = train_prior(inputs, "--label_column", "name")
+    assert config.id2label == {0: "class 0", 1: "class 1", 2: "class 2"}
+    cached = datasets.load_dataset("parquet", data_dir=str(inputs / "prior/indices/validation"), split="train")
+    assert cached["label"][:] == [1, 2, 1]
+
+
+def test_a_prior_without_labels(inputs):
+    assert train_prior(inputs).condition_type == "unconditional"
+
+
+def test_validation_labels_beyond_those_of_the_training_data_are_refused(inputs):
+    with pytest.raises(ValueError, match="the validation labels are 0 to 2, not within 0 to 1"):
+        train_prior(inputs, "--label_column", "number", "--train_split", "train[:2]", "--validation_split", "train")
+
+
+@pytest.mark.parametrize("option", ["--random_flip=true", "--crop=random"])
+def test_augmentation_that_codes_cannot_have_is_refused(inputs, option):
+    with pytest.raises(ValueError, match="random_flip_codes"):
+        train_prior(inputs, option)
+
+
+def test_workers_read_the_images_that_are_encoded(inputs, monkeypatch):
+    module, seen = script("vq_gpt"), {}
+
+    def write_indices(*args, num_workers=0, **kwargs):
+        seen["num_workers"] = num_workers
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "write_indices", write_indices)
+    places = [f"--{key}={inputs / value}" for key, value in PLACES.items()]
+    with pytest.raises(KeyboardInterrupt):
+        module.main([*places, "--resolution", "8", "--cpu", "true", "--dataloader_num_workers", "3"])
+    assert seen == {"num_workers": 3}
