@@ -52,7 +52,7 @@ class VQImageProcessor(PilBackend):
         if not isinstance(image, Image.Image):
             image = _array_to_pil(image, input_data_format)
         image = ImageOps.exif_transpose(image)
-        pixels = np.asarray(_to_rgb(image) if do_convert_rgb else image)
+        pixels = np.asarray(to_rgb(image) if do_convert_rgb else image)
         return np.moveaxis(pixels if pixels.ndim == 3 else pixels[..., None], -1, 0)
 
     def resize(self, image, size, resample=None, **kwargs):
@@ -116,9 +116,19 @@ def _array_to_pil(image, input_data_format) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels))
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow image as RGB: transparency laid on white, 16-bit values scaled to 8.
+
+    Raises:
+        ValueError: for values that do not fit in 16 bits, and floating-point ones, which have no fixed range.
+    """
+    if image.mode == "F":
+        raise ValueError("floating-point images have no fixed range; store 8 or 16 bits")
     if image.mode.startswith("I"):  # 16-bit greyscale, which Pillow would clip at 255
-        image = Image.fromarray(np.rint(np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"values {values.min()} to {values.max()} do not fit in 16 bits")
+        image = Image.fromarray(np.rint(values / 257).astype(np.uint8))
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from ..models.image_processing_vq import to_rgb
+
 
 class BrokenImageError(ValueError):
     """An image that cannot be read; the message says why."""
@@ -35,26 +37,11 @@ def decode_image(source) -> Image.Image:
         else:
             image = Image.open(io.BytesIO(source))
         image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
+        return to_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError as error:
         raise BrokenImageError("not an image of a known format") from error
     except Exception as error:  # decoders fail in many ways (OSError, SyntaxError, struct.error, zlib.error, ...)
         raise BrokenImageError(f"{type(error).__name__}: {error}") from error
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit greyscale, which Pillow would clip at 255
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise BrokenImageError(f"values {values.min()} to {values.max()} do not fit in 16 bits")
-        return Image.fromarray(np.rint(values / 257).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise BrokenImageError("floating-point images have no fixed range; store 8 or 16 bits")
-    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
 
 
 def resize_shorter_side(image: Image.Image, resolution: int) -> np.ndarray:

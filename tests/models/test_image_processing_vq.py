@@ -130,3 +130,10 @@ def test_round_trip(processor, tmp_path):
         assert loaded.to_dict() == processor.to_dict()
         values = loaded(image, return_tensors="pt").pixel_values
         assert torch.equal(values, processor(image, return_tensors="pt").pixel_values)
+
+
+def test_values_without_a_range_are_refused(processor):
+    with pytest.raises(ValueError, match="no fixed range"):
+        processor(Image.fromarray(np.full((32, 32), 0.5, np.float32)))
+    with pytest.raises(ValueError, match="16 bits"):
+        processor(Image.fromarray(np.full((32, 32), 65536, np.int32)))
