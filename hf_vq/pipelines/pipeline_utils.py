@@ -1,17 +1,41 @@
 """What the pipelines share: decoding, output types, and randomness that comes from the caller's generators."""
 
+import json
 import sys
+from pathlib import Path
 
 import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
 
 
+PREPROCESSOR = "preprocessor_config.json"
 OUTPUT_TYPES = ("pil", "np", "pt", "indices")
 
 
 class VQPipeline(DiffusionPipeline):
-    """Base of the pipelines that draw codes from a prior and decode them with the image tokenizer `vqvae`."""
+    """
+    Base of the pipelines that draw codes from a prior and decode them with the image tokenizer `vqvae`.
+
+    The configuration of an image processor in the folder that `vqvae` was loaded from is kept, and saved beside it again.
+    """
+
+    def register_modules(self, **modules):
+        super().register_modules(**modules)
+        vqvae = modules.get("vqvae")
+        if vqvae is not None:
+            file = Path(vqvae.name_or_path) / PREPROCESSOR
+            found = vqvae.name_or_path and file.is_file()
+            self._preprocessor_config = json.loads(file.read_text(encoding="utf-8")) if found else None
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        config = getattr(self, "_preprocessor_config", None)
+        if config is not None:  # first, since the base class may upload the folder
+            folder = Path(save_directory) / "vqvae"
+            folder.mkdir(parents=True, exist_ok=True)
+            config = {name: value for name, value in config.items() if name != "auto_map"}  # its code is not saved
+            (folder / PREPROCESSOR).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def _dict_from_json_file(cls, json_file):

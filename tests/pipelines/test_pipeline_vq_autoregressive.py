@@ -9,9 +9,10 @@ import torch
 
 from hf_vq.models.configuration_vq_gpt import VQGPTConfig
 from hf_vq.models.configuration_vqgan import VQGANConfig
+from hf_vq.models.image_processing_vq import VQImageProcessor
 from hf_vq.models.modeling_vq_gpt import VQGPTForCausalLM
 from hf_vq.models.modeling_vqgan import VQGANModel
-from hf_vq.pipelines.completion import kept_positions
+from hf_vq.pipelines.completion import kept_positions, to_pixel_values
 from hf_vq.pipelines.pipeline_utils import draw_codes, numpy_to_pil
 from hf_vq.pipelines.pipeline_vq_autoregressive import VQAutoregressivePipeline
 
@@ -240,6 +241,17 @@ def test_save_and_load(dtype, tmp_path):
     assert output.images.dtype == torch.float32
 
 
+def test_the_image_processor_beside_the_tokenizer_is_saved_again(tmp_path):
+    make_pipeline().save_pretrained(tmp_path / "first")
+    VQImageProcessor(size=24).save_pretrained(tmp_path / "first" / "vqvae")
+    pipeline = VQAutoregressivePipeline.from_pretrained(tmp_path / "first")
+    pipeline.save_pretrained(tmp_path / "second")
+    assert VQImageProcessor.from_pretrained(tmp_path / "second" / "vqvae").size.shortest_edge == 24
+    assert set(pipeline.components) == {"vqvae", "prior"}
+    make_pipeline().save_pretrained(tmp_path / "none")
+    assert not (tmp_path / "none" / "vqvae" / "preprocessor_config.json").exists()
+
+
 def test_index_of_a_folder_with_code_names_the_installed_classes(tmp_path):
     import hf_vq
 
@@ -364,6 +376,29 @@ def test_completion_of_different_parts_and_of_images():
     from_picture = pipeline.complete(picture, torch.ones(4, 4, dtype=torch.bool), class_labels=0)
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 127.5 - 1
     assert torch.equal(from_picture.indices, pipeline.vqvae.encode(pixels[None]).indices)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "LA", "P", "RGBA", "I;16", "CMYK"])
+def test_images_are_prepared_as_by_the_image_processor(mode):
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 12, 4), dtype=np.uint8)
+    image = PIL.Image.fromarray(pixels)
+    if mode == "I;16":
+        image = PIL.Image.fromarray(pixels[..., 0].astype(np.uint16) * 200)
+    elif mode != "RGBA":
+        image = image.convert(mode)
+    if mode == "P":
+        image.info["transparency"] = image.getpixel((2, 3))
+    image.getexif()[0x0112] = 6  # to be shown turned a quarter clockwise
+    expected = VQImageProcessor(do_resize=False, do_center_crop=False)(image, return_tensors="pt").pixel_values
+    values = to_pixel_values(image, 3)
+    assert values.shape == (1, 3, 12, 8)
+    torch.testing.assert_close(values, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("value, message", [(np.float32(0.5), "no fixed range"), (np.int32(-1), "16 bits")])
+def test_images_without_a_range_are_refused(value, message):
+    with pytest.raises(ValueError, match=message):
+        to_pixel_values(PIL.Image.fromarray(np.full((8, 8), value)), 3)
 
 
 def test_pixel_masks_keep_a_code_only_with_all_its_pixels():
