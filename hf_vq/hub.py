@@ -47,6 +47,30 @@ def save_with_code(model, folder: str | Path) -> None:
         )
 
 
+def save_for_sharing(
+    folder: str | Path, model, card: ModelCard | None = None, image_processor=None, with_code: bool = True
+) -> None:
+    """Writes what a repository is to hold: a model or a pipeline, its image processor and its card.
+
+    Args:
+        folder: where to.
+        model: a model or pipeline of hf_vq.
+        card: becomes README.md (see `model_card`).
+        image_processor: saved beside the model, and for a pipeline beside its tokenizer, in `vqvae`.
+        with_code: as `save_with_code` does; otherwise only those who have hf_vq can load it.
+    """
+    folder = Path(folder)
+    save = save_with_code if with_code else _save
+    save(model, folder)
+    if image_processor is not None:
+        is_pipeline = isinstance(model, DiffusionPipeline)
+        save(image_processor, folder / "vqvae" if is_pipeline else folder)
+        if is_pipeline and with_code:
+            _write_code(image_processor, folder)  # see `_save_pipeline`
+    if card is not None:
+        card.save(folder / "README.md")
+
+
 def push_to_hub(
     model,
     repo_id: str,
@@ -63,16 +87,11 @@ def push_to_hub(
         model: a model or pipeline of hf_vq.
         repo_id: "user/name"; created if it does not exist.
         card: becomes README.md (see `model_card`); without one, a README.md that is there already stays.
-        image_processor: saved beside the model.
-        with_code: as `save_with_code` does; otherwise only those who have hf_vq can load it.
+        image_processor, with_code: as in `save_for_sharing`.
         private, token, commit_message: as in `huggingface_hub`.
     """
     with tempfile.TemporaryDirectory() as folder:
-        for part in (model, image_processor):
-            if part is not None:
-                save_with_code(part, folder) if with_code else part.save_pretrained(folder)
-        if card is not None:
-            card.save(Path(folder) / "README.md")
+        save_for_sharing(folder, model, card, image_processor, with_code)
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         message = commit_message or f"Upload {type(model).__name__}"
@@ -212,11 +231,21 @@ def _save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
     ours = {name: part for name, part in pipeline.components.items() if _is_ours(part)}
     if not ours:
         raise ValueError(f"`model` must have a component of hf_vq, got {type(pipeline).__name__} without one.")
+    auto_maps = {name: _auto_map(part) for name, part in ours.items()}
     pipeline.save_pretrained(folder)
-    entries = {name: [_write_code(part, folder / name), type(part).__name__] for name, part in ours.items()}
+    entries = {}
+    for name, part in ours.items():
+        entries[name] = [_write_code(part, folder / name), type(part).__name__]
+        _edit_json(folder / name / "config.json", auto_map=auto_maps[name])
+        # diffusers looks for the code beside the component, the Auto classes with `subfolder` at the root
+        _write_code(part, folder)
     if _is_ours(pipeline):
         entries["_class_name"] = [_write_code(pipeline, folder), type(pipeline).__name__]
     _edit_json(folder / "model_index.json", **entries)
+
+
+def _save(model, folder: Path) -> None:
+    model.save_pretrained(folder)
 
 
 def _edit_json(path: Path, **entries) -> None:

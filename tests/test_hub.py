@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from safetensors.torch import save_file
 from transformers import BertConfig, BertModel
 
 import hf_vq
-from hf_vq.hub import CARD_TEMPLATE, facts, model_card, save_with_code
+from hf_vq.hub import CARD_TEMPLATE, facts, model_card, save_for_sharing, save_with_code
+from hf_vq.training.sharing import save_trained
 
 
 pytestmark = pytest.mark.hub
@@ -127,6 +129,18 @@ with torch.no_grad():
 assert torch.equal(sample, load_file({expected!r})["sample"])
 assert "hf_vq" not in sys.modules
 """
+LOAD_COMPONENTS = """
+from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM
+for component in ("vqvae", "prior"):
+    auto_class = AutoModel if component == "vqvae" else AutoModelForCausalLM
+    model = auto_class.from_pretrained({source!r}, subfolder=component, trust_remote_code=True)
+    assert type(model).__module__.startswith("transformers_modules."), type(model)
+    for name, value in getattr(pipeline, component).state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+processor = AutoImageProcessor.from_pretrained({source!r}, subfolder="vqvae", trust_remote_code=True)
+assert processor.size["shortest_edge"] == 12, processor
+assert "hf_vq" not in sys.modules
+"""
 LOAD_PIPELINE_INSTALLED = """
 import hf_vq, torch
 from diffusers import DiffusionPipeline
@@ -166,7 +180,8 @@ def test_pipeline_without_hf_vq(pipeline, hub, tmp_path):
         "import hf_vq\nfrom hf_vq.hub import model_card, push_to_hub\n"
         f"pipeline = hf_vq.VQAutoregressivePipeline.from_pretrained({folder!r})\n"
         "card = model_card(pipeline, 'tester/pipeline', 'apache-2.0', 'emoji-64', metrics={'psnr': 20.5})\n"
-        "push_to_hub(pipeline, 'tester/pipeline', card=card)\n"
+        "processor = hf_vq.VQImageProcessor(size=12)\n"
+        "push_to_hub(pipeline, 'tester/pipeline', card=card, image_processor=processor)\n"
         "from huggingface_hub import ModelCard\n"
         "assert ModelCard.load('tester/pipeline').data.eval_results[0].metric_value == 20.5\n"
         + LOAD_PIPELINE_INSTALLED.format(source="tester/pipeline", cls="hf_vq.VQAutoregressivePipeline")
@@ -175,7 +190,11 @@ def test_pipeline_without_hf_vq(pipeline, hub, tmp_path):
     assert {"README.md", "model_index.json", "pipeline_vq_autoregressive.py", "vqvae/modeling_vqgan.py"} <= hub.files(
         "tester/pipeline"
     ).keys()
-    hub.run(LOAD_PIPELINE.format(source="tester/pipeline", expected=expected), installed=False)
+    assert "vqvae/preprocessor_config.json" in hub.files("tester/pipeline")
+    assert "preprocessor_config.json" not in hub.files("tester/pipeline")
+    source = "tester/pipeline"
+    components = LOAD_COMPONENTS.format(source=source)
+    hub.run(LOAD_PIPELINE.format(source=source, expected=expected) + components, installed=False)
 
 
 def test_pipeline_with_hf_vq_and_without_code(pipeline, hub, tmp_path):
@@ -200,6 +219,34 @@ def test_saving_with_code_leaves_no_trace(vqgan, pipeline, tmp_path):
     vqgan.save_pretrained(tmp_path / "again")
     assert not list((tmp_path / "again").rglob("*.py"))
     assert "auto_map" not in (tmp_path / "again" / "config.json").read_text()
+
+
+def test_every_component_names_its_code(pipeline, tmp_path):
+    """Where the Auto classes look for it: beside the component, and at the root if they are given a `subfolder`."""
+    save_for_sharing(tmp_path, pipeline, image_processor=hf_vq.VQImageProcessor(size=12))
+    for name, auto_class in (
+        ("vqvae/config.json", "AutoModel"),
+        ("prior/config.json", "AutoModelForCausalLM"),
+        ("vqvae/preprocessor_config.json", "AutoImageProcessor"),
+    ):
+        module = json.loads((tmp_path / name).read_text())["auto_map"][auto_class].split(".")[0]
+        for folder in (tmp_path, (tmp_path / name).parent):
+            assert (folder / f"{module}.py").is_file(), (folder, module)
+
+
+def test_a_trained_pipeline_has_the_card_of_its_folder(pipeline, tmp_path, monkeypatch):
+    """On disk without code, pushed with it; its image processor beside the tokenizer in both."""
+    pushed = {}
+    monkeypatch.setattr("hf_vq.training.sharing.push_to_hub", lambda *args, **options: pushed.update(options))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3, "validation/psnr": 20.5}\n')
+    arguments = SimpleNamespace(hub_model_id="tester/a", hub_license="mit", train_batch_size=2, push_to_hub=True)
+    trained = SimpleNamespace(output_dir=tmp_path, arguments=arguments, global_step=3)
+    data = SimpleNamespace(dataset_name_or_path=str(tmp_path), validation_split="validation")
+    folder = save_trained(trained, pipeline, "pipeline", data, hf_vq.VQImageProcessor(size=12))
+    assert not list(folder.rglob("*.py")) and "trust_remote_code" not in (folder / "README.md").read_text()
+    assert "trust_remote_code" in pushed["card"].content and pushed["image_processor"] is not None
+    assert (folder / "vqvae" / "preprocessor_config.json").is_file()
+    assert not (folder / "preprocessor_config.json").exists()
 
 
 def test_installed_classes_win_over_the_code_of_a_folder(vqgan, pipeline, tmp_path):

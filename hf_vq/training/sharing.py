@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard
 
-from ..hub import model_card, push_to_hub
+from ..hub import model_card, push_to_hub, save_for_sharing
 from .checkpointing import atomic_folder
 from .data import DataArguments
 
@@ -22,8 +22,11 @@ def validation_figures(output_dir: Path) -> dict[str, float]:
     return figures
 
 
-def training_card(run, model, data: DataArguments, license: str = "unknown") -> ModelCard:
-    """The card of what a run has trained: its data, its command and the figures of its last validation."""
+def training_card(run, model, data: DataArguments, license: str = "unknown", with_code: bool = True) -> ModelCard:
+    """The card of what a run has trained: its data, its command and the figures of its last validation.
+
+    `with_code` says whether the card is for a folder that carries its code.
+    """
     command = shlex.join(["python", *sys.argv])
     name = run.arguments.hub_model_id or f"user/{run.output_dir.name}"
     source = data.dataset_name_or_path
@@ -44,6 +47,7 @@ def training_card(run, model, data: DataArguments, license: str = "unknown") -> 
         split=data.validation_split,
         description=description,
         command=command,
+        with_code=with_code,
     )
 
 
@@ -56,13 +60,12 @@ def save_trained(run, model, name: str, data: DataArguments, image_processor=Non
         name: of the folder.
         data: what it was trained on, for the card.
         image_processor: saved with a model; with a pipeline, beside its tokenizer.
+
+    The folder is for those who have hf_vq; what is pushed carries its code, and each has the card that says so.
     """
-    card = training_card(run, model, data, run.arguments.hub_license)
+    cards = {code: training_card(run, model, data, run.arguments.hub_license, code) for code in (False, True)}
     with atomic_folder(run.output_dir / name) as folder:
-        model.save_pretrained(folder)
-        if image_processor is not None:
-            image_processor.save_pretrained(folder / "vqvae" if (folder / "vqvae").is_dir() else folder)
-        card.save(folder / "README.md")
+        save_for_sharing(folder, model, cards[False], image_processor, with_code=False)
     if run.arguments.push_to_hub:
-        push_to_hub(model, run.arguments.hub_model_id, card=card, image_processor=image_processor)
+        push_to_hub(model, run.arguments.hub_model_id, card=cards[True], image_processor=image_processor)
     return run.output_dir / name
