@@ -123,19 +123,24 @@ def encode(options):
 
 def decode(options):
     import torch
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     from .models.image_processing_vq import VQImageProcessor
 
     model = load_tokenizer(options)
-    with safe_open(options.indices, "pt") as file:
-        if "indices" not in file.keys():
-            raise ValueError(f"`{options.indices}` must hold a tensor `indices`, got {sorted(file.keys())}.")
-        indices = file.get_tensor("indices")
-        names = json.loads((file.metadata() or {}).get("images", "[]"))
+    try:
+        with safe_open(options.indices, "pt") as file:
+            if "indices" not in file.keys():
+                raise ValueError(f"`{options.indices}` must hold a tensor `indices`, got {sorted(file.keys())}.")
+            indices = file.get_tensor("indices")
+            names = json.loads((file.metadata() or {}).get("images", "[]"))
+    except SafetensorError as error:
+        raise ValueError(f"`{options.indices}` must be a safetensors file: {error}.") from error
     codes = model.config.num_embeddings
-    if indices.ndim != 3 or indices.is_floating_point() or indices.min() < 0 or indices.max() >= codes:
-        raise ValueError(f"`indices` must be whole numbers (B, h, w) below {codes}, the size of the codebook.")
+    shape = "(B, h, w, depth)" if model.config.quantizer == "residual" else "(B, h, w)"
+    wrong = indices.ndim != shape.count(",") + 1 or indices.numel() == 0 or indices.is_floating_point()
+    if wrong or indices.min() < 0 or indices.max() >= codes:
+        raise ValueError(f"`indices` must be whole numbers {shape} below {codes}, the size of the codebook.")
     with torch.no_grad():
         images = VQImageProcessor().postprocess(model.decode_indices(indices.long().to(model.device)).sample)
     for number, image in enumerate(images):
@@ -151,7 +156,7 @@ def sample(options):
     pipeline = load(options.pipeline)
     if not callable(pipeline) or not hasattr(pipeline, "components"):
         raise ValueError(f"`{options.pipeline}` is not a pipeline, but a {type(pipeline).__name__}.")
-    pipeline.to(options.device or default_device())
+    pipeline.to(device(options))
     labels = [int(label) if label.isdigit() else label for label in options.class_label or []]
     generator = None if options.seed is None else torch.Generator().manual_seed(options.seed)
     output = pipeline(
@@ -169,10 +174,20 @@ def sample(options):
     write_image(labelled_rows(list(zip(map(str, labels or [""]), rows, strict=True))), options.output)
 
 
-def default_device() -> str:
+def device(options) -> str:
+    """`--device`, once something was placed on it, or else a GPU if there is one."""
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if options.device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=options.device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without the device
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"`--device` must be one that torch can use here, got {options.device!r}: {reason}"
+        ) from error
+    return options.device
 
 
 def load(source: str):
@@ -181,7 +196,7 @@ def load(source: str):
 
     index = read_json(source, "model_index.json")
     if index is None:
-        config = read_json(source, "config.json")
+        config = read_json(source, "config.json", needed=True)
         if config is None:
             raise ValueError(f"`{source}` must hold a model_index.json or a config.json.")
         name = (config.get("architectures") or [None])[0]
@@ -193,16 +208,27 @@ def load(source: str):
     return getattr(hf_vq, name).from_pretrained(source)
 
 
-def read_json(source: str, name: str) -> dict | None:
-    """A JSON file of a folder or Hub repository; None if it is not there."""
+def read_json(source: str, name: str, needed: bool = False) -> dict | None:
+    """A JSON file of a folder or Hub repository; None if it is not there.
+
+    Without the Hub its cache is read; whether a file that is not in it exists is then unknown, an error if it is `needed`.
+    """
     if Path(source).is_dir():
         path = Path(source) / name
     else:
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError
+        from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
         try:
             path = Path(hf_hub_download(source, name))
+        except HFValidationError as error:
+            raise ValueError(
+                f"The folder `{source}` does not exist, and it is not the name of a repository."
+            ) from error
+        except LocalEntryNotFoundError as error:
+            if needed:
+                raise ValueError(f"The folder `{source}` does not exist, and the Hub could not be reached.") from error
+            return None
         except EntryNotFoundError:
             return None
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
@@ -216,7 +242,7 @@ def load_tokenizer(options):
         raise ValueError(
             f"`{options.model}` must be a tokenizer or a pipeline that has one, got {type(model).__name__}."
         )
-    return model.to(options.device or default_device()).eval()
+    return model.to(device(options)).eval()
 
 
 def read_images(options, model):
@@ -225,7 +251,8 @@ def read_images(options, model):
 
     from .models.image_processing_vq import VQImageProcessor
 
-    saved = read_json(options.model, "preprocessor_config.json")
+    names = ("preprocessor_config.json", "vqvae/preprocessor_config.json")  # of a tokenizer, of a pipeline
+    saved = next(filter(None, (read_json(options.model, name) for name in names)), None)
     processor = VQImageProcessor.from_dict(saved) if saved else VQImageProcessor(size=model.config.resolution)
     size = {} if options.size is None else {"size": options.size}
     images = []

@@ -96,6 +96,40 @@ def test_the_saved_image_processor_and_size_are_used(folder, model, tmp_path):
             assert file.get_tensor("indices").shape == (1, side, side)
 
 
+def test_the_image_processor_of_a_pipeline_is_used(folder, tmp_path):
+    hf_vq.VQAutoregressivePipeline.from_pretrained(folder / "pipeline").save_pretrained(tmp_path / "pipeline")
+    hf_vq.VQImageProcessor(size=12).save_pretrained(tmp_path / "pipeline" / "vqvae")
+    output = tmp_path / "indices.safetensors"
+    assert run("encode", tmp_path / "pipeline", folder / "b.png", "--output", output) == 0
+    with safe_open(output, "pt") as file:
+        assert file.get_tensor("indices").shape == (1, 6, 6)
+
+
+def test_residual_indices_are_decoded(folder, tmp_path):
+    torch.manual_seed(0)
+    quantizer = {"quantizer": "residual", "quantizer_kwargs": {"depth": 2}}
+    model = hf_vq.VQGANModel(hf_vq.VQGANConfig(**CONFIG, **quantizer)).eval()
+    model.save_pretrained(tmp_path / "residual")
+    output = tmp_path / "indices.safetensors"
+    assert run("encode", tmp_path / "residual", folder / "b.png", "--output", output) == 0
+    with safe_open(output, "pt") as file:
+        indices = file.get_tensor("indices")
+    assert indices.shape == (1, 4, 4, 2)
+    assert run("decode", tmp_path / "residual", output, "--output", tmp_path / "decoded") == 0
+    with torch.no_grad():
+        sample = hf_vq.VQImageProcessor().postprocess(model.decode_indices(indices).sample)[0]
+    np.testing.assert_array_equal(np.array(Image.open(tmp_path / "decoded" / "0000-b.png")), np.array(sample))
+
+
+def test_a_folder_that_does_not_exist_while_the_hub_cannot_be_reached(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for source, message in (("outputs/vqgam", "the Hub could not be reached"), ("outputs/a/b", "not the name of")):
+        assert run("info", source) == 1
+        error = capsys.readouterr().err
+        assert f"folder `{source}` does not exist" in error and message in error, error
+
+
 def test_reconstruct(folder, tmp_path, capsys):
     output = tmp_path / "both.png"
     assert run("reconstruct", folder / "vqgan", folder / "a.png", folder / "b.png", "--output", output) == 0
@@ -123,11 +157,17 @@ def test_sample(folder, tmp_path):
         (("sample", "pipeline", "--class-label", "cow"), "cow"),
         (("decode", "vqgan", "outside.safetensors"), "below 16"),
         (("decode", "vqgan", "other.safetensors"), "a tensor `indices`"),
+        (("decode", "vqgan", "flat.safetensors"), "(B, h, w) below 16"),
+        (("decode", "vqgan", "a.png"), "must be a safetensors file"),
+        (("info", "./nowhere/to/be/found"), "does not exist"),
+        (("encode", "vqgan", "a.png", "--device", "toaster"), "`--device`"),
+        (("sample", "pipeline", "--device", "cuda:77"), "`--device`"),
     ],
 )
 def test_errors_a_user_can_mend(folder, arguments, message, capsys, monkeypatch):
     save_file({"indices": torch.full((1, 4, 4), 16)}, folder / "outside.safetensors")
     save_file({"codes": torch.zeros(1, 4, 4)}, folder / "other.safetensors")
+    save_file({"indices": torch.zeros(1, 4, dtype=torch.int64)}, folder / "flat.safetensors")
     monkeypatch.chdir(folder)
     assert run(*arguments) == 1
     error = capsys.readouterr().err.splitlines()[-1]
