@@ -42,8 +42,10 @@ class AttnBlock(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         normed = self.norm(hidden_states)
+        # contiguous: the fused kernels, whose memory does not grow with the square of the positions, ask for it
         query, key, value = (
-            projection(normed).flatten(2).transpose(1, 2).unsqueeze(1) for projection in (self.q, self.k, self.v)
+            projection(normed).flatten(2).transpose(1, 2).unsqueeze(1).contiguous()
+            for projection in (self.q, self.k, self.v)
         )
         attended = F.scaled_dot_product_attention(query, key, value)
         attended = attended.squeeze(1).transpose(1, 2).reshape(hidden_states.shape)
