@@ -16,6 +16,7 @@ class MetricWindow:
 
     def __init__(self, device: torch.device):
         self.device = device
+        self.dtype = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
         self.sums: dict[str, torch.Tensor] = {}
         self.counts: dict[str, int] = {}
 
@@ -24,7 +25,7 @@ class MetricWindow:
             value = torch.as_tensor(value).detach()
             if value.numel() != 1:
                 raise ValueError(f"the metric {name!r} has shape {tuple(value.shape)}: log one number.")
-            value = value.reshape(()).to(self.device, torch.float64)
+            value = value.reshape(()).to(self.device, self.dtype)
             self.sums[name] = self.sums.get(name, 0.0) + value
             self.counts[name] = self.counts.get(name, 0) + 1
 
