@@ -20,6 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The parser of every subcommand."""
     parser = argparse.ArgumentParser(prog="hf-vq", description="Vector-quantized image models.")
     parser.add_argument("--version", action="version", version=f"hf-vq {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -62,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_tokenizer_options(command):
+    """The options of the subcommands that read images."""
     command.add_argument(
         "--size", type=positive, help="side of the images (default: the one the model was trained at)"
     )
@@ -69,16 +71,19 @@ def add_tokenizer_options(command):
 
 
 def add_device(command):
+    """The option that says where to compute."""
     command.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU if there is one)")
 
 
 def positive(text: str) -> int:
+    """A number of at least 1; argparse turns the error into its own."""
     if int(text) < 1:
         raise ValueError(text)
     return int(text)
 
 
 def info(options):
+    """Prints what a model or a pipeline is."""
     from diffusers import DiffusionPipeline
 
     from .hub import facts
@@ -94,6 +99,7 @@ def info(options):
 
 
 def reconstruct(options):
+    """Writes one picture: images above their reconstructions."""
     import torch
 
     from .evaluation.pictures import reconstruction_grid
@@ -109,6 +115,7 @@ def reconstruct(options):
 
 
 def encode(options):
+    """Writes the indices of images to a safetensors file."""
     import torch
     from safetensors.torch import save_file
 
@@ -122,6 +129,7 @@ def encode(options):
 
 
 def decode(options):
+    """Writes one image for each grid of indices in a file of `encode`."""
     import torch
     from safetensors import SafetensorError, safe_open
 
@@ -149,6 +157,7 @@ def decode(options):
 
 
 def sample(options):
+    """Writes a sheet of new images, a row for each class."""
     import torch
 
     from .evaluation.pictures import labelled_rows
@@ -264,6 +273,7 @@ def read_images(options, model):
 
 
 def write_image(image, path: Path):
+    """Saves a PIL image, with the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path)
     print(path)

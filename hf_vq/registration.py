@@ -21,6 +21,7 @@ PIPELINES = ("VQAutoregressivePipeline",)
 
 
 def public_class(name: str) -> type:
+    """A class of this package by its public name, imported now."""
     return getattr(importlib.import_module(__package__), name)
 
 

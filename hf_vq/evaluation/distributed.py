@@ -5,6 +5,7 @@ import torch.distributed as dist
 
 
 def is_distributed() -> bool:
+    """Whether there is a process group, of one process or more."""
     return dist.is_available() and dist.is_initialized()
 
 
