@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from ..models.codebook_search import is_distributed
 from .checkpointing import flush_file, preserved_random_state, remove_unfinished, write_file_atomically
 from .streaming import StreamingImageDataset
 
@@ -93,7 +94,7 @@ def write_indices(
         StaleIndicesError: the folder holds other indices, and `overwrite` is not set.
     """
     path = Path(path)
-    rank, world = (dist.get_rank(), dist.get_world_size()) if _is_distributed() else (0, 1)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
     wanted = {
         "layout": _LAYOUT,
         "tokenizer": tokenizer_fingerprint(tokenizer),
@@ -354,12 +355,8 @@ def _differences(known: dict, wanted: dict) -> list[str]:
     return [name for name, value in wanted.items() if known.get(name) != value]
 
 
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
 def _barrier() -> None:
-    if _is_distributed():
+    if is_distributed():
         dist.barrier()
 
 

@@ -35,13 +35,14 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from ..evaluation.evaluate import evaluation_mode
 from .checkpointing import (
     draft_folder,
     find_checkpoints,
@@ -389,7 +390,7 @@ class TrainingRun:
             stack.enter_context(torch.no_grad())
             for name, model in self.models.items():
                 stack.enter_context(self.ema_weights(name))
-                stack.enter_context(_eval_mode(model))
+                stack.enter_context(evaluation_mode(model))
             metrics = self._validation() or {}
         row = {f"validation/{name}": float(value) for name, value in metrics.items()}
         self._write_row({"step": self.global_step, **row})
@@ -497,14 +498,3 @@ class TrainingRun:
                 position["num_processes"],
                 self.accelerator.num_processes,
             )
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

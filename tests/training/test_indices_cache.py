@@ -139,7 +139,7 @@ def test_processes_write_their_own_shards(source, tmp_path, monkeypatch, streami
     images = open_images(source, streaming=streaming)
     tokenizer = ToyTokenizer()
     whole = write_indices(tokenizer, images, tmp_path / "whole", rows_per_shard=5)
-    monkeypatch.setattr(indices_cache, "_is_distributed", lambda: True)
+    monkeypatch.setattr(indices_cache, "is_distributed", lambda: True)
     monkeypatch.setattr(indices_cache.dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(indices_cache, "_barrier", lambda: None)
     for rank, expected in ((1, {1, 3}), (0, {0, 1, 2, 3, 4})):
