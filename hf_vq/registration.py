@@ -95,17 +95,20 @@ def _by_name(name):
 
 
 def add_configs(configuration_auto):
+    """AutoConfig finds a configuration by its model_type."""
     mapping = configuration_auto.CONFIG_MAPPING
     pending = {model_type: partial(_by_model_type, model_type, config) for model_type, (config, _) in MODELS.items()}
     mapping._extra_content = LazyTable(mapping._extra_content, pending)
 
 
 def add_models(modeling_auto):
+    """AutoModel and AutoModelForCausalLM find a model by its configuration."""
     for auto_class in ("AutoModel", "AutoModelForCausalLM"):
         _add_classes(getattr(modeling_auto, auto_class)._model_mapping, auto_class, _by_config)
 
 
 def add_image_processors(image_processing_auto):
+    """AutoImageProcessor finds a processor by the model's configuration."""
     _add_classes(image_processing_auto.IMAGE_PROCESSOR_MAPPING, "AutoImageProcessor", _by_config_and_backend)
 
 
