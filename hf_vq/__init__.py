@@ -18,6 +18,7 @@ _MODULES = {
     "VQGPTConfig": "hf_vq.models.configuration_vq_gpt",
     "VQGPTForCausalLM": "hf_vq.models.modeling_vq_gpt",
     "VQImageProcessor": "hf_vq.models.image_processing_vq",
+    "VQLatentDiffusionPipeline": "hf_vq.pipelines.pipeline_vq_latent_diffusion",
     "VQVAEConfig": "hf_vq.models.configuration_vqvae",
     "VQVAEModel": "hf_vq.models.modeling_vqvae",
 }

@@ -197,6 +197,8 @@ def facts(model: PreTrainedModel) -> list[tuple[str, str]]:
 
 
 def _example_call(pipeline) -> str:
+    if hasattr(pipeline, "example_call"):
+        return pipeline.example_call
     condition = getattr(getattr(pipeline, "prior", None), "config", None)
     return {"class": "class_labels=0", "codes": "condition=codes"}.get(getattr(condition, "condition_type", None), "")
 

@@ -17,7 +17,7 @@ MODELS = {
     "hf_vq_vqgan": ("VQGANConfig", {"AutoModel": "VQGANModel", "AutoImageProcessor": "VQImageProcessor"}),
     "hf_vq_vqvae": ("VQVAEConfig", {"AutoModel": "VQVAEModel", "AutoImageProcessor": "VQImageProcessor"}),
 }
-PIPELINES = ("VQAutoregressivePipeline",)
+PIPELINES = ("VQAutoregressivePipeline", "VQLatentDiffusionPipeline")
 
 
 def public_class(name: str) -> type:

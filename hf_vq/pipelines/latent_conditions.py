@@ -1,0 +1,192 @@
+"""What a denoiser of latents takes beside them: classes, text, and maps that are concatenated."""
+
+import torch
+import torch.nn.functional as F
+
+from .completion import to_pixel_values
+from .text_conditioning import encode_text
+
+
+def resize_map(values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """
+    `(B, C, H, W)` to `size`: the mean of the pixels that fall on a latent where it shrinks (two bilinear halvings, the
+    original's way for a factor of 4, are the same), bilinear where it grows.
+    """
+    if values.shape[-2:] == tuple(size):
+        return values
+    shrinks = values.shape[-2] >= size[0] and values.shape[-1] >= size[1]
+    if shrinks:
+        return F.interpolate(values, size=size, mode="area")
+    return F.interpolate(values, size=size, mode="bilinear", align_corners=False)
+
+
+def to_mask(mask) -> torch.FloatTensor:
+    """PIL images or a tensor `(H, W)`, `(B, H, W)` or `(B, 1, H, W)` in [0, 1], as 0 and 1 `(B, 1, H, W)`; 1 is painted."""
+    if isinstance(mask, torch.Tensor):
+        if mask.ndim == 2:
+            mask = mask[None]
+        mask = mask[:, None] if mask.ndim == 3 else mask
+        if mask.ndim != 4 or mask.shape[1] != 1 or mask.min() < 0 or mask.max() > 1:
+            raise ValueError(f"`mask_image` must be (B, 1, H, W) with values in [0, 1], got {tuple(mask.shape)}.")
+        return (mask >= 0.5).float()
+    return (to_pixel_values(mask, 1) >= 0).float()
+
+
+def repeat_to(values: torch.Tensor, batch_size: int, name: str) -> torch.Tensor:
+    """One row for each of `batch_size` images: `values` itself, or each of its rows repeated."""
+    if batch_size % len(values):
+        raise ValueError(f"`{name}` must hold 1 or {batch_size} entries, or a divisor of it, got {len(values)}.")
+    return values.repeat_interleave(batch_size // len(values), dim=0)
+
+
+class LatentConditionMixin:
+    """For a pipeline with `unet`, `vqvae` and perhaps `text_encoder` and `tokenizer`, and the config of `VQLatentDiffusionPipeline`."""
+
+    @property
+    def condition_kind(self) -> str | None:
+        """
+        How the denoiser is conditioned: "class" (its class embedding), "class_token" (one-hot classes through its
+        `encoder_hid_proj`, a table of vectors for cross-attention), "text" or None.
+        """
+        config = self.unet.config
+        if config.get("num_class_embeds") is not None:
+            return "class"
+        if config.get("cross_attention_dim") is None:
+            return None
+        is_token = config.get("encoder_hid_dim_type") == "text_proj" and self.text_encoder is None
+        return "class_token" if is_token else "text"
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the denoiser, the null class included."""
+        config = self.unet.config
+        return config.num_class_embeds if self.condition_kind == "class" else config.encoder_hid_dim
+
+    def class_ids(self, class_labels) -> torch.LongTensor:
+        """Ids `(B,)` of classes, which may be names of `id2label`."""
+        if isinstance(class_labels, torch.Tensor):
+            class_labels = class_labels.flatten().tolist()
+        labels = list(class_labels) if isinstance(class_labels, (list, tuple)) else [class_labels]
+        names = {name: number for number, name in (self.id2label or {}).items()}
+        ids = [names.get(label, label) if isinstance(label, str) else label for label in labels]
+        wrong = [i for i in ids if not isinstance(i, int) or not 0 <= i < self.num_classes]
+        if wrong or not ids:
+            known = f", or one of {sorted(names)}" if names else ""
+            raise ValueError(
+                f"`class_labels` must be ids from 0 to {self.num_classes - 1}{known}, got {class_labels!r}."
+            )
+        return torch.tensor(ids)
+
+    def _class_inputs(self, ids: torch.LongTensor) -> dict[str, torch.Tensor]:
+        device = self._execution_device
+        if self.condition_kind == "class":
+            inputs = {"class_labels": ids.to(device)}
+            if self.unet.config.get("cross_attention_dim") is not None:
+                width = self.unet.config.encoder_hid_dim or self.unet.config.cross_attention_dim
+                inputs["encoder_hidden_states"] = torch.zeros(len(ids), 1, width, device=device, dtype=self.unet.dtype)
+            return inputs
+        tokens = F.one_hot(ids, self.num_classes)[:, None]
+        return {"encoder_hidden_states": tokens.to(device, self.unet.dtype)}
+
+    def _text_inputs(self, prompt, embeds, batch_size: int, name: str) -> dict[str, torch.Tensor]:
+        if embeds is not None:
+            if not isinstance(embeds, torch.Tensor) or embeds.ndim != 3:
+                raise ValueError(f"`{name}_embeds` must be a float tensor (B, S, D).")
+            states = repeat_to(embeds, batch_size, f"{name}_embeds")
+            return {"encoder_hidden_states": states.to(self._execution_device, self.unet.dtype)}
+        if self.text_encoder is None or self.tokenizer is None:
+            raise ValueError(f"`{name}_embeds` must be given: the pipeline has no text_encoder with a tokenizer.")
+        condition = encode_text(
+            self.text_encoder,
+            self.tokenizer,
+            prompt,
+            max_length=self.config.text_max_length,
+            lower_case=self.config.text_lower_case,
+            normalize=self.config.text_normalize,
+            device=self._execution_device,
+        )
+        inputs = {
+            "encoder_hidden_states": repeat_to(condition.embeddings, batch_size, name).to(self.unet.dtype),
+        }
+        if self.config.text_mask:
+            inputs["encoder_attention_mask"] = repeat_to(condition.mask, batch_size, name)
+        return inputs
+
+    def prepare_condition(
+        self,
+        batch_size: int,
+        class_labels=None,
+        prompt=None,
+        negative_prompt=None,
+        prompt_embeds=None,
+        negative_prompt_embeds=None,
+        guided: bool = False,
+    ) -> tuple[dict, dict | None]:
+        """
+        The denoiser's keyword arguments for `batch_size` images and, if `guided`, those of the null condition.
+
+        Raises:
+            ValueError: a condition that the denoiser does not take, or guidance without a null condition.
+        """
+        kind = self.condition_kind
+        text_given = any(x is not None for x in (prompt, negative_prompt, prompt_embeds, negative_prompt_embeds))
+        if class_labels is not None and kind not in ("class", "class_token"):
+            raise ValueError("`class_labels` needs a denoiser with classes.")
+        if text_given and kind != "text":
+            raise ValueError("`prompt` needs a denoiser with cross-attention and without classes.")
+        if kind is None:
+            if guided:
+                raise ValueError("`guidance_scale` other than 1 needs a conditional denoiser.")
+            return {}, None
+        if kind == "text":
+            inputs = self._text_inputs("" if prompt is None else prompt, prompt_embeds, batch_size, "prompt")
+            if not guided:
+                return inputs, None
+            if prompt_embeds is not None and negative_prompt_embeds is None and self.text_encoder is None:
+                raise ValueError(
+                    "`guidance_scale` other than 1 needs `negative_prompt_embeds` beside `prompt_embeds`."
+                )
+            negative = "" if negative_prompt is None else negative_prompt
+            return inputs, self._text_inputs(negative, negative_prompt_embeds, batch_size, "negative_prompt")
+        null = self.config.null_class_id
+        if class_labels is None and null is None:
+            raise ValueError("`class_labels` must be given: the denoiser has classes and no null class.")
+        if guided and (class_labels is None or null is None):
+            raise ValueError("`guidance_scale` other than 1 needs `class_labels`, and a denoiser with a null class.")
+        ids = self.class_ids(null if class_labels is None else class_labels)
+        inputs = self._class_inputs(repeat_to(ids, batch_size, "class_labels"))
+        return inputs, self._class_inputs(torch.full((batch_size,), null)) if guided else None
+
+    def encode_image(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Images `(B, C, H, W)` in [-1, 1] to latents before quantization, not scaled, float32."""
+        pixels = pixel_values.to(self._execution_device, self.vqvae.dtype)
+        return self.vqvae.encode(pixels).latents.float()
+
+    def prepare_concatenated(self, batch_size: int, size, condition_image=None, image=None, mask=None):
+        """
+        The maps `(B, C, h, w)` that are concatenated to the noisy latents, or None.
+
+        Inpainting (`mask` `(B, 1, H, W)`, 1 is painted): the latents of the image with its masked pixels black, not
+        scaled, and the mask in {-1, 1}, nearest. Otherwise `condition_image`, resized to the latents.
+
+        Raises:
+            ValueError: maps whose channels are not those that the denoiser has beside the latents.
+        """
+        channels = self.unet.config.in_channels - self.vqvae.config.embed_dim
+        maps = None
+        if mask is not None:
+            masked = (1 - mask) * (image + 1) - 1
+            hidden = F.interpolate(mask * 2 - 1, size=size, mode="nearest")
+            maps = torch.cat([self.encode_image(masked), hidden.to(self._execution_device)], dim=1)
+        elif condition_image is not None:
+            maps = resize_map(condition_image.to(self._execution_device), size)
+        found = 0 if maps is None else maps.shape[1]
+        if found != channels:
+            name = "mask_image" if mask is not None else "condition_image"
+            raise ValueError(
+                f"`{name}` must give the {channels} channels that the denoiser takes beside the latents, got {found}."
+            )
+        return None if maps is None else repeat_to(maps, batch_size, "condition_image")
+
+
+__all__ = ["LatentConditionMixin", "repeat_to", "resize_map", "to_mask"]
