@@ -1,0 +1,516 @@
+"""The latent diffusion pipeline with tiny real components, against chains written by hand."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LDMPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
+
+from hf_vq import VQGANConfig, VQGANModel, VQLatentDiffusionPipeline
+from hf_vq.hub import model_card, save_with_code
+from hf_vq.models.image_processing_vq import VQImageProcessor
+from hf_vq.pipelines.latent_conditions import resize_map
+from hf_vq.pipelines.text_conditioning import encode_text
+
+
+# numpy 2 on how diffusers' schedulers make arrays of tensors
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+D = 4  # channels of a latent; 4×4 latents of 8×8 pixels
+SCHEDULERS = {
+    "ddim": lambda: DDIMScheduler(clip_sample=False),
+    "ddpm": lambda: DDPMScheduler(clip_sample=False),
+    "dpm": lambda: DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"),
+    "euler": EulerDiscreteScheduler,
+    "euler_ancestral": EulerAncestralDiscreteScheduler,
+    "heun": HeunDiscreteScheduler,
+    "flow": FlowMatchEulerDiscreteScheduler,
+    "flow_shifted": lambda: FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+}
+
+
+def make_vqvae(**overrides):
+    torch.manual_seed(0)
+    config = {
+        "base_channels": 32,
+        "channel_multiplier": (1, 1),
+        "num_res_blocks": 1,
+        "attn_resolutions": (),
+        "resolution": 8,
+        "latent_channels": 4,
+        "embed_dim": D,
+        "num_embeddings": 16,
+        "scaling_factor": 2.5,
+    }
+    return VQGANModel(VQGANConfig(**{**config, **overrides})).eval()
+
+
+def make_unet(in_channels=D, **overrides):
+    torch.manual_seed(1)
+    config = {
+        "sample_size": 4,
+        "in_channels": in_channels,
+        "out_channels": D,
+        "block_out_channels": (8, 8),
+        "norm_num_groups": 4,
+        "layers_per_block": 1,
+        "attention_head_dim": 4,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    }
+    return UNet2DModel(**{**config, **overrides}).eval()
+
+
+def make_text_unet(in_channels=D, **overrides):
+    torch.manual_seed(1)
+    config = {
+        "sample_size": 4,
+        "in_channels": in_channels,
+        "out_channels": D,
+        "block_out_channels": (8, 8),
+        "norm_num_groups": 4,
+        "layers_per_block": 1,
+        "attention_head_dim": 4,
+        "cross_attention_dim": 8,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    }
+    return UNet2DConditionModel(**{**config, **overrides}).eval()
+
+
+def make_text_parts():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["[pad]", "[unk]", "a", "red", "blue", "cat", "dog"]
+    fast = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[unk]"))
+    fast.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=fast, pad_token="[pad]", unk_token="[unk]", model_max_length=6
+    )
+    torch.manual_seed(2)
+    config = CLIPTextConfig(
+        vocab_size=7,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=6,
+        pad_token_id=0,
+        eos_token_id=1,
+        initializer_factor=30.0,
+    )
+    return CLIPTextModel(config).eval(), tokenizer
+
+
+NAMES = {0: "cat", 1: "dog"}
+
+
+def make_pipeline(kind="unconditional", scheduler="ddim", **overrides):
+    parts = {"vqvae": make_vqvae(), "scheduler": SCHEDULERS[scheduler]()}
+    if kind == "unconditional":
+        parts["unet"] = make_unet()
+    elif kind == "class":
+        parts |= {"unet": make_unet(num_class_embeds=3), "id2label": NAMES, "null_class_id": 2}
+    elif kind == "class_token":
+        unet = make_text_unet(encoder_hid_dim=3, encoder_hid_dim_type="text_proj")
+        parts |= {"unet": unet, "id2label": NAMES, "null_class_id": 2}
+    elif kind == "text":
+        parts["unet"] = make_text_unet()
+        parts["text_encoder"], parts["tokenizer"] = make_text_parts()
+    pipeline = VQLatentDiffusionPipeline(**{**parts, **overrides})
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+CONDITIONS = {
+    "unconditional": {"num_images_per_prompt": 2},
+    "class": {"class_labels": ["cat", 1], "guidance_scale": 3.0},
+    "class_token": {"class_labels": ["cat", 1], "guidance_scale": 3.0},
+    "text": {"prompt": ["a red cat", "a blue dog"], "guidance_scale": 3.0},
+}
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def latents_of(pipeline, **arguments):
+    return pipeline(**{"num_inference_steps": 3, "output_type": "latent", **arguments}).latents
+
+
+def image(seed=3, size=8):
+    return torch.rand(1, 3, size, size, generator=seeded(seed)) * 2 - 1
+
+
+# --------------------------------------------------------------------------------------------- the chain
+
+
+@pytest.mark.parametrize("kind", CONDITIONS)
+def test_a_chain_by_hand(kind):
+    """DDIM (Song et al. 2021, equation 12), guidance and scaling written out."""
+    pipeline = make_pipeline(kind)
+    noise = torch.randn(2, D, 4, 4, generator=seeded())
+    alphas = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)
+    unet, x = pipeline.unet, noise
+    embeds = None
+    if kind == "text":
+        text = pipeline.tokenizer(["a red cat", "a blue dog", "", ""], padding="max_length", return_tensors="pt")
+        embeds = pipeline.text_encoder(**text).last_hidden_state
+    if kind == "class_token":
+        table = unet.encoder_hid_proj
+    with torch.no_grad():
+        for t in (666, 333, 0):
+            if kind == "unconditional":
+                eps = unet(x, t).sample
+            elif kind == "class":
+                given, null = unet(x, t, torch.tensor([0, 1])).sample, unet(x, t, torch.tensor([2, 2])).sample
+            elif kind == "class_token":
+                # a table of vectors: the columns of the projection, with its bias
+                vectors = (table.weight.T + table.bias)[:, None]
+                unet.encoder_hid_proj, unet.config.encoder_hid_dim_type = None, None
+                given, null = unet(x, t, vectors[[0, 1]]).sample, unet(x, t, vectors[[2, 2]]).sample
+                unet.encoder_hid_proj, unet.config.encoder_hid_dim_type = table, "text_proj"
+            else:
+                mask = text["attention_mask"]
+                given = unet(x, t, embeds[:2], encoder_attention_mask=mask[:2]).sample
+                null = unet(x, t, embeds[2:], encoder_attention_mask=mask[2:]).sample
+            if kind != "unconditional":
+                eps = null + 3.0 * (given - null)
+            a, b = alphas[t], alphas[t - 333] if t >= 333 else torch.tensor(1.0)
+            x0 = (x - (1 - a).sqrt() * eps) / a.sqrt()
+            x = b.sqrt() * x0 + (1 - b).sqrt() * eps
+    arguments = {**CONDITIONS[kind], "latents": noise}
+    output = pipeline(**arguments, num_inference_steps=3, output_type="pt")
+    torch.testing.assert_close(output.latents, x / 2.5, atol=2e-4, rtol=1e-4)
+    with torch.no_grad():
+        quantized = pipeline.vqvae.quantize(output.latents).quantized
+        pixels = pipeline.vqvae.decode(quantized, quantize=False).sample
+    torch.testing.assert_close(output.images, (pixels / 2 + 0.5).clamp(0, 1), atol=1e-6, rtol=0)
+
+
+def test_a_flow_by_hand():
+    pipeline = make_pipeline("unconditional", "flow")
+    x = noise = torch.randn(1, D, 4, 4, generator=seeded())
+    sigmas = [1.0, 0.6, 0.1, 0.0]
+    with torch.no_grad():
+        for now, then in zip(sigmas, sigmas[1:], strict=False):
+            x = x + (then - now) * pipeline.unet(x, torch.tensor(1000.0 * now)).sample
+    found = latents_of(pipeline, latents=noise, sigmas=sigmas[:3])
+    torch.testing.assert_close(found, x / 2.5, atol=1e-5, rtol=1e-5)
+
+
+def test_quantized_steps_by_hand():
+    pipeline = make_pipeline()
+    noise = torch.randn(1, D, 4, 4, generator=seeded())
+    alphas, x = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0), noise
+    with torch.no_grad():
+        for t in (500, 0):
+            eps = pipeline.unet(x, t).sample
+            a, b = alphas[t], alphas[t - 500] if t >= 500 else torch.tensor(1.0)
+            x0 = pipeline.vqvae.quantize((x - (1 - a).sqrt() * eps) / a.sqrt() / 2.5).quantized * 2.5
+            x = b.sqrt() * x0 + (1 - b).sqrt() * eps
+    found = latents_of(pipeline, latents=noise, num_inference_steps=2, quantize_denoised=True)
+    torch.testing.assert_close(found, x / 2.5, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="`quantize_denoised` needs a DDIMScheduler"):
+        latents_of(make_pipeline(scheduler="euler"), quantize_denoised=True)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_every_scheduler(scheduler):
+    """Finite and repeatable images; a list of generators makes an image independent of its batch."""
+    pipeline = make_pipeline("class", scheduler)
+    arguments = {"num_inference_steps": 4, "guidance_scale": 1.5}
+    both = latents_of(pipeline, class_labels=[0, 1], generator=[seeded(1), seeded(2)], **arguments)
+    assert both.isfinite().all() and both.std() > 0.01
+    alone = latents_of(pipeline, class_labels=1, generator=[seeded(2)], **arguments)
+    torch.testing.assert_close(both[1:], alone, atol=1e-4, rtol=1e-4)
+    again = latents_of(pipeline, class_labels=[0, 1], generator=[seeded(1), seeded(2)], **arguments)
+    assert torch.equal(both, again)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_image_to_image(scheduler):
+    """Little strength stays near the image's latents; strength 1 does not."""
+    pipeline = make_pipeline("unconditional", scheduler)
+    pixels = image()
+    own = pipeline.encode_image(pixels)
+    steps = []
+    arguments = {"image": pixels, "generator": seeded(), "num_inference_steps": 20}
+    near = latents_of(pipeline, strength=0.1, callback_on_step_end=lambda p, i, t, d: steps.append(i), **arguments)
+    far = latents_of(pipeline, **arguments)
+    assert (near - own).norm() < 0.5 * (far - own).norm()
+    assert len(steps) == (3 if scheduler == "heun" else 2)  # Heun takes two evaluations a step, but one in its last
+
+
+def test_image_to_image_starts_at_the_noised_image():
+    for scheduler in ("ddim", "flow"):
+        pipeline = make_pipeline("unconditional", scheduler)
+        pipeline.unet.conv_out.weight.data.zero_()
+        pipeline.unet.conv_out.bias.data.zero_()  # no noise predicted, or no velocity: one step scales, or stays
+        noise = torch.randn(1, D, 4, 4, generator=seeded())
+        latents = pipeline.encode_image(image()) * 2.5
+        found = latents_of(pipeline, image=image(), latents=noise, strength=0.25, num_inference_steps=4) * 2.5
+        if scheduler == "flow":
+            sigma = pipeline.scheduler.sigmas[-2]
+            expected = (1 - sigma) * latents + sigma * noise
+        else:
+            alpha = pipeline.scheduler.alphas_cumprod[0]
+            expected = (alpha.sqrt() * latents + (1 - alpha).sqrt() * noise) / alpha.sqrt()
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------- concatenated maps
+
+
+def test_resizing_is_the_originals():
+    """Two bilinear halvings for a factor of 4; nothing for a map of the latents' size."""
+    values = torch.randn(2, 5, 16, 16, generator=seeded())
+    halved = F.interpolate(F.interpolate(values, scale_factor=0.5, mode="bilinear"), scale_factor=0.5, mode="bilinear")
+    torch.testing.assert_close(resize_map(values, (4, 4)), halved)
+    assert resize_map(values, (16, 16)) is values
+    assert resize_map(values, (32, 32)).shape == (2, 5, 32, 32)
+
+
+def spy(pipeline, seen):
+    forward = pipeline.unet.forward
+
+    def wrapped(sample, *args, **kwargs):
+        seen.append(sample)
+        return forward(sample, *args, **kwargs)
+
+    pipeline.unet.forward = wrapped
+
+
+def test_maps_are_concatenated():
+    pipeline, seen = make_pipeline(unet=make_unet(in_channels=D + 5)), []
+    spy(pipeline, seen)
+    maps = torch.rand(2, 5, 8, 8, generator=seeded())
+    found = latents_of(pipeline, condition_image=maps, generator=seeded(), num_images_per_prompt=2)
+    assert found.shape == (4, D, 4, 4)
+    expected = F.avg_pool2d(maps, 2).repeat_interleave(2, dim=0)
+    assert all(torch.allclose(sample[:, D:], expected) for sample in seen)
+
+
+def test_low_resolution_images():
+    pipeline = make_pipeline(unet=make_unet(in_channels=D + 3))
+    low = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 255, (4, 4, 3), np.uint8))
+    other = PIL.Image.fromarray(np.random.default_rng(1).integers(0, 255, (4, 4, 3), np.uint8))
+    both = pipeline(condition_image=[low, other], generator=[seeded(), seeded()], num_inference_steps=2)
+    assert both.images[0].size == (8, 8) and not torch.equal(both.latents[0], both.latents[1])
+
+
+def test_inpainting():
+    """The original's maps: latents of the image with black under the mask, and the mask in {-1, 1}."""
+    pipeline, seen = make_pipeline(unet=make_unet(in_channels=2 * D + 1)), []
+    spy(pipeline, seen)
+    pixels, mask = image(), torch.zeros(1, 1, 8, 8)
+    mask[..., :4] = 1
+    output = pipeline(image=pixels, mask_image=mask, generator=seeded(), num_inference_steps=2, output_type="pt")
+    black = torch.where(mask.bool(), torch.tensor(-1.0), pixels)
+    with torch.no_grad():
+        torch.testing.assert_close(seen[0][:, D : 2 * D], pipeline.vqvae.encode(black).latents)
+    assert torch.equal(seen[0][:, 2 * D :], torch.tensor([1.0, 1, -1, -1]).expand(1, 1, 4, 4))
+    torch.testing.assert_close(output.images[..., 4:], pixels[..., 4:] / 2 + 0.5)
+    assert not torch.allclose(output.images[..., :4], pixels[..., :4] / 2 + 0.5, atol=0.05)
+    picture = PIL.Image.fromarray((mask[0, 0].numpy() * 255).astype(np.uint8))
+    again = pipeline(image=pixels, mask_image=picture, generator=seeded(), num_inference_steps=2, output_type="pt")
+    assert torch.equal(again.images, output.images)
+
+
+# --------------------------------------------------------------------------------------------- the call
+
+
+def test_output_types_and_sizes():
+    pipeline = make_pipeline("class")
+    arguments = {"class_labels": [0, 1], "num_inference_steps": 2}
+    outputs = {t: pipeline(**arguments, generator=seeded(), output_type=t) for t in ("pil", "np", "pt", "latent")}
+    assert outputs["latent"].images is None
+    assert all(torch.equal(output.latents, outputs["pt"].latents) for output in outputs.values())
+    pixels = outputs["pt"].images
+    assert pixels.shape == (2, 3, 8, 8) and 0 <= pixels.min() and pixels.max() <= 1
+    assert np.array_equal(outputs["np"].images, pixels.permute(0, 2, 3, 1).numpy())
+    assert abs(np.asarray(outputs["pil"].images[1]) / 255 - outputs["np"].images[1]).max() <= 0.5 / 255 + 1e-6
+    wide = pipeline(class_labels=0, height=8, width=16, num_inference_steps=1, return_dict=False)
+    assert wide[0][0].size == (16, 8) and wide[1].shape == (1, D, 4, 8)
+
+
+def test_callback_changes_the_latents():
+    pipeline, seen = make_pipeline(), []
+
+    def callback(pipe, step, timestep, tensors):
+        seen.append((step, int(timestep), tensors["latents"].shape))
+        return {"latents": torch.full_like(tensors["latents"], 5.0)} if step == 2 else None
+
+    found = latents_of(pipeline, callback_on_step_end=callback)
+    assert seen == [(0, 666, (1, D, 4, 4)), (1, 333, (1, D, 4, 4)), (2, 0, (1, D, 4, 4))]
+    assert torch.equal(found, torch.full_like(found, 2.0))
+
+
+def test_images_of_one_class_are_adjacent_and_null_is_the_default():
+    pipeline = make_pipeline("class")
+    generators = [seeded(i) for i in range(4)]
+    found = latents_of(pipeline, class_labels=["cat", "dog"], num_images_per_prompt=2, generator=generators)
+    torch.testing.assert_close(found[1:2], latents_of(pipeline, class_labels=0, generator=seeded(1)))
+    assert torch.equal(
+        latents_of(pipeline, generator=seeded()), latents_of(pipeline, class_labels=2, generator=seeded())
+    )
+
+
+def test_half_precision():
+    pipeline = make_pipeline("class")
+    full = latents_of(pipeline, class_labels=0, generator=seeded())
+    pipeline.to(torch.bfloat16)
+    half = pipeline(class_labels=0, generator=seeded(), num_inference_steps=3, output_type="pt")
+    assert half.latents.dtype == half.images.dtype == torch.float32
+    assert (half.latents - full).abs().mean() < 0.1 * full.abs().mean()
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        ("unconditional", {"class_labels": 0}, "`class_labels` needs a denoiser with classes"),
+        ("unconditional", {"prompt": "a"}, "`prompt` needs a denoiser with cross-attention"),
+        ("unconditional", {"guidance_scale": 2.0}, "`guidance_scale` other than 1 needs a conditional denoiser"),
+        ("class", {"class_labels": 3}, "from 0 to 2"),
+        ("class", {"class_labels": "owl"}, r"one of \['cat', 'dog'\]"),
+        ("class", {"guidance_scale": 2.0}, "`guidance_scale` other than 1 needs `class_labels`"),
+        ("class", {"class_labels": 0, "guidance_scale": -1}, "`guidance_scale` must be"),
+        ("unconditional", {"num_inference_steps": 0}, "`num_inference_steps` must be a positive int"),
+        ("unconditional", {"strength": 0.5}, "`strength` needs an `image`"),
+        ("unconditional", {"strength": 1.5}, r"`strength` must lie in \(0, 1\]"),
+        ("unconditional", {"mask_image": torch.ones(8, 8)}, "`mask_image` needs the `image`"),
+        ("unconditional", {"image": image(), "mask_image": torch.ones(8, 8)}, "0 channels that the denoiser takes"),
+        ("unconditional", {"image": image(), "mask_image": torch.ones(4, 4)}, "`mask_image` must be 8 high"),
+        ("unconditional", {"condition_image": image()}, "`condition_image` must give the 0 channels"),
+        ("unconditional", {"height": 7}, "`height` must be a multiple of 2"),
+        ("unconditional", {"latents": torch.zeros(1, D, 3, 3)}, "`latents` must have shape"),
+        ("unconditional", {"output_type": "indices"}, "`output_type` must be one of"),
+        ("unconditional", {"num_images_per_prompt": 0}, "`num_images_per_prompt` must be"),
+        ("unconditional", {"generator": [seeded(), seeded()]}, "`generator` must hold one"),
+        ("unconditional", {"sigmas": [1.0, 0.5]}, "`sigmas` cannot be given to a DDIMScheduler"),
+        ("unconditional", {"sigmas": [1.0], "timesteps": [1]}, "Only one of"),
+        ("unconditional", {"callback_on_step_end": 1}, "must be callable"),
+        ("text", {"prompt": [1]}, "`prompts` must be a str or a list"),
+        ("text", {"prompt_embeds": torch.zeros(2, 8)}, r"`prompt_embeds` must be a float tensor \(B, S, D\)"),
+    ],
+)
+def test_errors(kind, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_pipeline(kind)(**arguments)
+
+
+def test_errors_of_parts():
+    with pytest.raises(ValueError, match="`unet` must have 4 output channels"):
+        make_pipeline(unet=make_unet(out_channels=3))
+    with pytest.raises(ValueError, match="`null_class_id` must be one of the classes"):
+        make_pipeline("class", null_class_id=3)
+    with pytest.raises(ValueError, match="`eta` has no meaning for a EulerDiscreteScheduler"):
+        latents_of(make_pipeline(scheduler="euler"), eta=0.5)
+    with pytest.raises(ValueError, match="no null class"):
+        latents_of(make_pipeline("class", null_class_id=None))
+
+
+# --------------------------------------------------------------------------------------------- text
+
+
+def test_text_is_padded_and_cuts_are_named(caplog):
+    encoder, tokenizer = make_text_parts()
+    condition = encode_text(encoder, tokenizer, ["A Red cat", "dog"], lower_case=True, normalize=True)
+    assert condition.mask.tolist() == [[True] * 3 + [False] * 3, [True] + [False] * 5]
+    torch.testing.assert_close(condition.embeddings.norm(dim=-1), torch.ones(2, 6))
+    plain = encode_text(encoder, tokenizer, "a red cat").embeddings
+    torch.testing.assert_close(condition.embeddings[:1], plain / plain.norm(dim=-1, keepdim=True))
+    from diffusers.utils import logging
+
+    logging.enable_propagation()
+    encode_text(encoder, tokenizer, "a red cat dog", max_length=2)
+    assert "does not see 'cat dog'" in caplog.text
+    with pytest.raises(ValueError, match="`max_length` must be positive"):
+        encode_text(encoder, tokenizer, "a", max_length=0)
+
+
+def test_embeddings_in_place_of_text():
+    pipeline = make_pipeline("text", text_mask=False)
+    condition = encode_text(pipeline.text_encoder, pipeline.tokenizer, ["a red cat", ""])
+    by_text = latents_of(pipeline, prompt="a red cat", guidance_scale=2.0, generator=seeded())
+    embeds = {"prompt_embeds": condition.embeddings[:1], "negative_prompt_embeds": condition.embeddings[1:]}
+    bare = make_pipeline("text", text_encoder=None, tokenizer=None)
+    torch.testing.assert_close(latents_of(bare, **embeds, guidance_scale=2.0, generator=seeded()), by_text)
+    assert not torch.allclose(latents_of(pipeline, prompt="dog", generator=seeded()), by_text)
+
+
+# --------------------------------------------------------------------------------------------- folders
+
+
+@pytest.mark.parametrize("kind", CONDITIONS)
+def test_saved_and_loaded(tmp_path, kind):
+    pipeline = make_pipeline(kind)
+    pipeline.save_pretrained(tmp_path)
+    expected = latents_of(pipeline, **CONDITIONS[kind], generator=seeded())
+    for loader in (VQLatentDiffusionPipeline, DiffusionPipeline):
+        loaded = loader.from_pretrained(tmp_path)
+        loaded.set_progress_bar_config(disable=True)
+        assert type(loaded) is VQLatentDiffusionPipeline
+        assert torch.equal(latents_of(loaded, **CONDITIONS[kind], generator=seeded()), expected)
+        assert loaded.vqvae.config.scaling_factor == 2.5
+
+
+def test_the_stock_pipeline_loads_the_folder(tmp_path):
+    """`LDMPipeline` of diffusers, with our tokenizer as its `vqvae`."""
+    pipeline = make_pipeline()
+    pipeline.save_pretrained(tmp_path)
+    stock = LDMPipeline.from_pretrained(tmp_path)
+    stock.set_progress_bar_config(disable=True)
+    assert type(stock.vqvae) is VQGANModel
+    images = stock(batch_size=2, generator=seeded(), num_inference_steps=4, output_type="np").images
+    own = pipeline(num_images_per_prompt=2, generator=seeded(), num_inference_steps=4, output_type="np").images
+    assert images.std() > 0.01
+    np.testing.assert_array_equal(images, own)
+
+
+@pytest.mark.slow
+def test_a_folder_with_its_code_loads_without_hf_vq(tmp_path):
+    pipeline = make_pipeline("class")
+    save_with_code(pipeline, tmp_path / "shared")
+    expected = latents_of(pipeline, class_labels=["dog"], generator=seeded())
+    torch.save(expected, tmp_path / "expected.pt")
+    code = (
+        "import sys, torch\nfrom diffusers import DiffusionPipeline\n"
+        "pipe = DiffusionPipeline.from_pretrained('shared', trust_remote_code=True)\n"
+        "found = pipe(class_labels=['dog'], generator=torch.Generator().manual_seed(0), num_inference_steps=3,"
+        " output_type='latent').latents\n"
+        "assert 'hf_vq' not in sys.modules\nassert torch.equal(found, torch.load('expected.pt'))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    again = VQLatentDiffusionPipeline.from_pretrained(tmp_path / "shared")
+    assert torch.equal(latents_of(again, class_labels=["dog"], generator=seeded()), expected)
+
+
+def test_card_and_image_processor(tmp_path):
+    pipeline = make_pipeline("class")
+    pipeline.vqvae.save_pretrained(tmp_path / "vqvae")
+    VQImageProcessor(size=8).save_pretrained(tmp_path / "vqvae")
+    vqvae = VQGANModel.from_pretrained(tmp_path / "vqvae")
+    make_pipeline("class", vqvae=vqvae).save_pretrained(tmp_path / "pipeline")
+    assert json.loads((tmp_path / "pipeline/vqvae/preprocessor_config.json").read_text())["size"]
+    card = str(model_card(pipeline, "user/name", license="unknown", dataset="a folder"))
+    assert "class_labels=0" in card and "VQLatentDiffusionPipeline" in card
