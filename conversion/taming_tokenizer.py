@@ -1,4 +1,4 @@
-"""First stages of the original VQGAN code (CompVis/taming-transformers) as `VQGANModel`s."""
+"""First stages of the original VQGAN code (CompVis/taming-transformers), and of latent diffusion, as `VQGANModel`s."""
 
 import torch
 
@@ -34,7 +34,7 @@ TRAINING_PARAMS = {
     "sane_index_shape",
     "temperature_scheduler_config",
 }
-TARGETS = ("VQModel", "VQNoDiscModel", "VQSegmentationModel", "GumbelVQ")
+TARGETS = ("VQModel", "VQModelInterface", "VQNoDiscModel", "VQSegmentationModel", "GumbelVQ")
 DROPPED_KEYS = {
     "loss.perceptual_loss.": "the perceptual network, which is not part of the model",
     "loss.discriminator.": "the discriminator, which only training needs; --discriminator saves it",
@@ -61,6 +61,11 @@ def tokenizer_config(model: dict) -> VQGANConfig:
         raise ValueError(f"`config` has parameters of {target} that are not known: {unknown}.")
 
     network = dict(params["ddconfig"])
+    attention = network.pop("attn_type", "vanilla")
+    if attention not in ("vanilla", "none"):
+        raise ValueError(f"`config` must have attn_type vanilla or none in ddconfig, got {attention}.")
+    if attention == "none":  # the mid block's too
+        network["attn_resolutions"] = []
     for name, default, wanted in (("double_z", True, False), ("resamp_with_conv", True, True)):
         if network.pop(name, default) != wanted:
             raise ValueError(f"`config` must have {name}={wanted} in ddconfig: VQGANModel has no other.")
@@ -68,6 +73,7 @@ def tokenizer_config(model: dict) -> VQGANConfig:
     if unknown:
         raise ValueError(f"`config` has names in ddconfig that are not known: {unknown}.")
     fields = {NETWORK_FIELDS[name]: value for name, value in network.items()}
+    fields["mid_attention"] = attention == "vanilla"
 
     if target == "GumbelVQ":
         if fields["latent_channels"] != params["embed_dim"]:

@@ -1,0 +1,397 @@
+"""Original latent diffusion models with a VQ first stage as pipelines."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from diffusers import DDIMScheduler, UNet2DConditionModel, UNet2DModel
+
+import conversion.ldm_conditioner
+import conversion.ldm_unet
+import conversion.taming_tokenizer
+from conversion.checkpoints import check_keys, load_state_dict
+from conversion.convert_latent_diffusion import convert, convert_model, main
+from conversion.ldm_conditioner import convert_bert_embedder
+from conversion.ldm_unet import unet_config
+from conversion.taming_tokenizer import convert_discriminator, convert_tokenizer
+from hf_vq.models.modeling_vqgan import VQGANModel
+from hf_vq.pipelines.pipeline_vq_latent_diffusion import VQLatentDiffusionPipeline
+from tests.conversion.golden import GOLDEN, Golden, published
+
+
+MODELS = ["bsr_sr", "celeba256", "cin256", "ffhq256", "layout2img-openimages256", "lsun_beds256"]
+MODELS = [f"ldm__models_ldm_{name}" for name in (*MODELS, "semantic_synthesis256")]
+MODELS += [f"ldm__configs_latent-diffusion_{name}-vq-4" for name in ("celebahq-ldm", "ffhq-ldm", "lsun_bedrooms-ldm")]
+MODELS += ["ldm__configs_latent-diffusion_cin-ldm-vq-f8"]
+FIRST_STAGES = [
+    f"ldm__models_first_stage_models_{name}" for name in ("vq-f16", "vq-f4-noattn", "vq-f4", "vq-f8-n256", "vq-f8")
+]
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return Golden("ldm_vq_uncond")
+
+
+@pytest.fixture(scope="module")
+def pipelines(golden, tmp_path_factory):
+    """The pipeline with the averages and the one with the live weights, both saved and loaded again."""
+    found = {}
+    for name, use_ema in (("ema", True), ("live", False)):
+        output = tmp_path_factory.mktemp(name)
+        convert(golden.folder / "checkpoint.ckpt", golden.folder / "config.yaml", output, use_ema)
+        found[name] = VQLatentDiffusionPipeline.from_pretrained(output)
+        found[name].set_progress_bar_config(disable=True)
+    return found
+
+
+@torch.no_grad()
+def test_first_stage(golden, pipelines):
+    pipe = pipelines["live"]
+    vqvae, scale = pipe.vqvae, pipe.vqvae.config.scaling_factor
+    assert scale == 0.8
+    encoded = vqvae.encode(golden["x"])
+    golden.compare("fs.h", encoded.latents)
+    golden.compare("fs.quant", encoded.quantized)
+    golden.compare("fs.indices", encoded.indices)
+    golden.compare("fs.emb_loss", vqvae.quantize(encoded.latents).loss)
+    golden.compare("fs.xrec", vqvae.decode(encoded.latents).sample)
+    golden.compare("fs.xrec_noquant", vqvae.decode(encoded.latents, quantize=False).sample)
+    golden.compare("z", pipe.encode_image(golden["x"]) * scale)
+    golden.compare("dec_z", vqvae.decode(golden["z"] / scale).sample)
+    vectors = vqvae.quantize.indices_to_latents(golden["codes"])
+    golden.compare("dec_codes", vqvae.decode(vectors / scale, quantize=False).sample)
+
+
+@torch.no_grad()
+def test_denoiser_and_noise(golden, pipelines):
+    for name, tensor in (("live", "eps"), ("ema", "eps_ema")):
+        golden.compare(tensor, pipelines[name].unet(golden["x_t"], golden["t"]).sample)
+    scheduler = pipelines["live"].scheduler
+    golden.compare("q_sample", scheduler.add_noise(golden["z"], golden["noise"], golden["t"]))
+    alphas = scheduler.alphas_cumprod[golden["t"]].view(-1, 1, 1, 1)
+    golden.compare("x0_from_eps", (golden["x_t"] - (1 - alphas).sqrt() * golden["eps"]) / alphas.sqrt())
+    predicted = pipelines["live"].unet(golden["q_sample"], golden["t"]).sample
+    golden.compare("loss", F.mse_loss(predicted, golden["noise"]))
+    golden.compare("loss_simple", F.mse_loss(predicted, golden["noise"]))
+
+
+def chain(pipe, golden, **arguments):
+    """The final latents, scaled, and those before each step and after the last."""
+    seen = [golden["x_T"]]
+    callback = lambda pipe, i, t, tensors: seen.append(tensors["latents"])  # noqa: E731
+    output = pipe(
+        num_images_per_prompt=2,
+        latents=golden["x_T"],
+        num_inference_steps=5,
+        output_type="pt",
+        callback_on_step_end=callback,
+        **arguments,
+    )
+    return output, torch.stack(seen)
+
+
+def test_ddim(golden, pipelines):
+    pipe = pipelines["live"]
+    output, steps = chain(pipe, golden)
+    golden.compare("ddim_eta0", output.latents * 0.8)
+    golden.compare("ddim_eta0_x_inter", steps)
+    clipped = golden["ddim_eta0_img"].clamp(-1, 1)
+    torch.testing.assert_close(output.images * 2 - 1, clipped, atol=5.4e-5, rtol=0)
+    golden.compare("ddim_timesteps", pipe.scheduler.timesteps.flip(0))
+    alphas = pipe.scheduler.alphas_cumprod
+    golden.compare("ddim_alphas", alphas[golden["ddim_timesteps"]])
+    previous = golden["ddim_timesteps"] - 200
+    golden.compare("ddim_alphas_prev", torch.where(previous < 0, pipe.scheduler.final_alpha_cumprod, alphas[previous]))
+    averaged, _ = chain(pipelines["ema"], golden)
+    golden.compare("ddim_eta0_ema", averaged.latents * 0.8)
+
+
+def test_ddim_predictions(golden, pipelines, monkeypatch):
+    found, step = [], DDIMScheduler.step
+
+    def spy(self, *args, **kwargs):
+        output = step(self, *args, **kwargs)
+        found.append(output.pred_original_sample)
+        return output
+
+    monkeypatch.setattr(DDIMScheduler, "step", spy)
+    chain(pipelines["live"], golden)
+    golden.compare("ddim_eta0_pred_x0", torch.stack(found))
+
+
+def test_ddim_with_noise(golden, pipelines, monkeypatch):
+    noise, found, step = list(golden["ddim_eta1_noise"]), [], DDIMScheduler.step
+
+    def given_noise(self, *args, generator=None, **kwargs):
+        output = step(self, *args, variance_noise=noise.pop(0), **kwargs)
+        found.append(output.pred_original_sample)
+        return output
+
+    monkeypatch.setattr(DDIMScheduler, "step", given_noise)
+    pipe = pipelines["live"]
+    monkeypatch.setattr(pipe, "step_arguments", lambda generator, eta: {"eta": eta})
+    output, steps = chain(pipe, golden, eta=1.0)
+    golden.compare("ddim_eta1", output.latents * 0.8)
+    golden.compare("ddim_eta1_x_inter", steps)
+    golden.compare("ddim_eta1_pred_x0", torch.stack(found))
+
+
+def test_ddim_with_quantized_predictions(golden, pipelines, monkeypatch):
+    """The original quantizes scaled latents as they are; with a factor of 1 the two agree."""
+    pipe, scheduler = pipelines["live"], pipelines["live"].scheduler
+    monkeypatch.setattr(pipe.vqvae.config, "scaling_factor", 1.0)
+    output, steps = chain(pipe, golden, quantize_denoised=True)
+    golden.compare("ddim_eta0_quant", output.latents)
+    golden.compare("ddim_eta0_quant_x_inter", steps)
+    with torch.no_grad():
+        found = []
+        for x, t in zip(steps, scheduler.timesteps, strict=False):
+            clean = scheduler.step(pipe.unet(x, t).sample, t, x).pred_original_sample
+            found.append(pipe.vqvae.quantize(clean).quantized)
+    golden.compare("ddim_eta0_quant_pred_x0", torch.stack(found))
+
+
+def test_nothing_is_left_out(golden):
+    """The tests above together leave out the weighted loss, the ancestral posterior, and the image, which is clamped."""
+    if "ddim_eta0_quant" not in golden.compared:
+        pytest.skip("the tests above have not run")
+    golden.assert_all_compared({"loss_vlb", "lvlb_weights", "post_mean", "post_logvar", "ddim_eta0_img"})
+
+
+def test_first_stage_alone(tmp_path):
+    golden = Golden("ldm_vq_f4_firststage")
+    arguments = {"checkpoint": "checkpoint.ckpt", "config": "config.yaml"}
+    main([*(f"--{name}={golden.folder / file}" for name, file in arguments.items()), f"--output={tmp_path}"])
+    model = VQGANModel.from_pretrained(tmp_path)
+    with torch.no_grad():
+        encoded = model.encode(golden["x"])
+        golden.compare("h", encoded.latents)
+        golden.compare("quant", encoded.quantized)
+        golden.compare("indices", encoded.indices)
+        golden.compare("emb_loss", model.quantize(encoded.latents).loss)
+        golden.compare("xrec", model.decode(encoded.latents).sample)
+        vectors = model.quantize.indices_to_latents(encoded.indices)
+        golden.compare("quant_from_code", vectors)
+        golden.compare("xrec_from_code", model.decode(vectors, quantize=False).sample)
+        config = yaml.safe_load((golden.folder / "config.yaml").read_text())["model"]
+        network, _ = convert_discriminator(config, load_state_dict(golden.folder / "checkpoint.ckpt"))
+        golden.compare("disc_logits_x", network(golden["x"]))
+    golden.assert_all_compared()
+
+
+# ------------------------------------------------------------------------------------------- published models
+
+
+@pytest.fixture
+def only_keys(monkeypatch):
+    for module in (conversion.ldm_unet, conversion.taming_tokenizer, conversion.ldm_conditioner):
+        monkeypatch.setattr(module, "load_exactly", check_keys)
+
+
+@pytest.mark.parametrize("use_ema", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_key_of_a_published_model(name, use_ema, only_keys):
+    model, state_dict = published(name)
+    pipe, dropped = convert_model(model, state_dict, use_ema=use_ema)
+    unet = model["params"]["unet_config"]["params"]
+    assert pipe.unet.config.block_out_channels == [unet["model_channels"] * m for m in unet["channel_mult"]]
+    assert pipe.vqvae.config.scaling_factor == 1.0
+    assert {key.split(".")[0] for key in dropped} <= {"model", "model_ema", "loss", *state_dict}
+    assert pipe.condition_kind == {"cin": "class_token", "layout": "text"}.get(
+        name.split("_")[-1].split("-")[0].removesuffix("256").removesuffix("2img"), None
+    )
+    assert pipe.unet.config.in_channels == (3 + 182 if "semantic" in name else unet["in_channels"])
+
+
+@pytest.mark.parametrize("name", FIRST_STAGES)
+def test_every_key_of_a_published_first_stage(name, only_keys):
+    model, state_dict = published(name)
+    tokenizer, dropped = convert_tokenizer(model, state_dict)
+    assert {key.split(".")[0] for key in dropped} == {"loss"}
+    assert tokenizer.config.mid_attention == ("noattn" not in name)
+
+
+# ------------------------------------------------------------------------------------------- conditions
+
+
+def read():
+    folder = GOLDEN / "ldm_vq_uncond"
+    return yaml.safe_load((folder / "config.yaml").read_text())["model"], load_state_dict(folder / "checkpoint.ckpt")
+
+
+def test_a_semantic_map_goes_into_the_first_convolution():
+    """Against two bilinear halvings, the 1×1 convolution, and the concatenation."""
+    model, state_dict = read()
+    params, generator = model["params"], torch.Generator().manual_seed(0)
+    mapper = torch.randn(3, 7, 1, 1, generator=generator)
+    wide = torch.randn(32, 6, 3, 3, generator=generator) / 7
+    state_dict |= {
+        "model.diffusion_model.input_blocks.0.0.weight": wide,
+        "cond_stage_model.channel_mapper.weight": mapper,
+    }
+    params["unet_config"]["params"]["in_channels"] = 6
+    params["cond_stage_config"] = {
+        "target": "ldm.modules.encoders.modules.SpatialRescaler",
+        "params": {"n_stages": 2, "in_channels": 7, "out_channels": 3},
+    }
+    pipe, _ = convert_model(model, state_dict, use_ema=False)
+    segmentation = torch.randn(2, 7, 32, 32, generator=generator)
+    x = torch.randn(2, 3, 8, 8, generator=generator)
+    small = segmentation
+    for _ in range(2):
+        small = F.interpolate(small, scale_factor=0.5, mode="bilinear")
+    expected = F.conv2d(torch.cat([x, F.conv2d(small, mapper)], 1), wide, pipe.unet.conv_in.bias, padding=1)
+    maps = pipe.prepare_concatenated(2, (8, 8), segmentation)
+    torch.testing.assert_close(pipe.unet.conv_in(torch.cat([x, maps], 1)), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_table_of_classes():
+    """A class reaches cross-attention as its row of the table."""
+    torch.manual_seed(0)
+    model, state_dict = read()
+    params, table = model["params"], torch.randn(5, 12)
+    arguments = {"use_spatial_transformer": True, "transformer_depth": 1, "context_dim": 12}
+    unet_params = params["unet_config"]["params"] | arguments
+    params["unet_config"]["params"] = unet_params
+    params["cond_stage_config"] = {"target": "ldm.modules.encoders.modules.ClassEmbedder", "params": {"embed_dim": 12}}
+    kind, config = unet_config(unet_params)
+    assert kind is UNet2DConditionModel
+    reference = kind(**config).eval()
+    weights = {"model.diffusion_model." + original_name(k): v for k, v in reference.state_dict().items()}
+    others = {k: v for k, v in state_dict.items() if not k.startswith(("model.", "model_ema."))}
+    pipe, dropped = convert_model(
+        model, {**others, **weights, "cond_stage_model.embedding.weight": table}, null_class_id=4
+    )
+    x = torch.randn(2, 3, 8, 8)
+    inputs, null = pipe.prepare_condition(2, class_labels=[1, 3], guided=True)
+    with torch.no_grad():
+        for given, rows in ((inputs, [1, 3]), (null, [4, 4])):
+            torch.testing.assert_close(pipe.unet(x, 7, **given).sample, reference(x, 7, table[rows][:, None]).sample)
+        assert not torch.allclose(pipe.unet(x, 7, **inputs).sample, pipe.unet(x, 7, **null).sample)
+    assert not any(key.startswith("cond_stage") for key in dropped)
+
+
+def original_name(key):
+    """The original's name of a weight of the small denoiser above, written out."""
+    outer = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"}
+    outer |= {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
+    blocks = {
+        "down_blocks.0.resnets.0": "input_blocks.1.0",
+        "down_blocks.0.downsamplers.0.conv": "input_blocks.2.0.op",
+        "down_blocks.1.resnets.0": "input_blocks.3.0",
+        "down_blocks.1.attentions.0": "input_blocks.3.1",
+        "mid_block.resnets.0": "middle_block.0",
+        "mid_block.attentions.0": "middle_block.1",
+        "mid_block.resnets.1": "middle_block.2",
+        "up_blocks.0.resnets.0": "output_blocks.0.0",
+        "up_blocks.0.attentions.0": "output_blocks.0.1",
+        "up_blocks.0.resnets.1": "output_blocks.1.0",
+        "up_blocks.0.attentions.1": "output_blocks.1.1",
+        "up_blocks.0.upsamplers.0.conv": "output_blocks.1.2.conv",
+        "up_blocks.1.resnets.0": "output_blocks.2.0",
+        "up_blocks.1.resnets.1": "output_blocks.3.0",
+    }
+    parts = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0"}
+    parts |= {"conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
+    for table in (outer, blocks):
+        for new, old in table.items():
+            if key.startswith(new + "."):
+                rest = key[len(new) + 1 :]
+                first, _, last = rest.partition(".")
+                renamed = f"{parts[first]}.{last}" if "resnets" in new else rest
+                return f"{old}.{renamed}"
+    raise AssertionError(key)
+
+
+def test_a_transformer_over_tokens():
+    """Against the original's layers written out: pre-norm, heads of 64, no biases before the output."""
+    torch.manual_seed(0)
+    width, inner, ids = 16, 512, torch.tensor([[1, 4, 0, 2]])
+    new = lambda *shape: torch.randn(*shape) / math.sqrt(shape[-1])  # noqa: E731
+    weights = {"token_emb.weight": new(5, width), "pos_emb.emb.weight": new(6, width)}
+    for i in range(2):
+        own = {"0.weight": new(width), "0.bias": new(width)}
+        if i % 2 == 0:
+            own |= {f"1.to_{n}.weight": new(inner, width) for n in "qkv"}
+            own |= {"1.to_out.weight": new(width, inner), "1.to_out.bias": new(width)}
+        else:
+            own |= {"1.net.0.0.weight": new(4 * width, width), "1.net.0.0.bias": new(4 * width)}
+            own |= {"1.net.2.weight": new(width, 4 * width), "1.net.2.bias": new(width)}
+        weights |= {f"attn_layers.layers.{i}.{name}": value for name, value in own.items()}
+    weights |= {"norm.weight": new(width), "norm.bias": new(width)}
+    weights |= {"to_logits.weight": new(5, width), "to_logits.bias": new(5)}
+    state_dict = {f"transformer.{name}": value for name, value in weights.items()}
+    params = {"n_embed": width, "n_layer": 1, "vocab_size": 5, "max_seq_len": 6}
+    encoder = convert_bert_embedder(params, state_dict)
+
+    x = weights["token_emb.weight"][ids] + weights["pos_emb.emb.weight"][:4]
+    get = lambda i, name: weights[f"attn_layers.layers.{i}.{name}"]  # noqa: E731
+    h = F.layer_norm(x, (width,), get(0, "0.weight"), get(0, "0.bias"))
+    q, k, v = (F.linear(h, get(0, f"1.to_{n}.weight")).view(1, 4, 8, 64).transpose(1, 2) for n in "qkv")
+    attended = (q @ k.transpose(2, 3) / 8).softmax(-1) @ v
+    x = x + F.linear(attended.transpose(1, 2).flatten(2), get(0, "1.to_out.weight"), get(0, "1.to_out.bias"))
+    h = F.layer_norm(x, (width,), get(1, "0.weight"), get(1, "0.bias"))
+    h = F.gelu(F.linear(h, get(1, "1.net.0.0.weight"), get(1, "1.net.0.0.bias")))
+    x = x + F.linear(h, get(1, "1.net.2.weight"), get(1, "1.net.2.bias"))
+    expected = F.layer_norm(x, (width,), weights["norm.weight"], weights["norm.bias"])
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(ids).last_hidden_state, expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="unknown key cond_stage_model.transformer.more"):
+        convert_bert_embedder(params, {**state_dict, "transformer.more": torch.zeros(1)})
+
+
+# ------------------------------------------------------------------------------------------- what is refused
+
+
+def changed(model, path, value):
+    model = copy.deepcopy(model)
+    *parents, last = path.split(".")
+    entry = model["params"]
+    for name in parents:
+        entry = entry[name]
+    entry[last] = value
+    return model
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("linear_end", 0.02, "other betas than `config` says"),
+        ("parameterization", "v", "parameterization 'v'"),
+        ("scale_by_std", True, "lacks scale_factor"),
+        ("cond_stage_config", {"target": "ldm.FrozenCLIPEmbedder"}, "no equivalent here: FrozenCLIPEmbedder"),
+        ("unet_config.params.resblock_updown", True, "must have resblock_updown=False"),
+        ("unet_config.params.surprise", 1, r"not known: \['surprise'\]"),
+        ("unet_config.params.num_res_blocks", 2, "does not fit UNet2DModel"),
+        ("first_stage_config.params.ddconfig.attn_type", "linear", "must have attn_type vanilla or none"),
+    ],
+)
+def test_what_is_refused(path, value, message):
+    model, state_dict = read()
+    with pytest.raises(ValueError, match=message):
+        convert_model(changed(model, path, value), state_dict)
+
+
+def test_keys_that_are_refused():
+    model, state_dict = read()
+    with pytest.raises(ValueError, match="lacks the average model_ema.diffusion_modeltime_embed0weight"):
+        convert_model(model, {k: v for k, v in state_dict.items() if not k.endswith("time_embed0weight")})
+    with pytest.raises(ValueError, match="unknown key model.diffusion_model.label_emb.weight"):
+        convert_model(model, {**state_dict, "model.diffusion_model.label_emb.weight": torch.zeros(1)}, use_ema=False)
+    with pytest.raises(ValueError, match="`null_class_id` needs a model with a table of classes"):
+        convert_model(model, state_dict, null_class_id=3)
+    with pytest.raises(ValueError, match=r"heads have \[8, 16\] channels"):
+        unet_config(
+            {"model_channels": 32, "channel_mult": [1, 2], "num_heads": 4, "attention_resolutions": [1, 2]}
+            | {"image_size": 8, "in_channels": 3, "out_channels": 3, "num_res_blocks": 1}
+        )
+
+
+def test_a_measured_factor_is_read_from_the_checkpoint():
+    model, state_dict = read()
+    pipe, _ = convert_model(changed(model, "scale_by_std", True), {**state_dict, "scale_factor": torch.tensor(0.25)})
+    assert pipe.vqvae.config.scaling_factor == 0.25 and type(pipe.unet) is UNet2DModel
