@@ -1,0 +1,284 @@
+"""Train latent diffusion (Rombach et al. 2022) on the latents of a trained tokenizer, before their quantization.
+
+    python examples/vq_latent_diffusion/train_vq_latent_diffusion.py \\
+        examples/vq_latent_diffusion/emoji_32.yaml --tokenizer outputs/vqgan/tokenizer
+    accelerate launch examples/vq_latent_diffusion/train_vq_latent_diffusion.py CONFIG.yaml [--argument value ...]
+
+The latents are computed once, into OUTPUT_DIR/latents, or on the fly. The result is a pipeline folder, OUTPUT_DIR/pipeline.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
+from torch.utils.data import DataLoader, Subset
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+from hf_vq import VQLatentDiffusionPipeline
+from hf_vq.pipelines.text_conditioning import encode_text
+from hf_vq.training.arguments import parse_arguments
+from hf_vq.training.data import DataArguments, collate, load_image_dataset
+from hf_vq.training.diffusion_objective import PREDICTION_TYPES, DiffusionObjective
+from hf_vq.training.latents_cache import LatentScale, LatentsDataset, encode_latents, write_latents
+from hf_vq.training.run import RunArguments, TrainingRun
+from hf_vq.training.sharing import save_trained
+
+
+@dataclass
+class LatentDiffusionArguments:
+    """The denoiser, what it predicts, and its optimizer."""
+
+    tokenizer: str = field(metadata={"help": "Folder or Hub id of the trained tokenizer."})
+    scaling_factor: float | None = field(
+        default=None, metadata={"help": "What latents are multiplied by; not given: 1 over their standard deviation."}
+    )
+    cache_latents: bool = field(default=True, metadata={"help": "Encode the images once; without, in every step."})
+    block_out_channels: list[int] = field(default_factory=lambda: [128, 256])
+    layers_per_block: int = 2
+    attention_levels: list[int] = field(
+        default_factory=lambda: [0, 1], metadata={"help": "Levels with attention; 0 is the latents' own size."}
+    )
+    attention_head_dim: int = 32
+    norm_num_groups: int = 32
+    dropout: float = 0.0
+    prediction_type: str = field(default="v_prediction", metadata={"choices": list(PREDICTION_TYPES)})
+    min_snr_gamma: float | None = field(default=None, metadata={"help": "Min-SNR weighting, 5 in its paper."})
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.0015
+    beta_end: float = 0.0195
+    condition_dropout: float = field(
+        default=0.1, metadata={"help": "Share of the classes or captions that are dropped, for guidance."}
+    )
+    caption_column: str | None = field(default=None, metadata={"help": "Column of captions, for text conditions."})
+    text_encoder: str | None = field(default=None, metadata={"help": "Frozen text encoder with its tokenizer."})
+    text_max_length: int | None = field(
+        default=None, metadata={"help": "Tokens of a caption; shorter ones are padded."}
+    )
+    weight_decay: float = 0.0
+    channels_last: bool = field(
+        default=True, metadata={"help": "Memory layout of the denoiser; faster on most devices."}
+    )
+    sample_classes: int = field(default=9, metadata={"help": "Classes, or captions, in the validation picture."})
+    sample_steps: int = field(default=25, metadata={"help": "Denoising steps of the validation picture."})
+    guidance_scale: float = field(default=1.0, metadata={"help": "Guidance of the validation picture."})
+
+    def __post_init__(self):
+        if not 0 <= self.condition_dropout < 1:
+            raise ValueError(f"condition_dropout={self.condition_dropout}: it must lie in [0, 1).")
+        if (self.caption_column is None) != (self.text_encoder is None):
+            raise ValueError("caption_column and text_encoder are given together: one is the other's input.")
+
+
+class Data:
+    """Batches of latents for both splits: cached, or encoded from images in every step."""
+
+    def __init__(self, run: TrainingRun, data: DataArguments, args: LatentDiffusionArguments, tokenizer):
+        self.run, self.tokenizer, self.class_names = run, tokenizer, None
+        self.splits = {}
+        for split in ("train", "validation"):
+            augment = split == "train" and not args.cache_latents
+            images = load_image_dataset(
+                data, split, augment=augment, seed=run.arguments.seed, class_names=self.class_names
+            )
+            self.class_names = images.class_names if split == "train" else self.class_names
+            self.splits[split] = self._cached(images, split, data) if args.cache_latents else images
+
+    def _cached(self, images, split: str, data: DataArguments) -> LatentsDataset:
+        if data.crop != "center":
+            raise ValueError(
+                f"crop={data.crop!r} has no effect on latents that are written once: set cache_latents=false."
+            )
+        run, flip = self.run, data.random_flip and split == "train"
+        folder = run.output_dir / "latents" / split
+        write_latents(
+            self.tokenizer,
+            images,
+            folder,
+            flip=flip,
+            num_workers=run.arguments.dataloader_num_workers,
+            is_main_process=run.is_main_process,
+        )
+        return LatentsDataset(folder, random_flip=flip, seed=run.arguments.seed)
+
+    def latents(self, batch: dict) -> torch.Tensor:
+        """Latents of a batch, on the device and not scaled."""
+        found = batch.get("latents")
+        return encode_latents(self.tokenizer, batch["pixel_values"]) if found is None else found.to(self.run.device)
+
+    def even_batches(self, split: str, count: int, batch_size: int):
+        """Batches of up to `count` samples at even distances, the same in every call."""
+        dataset = self.splits[split]
+        if not hasattr(dataset, "__len__"):
+            samples = []
+            for sample, _ in zip(dataset, range(count), strict=False):
+                samples.append(sample)
+            dataset = samples
+        rows = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().long().tolist()
+        return DataLoader(Subset(dataset, rows), batch_size=batch_size, collate_fn=collate)
+
+    def num_classes(self) -> int:
+        """Of the names, or one more than the highest training label; 0: no labels."""
+        labels = {split: getattr(dataset, "labels", None) for split, dataset in self.splits.items()}
+        if self.class_names is not None:
+            return len(self.class_names)
+        if labels["train"] is None:
+            return 0
+        count = int(labels["train"].max()) + 1
+        for split, values in labels.items():
+            if int(values.min()) < 0 or int(values.max()) >= count:
+                raise ValueError(
+                    f"label_column: the {split} labels are {values.min()} to {values.max()}, not within 0 to {count - 1}."
+                )
+        return count
+
+
+class Condition:
+    """What the denoiser takes beside the noisy latents: nothing, a class, or a caption."""
+
+    def __init__(self, args: LatentDiffusionArguments, num_classes: int, device: torch.device):
+        self.args, self.num_classes, self.device = args, num_classes, device
+        self.encoder = self.tokenizer = None
+        if args.text_encoder is not None:
+            self.encoder = AutoModel.from_pretrained(args.text_encoder).to(device).eval().requires_grad_(False)
+            self.tokenizer = AutoTokenizer.from_pretrained(args.text_encoder)
+
+    @property
+    def kind(self) -> str | None:
+        return "text" if self.encoder is not None else "class" if self.num_classes else None
+
+    def inputs(self, batch: dict, dropout: float = 0.0) -> dict:
+        """The denoiser's keyword arguments, where a share `dropout` of the images has the null condition."""
+        if self.kind is None:
+            return {}
+        size = len(batch["label" if self.kind == "class" else self.args.caption_column])
+        dropped = torch.rand(size, device=self.device) < dropout
+        if self.kind == "class":
+            labels = batch["label"].to(self.device)
+            return {"class_labels": torch.where(dropped, self.num_classes, labels)}
+        texts = zip(batch[self.args.caption_column], dropped.tolist(), strict=True)
+        captions = ["" if drop else caption for caption, drop in texts]
+        text = encode_text(self.encoder, self.tokenizer, captions, max_length=self.args.text_max_length)
+        return {"encoder_hidden_states": text.embeddings, "encoder_attention_mask": text.mask}
+
+    def pipeline_arguments(self, class_names: list[str] | None) -> dict:
+        if self.kind == "text":
+            parts = {"text_encoder": self.encoder, "tokenizer": self.tokenizer}
+            return {**parts, "text_max_length": self.args.text_max_length}
+        if self.kind == "class":
+            names = None if class_names is None else dict(enumerate(class_names))
+            return {"id2label": names, "null_class_id": self.num_classes}
+        return {}
+
+
+def build_unet(args: LatentDiffusionArguments, condition: Condition, channels: int, size: tuple[int, int]):
+    levels = range(len(args.block_out_channels))
+    cross = "CrossAttn" if condition.kind == "text" else "Attn"
+    kinds = [cross if level in args.attention_levels else "" for level in levels]
+    config = {
+        "sample_size": size[0] if size[0] == size[1] else tuple(size),
+        "in_channels": channels,
+        "out_channels": channels,
+        "block_out_channels": args.block_out_channels,
+        "layers_per_block": args.layers_per_block,
+        "down_block_types": [f"{kind}DownBlock2D" for kind in kinds],
+        "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(kinds)],
+        "norm_num_groups": args.norm_num_groups,
+        "dropout": args.dropout,
+    }
+    if condition.kind == "text":
+        heads = [width // args.attention_head_dim for width in args.block_out_channels]
+        width = condition.encoder.config.hidden_size
+        unet = UNet2DConditionModel(**config, cross_attention_dim=width, attention_head_dim=heads)
+    else:
+        classes = condition.num_classes + 1 if condition.kind == "class" else None
+        unet = UNet2DModel(**config, num_class_embeds=classes, attention_head_dim=args.attention_head_dim)
+    return unet.to(memory_format=torch.channels_last) if args.channels_last else unet
+
+
+def train_loss(
+    model, objective: DiffusionObjective, latents, inputs: dict, noise=None, timesteps=None
+) -> torch.Tensor:
+    noise = torch.randn_like(latents) if noise is None else noise
+    timesteps = objective.draw_timesteps(len(latents), latents.device) if timesteps is None else timesteps
+    prediction = model(objective.add_noise(latents, noise, timesteps), timesteps, **inputs).sample
+    return objective.loss(prediction, latents, noise, timesteps)
+
+
+@torch.no_grad()
+def validate(
+    run, pipe, data: Data, condition: Condition, objective, args: LatentDiffusionArguments
+) -> dict[str, float]:
+    """The loss on validation images with the same noise every time, and a picture of samples."""
+    generator = torch.Generator().manual_seed(0)
+    total, count, batch = 0.0, 0, None
+    for batch in data.even_batches("validation", 1024, 64):
+        latents = data.latents(batch) * pipe.vqvae.config.scaling_factor
+        noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+        timesteps = objective.even_timesteps(len(latents), latents.device)
+        loss = train_loss(pipe.unet, objective, latents, condition.inputs(batch), noise, timesteps)
+        total, count = total + float(loss) * len(latents), count + len(latents)
+    if run.is_main_process:
+        arguments = {"num_images_per_prompt": 64}
+        if condition.kind == "class":
+            classes = list(range(min(args.sample_classes, condition.num_classes)))
+            arguments = {"class_labels": classes, "num_images_per_prompt": 8}
+        elif condition.kind == "text":
+            arguments = {"prompt": batch[args.caption_column][: args.sample_classes], "num_images_per_prompt": 8}
+        if condition.kind is not None:
+            arguments["guidance_scale"] = args.guidance_scale
+        images = pipe(
+            **arguments,
+            num_inference_steps=args.sample_steps,
+            generator=torch.Generator(run.device).manual_seed(0),
+            output_type="pt",
+        ).images
+        run.log_images("samples", images * 2 - 1, columns=8)
+    return {"loss": total / count}
+
+
+def main(argv: list[str] | None = None) -> None:
+    run_args, data_args, args = parse_arguments((RunArguments, DataArguments, LatentDiffusionArguments), argv)
+    if args.caption_column is not None and args.caption_column not in data_args.extra_columns:
+        data_args.extra_columns = [*data_args.extra_columns, args.caption_column]
+    run = TrainingRun(run_args)
+    tokenizer = AutoModel.from_pretrained(args.tokenizer, dtype=torch.float32).to(run.device).eval()
+    data = Data(run, data_args, args, tokenizer)
+    condition = Condition(args, data.num_classes(), run.device)
+    objective = DiffusionObjective(
+        args.prediction_type, args.num_train_timesteps, args.beta_start, args.beta_end, args.min_snr_gamma
+    )
+    scale = run.add_state("latent_scale", LatentScale(args.scaling_factor))
+    batches = (data.latents(batch) for batch in data.even_batches("train", 1024, 64))
+    if scale.value is None:
+        scale.measure(batches)
+    size = data.latents(next(iter(data.even_batches("train", 1, 1)))).shape[-2:]
+    unet = build_unet(args, condition, tokenizer.config.embed_dim, size)
+    model = run.add_model("unet", unet, ema=True)
+    weights = torch.optim.AdamW(unet.parameters(), lr=run_args.learning_rate, weight_decay=args.weight_decay)
+    optimizer = run.add_optimizer("optimizer", weights)
+    pipe = VQLatentDiffusionPipeline(
+        tokenizer, unet, objective.scheduler, **condition.pipeline_arguments(data.class_names)
+    )
+    pipe.set_progress_bar_config(disable=True)
+
+    run.on_validation(lambda: validate(run, pipe, data, condition, objective, args))
+    run.start()
+    tokenizer.config.scaling_factor = scale.value
+    for batch in run.batches(data.splits["train"]):
+        with run.accumulate(model):
+            latents = data.latents(batch) * scale.value
+            loss = train_loss(model, objective, latents, condition.inputs(batch, args.condition_dropout))
+            run.backward(loss)
+            run.step(optimizer)
+            run.log({"loss": loss.detach()})
+        run.finish_step()
+
+    if run.is_main_process:
+        unet.eval()
+        with run.ema_weights("unet"):
+            save_trained(run, pipe, "pipeline", data_args, AutoImageProcessor.from_pretrained(args.tokenizer))
+    run.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""What a denoiser of continuous latents is trained on: noise, targets, and the weight of each noise level."""
+
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "flow")
+
+
+class DiffusionObjective:
+    """
+    Clean latents x and noise n are mixed to `z = α x + σ n`, and the denoiser predicts
+
+    - "epsilon": n (Ho et al. 2020);
+    - "v_prediction": `α n - σ x` (Salimans & Ho 2022, appendix D);
+    - "flow": `n - x` with `α = 1 - σ` (Lipman et al. 2023; rectified flow, Liu et al. 2023).
+
+    Args:
+        prediction_type: one of the three.
+        num_train_timesteps, beta_start, beta_end: noise schedule of the first two, linear in the square root of β as latent
+            diffusion's. Of a flow, only the number counts: the denoiser sees `σ · num_train_timesteps` as its timestep.
+        min_snr_gamma: γ of min-SNR weighting (Hang et al. 2023, equation 9): the squared error of the prediction of x is
+            weighted with `min(SNR, γ)`; None weighs the prediction itself with 1.
+    """
+
+    def __init__(
+        self,
+        prediction_type: str = "epsilon",
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0015,
+        beta_end: float = 0.0195,
+        min_snr_gamma: float | None = None,
+    ):
+        if prediction_type not in PREDICTION_TYPES:
+            raise ValueError(f"`prediction_type` must be one of {PREDICTION_TYPES}, got {prediction_type!r}.")
+        if min_snr_gamma is not None and min_snr_gamma <= 0:
+            raise ValueError(f"`min_snr_gamma` must be positive or None, got {min_snr_gamma}.")
+        self.prediction_type = prediction_type
+        self.min_snr_gamma = min_snr_gamma
+        self.num_train_timesteps = num_train_timesteps
+        if prediction_type == "flow":
+            self.scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=num_train_timesteps)
+        else:
+            self.scheduler = DDIMScheduler(
+                num_train_timesteps=num_train_timesteps,
+                beta_start=beta_start,
+                beta_end=beta_end,
+                beta_schedule="scaled_linear",
+                prediction_type=prediction_type,
+                clip_sample=False,
+                timestep_spacing="trailing",
+            )
+
+    def draw_timesteps(self, batch_size: int, device: torch.device) -> torch.Tensor:
+        """
+        Random timesteps `(B,)`: int64, uniform in [0, T), or for a flow float32 in (0, T), the logistic function of a
+        normal variable (Esser et al. 2024, section 3.1).
+        """
+        if self.prediction_type == "flow":
+            return torch.sigmoid(torch.randn(batch_size, device=device)) * self.num_train_timesteps
+        return torch.randint(self.num_train_timesteps, (batch_size,), device=device)
+
+    def even_timesteps(self, batch_size: int, device: torch.device) -> torch.Tensor:
+        """Timesteps `(B,)` at even distances, for a validation that is the same every time."""
+        middles = (torch.arange(batch_size, device=device) + 0.5) / batch_size * self.num_train_timesteps
+        return middles if self.prediction_type == "flow" else middles.long()
+
+    def alpha_sigma(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """α and σ of each timestep, `(B, 1, 1, 1)`, float32."""
+        if self.prediction_type == "flow":
+            sigma = timesteps.float() / self.num_train_timesteps
+            return (1 - sigma).view(-1, 1, 1, 1), sigma.view(-1, 1, 1, 1)
+        cumulative = self.scheduler.alphas_cumprod.to(timesteps.device)[timesteps].view(-1, 1, 1, 1)
+        return cumulative.sqrt(), (1 - cumulative).sqrt()
+
+    def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        alpha, sigma = self.alpha_sigma(timesteps)
+        return alpha * latents + sigma * noise
+
+    def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """What the denoiser is to predict, in the latents' shape."""
+        if self.prediction_type == "epsilon":
+            return noise
+        if self.prediction_type == "flow":
+            return noise - latents
+        alpha, sigma = self.alpha_sigma(timesteps)
+        return alpha * noise - sigma * latents
+
+    def weight(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """The weight of each image's squared error, `(B,)`."""
+        if self.min_snr_gamma is None:
+            return torch.ones(len(timesteps), device=timesteps.device)
+        alpha, sigma = (values.flatten() for values in self.alpha_sigma(timesteps))
+        clipped = torch.minimum((alpha / sigma).square(), torch.full_like(alpha, self.min_snr_gamma))
+        # by how much an error of the prediction is an error of x, squared
+        if self.prediction_type == "epsilon":
+            return clipped * (sigma / alpha).square()
+        return clipped * sigma.square()
+
+    def loss(
+        self, prediction: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+    ) -> torch.Tensor:
+        """The weighted mean squared error, a scalar in float32."""
+        errors = (prediction.float() - self.target(latents, noise, timesteps).float()).square().mean(dim=(1, 2, 3))
+        return (self.weight(timesteps) * errors).mean()
+
+
+__all__ = ["PREDICTION_TYPES", "DiffusionObjective"]
