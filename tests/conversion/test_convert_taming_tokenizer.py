@@ -209,7 +209,7 @@ def changed(model, path, value):
         ("taming_vqmodel_f4", "params.use_ema", True, r"not known: \['use_ema'\]"),
         ("taming_vqmodel_f4", "params.ddconfig.double_z", True, "must have double_z=False"),
         ("taming_vqmodel_f4", "params.ddconfig.resamp_with_conv", False, "must have resamp_with_conv=True"),
-        ("taming_vqmodel_f4", "params.ddconfig.attn_type", "linear", r"not known: \['attn_type'\]"),
+        ("taming_vqmodel_f4", "params.ddconfig.attn_type", "linear", r"must have attn_type vanilla or none"),
         ("taming_gumbel", "params.embed_dim", 8, "embed_dim = z_channels .* got 8 and 16"),
     ],
 )
