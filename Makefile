@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test test-all quality style clean
+.PHONY: help install demo demo-latent-diffusion test test-all quality style clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -21,6 +21,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(INSTALLED) ## train a small VQGAN and its prior on real images, into outputs/demo
 	$(BIN)/python examples/demo/demo.py
+
+demo-latent-diffusion: $(INSTALLED) ## train a small latent diffusion model, into outputs/demo-latent-diffusion
+	$(BIN)/python examples/demo/demo_latent_diffusion.py
 
 test: $(INSTALLED) ## the tests that need no GPU and no patience
 	$(BIN)/python -m pytest -n 2
