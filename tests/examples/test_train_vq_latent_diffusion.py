@@ -1,0 +1,176 @@
+"""The training script of latent diffusion: its conditions, its resuming, and what it saves."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import BertConfig, BertModel, BertTokenizerFast
+
+from hf_vq import VQImageProcessor, VQLatentDiffusionPipeline, VQVAEConfig, VQVAEModel
+from tests.examples.test_killed_runs import COMMON, finish, kill_at, rows
+
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = [
+    "--block_out_channels", "8", "8", "--layers_per_block", "1", "--attention_levels", "1", "--attention_head_dim", "4",
+    "--norm_num_groups", "4", "--sample_steps", "2", "--sample_classes", "2",
+]  # fmt: skip
+
+
+def script():
+    path = ROOT / "examples/vq_latent_diffusion/train_vq_latent_diffusion.py"
+    spec = importlib.util.spec_from_file_location("train_vq_latent_diffusion", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A tokenizer, images with labels and captions, and a text encoder."""
+    folder = tmp_path_factory.mktemp("inputs")
+    torch.manual_seed(0)
+    config = VQVAEConfig(
+        resolution=8, hidden_size=8, residual_hidden_size=4, num_residual_layers=1, embed_dim=4, num_embeddings=8
+    )
+    VQVAEModel(config).save_pretrained(folder / "tokenizer")
+    VQImageProcessor(size=16).save_pretrained(folder / "tokenizer")
+    pixels = np.random.default_rng(0).integers(0, 255, (8, 16, 16, 3), np.uint8)
+    columns = {"image": [Image.fromarray(image) for image in pixels], "number": [0, 1, 2, 1] * 2}
+    columns["caption"] = [f"a picture of {number}" for number in columns["number"]]
+    features = datasets.Features(
+        {"image": datasets.Image(), "number": datasets.Value("int32"), "caption": datasets.Value("string")}
+    )
+    images = datasets.Dataset.from_dict(columns, features=features)
+    datasets.DatasetDict({"train": images, "validation": images.select([1, 2, 3])}).save_to_disk(folder / "images")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "picture", "of", "0", "1", "2"]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=8).save_pretrained(folder / "text")
+    bert = BertConfig(
+        vocab_size=11,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+        max_position_embeddings=8,
+    )
+    BertModel(bert).save_pretrained(folder / "text")
+    return folder
+
+
+def train(inputs, output, *options, steps=2):
+    places = ["--tokenizer", str(inputs / "tokenizer"), "--dataset_name_or_path", str(inputs / "images")]
+    length = ["--max_train_steps", str(steps), "--train_batch_size", "4", "--resolution", "16", "--cpu", "true"]
+    script().main([*places, *length, "--output_dir", str(output), "--logging_steps", "1", *SMALL, *options])
+    return VQLatentDiffusionPipeline.from_pretrained(output / "pipeline")
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "flow"])
+def test_classes(inputs, tmp_path, prediction):
+    pipe = train(inputs, tmp_path, "--label_column", "number", "--prediction_type", prediction, "--min_snr_gamma", "5")
+    assert pipe.condition_kind == "class" and pipe.config.null_class_id == 3
+    expected = "FlowMatchEulerDiscreteScheduler" if prediction == "flow" else "DDIMScheduler"
+    assert type(pipe.scheduler).__name__ == expected
+    assert prediction == "flow" or pipe.scheduler.config.prediction_type == prediction
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe(class_labels=[0, 2], num_inference_steps=2, guidance_scale=2.0).images[1].size == (16, 16)
+    assert (tmp_path / "pipeline/README.md").exists() and list((tmp_path / "pictures").iterdir())
+    assert (tmp_path / "pipeline/vqvae/preprocessor_config.json").exists()
+    assert np.isfinite(rows(tmp_path)[-1]["validation/loss"])
+
+
+def test_text(inputs, tmp_path):
+    options = ["--caption_column", "caption", "--text_encoder", str(inputs / "text"), "--text_max_length", "6"]
+    pipe = train(inputs, tmp_path, *options)
+    assert pipe.condition_kind == "text" and pipe.config.text_max_length == 6
+    pipe.set_progress_bar_config(disable=True)
+    assert (
+        len(pipe(prompt="a picture of 1", num_inference_steps=2, guidance_scale=2.0, num_images_per_prompt=2).images)
+        == 2
+    )
+
+
+def test_the_scale_is_measured_and_saved(inputs, tmp_path):
+    pipe = train(inputs, tmp_path / "cached")
+    assert pipe.condition_kind is None
+    latents = np.load(tmp_path / "cached/latents/train/latents.npy")
+    assert pipe.vqvae.config.scaling_factor == pytest.approx(1 / latents.std(), rel=1e-5)
+    again = train(inputs, tmp_path / "on_the_fly", "--cache_latents", "false")
+    assert again.vqvae.config.scaling_factor == pytest.approx(pipe.vqvae.config.scaling_factor, rel=1e-4)
+    assert train(inputs, tmp_path / "given", "--scaling_factor", "0.5").vqvae.config.scaling_factor == 0.5
+
+
+def test_cached_and_encoded_latents_train_alike(inputs, tmp_path):
+    losses = []
+    for cached in ("true", "false"):
+        train(inputs, tmp_path / cached, "--cache_latents", cached, "--scaling_factor", "1.5", steps=3)
+        losses.append([row["loss"] for row in rows(tmp_path / cached) if "loss" in row])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 3
+
+
+def test_a_resumed_run_is_an_unbroken_one(inputs, tmp_path, monkeypatch):
+    options = [
+        "--label_column",
+        "number",
+        "--checkpointing_steps",
+        "2",
+        "--ema_decay",
+        "0.9",
+        "--condition_dropout",
+        "0.4",
+    ]
+    train(inputs, tmp_path / "unbroken", *options, steps=5)
+    module = script()
+    seen, step = [], module.TrainingRun.finish_step
+
+    def finish_step(run):
+        step(run)
+        seen.append(1)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_vq.training.run.TrainingRun.finish_step", finish_step)
+    with pytest.raises(KeyboardInterrupt):
+        train(inputs, tmp_path / "broken", *options, steps=5)
+    monkeypatch.setattr("hf_vq.training.run.TrainingRun.finish_step", step)
+    train(inputs, tmp_path / "broken", *options, steps=5)
+    assert rows(tmp_path / "broken") == rows(tmp_path / "unbroken")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--caption_column", "caption"], "caption_column and text_encoder are given together"),
+        (["--condition_dropout", "1"], r"must lie in \[0, 1\)"),
+        (["--crop", "random"], "has no effect on latents that are written once"),
+        (["--scaling_factor", "-1"], "must be positive"),
+        (
+            ["--label_column", "number", "--train_split", "train[:2]", "--validation_split", "train"],
+            "the validation labels are 0 to 2, not within 0 to 1",
+        ),
+    ],
+)
+def test_what_is_refused(inputs, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        train(inputs, tmp_path, *options)
+
+
+@pytest.mark.slow
+def test_three_kills_change_nothing(tmp_path):
+    command = [
+        "examples/vq_latent_diffusion/train_vq_latent_diffusion.py", "examples/vq_latent_diffusion/emoji_32.yaml",
+        *COMMON, "--tokenizer", "examples/checkpoints/emoji-32/vqvae", "--block_out_channels", "32", "32",
+        "--random_flip", "true", "--gradient_accumulation_steps", "2", "--sample_steps", "2",
+    ]  # fmt: skip
+    finish(command, tmp_path / "unbroken")
+    for step in (4, 9, 16):
+        kill_at(step, command, tmp_path / "killed")
+    finish(command, tmp_path / "killed")
+    assert rows(tmp_path / "killed") == rows(tmp_path / "unbroken") and len(rows(tmp_path / "killed")) == 22
+    index = json.loads((tmp_path / "killed/pipeline/model_index.json").read_text())
+    assert index["null_class_id"] == len(index["id2label"])
