@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from hf_vq import VQLatentDiffusionPipeline
@@ -14,6 +15,7 @@ from hf_vq import VQLatentDiffusionPipeline
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_writes_pictures_a_pipeline_and_metrics(tmp_path):
     command = [sys.executable, "examples/demo/demo_latent_diffusion.py", "--quick", "--output_dir", str(tmp_path)]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
