@@ -80,11 +80,7 @@ class LatentConditionMixin:
     def _class_inputs(self, ids: torch.LongTensor) -> dict[str, torch.Tensor]:
         device = self._execution_device
         if self.condition_kind == "class":
-            inputs = {"class_labels": ids.to(device)}
-            if self.unet.config.get("cross_attention_dim") is not None:
-                width = self.unet.config.encoder_hid_dim or self.unet.config.cross_attention_dim
-                inputs["encoder_hidden_states"] = torch.zeros(len(ids), 1, width, device=device, dtype=self.unet.dtype)
-            return inputs
+            return {"class_labels": ids.to(device)}
         tokens = F.one_hot(ids, self.num_classes)[:, None]
         return {"encoder_hidden_states": tokens.to(device, self.unet.dtype)}
 

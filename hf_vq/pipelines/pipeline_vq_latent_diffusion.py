@@ -78,6 +78,11 @@ class VQLatentDiffusionPipeline(LatentConditionMixin, VQPipeline):
                     f"`unet` must have {wanted} output channels and at least as many input channels, as the latents of "
                     f"`vqvae` have, got {unet.config.out_channels} and {unet.config.in_channels}."
                 )
+        if unet is not None and unet.config.get("cross_attention_dim") and unet.config.get("num_class_embeds"):
+            raise ValueError(
+                "`unet` must have either cross-attention or a class embedding, not both: classes for cross-attention are "
+                "its `encoder_hid_proj`."
+            )
         self.register_modules(
             vqvae=vqvae, unet=unet, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer
         )

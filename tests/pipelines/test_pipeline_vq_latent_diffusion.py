@@ -420,6 +420,8 @@ def test_errors(kind, arguments, message):
 def test_errors_of_parts():
     with pytest.raises(ValueError, match="`unet` must have 4 output channels"):
         make_pipeline(unet=make_unet(out_channels=3))
+    with pytest.raises(ValueError, match="either cross-attention or a class embedding"):
+        make_pipeline(unet=make_text_unet(num_class_embeds=3))
     with pytest.raises(ValueError, match="`null_class_id` must be one of the classes"):
         make_pipeline("class", null_class_id=3)
     with pytest.raises(ValueError, match="`eta` has no meaning for a EulerDiscreteScheduler"):
