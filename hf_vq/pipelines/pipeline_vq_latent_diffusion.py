@@ -63,7 +63,7 @@ class VQLatentDiffusionPipeline(LatentConditionMixin, VQPipeline):
         scheduler: SchedulerMixin,
         text_encoder: PreTrainedModel | None = None,
         tokenizer=None,
-        id2label: dict[int, str] | None = None,
+        id2label: dict[str, str] | None = None,  # ids are strings in JSON
         null_class_id: int | None = None,
         text_max_length: int | None = None,
         text_lower_case: bool = False,
