@@ -5,7 +5,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
@@ -163,7 +163,11 @@ def model_card(
         auto_class="DiffusionPipeline" if is_pipeline else next(iter(MODELS[model.config.model_type][1])),
         call=_example_call(model) if is_pipeline else None,
         with_code=with_code,
-        facts=[(f"`{name}` {key}".strip(), value) for name, part in parts.items() for key, value in facts(part)],
+        facts=[
+            (f"`{name}` {key}" if name else key, value)
+            for name, part in {**parts, **_stock_models(model)}.items()
+            for key, value in facts(part)
+        ],
         dataset=dataset,
         split=split,
         metrics=metrics,
@@ -172,7 +176,7 @@ def model_card(
     )
 
 
-def facts(model: PreTrainedModel) -> list[tuple[str, str]]:
+def facts(model: PreTrainedModel | ModelMixin) -> list[tuple[str, str]]:
     """What a model is, as pairs of a name and a value, for people."""
     config = model.config
     found = [("class", type(model).__name__), ("parameters", f"{model.num_parameters():,}")]
@@ -201,6 +205,15 @@ def _example_call(pipeline) -> str:
         return pipeline.example_call
     condition = getattr(getattr(pipeline, "prior", None), "config", None)
     return {"class": "class_labels=0", "codes": "condition=codes"}.get(getattr(condition, "condition_type", None), "")
+
+
+def _stock_models(model) -> dict:
+    """The denoisers of a pipeline that are diffusers' own classes."""
+    if not isinstance(model, DiffusionPipeline):
+        return {}
+    return {
+        name: part for name, part in model.components.items() if isinstance(part, ModelMixin) and not _is_ours(part)
+    }
 
 
 def _task(model) -> str:

@@ -515,4 +515,5 @@ def test_card_and_image_processor(tmp_path):
     make_pipeline("class", vqvae=vqvae).save_pretrained(tmp_path / "pipeline")
     assert json.loads((tmp_path / "pipeline/vqvae/preprocessor_config.json").read_text())["size"]
     card = str(model_card(pipeline, "user/name", license="unknown", dataset="a folder"))
+    assert f"{pipeline.unet.num_parameters():,}" in card and "`unet` class" in card
     assert "class_labels=0" in card and "VQLatentDiffusionPipeline" in card
