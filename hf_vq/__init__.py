@@ -19,6 +19,8 @@ _MODULES = {
     "VQGPTForCausalLM": "hf_vq.models.modeling_vq_gpt",
     "VQImageProcessor": "hf_vq.models.image_processing_vq",
     "VQLatentDiffusionPipeline": "hf_vq.pipelines.pipeline_vq_latent_diffusion",
+    "VQVAE2Config": "hf_vq.models.configuration_vqvae2",
+    "VQVAE2Model": "hf_vq.models.modeling_vqvae2",
     "VQVAEConfig": "hf_vq.models.configuration_vqvae",
     "VQVAEModel": "hf_vq.models.modeling_vqvae",
 }

@@ -16,6 +16,7 @@ MODELS = {
     "hf_vq_gpt": ("VQGPTConfig", {"AutoModelForCausalLM": "VQGPTForCausalLM"}),
     "hf_vq_vqgan": ("VQGANConfig", {"AutoModel": "VQGANModel", "AutoImageProcessor": "VQImageProcessor"}),
     "hf_vq_vqvae": ("VQVAEConfig", {"AutoModel": "VQVAEModel", "AutoImageProcessor": "VQImageProcessor"}),
+    "hf_vq_vqvae2": ("VQVAE2Config", {"AutoModel": "VQVAE2Model", "AutoImageProcessor": "VQImageProcessor"}),
 }
 PIPELINES = ("VQAutoregressivePipeline", "VQLatentDiffusionPipeline")
 

@@ -27,7 +27,10 @@ class QuantizerOutput(ModelOutput):
 
 @dataclass
 class VQEncoderOutput(ModelOutput):
-    """`latents` `(B, D, h, w)` before quantization, `quantized` of the same shape, `indices` int64 `(B, h, w)`."""
+    """
+    `latents` `(B, D, h, w)` before quantization, `quantized` of the same shape, `indices` int64 `(B, h, w)`; tuples of
+    them, from top to bottom, where the tokenizer has levels.
+    """
 
     latents: torch.FloatTensor | None = None
     quantized: torch.FloatTensor | None = None
@@ -43,7 +46,7 @@ class VQDecoderOutput(ModelOutput):
 
 @dataclass
 class VQModelOutput(ModelOutput):
-    """One training pass of a tokenizer.
+    """One training pass of a tokenizer. Where it has levels, what belongs to one of them is a tuple, from top to bottom.
 
     Args:
         loss (scalar): `reconstruction_loss` plus the quantizer's weighted loss.

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from .codebook_statistics import code_counts, codebook_statistics
-from .modeling_outputs import VQDecoderOutput, VQEncoderOutput, VQModelOutput
+from .modeling_outputs import QuantizerOutput, VQDecoderOutput, VQEncoderOutput, VQModelOutput
 from .quantization import build_quantizer
 from .tiling import map_tiles
 
@@ -113,15 +113,16 @@ class VQTokenizerModel(PreTrainedModel):
             return map_tiles(function, inputs, tile, overlap, scale)
         return function(inputs)
 
-    def _encode_latents(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def _encode_and_quantize(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, QuantizerOutput]:
         self._check_pixels(pixel_values)
-        return self._in_pieces(
+        latents = self._in_pieces(
             lambda pixels: self.quant_conv(self.encoder(pixels)),
             pixel_values,
             self.tile_size or 0,
             self.tile_overlap,
             1 / self.config.downsample_factor,
         )
+        return latents, self.quantize(latents)
 
     def _decode_quantized(self, quantized: torch.Tensor) -> torch.Tensor:
         factor = self.config.downsample_factor
@@ -133,6 +134,9 @@ class VQTokenizerModel(PreTrainedModel):
             factor,
         )
 
+    def _perplexity(self, indices: torch.LongTensor) -> torch.Tensor:
+        return codebook_statistics(code_counts(indices, self.config.num_embeddings)).perplexity
+
     def encode(self, pixel_values: torch.Tensor, return_dict: bool = True) -> VQEncoderOutput | tuple:
         """Images to codes.
 
@@ -143,8 +147,7 @@ class VQTokenizerModel(PreTrainedModel):
             `latents` `(B, D, h, w)` before quantization (the name that diffusers' pipelines read), `quantized` of the
             same shape and `indices` int64 `(B, h, w)`.
         """
-        latents = self._encode_latents(pixel_values)
-        output = self.quantize(latents)
+        latents, output = self._encode_and_quantize(pixel_values)
         if not return_dict:
             return latents, output.quantized, output.indices
         return VQEncoderOutput(latents=latents, quantized=output.quantized, indices=output.indices)
@@ -165,13 +168,11 @@ class VQTokenizerModel(PreTrainedModel):
 
     def forward(self, pixel_values: torch.Tensor, return_dict: bool = True) -> VQModelOutput | tuple:
         """Encode, quantize, decode, and the loss of `VQModelOutput`. In training mode, statistics of the codebook are updated."""
-        latents = self._encode_latents(pixel_values)
-        quantizer_output = self.quantize(latents)
+        latents, quantizer_output = self._encode_and_quantize(pixel_values)
         sample = self._decode_quantized(quantizer_output.quantized)
         reconstruction_loss = F.mse_loss(sample.float(), pixel_values.float())
         if self.config.data_variance is not None:
             reconstruction_loss = reconstruction_loss / self.config.data_variance
-        counts = code_counts(quantizer_output.indices, self.config.num_embeddings)
         output = VQModelOutput(
             loss=reconstruction_loss + quantizer_output.loss,
             sample=sample,
@@ -181,7 +182,7 @@ class VQTokenizerModel(PreTrainedModel):
             quantizer_loss=quantizer_output.loss,
             codebook_loss=quantizer_output.codebook_loss,
             commitment_loss=quantizer_output.commitment_loss,
-            perplexity=codebook_statistics(counts).perplexity,
+            perplexity=self._perplexity(quantizer_output.indices),
         )
         return output if return_dict else output.to_tuple()
 

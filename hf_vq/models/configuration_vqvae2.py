@@ -1,0 +1,50 @@
+"""Configuration of the hierarchical tokenizer of VQ-VAE-2."""
+
+from .configuration_vqvae import VQVAEConfig
+
+
+class VQVAE2Config(VQVAEConfig):
+    """VQ-VAE-2 (Razavi, van den Oord and Vinyals 2019, section 3.1); the defaults are the paper's for 256 pixels.
+
+    The levels are counted from the top, the coarsest; each has twice the resolution of the one above it, and a codebook
+    of its own of `num_embeddings` codes. The paper's three levels for 1024 pixels, 32×32, 64×64 and 128×128 codes, are
+    `num_levels=3, downsample_factor=32, resolution=1024`.
+
+    Args:
+        num_levels: at least 2.
+        downsample_factor: a power of 2, pixels a code of the top level along each side; that of the bottom level, smaller
+            by `2 ** (num_levels - 1)`, is at least 2.
+        kwargs: those of `VQVAEConfig`, with residual blocks of 64 inner channels.
+    """
+
+    model_type = "hf_vq_vqvae2"
+
+    def __init__(
+        self,
+        num_levels: int = 2,
+        downsample_factor: int = 8,
+        residual_hidden_size: int = 64,
+        resolution: int = 256,
+        **kwargs,
+    ):
+        if num_levels < 2:
+            raise ValueError(f"`num_levels` must be at least 2, got {num_levels}.")
+        if downsample_factor < 2**num_levels:
+            raise ValueError(
+                f"`downsample_factor` must be at least {2**num_levels} for {num_levels} levels, got {downsample_factor}."
+            )
+        super().__init__(
+            downsample_factor=downsample_factor,
+            residual_hidden_size=residual_hidden_size,
+            resolution=resolution,
+            **kwargs,
+        )
+        self.num_levels = num_levels
+
+    @property
+    def downsample_factors(self) -> tuple[int, ...]:
+        """Pixels a code along each side, of each level from top to bottom."""
+        return tuple(self.downsample_factor >> level for level in range(self.num_levels))
+
+
+__all__ = ["VQVAE2Config"]
