@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "VQAutoregressivePipeline": "hf_vq.pipelines.pipeline_vq_autoregressive",
+    "VQDiffusionTransformer2DModel": "hf_vq.models.transformer_vq_diffusion",
     "VQGANConfig": "hf_vq.models.configuration_vqgan",
     "VQGANModel": "hf_vq.models.modeling_vqgan",
     "VQGPTConfig": "hf_vq.models.configuration_vq_gpt",
