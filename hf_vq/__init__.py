@@ -12,6 +12,7 @@ from . import registration
 __version__ = "0.1.0"
 
 _MODULES = {
+    "MaskReplaceScheduler": "hf_vq.schedulers.scheduling_mask_replace",
     "VQAutoregressivePipeline": "hf_vq.pipelines.pipeline_vq_autoregressive",
     "VQDiffusionTransformer2DModel": "hf_vq.models.transformer_vq_diffusion",
     "VQGANConfig": "hf_vq.models.configuration_vqgan",
