@@ -1,5 +1,6 @@
 """What a denoiser of latents takes beside them: classes, text, and maps that are concatenated."""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -30,6 +31,15 @@ def to_mask(mask) -> torch.FloatTensor:
             raise ValueError(f"`mask_image` must be (B, 1, H, W) with values in [0, 1], got {tuple(mask.shape)}.")
         return (mask >= 0.5).float()
     return (to_pixel_values(mask, 1) >= 0).float()
+
+
+def to_map(values) -> torch.FloatTensor:
+    """A map to concatenate: a tensor `(B, C, H, W)` or `(C, H, W)` of any kind of number, or PIL images in [-1, 1]."""
+    if isinstance(values, torch.Tensor):
+        if values.ndim not in (3, 4):
+            raise ValueError(f"`condition_image` must be (B, C, H, W), got {tuple(values.shape)}.")
+        return values.float() if values.ndim == 4 else values.float()[None]
+    return to_pixel_values(values, 3)
 
 
 def repeat_to(values: torch.Tensor, batch_size: int, name: str) -> torch.Tensor:
@@ -64,8 +74,10 @@ class LatentConditionMixin:
 
     def class_ids(self, class_labels) -> torch.LongTensor:
         """Ids `(B,)` of classes, which may be names of `id2label`."""
-        if isinstance(class_labels, torch.Tensor):
-            class_labels = class_labels.flatten().tolist()
+        if self.condition_kind not in ("class", "class_token"):
+            raise ValueError("`class_labels` needs a denoiser with classes.")
+        if isinstance(class_labels, (torch.Tensor, np.ndarray, np.integer)):
+            class_labels = class_labels.reshape(-1).tolist()
         labels = list(class_labels) if isinstance(class_labels, (list, tuple)) else [class_labels]
         names = {name: number for number, name in (self.id2label or {}).items()}
         ids = [names.get(label, label) if isinstance(label, str) else label for label in labels]
@@ -84,29 +96,48 @@ class LatentConditionMixin:
         tokens = F.one_hot(ids, self.num_classes)[:, None]
         return {"encoder_hidden_states": tokens.to(device, self.unet.dtype)}
 
-    def _text_inputs(self, prompt, embeds, batch_size: int, name: str) -> dict[str, torch.Tensor]:
-        if embeds is not None:
-            if not isinstance(embeds, torch.Tensor) or embeds.ndim != 3:
-                raise ValueError(f"`{name}_embeds` must be a float tensor (B, S, D).")
-            states = repeat_to(embeds, batch_size, f"{name}_embeds")
-            return {"encoder_hidden_states": states.to(self._execution_device, self.unet.dtype)}
-        if self.text_encoder is None or self.tokenizer is None:
-            raise ValueError(f"`{name}_embeds` must be given: the pipeline has no text_encoder with a tokenizer.")
-        condition = encode_text(
-            self.text_encoder,
-            self.tokenizer,
-            prompt,
-            max_length=self.config.text_max_length,
-            lower_case=self.config.text_lower_case,
-            normalize=self.config.text_normalize,
-            device=self._execution_device,
-        )
-        inputs = {
-            "encoder_hidden_states": repeat_to(condition.embeddings, batch_size, name).to(self.unet.dtype),
-        }
+    def _text_inputs(self, prompt, embeds, mask, batch_size: int, name: str) -> dict[str, torch.Tensor]:
+        if prompt is not None and embeds is not None:
+            raise ValueError(f"Only one of `{name}` and `{name}_embeds` can be given.")
+        if embeds is None:
+            if self.text_encoder is None or self.tokenizer is None:
+                raise ValueError(f"`{name}_embeds` must be given: the pipeline has no text_encoder with a tokenizer.")
+            condition = encode_text(
+                self.text_encoder,
+                self.tokenizer,
+                "" if prompt is None else prompt,
+                max_length=self.config.text_max_length,
+                lower_case=self.config.text_lower_case,
+                normalize=self.config.text_normalize,
+                device=self._execution_device,
+            )
+            embeds, mask = condition.embeddings, condition.mask
+        elif not isinstance(embeds, torch.Tensor) or embeds.ndim != 3:
+            raise ValueError(f"`{name}_embeds` must be a float tensor (B, S, D).")
+        elif mask is None:
+            mask = torch.ones(embeds.shape[:2], dtype=torch.bool)
+        elif mask.shape != embeds.shape[:2]:
+            raise ValueError(
+                f"`{name}_attention_mask` must have shape {tuple(embeds.shape[:2])}, got {tuple(mask.shape)}."
+            )
+        device = self._execution_device
+        inputs = {"encoder_hidden_states": repeat_to(embeds, batch_size, name).to(device, self.unet.dtype)}
         if self.config.text_mask:
-            inputs["encoder_attention_mask"] = repeat_to(condition.mask, batch_size, name)
+            inputs["encoder_attention_mask"] = repeat_to(mask, batch_size, name).to(device)
         return inputs
+
+    def _text_condition(self, batch_size: int, given: tuple, null: tuple | None) -> tuple[dict, dict | None]:
+        inputs = self._text_inputs(*given, batch_size, "prompt")
+        if null is None:
+            return inputs, None
+        null_inputs = self._text_inputs(*null, batch_size, "negative_prompt")
+        shapes = [tuple(x["encoder_hidden_states"].shape[1:]) for x in (null_inputs, inputs)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                "`negative_prompt_embeds` must have as many tokens of the same width as the prompt, got "
+                f"{shapes[0]} and {shapes[1]}."
+            )
+        return inputs, null_inputs
 
     def prepare_condition(
         self,
@@ -116,6 +147,8 @@ class LatentConditionMixin:
         negative_prompt=None,
         prompt_embeds=None,
         negative_prompt_embeds=None,
+        prompt_attention_mask=None,
+        negative_prompt_attention_mask=None,
         guided: bool = False,
     ) -> tuple[dict, dict | None]:
         """
@@ -125,9 +158,8 @@ class LatentConditionMixin:
             ValueError: a condition that the denoiser does not take, or guidance without a null condition.
         """
         kind = self.condition_kind
+        class_labels = None if class_labels is None else self.class_ids(class_labels)
         text_given = any(x is not None for x in (prompt, negative_prompt, prompt_embeds, negative_prompt_embeds))
-        if class_labels is not None and kind not in ("class", "class_token"):
-            raise ValueError("`class_labels` needs a denoiser with classes.")
         if text_given and kind != "text":
             raise ValueError("`prompt` needs a denoiser with cross-attention and without classes.")
         if kind is None:
@@ -135,28 +167,22 @@ class LatentConditionMixin:
                 raise ValueError("`guidance_scale` other than 1 needs a conditional denoiser.")
             return {}, None
         if kind == "text":
-            inputs = self._text_inputs("" if prompt is None else prompt, prompt_embeds, batch_size, "prompt")
-            if not guided:
-                return inputs, None
-            if prompt_embeds is not None and negative_prompt_embeds is None and self.text_encoder is None:
-                raise ValueError(
-                    "`guidance_scale` other than 1 needs `negative_prompt_embeds` beside `prompt_embeds`."
-                )
-            negative = "" if negative_prompt is None else negative_prompt
-            return inputs, self._text_inputs(negative, negative_prompt_embeds, batch_size, "negative_prompt")
+            given = (prompt, prompt_embeds, prompt_attention_mask)
+            null = (negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask)
+            return self._text_condition(batch_size, given, null if guided else None)
         null = self.config.null_class_id
         if class_labels is None and null is None:
             raise ValueError("`class_labels` must be given: the denoiser has classes and no null class.")
         if guided and (class_labels is None or null is None):
             raise ValueError("`guidance_scale` other than 1 needs `class_labels`, and a denoiser with a null class.")
-        ids = self.class_ids(null if class_labels is None else class_labels)
+        ids = torch.tensor([null]) if class_labels is None else class_labels
         inputs = self._class_inputs(repeat_to(ids, batch_size, "class_labels"))
         return inputs, self._class_inputs(torch.full((batch_size,), null)) if guided else None
 
-    def encode_image(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Images `(B, C, H, W)` in [-1, 1] to latents before quantization, not scaled, float32."""
+    def encode_image(self, pixel_values: torch.Tensor, batch_size: int = 16) -> torch.Tensor:
+        """Images `(B, C, H, W)` in [-1, 1] to latents before quantization, not scaled, float32; `batch_size` at a time."""
         pixels = pixel_values.to(self._execution_device, self.vqvae.dtype)
-        return self.vqvae.encode(pixels).latents.float()
+        return torch.cat([self.vqvae.encode(part).latents.float() for part in pixels.split(batch_size)])
 
     def prepare_concatenated(self, batch_size: int, size, condition_image=None, image=None, mask=None):
         """
@@ -166,7 +192,7 @@ class LatentConditionMixin:
         scaled, and the mask in {-1, 1}, nearest. Otherwise `condition_image`, resized to the latents.
 
         Raises:
-            ValueError: maps whose channels are not those that the denoiser has beside the latents.
+            ValueError: maps of other channels than the denoiser has beside the latents, or of other proportions.
         """
         channels = self.unet.config.in_channels - self.vqvae.config.embed_dim
         maps = None
@@ -175,6 +201,12 @@ class LatentConditionMixin:
             hidden = F.interpolate(mask * 2 - 1, size=size, mode="nearest")
             maps = torch.cat([self.encode_image(masked), hidden.to(self._execution_device)], dim=1)
         elif condition_image is not None:
+            height, width = condition_image.shape[-2:]
+            if height * size[1] != width * size[0]:
+                raise ValueError(
+                    f"`condition_image` must have the proportions of the {size[0]}x{size[1]} latents, got {height}x{width}; "
+                    "crop it, or give `height` and `width`."
+                )
             maps = resize_map(condition_image.to(self._execution_device), size)
         found = 0 if maps is None else maps.shape[1]
         if found != channels:
@@ -185,4 +217,4 @@ class LatentConditionMixin:
         return None if maps is None else repeat_to(maps, batch_size, "condition_image")
 
 
-__all__ = ["LatentConditionMixin", "repeat_to", "resize_map", "to_mask"]
+__all__ = ["LatentConditionMixin", "repeat_to", "resize_map", "to_map", "to_mask"]

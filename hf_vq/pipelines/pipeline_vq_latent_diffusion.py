@@ -13,7 +13,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedModel
 
 from .completion import to_pixel_values
-from .latent_conditions import LatentConditionMixin, repeat_to, to_mask
+from .latent_conditions import LatentConditionMixin, repeat_to, to_map, to_mask
 from .pipeline_utils import VQPipeline, check_generator, numpy_to_pil
 
 
@@ -156,10 +156,13 @@ class VQLatentDiffusionPipeline(LatentConditionMixin, VQPipeline):
             noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         if image_latents is None:
             return noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
-        mix = self.scheduler.scale_noise if hasattr(self.scheduler, "scale_noise") else None
         timesteps = first_timestep.repeat(shape[0])
-        if mix is not None:
-            return mix(image_latents, timesteps, noise)
+        if hasattr(self.scheduler, "scale_noise"):  # of flow matching
+            return self.scheduler.scale_noise(image_latents, timesteps, noise)
+        if not hasattr(self.scheduler, "add_noise"):
+            raise ValueError(
+                f"`image` needs a scheduler that adds noise to it; a {type(self.scheduler).__name__} does not."
+            )
         return self.scheduler.add_noise(image_latents, noise, timesteps)
 
     # One step
@@ -230,6 +233,8 @@ class VQLatentDiffusionPipeline(LatentConditionMixin, VQPipeline):
         latents: torch.FloatTensor | None = None,
         prompt_embeds: torch.FloatTensor | None = None,
         negative_prompt_embeds: torch.FloatTensor | None = None,
+        prompt_attention_mask: torch.BoolTensor | None = None,
+        negative_prompt_attention_mask: torch.BoolTensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         decode_batch_size: int = 16,
@@ -239,8 +244,9 @@ class VQLatentDiffusionPipeline(LatentConditionMixin, VQPipeline):
         Args:
             class_labels: a class or a list of classes, ids or names of `id2label`; None is the null class.
             prompt, negative_prompt: texts; `negative_prompt` is what guidance leads away from, "" by default.
-            condition_image: a map for each image that is resized to the latents and concatenated: a tensor
-                `(B, C, H, W)` (one-hot classes of a semantic map; a low-resolution image in [-1, 1]), or PIL images.
+            condition_image: a map for each image that is resized to the latents, whose proportions it has, and
+                concatenated: a tensor `(B, C, H, W)` (one-hot classes of a semantic map; a low-resolution image in
+                [-1, 1]), or PIL images.
             image: PIL images, or a tensor `(B, C, H, W)` in [-1, 1]: with `strength`, where sampling starts; with
                 `mask_image`, what is painted into.
             mask_image: PIL images, or a tensor `(B, 1, H, W)` in [0, 1]: 1 is painted anew, the other pixels are kept.
@@ -256,6 +262,7 @@ class VQLatentDiffusionPipeline(LatentConditionMixin, VQPipeline):
                 independent of the others in its batch.
             latents: the standard normal noise `(B, D, h, w)` to start from.
             prompt_embeds, negative_prompt_embeds: `(B, S, D)`, in place of the texts.
+            prompt_attention_mask, negative_prompt_attention_mask: `(B, S)`, false where these are padded; by default nowhere.
             output_type: "pil", "np", "pt" or "latent", see [`VQLatentDiffusionPipelineOutput`].
             decode_batch_size: images decoded at a time.
             callback_on_step_end: called after each step as `callback(pipe, step, timestep, {"latents": (B, D, h, w)})`,
@@ -271,8 +278,8 @@ class VQLatentDiffusionPipeline(LatentConditionMixin, VQPipeline):
             raise ValueError(f"`quantize_denoised` needs a DDIMScheduler, got {type(self.scheduler).__name__}.")
         image = None if image is None else to_pixel_values(image, self.vqvae.config.in_channels)
         mask = None if mask_image is None else to_mask(mask_image)
-        if condition_image is not None:
-            condition_image = to_pixel_values(condition_image, 3)
+        condition_image = None if condition_image is None else to_map(condition_image)
+        class_labels = None if class_labels is None else self.class_ids(class_labels)
         conditions = (class_labels, prompt, prompt_embeds, condition_image, image, mask)
         batch_size = max(_length(value) for value in conditions) * num_images_per_prompt
         factor = self.vqvae.config.downsample_factor
@@ -289,6 +296,8 @@ class VQLatentDiffusionPipeline(LatentConditionMixin, VQPipeline):
             negative_prompt,
             prompt_embeds,
             negative_prompt_embeds,
+            prompt_attention_mask,
+            negative_prompt_attention_mask,
             guided=guidance_scale != 1,
         )
         maps = self.prepare_concatenated(batch_size, size, condition_image, image, mask)
@@ -340,11 +349,15 @@ class VQLatentDiffusionPipeline(LatentConditionMixin, VQPipeline):
     def _last_steps(self, steps: torch.Tensor, strength: float) -> torch.Tensor:
         """The last share `strength` of the steps, for an image that is to be changed."""
         order = self.scheduler.order
-        count = len(steps) // order
+        count = -(-len(steps) // order)  # a step of second order takes two timesteps, but the last takes one
         taken = min(int(count * strength), count)
         if taken < 1:
             raise ValueError(f"`strength` must leave at least one of {count} steps, got {strength}.")
         start = (count - taken) * order
+        if start and len(getattr(self.scheduler, "prk_timesteps", ())):
+            raise ValueError(
+                "`strength` below 1 needs a PNDMScheduler with skip_prk_steps=True: its first steps differ."
+            )
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(start)
         return steps[start:]
@@ -376,9 +389,7 @@ class VQLatentDiffusionPipeline(LatentConditionMixin, VQPipeline):
 
 def _length(value) -> int:
     """How many conditions an argument holds."""
-    if value is None or isinstance(value, (str, int)):
-        return 1
-    return value.numel() if isinstance(value, torch.Tensor) and value.ndim == 0 else len(value)
+    return 1 if value is None or isinstance(value, str) else len(value)
 
 
 __all__ = ["VQLatentDiffusionPipeline", "VQLatentDiffusionPipelineOutput"]

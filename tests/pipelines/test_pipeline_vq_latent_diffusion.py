@@ -5,10 +5,8 @@ import subprocess
 import sys
 
 import numpy as np
-import PIL.Image
 import pytest
 import torch
-import torch.nn.functional as F
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
@@ -18,7 +16,10 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    IPNDMScheduler,
     LDMPipeline,
+    LDMSuperResolutionPipeline,
+    PNDMScheduler,
     UNet2DConditionModel,
     UNet2DModel,
 )
@@ -27,8 +28,6 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 from hf_vq import VQGANConfig, VQGANModel, VQLatentDiffusionPipeline
 from hf_vq.hub import model_card, save_with_code
 from hf_vq.models.image_processing_vq import VQImageProcessor
-from hf_vq.pipelines.latent_conditions import resize_map
-from hf_vq.pipelines.text_conditioning import encode_text
 
 
 # numpy 2 on how diffusers' schedulers make arrays of tensors
@@ -260,6 +259,23 @@ def test_image_to_image(scheduler):
     assert len(steps) == (3 if scheduler == "heun" else 2)  # Heun takes two evaluations a step, but one in its last
 
 
+def test_the_steps_of_a_strength():
+    """A share of the steps is taken, of which Heun's but the last have two evaluations."""
+    for scheduler, strength, steps in (("ddim", 0.25, 1), ("heun", 0.25, 1), ("heun", 0.5, 3), ("heun", 1.0, 7)):
+        pipeline, seen = make_pipeline("unconditional", scheduler), []
+        callback = lambda pipe, i, t, tensors: seen.append(t)  # noqa: B023, E731
+        latents_of(pipeline, image=image(), strength=strength, num_inference_steps=4, callback_on_step_end=callback)
+        assert len(seen) == steps, (scheduler, strength)
+    with pytest.raises(ValueError, match="`strength` must leave at least one of 4 steps"):
+        latents_of(pipeline, image=image(), strength=0.2, num_inference_steps=4)
+    pipeline.scheduler = PNDMScheduler()
+    with pytest.raises(ValueError, match="skip_prk_steps=True"):
+        latents_of(pipeline, image=image(), strength=0.5, num_inference_steps=4)
+    pipeline.scheduler = IPNDMScheduler()
+    with pytest.raises(ValueError, match="`image` needs a scheduler that adds noise"):
+        latents_of(pipeline, image=image())
+
+
 def test_image_to_image_starts_at_the_noised_image():
     for scheduler in ("ddim", "flow"):
         pipeline = make_pipeline("unconditional", scheduler)
@@ -275,64 +291,6 @@ def test_image_to_image_starts_at_the_noised_image():
             alpha = pipeline.scheduler.alphas_cumprod[0]
             expected = (alpha.sqrt() * latents + (1 - alpha).sqrt() * noise) / alpha.sqrt()
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-
-
-# --------------------------------------------------------------------------------------------- concatenated maps
-
-
-def test_resizing_is_the_originals():
-    """Two bilinear halvings for a factor of 4; nothing for a map of the latents' size."""
-    values = torch.randn(2, 5, 16, 16, generator=seeded())
-    halved = F.interpolate(F.interpolate(values, scale_factor=0.5, mode="bilinear"), scale_factor=0.5, mode="bilinear")
-    torch.testing.assert_close(resize_map(values, (4, 4)), halved)
-    assert resize_map(values, (16, 16)) is values
-    assert resize_map(values, (32, 32)).shape == (2, 5, 32, 32)
-
-
-def spy(pipeline, seen):
-    forward = pipeline.unet.forward
-
-    def wrapped(sample, *args, **kwargs):
-        seen.append(sample)
-        return forward(sample, *args, **kwargs)
-
-    pipeline.unet.forward = wrapped
-
-
-def test_maps_are_concatenated():
-    pipeline, seen = make_pipeline(unet=make_unet(in_channels=D + 5)), []
-    spy(pipeline, seen)
-    maps = torch.rand(2, 5, 8, 8, generator=seeded())
-    found = latents_of(pipeline, condition_image=maps, generator=seeded(), num_images_per_prompt=2)
-    assert found.shape == (4, D, 4, 4)
-    expected = F.avg_pool2d(maps, 2).repeat_interleave(2, dim=0)
-    assert all(torch.allclose(sample[:, D:], expected) for sample in seen)
-
-
-def test_low_resolution_images():
-    pipeline = make_pipeline(unet=make_unet(in_channels=D + 3))
-    low = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 255, (4, 4, 3), np.uint8))
-    other = PIL.Image.fromarray(np.random.default_rng(1).integers(0, 255, (4, 4, 3), np.uint8))
-    both = pipeline(condition_image=[low, other], generator=[seeded(), seeded()], num_inference_steps=2)
-    assert both.images[0].size == (8, 8) and not torch.equal(both.latents[0], both.latents[1])
-
-
-def test_inpainting():
-    """The original's maps: latents of the image with black under the mask, and the mask in {-1, 1}."""
-    pipeline, seen = make_pipeline(unet=make_unet(in_channels=2 * D + 1)), []
-    spy(pipeline, seen)
-    pixels, mask = image(), torch.zeros(1, 1, 8, 8)
-    mask[..., :4] = 1
-    output = pipeline(image=pixels, mask_image=mask, generator=seeded(), num_inference_steps=2, output_type="pt")
-    black = torch.where(mask.bool(), torch.tensor(-1.0), pixels)
-    with torch.no_grad():
-        torch.testing.assert_close(seen[0][:, D : 2 * D], pipeline.vqvae.encode(black).latents)
-    assert torch.equal(seen[0][:, 2 * D :], torch.tensor([1.0, 1, -1, -1]).expand(1, 1, 4, 4))
-    torch.testing.assert_close(output.images[..., 4:], pixels[..., 4:] / 2 + 0.5)
-    assert not torch.allclose(output.images[..., :4], pixels[..., :4] / 2 + 0.5, atol=0.05)
-    picture = PIL.Image.fromarray((mask[0, 0].numpy() * 255).astype(np.uint8))
-    again = pipeline(image=pixels, mask_image=picture, generator=seeded(), num_inference_steps=2, output_type="pt")
-    assert torch.equal(again.images, output.images)
 
 
 # --------------------------------------------------------------------------------------------- the call
@@ -369,9 +327,9 @@ def test_images_of_one_class_are_adjacent_and_null_is_the_default():
     generators = [seeded(i) for i in range(4)]
     found = latents_of(pipeline, class_labels=["cat", "dog"], num_images_per_prompt=2, generator=generators)
     torch.testing.assert_close(found[1:2], latents_of(pipeline, class_labels=0, generator=seeded(1)))
-    assert torch.equal(
-        latents_of(pipeline, generator=seeded()), latents_of(pipeline, class_labels=2, generator=seeded())
-    )
+    null = latents_of(pipeline, generator=seeded())
+    for two in (2, np.int64(2), np.array([2]), torch.tensor(2)):
+        assert torch.equal(latents_of(pipeline, class_labels=two, generator=seeded()), null)
 
 
 def test_half_precision():
@@ -410,6 +368,17 @@ def test_half_precision():
         ("unconditional", {"callback_on_step_end": 1}, "must be callable"),
         ("text", {"prompt": [1]}, "`prompts` must be a str or a list"),
         ("text", {"prompt_embeds": torch.zeros(2, 8)}, r"`prompt_embeds` must be a float tensor \(B, S, D\)"),
+        ("text", {"prompt": "a", "prompt_embeds": torch.zeros(1, 6, 8)}, "Only one of `prompt` and `prompt_embeds`"),
+        (
+            "text",
+            {"prompt_embeds": torch.zeros(1, 4, 8), "guidance_scale": 2.0},
+            r"`negative_prompt_embeds` must have as many tokens .* \(6, 8\) and \(4, 8\)",
+        ),
+        (
+            "text",
+            {"prompt_embeds": torch.zeros(1, 4, 8), "prompt_attention_mask": torch.ones(1, 3)},
+            r"`prompt_attention_mask` must have shape \(1, 4\)",
+        ),
     ],
 )
 def test_errors(kind, arguments, message):
@@ -428,35 +397,6 @@ def test_errors_of_parts():
         latents_of(make_pipeline(scheduler="euler"), eta=0.5)
     with pytest.raises(ValueError, match="no null class"):
         latents_of(make_pipeline("class", null_class_id=None))
-
-
-# --------------------------------------------------------------------------------------------- text
-
-
-def test_text_is_padded_and_cuts_are_named(caplog):
-    encoder, tokenizer = make_text_parts()
-    condition = encode_text(encoder, tokenizer, ["A Red cat", "dog"], lower_case=True, normalize=True)
-    assert condition.mask.tolist() == [[True] * 3 + [False] * 3, [True] + [False] * 5]
-    torch.testing.assert_close(condition.embeddings.norm(dim=-1), torch.ones(2, 6))
-    plain = encode_text(encoder, tokenizer, "a red cat").embeddings
-    torch.testing.assert_close(condition.embeddings[:1], plain / plain.norm(dim=-1, keepdim=True))
-    from diffusers.utils import logging
-
-    logging.enable_propagation()
-    encode_text(encoder, tokenizer, "a red cat dog", max_length=2)
-    assert "does not see 'cat dog'" in caplog.text
-    with pytest.raises(ValueError, match="`max_length` must be positive"):
-        encode_text(encoder, tokenizer, "a", max_length=0)
-
-
-def test_embeddings_in_place_of_text():
-    pipeline = make_pipeline("text", text_mask=False)
-    condition = encode_text(pipeline.text_encoder, pipeline.tokenizer, ["a red cat", ""])
-    by_text = latents_of(pipeline, prompt="a red cat", guidance_scale=2.0, generator=seeded())
-    embeds = {"prompt_embeds": condition.embeddings[:1], "negative_prompt_embeds": condition.embeddings[1:]}
-    bare = make_pipeline("text", text_encoder=None, tokenizer=None)
-    torch.testing.assert_close(latents_of(bare, **embeds, guidance_scale=2.0, generator=seeded()), by_text)
-    assert not torch.allclose(latents_of(pipeline, prompt="dog", generator=seeded()), by_text)
 
 
 # --------------------------------------------------------------------------------------------- folders
@@ -486,6 +426,22 @@ def test_the_stock_pipeline_loads_the_folder(tmp_path):
     own = pipeline(num_images_per_prompt=2, generator=seeded(), num_inference_steps=4, output_type="np").images
     assert images.std() > 0.01
     np.testing.assert_array_equal(images, own)
+
+
+def test_the_stock_pipeline_of_super_resolution_loads_the_folder(tmp_path):
+    """`LDMSuperResolutionPipeline`, which has no scaling factor and sizes its latents as the image."""
+    parts = {"vqvae": make_vqvae(scaling_factor=1.0, embed_dim=3), "unet": make_unet(in_channels=6, out_channels=3)}
+    pipeline = make_pipeline(**parts)
+    pipeline.save_pretrained(tmp_path)
+    stock = LDMSuperResolutionPipeline.from_pretrained(tmp_path)
+    stock.set_progress_bar_config(disable=True)
+    low = (image(size=32) / 2 + 0.5).clamp(0, 1)
+    arguments = {"generator": seeded(), "num_inference_steps": 4, "output_type": "np"}
+    images = stock(low, **arguments).images
+    arguments["generator"] = seeded()
+    own = pipeline(condition_image=low, height=64, width=64, **arguments).images
+    assert images.std() > 0.01
+    np.testing.assert_allclose(images, own, atol=1e-5)
 
 
 @pytest.mark.slow
