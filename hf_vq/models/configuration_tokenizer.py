@@ -54,5 +54,10 @@ class VQTokenizerConfig(PreTrainedConfig):
         self.scaling_factor = scaling_factor
         super().__init__(**kwargs)
 
+    @property
+    def downsample_factors(self) -> tuple[int, ...]:
+        """Pixels a code along each side, of each level from top to bottom."""
+        return (self.downsample_factor,)
+
 
 __all__ = ["VQTokenizerConfig"]

@@ -43,7 +43,6 @@ class VQVAE2Config(VQVAEConfig):
 
     @property
     def downsample_factors(self) -> tuple[int, ...]:
-        """Pixels a code along each side, of each level from top to bottom."""
         return tuple(self.downsample_factor >> level for level in range(self.num_levels))
 
 

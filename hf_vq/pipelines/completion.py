@@ -4,24 +4,13 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import torch
-from transformers import LogitsProcessor
 
+from .code_sampling import KnownCodes, repeat_rows
 from .pipeline_output import VQPipelineOutput
+from .pipeline_utils import as_levels, of_levels
 
 
 HALVES = ("top", "bottom", "left", "right")
-
-
-class KeptCodes(LogitsProcessor):
-    """Forces the codes `(B, L)` of the positions where `keep` `(B, L)` is true; `start` is the prefix's length."""
-
-    def __init__(self, codes: torch.LongTensor, keep: torch.BoolTensor, start: int):
-        self.codes, self.keep, self.start = codes, keep, start
-
-    def __call__(self, input_ids, scores):
-        position = input_ids.shape[1] - self.start
-        forced = torch.full_like(scores, float("-inf")).scatter(1, self.codes[:, position, None], 0.0)
-        return torch.where(self.keep[:, position, None], forced, scores)
 
 
 def kept_positions(keep, grid_size, downsample_factor: int) -> torch.BoolTensor:
@@ -65,6 +54,20 @@ def kept_positions(keep, grid_size, downsample_factor: int) -> torch.BoolTensor:
             f"{tuple(mask.shape[1:])}."
         )
     return mask.unflatten(2, (width, factor)).unflatten(1, (height, factor)).all(dim=4).all(dim=2)
+
+
+def kept_at_levels(keep, grid_sizes, downsample_factors) -> list[torch.BoolTensor]:
+    """`kept_positions` of each level, from top to bottom; a mask on the grid is one on the top level's grid."""
+    top = kept_positions(keep, grid_sizes[0], downsample_factors[0])
+    on_grid = not isinstance(keep, str) and tuple(np.shape(keep)[-2:]) == tuple(grid_sizes[0])
+    kept = [top]
+    for grid_size, factor in zip(grid_sizes[1:], downsample_factors[1:], strict=True):
+        if on_grid:
+            ratio = downsample_factors[0] // factor
+            kept.append(top.repeat_interleave(ratio, dim=1).repeat_interleave(ratio, dim=2))
+        else:
+            kept.append(kept_positions(keep, grid_size, factor))
+    return kept
 
 
 def to_pixel_values(image, channels: int) -> torch.FloatTensor:
@@ -111,14 +114,14 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
 
 
 class CompletionMixin:
-    """The method `complete` of a pipeline with `vqvae`, `prior`, `prepare_prompt` and `sample_sequences`."""
+    """The method `complete` of a pipeline with `vqvae` and the methods of [`CodeSamplingMixin`]."""
 
     @torch.no_grad()
     def complete(
         self,
         image=None,
         keep="top",
-        indices: torch.LongTensor | None = None,
+        indices: torch.LongTensor | tuple[torch.LongTensor, ...] | None = None,
         class_labels=None,
         condition=None,
         num_images_per_prompt: int = 1,
@@ -128,17 +131,18 @@ class CompletionMixin:
         **sampling,
     ) -> VQPipelineOutput | tuple:
         """
-        Keeps the codes of a part of an image, unchanged, and samples the others.
+        Keeps the codes of a part of an image, unchanged at every level, and samples the others.
 
-        The prior reads row by row: a sampled code is conditioned on the codes before it, kept or sampled, and never on kept
-        codes that come after it. The top half is therefore completed from all of it, while what is sampled above a kept
-        bottom half does not know it. The encoder has seen all of `image`, so a kept code near the border may hold traces
-        of the pixels beyond.
+        A prior reads row by row: a sampled code is conditioned on the codes before it, kept or sampled, and never on kept
+        codes of its level that come after it. The top half is therefore completed from all of it, while what is sampled
+        above a kept bottom half does not know it. The encoder has seen all of `image`, so a kept code near the border may
+        hold traces of the pixels beyond.
 
         Args:
-            image: PIL images or a tensor `(B, C, H, W)` in [-1, 1], of the size that the prior's grid stands for.
-            keep: what to keep, see [`kept_positions`].
-            indices (int `(B, h, w)`, *optional*): codes to complete, in place of `image`.
+            image: PIL images or a tensor `(B, C, H, W)` in [-1, 1], of the size that the priors' grids stand for.
+            keep: what to keep, see [`kept_positions`]; a mask on the grid is one on the top level's.
+            indices (int `(B, h, w)`, or a tuple of them from top to bottom, *optional*): codes to complete, in place of
+                `image`.
             class_labels, condition, num_images_per_prompt, output_type, return_dict, decode_batch_size: as in the call.
                 One image goes with several classes, and one class with several images.
             sampling: `guidance_scale`, `temperature`, `top_k`, `top_p`, `generator`, `use_cache`, `cache_implementation`
@@ -151,44 +155,46 @@ class CompletionMixin:
             ValueError: both or none of `image` and `indices`, wrong shapes, or as in the call.
         """
         self.check_output(num_images_per_prompt, output_type)
-        config = self.prior.config
-        indices = self._indices_to_complete(image, indices)
-        keep = kept_positions(keep, config.grid_size, self.vqvae.config.downsample_factor)
-        prompt = self.prepare_prompt(class_labels, condition)
-        batch_size = max(len(indices), len(prompt), len(keep))
-        rows = {"image": indices.flatten(1), "class_labels": prompt, "keep": keep.flatten(1).to(prompt.device)}
-        for name, tensor in rows.items():
-            if len(tensor) not in (1, batch_size):
-                raise ValueError(f"`{name}` must have 1 or {batch_size} rows, got {len(tensor)}.")
-            tensor = tensor.expand(batch_size, -1)
-            rows[name] = tensor.repeat_interleave(num_images_per_prompt, dim=0)
-        codes, prompt, keep = rows["image"], rows["class_labels"], rows["keep"]
-
-        # The kept codes that come first are read at once, as part of the prompt.
-        first = int(keep.all(dim=0).long().cumprod(dim=0).sum())
-        kept = KeptCodes(codes, keep, start=config.condition_length)
-        sequences = self.sample_sequences(torch.cat([prompt, codes[:, :first]], dim=1), kept=kept, **sampling)
-        indices = self.prior.extract_indices(sequences)
+        codes = self.given_codes(image, indices)
+        grid_sizes = [tuple(prior.config.grid_size) for prior in self.priors]
+        keep = kept_at_levels(keep, grid_sizes, self.vqvae.config.downsample_factors)
+        rows = {
+            "image": codes,
+            "class_labels": self.prepare_prompts(class_labels, condition),
+            "keep": [mask.to(self._execution_device) for mask in keep],
+        }
+        rows = repeat_rows(rows, num_images_per_prompt)
+        known = [KnownCodes(*of_level) for of_level in zip(rows["image"], rows["keep"], strict=True)]
+        indices = of_levels(self.sample_levels(rows["class_labels"], known, **sampling))
         images = self.postprocess(indices, output_type, decode_batch_size)
         self.maybe_free_model_hooks()
         return VQPipelineOutput(images=images, indices=indices) if return_dict else (images, indices)
 
-    def _indices_to_complete(self, image, indices) -> torch.LongTensor:
+    def given_codes(self, image=None, indices=None) -> tuple[torch.LongTensor, ...]:
+        """The codes `(B, h, w)` of each level, from top to bottom, of images or of `indices`, as of `complete`."""
         if (image is None) == (indices is None):
             raise ValueError("Exactly one of `image` and `indices` must be given.")
-        grid_size = tuple(self.prior.config.grid_size)
+        name, levels = "indices", as_levels(indices)
         if image is not None:
             pixel_values = to_pixel_values(image, self.vqvae.config.in_channels)
             pixel_values = pixel_values.to(self._execution_device, self.vqvae.dtype)
-            indices = torch.cat([self.vqvae.encode(part).indices for part in pixel_values.split(16)])
-        if indices.dtype != torch.int64 or indices.ndim != 3 or tuple(indices.shape[1:]) != grid_size:
+            parts = [as_levels(self.vqvae.encode(part).indices) for part in pixel_values.split(16)]
+            name, levels = "image", [torch.cat(of_level) for of_level in zip(*parts, strict=True)]
+        if len(levels) != len(self.priors):
+            raise ValueError(f"`{name}` must give codes of {len(self.priors)} levels, got {len(levels)}.")
+        return tuple(self.check_codes(name, codes, prior) for codes, prior in zip(levels, self.priors, strict=True))
+
+    def check_codes(self, name: str, codes: torch.LongTensor, prior) -> torch.LongTensor:
+        """`codes` on the pipeline's device, or a ValueError that names them if they are none of the prior's grids."""
+        height, width = prior.config.grid_size
+        if codes.dtype != torch.int64 or codes.ndim != 3 or tuple(codes.shape[1:]) != (height, width):
             raise ValueError(
-                f"`{'indices' if image is None else 'image'}` must give int64 codes of shape (B, {grid_size[0]}, "
-                f"{grid_size[1]}), got {indices.dtype} of shape {tuple(indices.shape)}."
+                f"`{name}` must give int64 codes of shape (B, {height}, {width}), got {codes.dtype} of shape "
+                f"{tuple(codes.shape)}."
             )
-        if indices.min() < 0 or indices.max() >= self.prior.config.codebook_size:
-            raise ValueError(f"`indices` must lie in 0 … {self.prior.config.codebook_size - 1}.")
-        return indices.to(self._execution_device)
+        if codes.min() < 0 or codes.max() >= prior.config.codebook_size:
+            raise ValueError(f"`{name}` must lie in 0 … {prior.config.codebook_size - 1}.")
+        return codes.to(self._execution_device)
 
 
-__all__ = ["CompletionMixin", "KeptCodes", "kept_positions"]
+__all__ = ["CompletionMixin", "kept_at_levels", "kept_positions", "to_pixel_values"]

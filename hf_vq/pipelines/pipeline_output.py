@@ -14,11 +14,11 @@ class VQPipelineOutput(BaseOutput):
     Args:
         images: by `output_type`, a list of `PIL.Image.Image` ("pil"), an array `(B, H, W, C)` in [0, 1] ("np"), a tensor
             `(B, C, H, W)` in [0, 1] ("pt"), or `None` ("indices": nothing is decoded).
-        indices: the sampled codes, int64 `(B, h, w)`.
+        indices: the sampled codes, int64 `(B, h, w)`; of a tokenizer with levels a tuple of them, from top to bottom.
     """
 
     images: list[PIL.Image.Image] | np.ndarray | torch.Tensor | None
-    indices: torch.LongTensor
+    indices: torch.LongTensor | tuple[torch.LongTensor, ...]
 
 
 __all__ = ["VQPipelineOutput"]

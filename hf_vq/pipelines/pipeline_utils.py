@@ -53,15 +53,19 @@ class VQPipeline(DiffusionPipeline):
         return index
 
     @torch.no_grad()
-    def decode_indices(self, indices: torch.LongTensor, batch_size: int = 16) -> torch.FloatTensor:
-        """Codes `(B, h, w)` to images `(B, C, H, W)` in [0, 1], float32, `batch_size` at a time."""
+    def decode_indices(self, indices, batch_size: int = 16) -> torch.FloatTensor:
+        """
+        Codes `(B, h, w)`, or a tuple of those of each level, to images `(B, C, H, W)` in [0, 1], float32, `batch_size` at a
+        time.
+        """
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-        parts = [self.vqvae.decode_indices(part).sample.float() for part in indices.split(batch_size)]
+        batches = zip(*(level.split(batch_size) for level in as_levels(indices)), strict=True)
+        parts = [self.vqvae.decode_indices(of_levels(batch)).sample.float() for batch in batches]
         return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
 
-    def postprocess(self, indices: torch.LongTensor, output_type: str, decode_batch_size: int = 16):
-        """The images of `indices` `(B, h, w)` as `output_type`, see [`VQPipelineOutput`]."""
+    def postprocess(self, indices, output_type: str, decode_batch_size: int = 16):
+        """The images of `indices`, as of `decode_indices`, as `output_type`, see [`VQPipelineOutput`]."""
         if output_type == "indices":
             return None
         images = self.decode_indices(indices, decode_batch_size)
@@ -80,6 +84,16 @@ class VQPipeline(DiffusionPipeline):
             )
         if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
             raise ValueError(f"`num_images_per_prompt` must be a positive int, got {num_images_per_prompt!r}.")
+
+
+def as_levels(indices) -> tuple[torch.LongTensor, ...]:
+    """The codes of each level, from top to bottom, of what a tokenizer calls `indices`."""
+    return tuple(indices) if isinstance(indices, (tuple, list)) else (indices,)
+
+
+def of_levels(levels) -> torch.LongTensor | tuple[torch.LongTensor, ...]:
+    """What a tokenizer with as many levels calls `indices`: the inverse of `as_levels`."""
+    return levels[0] if len(levels) == 1 else tuple(levels)
 
 
 def check_generator(generator, batch_size: int):
@@ -128,4 +142,4 @@ def draw_codes(log_probs: torch.FloatTensor, generator=None) -> torch.LongTensor
     return (log_probs.float() - noise.log()).argmax(dim=-1)
 
 
-__all__ = ["VQPipeline", "check_generator", "draw_codes", "numpy_to_pil"]
+__all__ = ["VQPipeline", "as_levels", "check_generator", "draw_codes", "numpy_to_pil", "of_levels"]

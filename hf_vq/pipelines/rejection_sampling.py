@@ -8,7 +8,7 @@ import PIL.Image
 import torch
 from diffusers.utils import BaseOutput
 
-from .pipeline_utils import numpy_to_pil
+from .pipeline_utils import numpy_to_pil, of_levels
 
 
 @dataclass
@@ -18,7 +18,7 @@ class RejectionSamplingOutput(BaseOutput):
 
     Args:
         images: as in [`VQPipelineOutput`].
-        indices (int64 `(N, h, w)`): their codes.
+        indices (int64 `(N, h, w)`, or a tuple of those of each level): their codes.
         class_ids (int64 `(N,)`): their classes.
         scores (float `(N,)`): what the classifier gave them.
         acceptance_rate (`float`): accepted over drawn images; it is below the rate asked for where the number of images
@@ -27,7 +27,7 @@ class RejectionSamplingOutput(BaseOutput):
     """
 
     images: list[PIL.Image.Image] | np.ndarray | torch.Tensor | None
-    indices: torch.LongTensor
+    indices: torch.LongTensor | tuple[torch.LongTensor, ...]
     class_ids: torch.LongTensor
     scores: torch.FloatTensor
     acceptance_rate: float
@@ -53,7 +53,7 @@ def class_scores(classifier, image_processor, images: torch.FloatTensor, class_i
 
 
 class RejectionSamplingMixin:
-    """The method `rejection_sample` of a class-conditional autoregressive pipeline."""
+    """The method `rejection_sample` of a class-conditional pipeline with the methods of [`CodeSamplingMixin`]."""
 
     @torch.no_grad()
     def rejection_sample(
@@ -105,22 +105,23 @@ class RejectionSamplingMixin:
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
         if class_labels is None:
             raise ValueError("`class_labels` is required: the classifier scores images of a class.")
-        prompts = self.prepare_prompt(class_labels)
-        class_ids = prompts[:, 0] - self.prior.config.condition_token_offset
+        prompts = self.prepare_prompts(class_labels)
+        class_ids = self.class_ids(prompts)
         if len(class_ids.unique()) != len(class_ids):
             raise ValueError(f"`class_labels` must differ, got {class_ids.tolist()}.")
 
         # without the small term 7 / 0.07 would give 101
         candidates = {rate: math.ceil(num_images_per_class / rate - 1e-6) for rate in rates}
         most = max(candidates.values())
-        drawn = [
-            self._draw_and_score(p, c, most, batch_size, classifier, image_processor, sampling)
-            for p, c in zip(prompts, class_ids, strict=True)
-        ]
+        drawn = []
+        for i, class_id in enumerate(class_ids):
+            own = [prompt[i if len(prompt) > 1 else 0] for prompt in prompts]
+            drawn.append(self._draw_and_score(own, class_id, most, batch_size, classifier, image_processor, sampling))
         results = {}
         for rate in rates:
             best = [scores[: candidates[rate]].topk(num_images_per_class) for _, scores in drawn]
-            indices = torch.cat([codes[top.indices] for (codes, _), top in zip(drawn, best, strict=True)])
+            chosen = [[level[top.indices] for level in codes] for (codes, _), top in zip(drawn, best, strict=True)]
+            indices = of_levels([torch.cat(of_level) for of_level in zip(*chosen, strict=True)])
             scores = torch.cat([top.values for top in best])
             results[rate] = RejectionSamplingOutput(
                 images=self.postprocess(indices, output_type, decode_batch_size),
@@ -133,16 +134,25 @@ class RejectionSamplingMixin:
         self.maybe_free_model_hooks()
         return results if isinstance(acceptance_rates, (list, tuple)) else results[acceptance_rates]
 
-    def _draw_and_score(self, prompt, class_id, count, batch_size, classifier, image_processor, sampling):
-        """Codes `(count, h, w)` of one class and their scores `(count,)`."""
+    def class_ids(self, prompts) -> torch.LongTensor:
+        """The classes `(B,)` of prefixes from `prepare_prompts`."""
+        prior, prompt = next(
+            (prior, prompt)
+            for prior, prompt in zip(self.priors, prompts, strict=True)
+            if prior.config.condition_type == "class"
+        )
+        return prompt[:, 0] - prior.config.condition_token_offset
+
+    def _draw_and_score(self, prompts, class_id, count, batch_size, classifier, image_processor, sampling):
+        """The codes `(count, h, w)` of each level, of one class, and their scores `(count,)`."""
         codes, scores = [], []
         for start in range(0, count, batch_size):
             size = min(batch_size, count - start)
-            indices = self.prior.extract_indices(self.sample_sequences(prompt.expand(size, -1), **sampling))
-            images = self.decode_indices(indices, batch_size)
-            codes.append(indices)
+            levels = self.sample_levels([prompt.expand(size, -1) for prompt in prompts], **sampling)
+            images = self.decode_indices(of_levels(levels), batch_size)
+            codes.append(levels)
             scores.append(class_scores(classifier, image_processor, images, class_id.expand(size)))
-        return torch.cat(codes), torch.cat(scores)
+        return [torch.cat(of_level) for of_level in zip(*codes, strict=True)], torch.cat(scores)
 
 
 __all__ = ["RejectionSamplingMixin", "RejectionSamplingOutput"]
