@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch.utils.data import DataLoader, Subset
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers import AutoImageProcessor, AutoModel
 
 from hf_vq import VQLatentDiffusionPipeline
 from hf_vq.pipelines.text_conditioning import encode_text
@@ -22,6 +22,7 @@ from hf_vq.training.diffusion_objective import PREDICTION_TYPES, DiffusionObject
 from hf_vq.training.latents_cache import LatentScale, LatentsDataset, encode_latents, write_latents
 from hf_vq.training.run import RunArguments, TrainingRun
 from hf_vq.training.sharing import save_trained
+from hf_vq.training.text_encoder import load_text_encoder
 
 
 @dataclass
@@ -73,7 +74,7 @@ class Data:
     """Batches of latents for both splits: cached, or encoded from images in every step."""
 
     def __init__(self, run: TrainingRun, data: DataArguments, args: LatentDiffusionArguments, tokenizer):
-        self.run, self.tokenizer, self.class_names = run, tokenizer, None
+        self.run, self.arguments, self.tokenizer, self.class_names = run, data, tokenizer, None
         self.splits = {}
         for split in ("train", "validation"):
             augment = split == "train" and not args.cache_latents
@@ -81,9 +82,10 @@ class Data:
                 data, split, augment=augment, seed=run.arguments.seed, class_names=self.class_names
             )
             self.class_names = images.class_names if split == "train" else self.class_names
-            self.splits[split] = self._cached(images, split, data) if args.cache_latents else images
+            self.splits[split] = self._cached(images, split) if args.cache_latents else images
 
-    def _cached(self, images, split: str, data: DataArguments) -> LatentsDataset:
+    def _cached(self, images, split: str) -> LatentsDataset:
+        data = self.arguments
         if data.crop != "center":
             raise ValueError(
                 f"crop={data.crop!r} has no effect on latents that are written once: set cache_latents=false."
@@ -122,6 +124,11 @@ class Data:
         if self.class_names is not None:
             return len(self.class_names)
         if labels["train"] is None:
+            if self.arguments.label_column is not None:
+                raise ValueError(
+                    f"label_column={self.arguments.label_column!r}: the classes of a stream need names, from which their "
+                    "number follows."
+                )
             return 0
         count = int(labels["train"].max()) + 1
         for split, values in labels.items():
@@ -139,8 +146,7 @@ class Condition:
         self.args, self.num_classes, self.device = args, num_classes, device
         self.encoder = self.tokenizer = None
         if args.text_encoder is not None:
-            self.encoder = AutoModel.from_pretrained(args.text_encoder).to(device).eval().requires_grad_(False)
-            self.tokenizer = AutoTokenizer.from_pretrained(args.text_encoder)
+            self.encoder, self.tokenizer = load_text_encoder(args.text_encoder, device)
 
     @property
     def kind(self) -> str | None:
