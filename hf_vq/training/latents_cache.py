@@ -142,13 +142,13 @@ class LatentScale:
     """The factor that gives latents a standard deviation of 1, part of a run's state so that a resumed run keeps it.
 
     Args:
-        value: a known factor.
+        value: a known factor, which a resumed run must have started with.
     """
 
     def __init__(self, value: float | None = None):
         if value is not None and not value > 0:
             raise ValueError(f"`value` must be positive, got {value}.")
-        self.value = value
+        self.value = self.given = value
 
     def measure(self, batches) -> float:
         """`1 / std` over all values of `batches` of latents (Rombach et al. 2022, appendix G)."""
@@ -168,6 +168,8 @@ class LatentScale:
         return {"value": self.value}
 
     def load_state_dict(self, state: dict) -> None:
+        if self.given not in (None, state["value"]):
+            raise ValueError(f"`value` must be {state['value']}, with which the run started, got {self.given}.")
         self.value = state["value"]
 
 

@@ -63,10 +63,14 @@ def inputs(tmp_path_factory):
     return folder
 
 
-def train(inputs, output, *options, steps=2):
+def places_and_length(inputs, steps):
     places = ["--tokenizer", str(inputs / "tokenizer"), "--dataset_name_or_path", str(inputs / "images")]
-    length = ["--max_train_steps", str(steps), "--train_batch_size", "4", "--resolution", "16", "--cpu", "true"]
-    script().main([*places, *length, "--output_dir", str(output), "--logging_steps", "1", *SMALL, *options])
+    return [*places, "--max_train_steps", str(steps), "--train_batch_size", "4", "--resolution", "16", "--cpu", "true"]
+
+
+def train(inputs, output, *options, steps=2):
+    arguments = [*places_and_length(inputs, steps), "--output_dir", str(output), "--logging_steps", "1"]
+    script().main([*arguments, *SMALL, *options])
     return VQLatentDiffusionPipeline.from_pretrained(output / "pipeline")
 
 
@@ -150,6 +154,11 @@ def test_a_resumed_run_is_an_unbroken_one(inputs, tmp_path, monkeypatch):
         (["--crop", "random"], "has no effect on latents that are written once"),
         (["--scaling_factor", "-1"], "must be positive"),
         (
+            ["--label_column", "number", "--streaming", "true", "--cache_latents", "false"],
+            "the classes of a stream need names",
+        ),
+        (["--streaming", "true"], "the latents of a stream are not cached"),
+        (
             ["--label_column", "number", "--train_split", "train[:2]", "--validation_split", "train"],
             "the validation labels are 0 to 2, not within 0 to 1",
         ),
@@ -158,6 +167,56 @@ def test_a_resumed_run_is_an_unbroken_one(inputs, tmp_path, monkeypatch):
 def test_what_is_refused(inputs, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         train(inputs, tmp_path, *options)
+
+
+def test_captions_from_a_stream(inputs, tmp_path):
+    """Encoded in every step, random crops included."""
+    options = ["--streaming", "true", "--cache_latents", "false", "--crop", "random", "--random_flip", "true"]
+    options += ["--caption_column", "caption", "--text_encoder", str(inputs / "text"), "--ema_decay", "0.5"]
+    train(inputs, tmp_path / "whole", *options, "--checkpointing_steps", "2", steps=5)
+    train(inputs, tmp_path / "parts", *options, "--checkpointing_steps", "2", steps=2)
+    train(inputs, tmp_path / "parts", *options, "--checkpointing_steps", "2", steps=5)
+    losses = [[row["loss"] for row in rows(tmp_path / name) if "loss" in row] for name in ("whole", "parts")]
+    assert losses[0] == losses[1] and len(losses[0]) == 5
+
+
+PUSH = """
+import runpy, sys
+sys.argv = ["train_vq_latent_diffusion.py", *{arguments!r}, "--push_to_hub", "true", "--hub_license", "cc-by-4.0"]
+runpy.run_path({script!r}, run_name="__main__")
+"""
+LOAD = """
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCard
+
+found = {}
+for name, condition in (("class", {"class_labels": [0, 2]}), ("text", {"prompt": ["a picture", "of 1"]})):
+    pipe = DiffusionPipeline.from_pretrained(f"tester/{name}", trust_remote_code=True)
+    arguments = {**condition, "num_inference_steps": 2, "guidance_scale": 2.0, "output_type": "latent"}
+    found[name] = pipe(**arguments, generator=torch.Generator().manual_seed(0)).latents
+    card = ModelCard.load(f"tester/{name}")
+    assert card.data.license == "cc-by-4.0" and "validation" in card.text, card.text
+torch.save(found, "FOUND")
+"""
+
+
+@pytest.mark.hub
+@pytest.mark.slow
+def test_pushed_and_loaded_by_a_stranger(hub, inputs, tmp_path):
+    script_path = str(ROOT / "examples/vq_latent_diffusion/train_vq_latent_diffusion.py")
+    text = ["--caption_column", "caption", "--text_encoder", str(inputs / "text")]
+    conditions = {"class": (["--label_column", "number"], {"class_labels": [0, 2]})}
+    conditions["text"] = (text, {"prompt": ["a picture", "of 1"]})
+    for name, (options, _) in conditions.items():
+        arguments = [*places_and_length(inputs, 2), *SMALL, "--output_dir", str(tmp_path / name), *options]
+        hub.run(PUSH.format(arguments=[*arguments, "--hub_model_id", f"tester/{name}"], script=script_path))
+    hub.run(LOAD.replace("FOUND", str(tmp_path / "found.pt")), installed=False)
+    found = torch.load(tmp_path / "found.pt")
+    for name, (_, condition) in conditions.items():
+        pipe = VQLatentDiffusionPipeline.from_pretrained(tmp_path / name / "pipeline")
+        arguments = {**condition, "num_inference_steps": 2, "guidance_scale": 2.0, "output_type": "latent"}
+        assert torch.equal(pipe(**arguments, generator=torch.Generator().manual_seed(0)).latents, found[name])
 
 
 @pytest.mark.slow

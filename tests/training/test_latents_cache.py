@@ -91,9 +91,11 @@ def test_the_scale():
     scale = LatentScale()
     scale.measure(iter(values))
     assert abs(scale.value - 1 / np.std(values.numpy())) < 1e-6
-    other = LatentScale(2.0)
-    other.load_state_dict(scale.state_dict())
-    assert other.value == scale.value
+    for other in (LatentScale(), LatentScale(scale.value)):
+        other.load_state_dict(scale.state_dict())
+        assert other.value == scale.value
+    with pytest.raises(ValueError, match="with which the run started, got 2.0"):
+        LatentScale(2.0).load_state_dict(scale.state_dict())
     with pytest.raises(ValueError, match="`value` must be positive"):
         LatentScale(0.0)
     with pytest.raises(ValueError, match="their standard deviation is 0"):
