@@ -1,11 +1,11 @@
 """What a denoiser of latents takes beside them: classes, text, and maps that are concatenated."""
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
+from .class_conditioning import class_ids
 from .completion import to_pixel_values
-from .text_conditioning import encode_text
+from .text_conditioning import TextConditionMixin
 
 
 def resize_map(values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -49,7 +49,7 @@ def repeat_to(values: torch.Tensor, batch_size: int, name: str) -> torch.Tensor:
     return values.repeat_interleave(batch_size // len(values), dim=0)
 
 
-class LatentConditionMixin:
+class LatentConditionMixin(TextConditionMixin):
     """For a pipeline with `unet`, `vqvae` and perhaps `text_encoder` and `tokenizer`, and the config of `VQLatentDiffusionPipeline`."""
 
     @property
@@ -76,18 +76,7 @@ class LatentConditionMixin:
         """Ids `(B,)` of classes, which may be names of `id2label`."""
         if self.condition_kind not in ("class", "class_token"):
             raise ValueError("`class_labels` needs a denoiser with classes.")
-        if isinstance(class_labels, (torch.Tensor, np.ndarray, np.integer)):
-            class_labels = class_labels.reshape(-1).tolist()
-        labels = list(class_labels) if isinstance(class_labels, (list, tuple)) else [class_labels]
-        names = {name: number for number, name in (self.id2label or {}).items()}
-        ids = [names.get(label, label) if isinstance(label, str) else label for label in labels]
-        wrong = [i for i in ids if not isinstance(i, int) or not 0 <= i < self.num_classes]
-        if wrong or not ids:
-            known = f", or one of {sorted(names)}" if names else ""
-            raise ValueError(
-                f"`class_labels` must be ids from 0 to {self.num_classes - 1}{known}, got {class_labels!r}."
-            )
-        return torch.tensor(ids)
+        return class_ids(class_labels, self.num_classes, self.id2label)
 
     def _class_inputs(self, ids: torch.LongTensor) -> dict[str, torch.Tensor]:
         device = self._execution_device
@@ -97,33 +86,15 @@ class LatentConditionMixin:
         return {"encoder_hidden_states": tokens.to(device, self.unet.dtype)}
 
     def _text_inputs(self, prompt, embeds, mask, batch_size: int, name: str) -> dict[str, torch.Tensor]:
-        if prompt is not None and embeds is not None:
-            raise ValueError(f"Only one of `{name}` and `{name}_embeds` can be given.")
-        if embeds is None:
-            if self.text_encoder is None or self.tokenizer is None:
-                raise ValueError(f"`{name}_embeds` must be given: the pipeline has no text_encoder with a tokenizer.")
-            condition = encode_text(
-                self.text_encoder,
-                self.tokenizer,
-                "" if prompt is None else prompt,
-                max_length=self.config.text_max_length,
-                lower_case=self.config.text_lower_case,
-                normalize=self.config.text_normalize,
-                device=self._execution_device,
-            )
-            embeds, mask = condition.embeddings, condition.mask
-        elif not isinstance(embeds, torch.Tensor) or embeds.ndim != 3:
-            raise ValueError(f"`{name}_embeds` must be a float tensor (B, S, D).")
-        elif mask is None:
-            mask = torch.ones(embeds.shape[:2], dtype=torch.bool)
-        elif mask.shape != embeds.shape[:2]:
-            raise ValueError(
-                f"`{name}_attention_mask` must have shape {tuple(embeds.shape[:2])}, got {tuple(mask.shape)}."
-            )
+        condition = self.text_states(name, prompt, embeds, mask)
+        if condition is None:
+            condition = self.encode_prompt("", name)
         device = self._execution_device
-        inputs = {"encoder_hidden_states": repeat_to(embeds, batch_size, name).to(device, self.unet.dtype)}
+        inputs = {
+            "encoder_hidden_states": repeat_to(condition.embeddings, batch_size, name).to(device, self.unet.dtype)
+        }
         if self.config.text_mask:
-            inputs["encoder_attention_mask"] = repeat_to(mask, batch_size, name).to(device)
+            inputs["encoder_attention_mask"] = repeat_to(condition.mask, batch_size, name).to(device)
         return inputs
 
     def _text_condition(self, batch_size: int, given: tuple, null: tuple | None) -> tuple[dict, dict | None]:
