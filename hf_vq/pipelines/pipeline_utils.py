@@ -60,6 +60,7 @@ class VQPipeline(DiffusionPipeline):
         """
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        onload(self.vqvae)
         batches = zip(*(level.split(batch_size) for level in as_levels(indices)), strict=True)
         parts = [self.vqvae.decode_indices(of_levels(batch)).sample.float() for batch in batches]
         return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
@@ -68,11 +69,7 @@ class VQPipeline(DiffusionPipeline):
         """The images of `indices`, as of `decode_indices`, as `output_type`, see [`VQPipelineOutput`]."""
         if output_type == "indices":
             return None
-        images = self.decode_indices(indices, decode_batch_size)
-        if output_type == "pt":
-            return images
-        images = images.permute(0, 2, 3, 1).cpu().numpy()
-        return images if output_type == "np" else numpy_to_pil(images)
+        return images_as(self.decode_indices(indices, decode_batch_size), output_type)
 
     def check_output(self, num_images_per_prompt: int, output_type: str):
         """ValueErrors for the arguments that say how many images of what kind are wanted."""
@@ -105,6 +102,23 @@ def check_generator(generator, batch_size: int):
         raise ValueError(
             f"`generator` must hold one torch.Generator for each of {batch_size} images, got {len(generator)}."
         )
+
+
+def onload(model):
+    """
+    Moves a model to its device if `enable_model_cpu_offload` waits for its `forward`, which `encode` and `decode` pass by.
+    """
+    hook = getattr(model, "_hf_hook", None)
+    if hook is not None:
+        hook.pre_forward(model)
+
+
+def images_as(images: torch.FloatTensor, output_type: str):
+    """Images `(B, C, H, W)` in [0, 1] as `output_type`: "pil", "np" or "pt", see [`VQPipelineOutput`]."""
+    if output_type == "pt":
+        return images
+    images = images.permute(0, 2, 3, 1).cpu().numpy()
+    return images if output_type == "np" else numpy_to_pil(images)
 
 
 def numpy_to_pil(images) -> list[PIL.Image.Image]:
@@ -142,4 +156,13 @@ def draw_codes(log_probs: torch.FloatTensor, generator=None) -> torch.LongTensor
     return (log_probs.float() - noise.log()).argmax(dim=-1)
 
 
-__all__ = ["VQPipeline", "as_levels", "check_generator", "draw_codes", "numpy_to_pil", "of_levels"]
+__all__ = [
+    "VQPipeline",
+    "as_levels",
+    "check_generator",
+    "draw_codes",
+    "images_as",
+    "numpy_to_pil",
+    "of_levels",
+    "onload",
+]
