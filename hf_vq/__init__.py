@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "MaskReplaceScheduler": "hf_vq.schedulers.scheduling_mask_replace",
     "VQAutoregressivePipeline": "hf_vq.pipelines.pipeline_vq_autoregressive",
+    "VQDiffusionImagePipeline": "hf_vq.pipelines.pipeline_vq_diffusion",
     "VQDiffusionTransformer2DModel": "hf_vq.models.transformer_vq_diffusion",
     "VQGANConfig": "hf_vq.models.configuration_vqgan",
     "VQGANModel": "hf_vq.models.modeling_vqgan",
@@ -23,6 +24,7 @@ _MODULES = {
     "VQLatentDiffusionPipeline": "hf_vq.pipelines.pipeline_vq_latent_diffusion",
     "VQVAE2Config": "hf_vq.models.configuration_vqvae2",
     "VQVAE2Model": "hf_vq.models.modeling_vqvae2",
+    "VQVAE2Pipeline": "hf_vq.pipelines.pipeline_vqvae2",
     "VQVAEConfig": "hf_vq.models.configuration_vqvae",
     "VQVAEModel": "hf_vq.models.modeling_vqvae",
 }

@@ -18,7 +18,7 @@ MODELS = {
     "hf_vq_vqvae": ("VQVAEConfig", {"AutoModel": "VQVAEModel", "AutoImageProcessor": "VQImageProcessor"}),
     "hf_vq_vqvae2": ("VQVAE2Config", {"AutoModel": "VQVAE2Model", "AutoImageProcessor": "VQImageProcessor"}),
 }
-PIPELINES = ("VQAutoregressivePipeline", "VQLatentDiffusionPipeline")
+PIPELINES = ("VQAutoregressivePipeline", "VQDiffusionImagePipeline", "VQLatentDiffusionPipeline", "VQVAE2Pipeline")
 
 
 def public_class(name: str) -> type:
