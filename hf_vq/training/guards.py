@@ -11,7 +11,8 @@ class MetricGuard:
     """Looks at every row of metrics.
 
     Args:
-        min_perplexity (`float`): the metric `codebook_perplexity` must not stay below this; 0 accepts all.
+        min_perplexity (`float`): the metric `codebook_perplexity`, or the lowest one whose name begins so where a
+            tokenizer has several codebooks, must not stay below this; 0 accepts all.
         patience (`int`): so many consecutive rows below it are a collapse.
     """
 
@@ -25,13 +26,14 @@ class MetricGuard:
         bad = [name for name, value in row.items() if not math.isfinite(value)]
         if bad:
             return f"not finite in the row of metrics of step {row['step']}: {', '.join(bad)}"
-        perplexity = row.get("codebook_perplexity")
-        if perplexity is None:
+        perplexities = [value for name, value in row.items() if name.startswith("codebook_perplexity")]
+        if not perplexities:
             return None
+        perplexity = min(perplexities)
         self.low_rows = self.low_rows + 1 if perplexity < self.min_perplexity else 0
         if self.low_rows < self.patience:
             return None
         return (
-            f"the codebook has collapsed: at step {row['step']} its perplexity is {perplexity:.3f}, and was below "
+            f"a codebook has collapsed: at step {row['step']} its perplexity is {perplexity:.3f}, and was below "
             f"min_codebook_perplexity={self.min_perplexity} in the last {self.low_rows} rows of metrics"
         )

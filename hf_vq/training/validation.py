@@ -11,6 +11,8 @@ from .data import collate
 def validate_tokenizer(run, model, dataset, perceptual=None, num_pictures: int = 24) -> dict[str, float]:
     """The figures of `evaluate_tokenizer` on a validation set, and a picture: originals, each with its reconstruction.
 
+    Those of several codebooks have their number at the end of the name.
+
     Args:
         run (`TrainingRun`): writes the picture.
         model: the tokenizer itself, not a distributed wrapper.
@@ -24,4 +26,6 @@ def validate_tokenizer(run, model, dataset, perceptual=None, num_pictures: int =
     run.log_images("reconstructions", pairs, columns=12)
     loader = DataLoader(dataset, batch_size=64, collate_fn=collate)
     figures = evaluate_tokenizer(model, loader, perceptual, progress=False)
+    for number, codebook in enumerate(figures.pop("codebooks", [])):
+        figures.update({f"{name}_{number}": value for name, value in codebook.items()})
     return {name: value for name, value in figures.items() if isinstance(value, (int, float))}
