@@ -55,7 +55,7 @@ def evaluate_tokenizer(
     collectors = [(FeatureCollector(extractor), FeatureCollector(extractor)) for extractor in feature_extractors]
     seconds, images = 0.0, 0
     with evaluation_mode(model):
-        for batch in _progress_bar(dataloader, "tokenizer", progress):
+        for batch in progress_bar(dataloader, "tokenizer", progress):
             pixel_values = batch["pixel_values"].to(model.device)
             start = _clock(model.device)
             encoded = model.encode(pixel_values.to(model.dtype))
@@ -105,7 +105,8 @@ def evaluate_prior(
     Args:
         prior: has `log_likelihood(indices, condition) -> (B,)` in nats; put into evaluation mode and back.
         dataloader: yields dicts with `indices`, int `(B, h, w)` or `(B, L)`.
-        condition_key: the entry that is given as the condition, such as `label`; without it the condition is None.
+        condition_key: the entry that is given as the condition, such as `label`, a tensor, or `caption`, a list; without it
+            the condition is None.
         pixel_dims: C·H·W of the pictures, for `bits_per_pixel_dim`.
         progress: show a progress bar.
 
@@ -114,9 +115,11 @@ def evaluate_prior(
     """
     likelihood = CodeLikelihood(pixel_dims)
     with evaluation_mode(prior):
-        for batch in _progress_bar(dataloader, "prior", progress):
+        for batch in progress_bar(dataloader, "prior", progress):
             indices = batch["indices"].to(prior.device)
-            condition = None if condition_key is None else batch[condition_key].to(prior.device)
+            condition = None if condition_key is None else batch[condition_key]
+            if torch.is_tensor(condition):
+                condition = condition.to(prior.device)
             likelihood.update(prior.log_likelihood(indices, condition), num_indices=indices[0].numel())
     return {**likelihood.compute(), "uniform_bits_per_index": math.log2(prior.config.codebook_size)}
 
@@ -166,7 +169,7 @@ def _plot_usage(codebooks: list[CodebookCounts], path: Path) -> None:
             plot_codebook_usage(total, name, title)
 
 
-def _progress_bar(batches: Iterable, name: str, progress: bool):
+def progress_bar(batches: Iterable, name: str, progress: bool):
     return tqdm(batches, desc=f"evaluating {name}", unit="batch", disable=not (progress and is_main_process()))
 
 
@@ -176,4 +179,4 @@ def _clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-__all__ = ["evaluate_prior", "evaluate_tokenizer", "evaluation_mode"]
+__all__ = ["evaluate_prior", "evaluate_tokenizer", "evaluation_mode", "progress_bar"]
