@@ -186,7 +186,7 @@ def facts(model: PreTrainedModel | ModelMixin) -> list[tuple[str, str]]:
                 "codebook",
                 f"{config.num_embeddings} codes of {config.embed_dim} channels, quantizer `{config.quantizer}`",
             ),
-            ("pixels a code", f"{config.downsample_factor}×{config.downsample_factor}"),
+            ("pixels a code", ", ".join(f"{factor}×{factor}" for factor in config.downsample_factors)),
             ("trained at", f"{config.resolution}×{config.resolution}"),
         ]
     elif hasattr(config, "codebook_size"):
@@ -201,10 +201,8 @@ def facts(model: PreTrainedModel | ModelMixin) -> list[tuple[str, str]]:
 
 
 def _example_call(pipeline) -> str:
-    if hasattr(pipeline, "example_call"):
-        return pipeline.example_call
-    condition = getattr(getattr(pipeline, "prior", None), "config", None)
-    return {"class": "class_labels=0", "codes": "condition=codes"}.get(getattr(condition, "condition_type", None), "")
+    """The arguments of a simple call of a pipeline; one of diffusers takes none."""
+    return getattr(pipeline, "example_call", "")
 
 
 def _stock_models(model) -> dict:

@@ -139,6 +139,11 @@ class CodeSamplingMixin:
     bottom. All but the first take the codes of the level above as `condition_indices`.
     """
 
+    @property
+    def example_call(self) -> str:
+        """The arguments of a simple call, for a model card."""
+        return {"class": "class_labels=0", "codes": "condition=codes"}.get(self.priors[0].config.condition_type, "")
+
     def prepare_prompts(self, class_labels=None, condition=None) -> tuple[torch.LongTensor, ...]:
         """Each prior's prefix for each class or condition, `(B, condition_length)`, or 1 row where it takes none."""
         if class_labels is not None and condition is not None:
