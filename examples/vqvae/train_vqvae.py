@@ -10,7 +10,7 @@ import torch
 
 from hf_vq import VQImageProcessor, VQVAEConfig, VQVAEModel
 from hf_vq.training.arguments import parse_arguments, parse_mapping
-from hf_vq.training.data import DataArguments, load_image_dataset
+from hf_vq.training.data import DataArguments, load_image_dataset, pixel_variance
 from hf_vq.training.losses import cosine_temperature
 from hf_vq.training.perceptual import build_perceptual
 from hf_vq.training.run import RunArguments, TrainingRun
@@ -47,12 +47,6 @@ class VQVAEArguments:
         self.quantizer_kwargs = parse_mapping("quantizer_kwargs", self.quantizer_kwargs)
 
 
-def measure_variance(dataset) -> float:
-    """Variance of the pixels of the first 1000 images about their mean."""
-    pixels = torch.stack([dataset[i]["pixel_values"] for i in range(min(1000, len(dataset)))])
-    return float(pixels.var())
-
-
 def build_model(args: VQVAEArguments, resolution: int, dataset) -> VQVAEModel:
     if args.model_name_or_path is not None:
         return VQVAEModel.from_pretrained(args.model_name_or_path, dtype=torch.float32)
@@ -67,7 +61,7 @@ def build_model(args: VQVAEArguments, resolution: int, dataset) -> VQVAEModel:
         commitment_cost=args.commitment_cost,
         quantizer=args.quantizer,
         quantizer_kwargs=args.quantizer_kwargs,
-        data_variance=args.data_variance or measure_variance(dataset),
+        data_variance=args.data_variance or pixel_variance(dataset),
     )
     return VQVAEModel(config)
 

@@ -1,0 +1,121 @@
+"""Train VQ-VAE-2's hierarchical tokenizer (Razavi et al. 2019) on a folder of images, parquet files or a Hub data set.
+
+python examples/vqvae2/train_vqvae2.py examples/vqvae2/emoji_64.yaml --output_dir outputs/vqvae2
+accelerate launch examples/vqvae2/train_vqvae2.py CONFIG.yaml [--argument value ...]
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from hf_vq import VQImageProcessor, VQVAE2Config, VQVAE2Model
+from hf_vq.evaluation.hierarchy import reconstruct_by_levels
+from hf_vq.training.arguments import parse_arguments, parse_mapping
+from hf_vq.training.data import DataArguments, load_image_dataset, pixel_variance
+from hf_vq.training.losses import cosine_temperature
+from hf_vq.training.perceptual import build_perceptual
+from hf_vq.training.run import RunArguments, TrainingRun
+from hf_vq.training.sharing import save_trained
+from hf_vq.training.validation import validate_tokenizer
+
+
+@dataclass
+class VQVAE2Arguments:
+    """The model; the defaults are the paper's."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Start from this tokenizer; the fields down to `quantizer_kwargs` are its own."},
+    )
+    hidden_size: int = 128
+    residual_hidden_size: int = 64
+    num_residual_layers: int = 2
+    num_levels: int = field(default=2, metadata={"help": "The paper has 2, and 3 for 1024 pixels."})
+    downsample_factor: int = field(default=8, metadata={"help": "Pixels a code of the top level; 32 for 3 levels."})
+    embed_dim: int = 64
+    num_embeddings: int = 512
+    commitment_cost: float = 0.25
+    quantizer: str = field(default="ema", metadata={"help": "vq, ema, gumbel, cosine, fsq, lfq or residual."})
+    quantizer_kwargs: str = field(default="{}", metadata={"help": "Its further arguments, a mapping or JSON."})
+    data_variance: float | None = field(
+        default=None, metadata={"help": "Variance of the pixels; measured on the first 1000 images if not given."}
+    )
+    validation_perceptual: str = field(
+        default="none",
+        metadata={"help": "Network for the perceptual figure of validation: lpips, mobilenet_v2, none."},
+    )
+
+    def __post_init__(self):
+        self.quantizer_kwargs = parse_mapping("quantizer_kwargs", self.quantizer_kwargs)
+
+
+def build_model(args: VQVAE2Arguments, resolution: int, dataset) -> VQVAE2Model:
+    if args.model_name_or_path is not None:
+        return VQVAE2Model.from_pretrained(args.model_name_or_path, dtype=torch.float32)
+    config = VQVAE2Config(
+        resolution=resolution,
+        hidden_size=args.hidden_size,
+        residual_hidden_size=args.residual_hidden_size,
+        num_residual_layers=args.num_residual_layers,
+        num_levels=args.num_levels,
+        downsample_factor=args.downsample_factor,
+        embed_dim=args.embed_dim,
+        num_embeddings=args.num_embeddings,
+        commitment_cost=args.commitment_cost,
+        quantizer=args.quantizer,
+        quantizer_kwargs=args.quantizer_kwargs,
+        data_variance=args.data_variance or pixel_variance(dataset),
+    )
+    return VQVAE2Model(config)
+
+
+@torch.no_grad()
+def validate(run: TrainingRun, tokenizer: VQVAE2Model, dataset, perceptual) -> dict[str, float]:
+    """The figures and the picture of every tokenizer, and one of what each level holds."""
+    images = torch.stack([dataset[i]["pixel_values"] for i in range(min(12, len(dataset)))]).to(run.device)
+    rows = [images, *reconstruct_by_levels(tokenizer, images)]
+    run.log_images("levels", torch.cat(rows), columns=len(images))
+    return validate_tokenizer(run, tokenizer, dataset, perceptual)
+
+
+def main(argv: list[str] | None = None) -> None:
+    run_args, data_args, args = parse_arguments((RunArguments, DataArguments, VQVAE2Arguments), argv)
+    run = TrainingRun(run_args)
+    dataset = load_image_dataset(data_args, "train", augment=True, seed=run_args.seed)
+    validation = load_image_dataset(data_args, "validation")
+
+    tokenizer = build_model(args, data_args.resolution, validation).to(memory_format=torch.channels_last)
+    model = run.add_model("model", tokenizer, ema=True)
+    optimizer = run.add_optimizer("optimizer", torch.optim.Adam(model.parameters(), lr=run_args.learning_rate))
+    perceptual = build_perceptual(args.validation_perceptual)
+    if perceptual is not None:
+        perceptual.to(run.device)
+
+    run.on_validation(lambda: validate(run, tokenizer, validation, perceptual))
+    run.start()
+    for batch in run.batches(dataset):
+        if tokenizer.config.quantizer == "gumbel":
+            for level in tokenizer.quantize:
+                level.temperature = cosine_temperature(run.global_step, total_steps=run_args.max_train_steps)
+        with run.accumulate(model):
+            output = model(batch["pixel_values"].contiguous(memory_format=torch.channels_last))
+            run.backward(output.loss)
+            run.step(optimizer)
+            run.log(
+                {
+                    "loss": output.loss.detach(),
+                    "reconstruction_loss": output.reconstruction_loss.detach(),
+                    "quantizer_loss": output.quantizer_loss.detach(),
+                    **{f"codebook_perplexity_{level}": value for level, value in enumerate(output.perplexity)},
+                }
+            )
+        run.finish_step()
+
+    if run.is_main_process:
+        with run.ema_weights("model"):
+            save_trained(run, tokenizer.eval(), "tokenizer", data_args, VQImageProcessor(size=data_args.resolution))
+    run.finish()
+
+
+if __name__ == "__main__":
+    main()
