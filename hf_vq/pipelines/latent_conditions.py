@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 from .class_conditioning import class_ids
 from .completion import to_pixel_values
+from .pipeline_utils import onload
 from .text_conditioning import TextConditionMixin
 
 
@@ -152,6 +153,7 @@ class LatentConditionMixin(TextConditionMixin):
 
     def encode_image(self, pixel_values: torch.Tensor, batch_size: int = 16) -> torch.Tensor:
         """Images `(B, C, H, W)` in [-1, 1] to latents before quantization, not scaled, float32; `batch_size` at a time."""
+        onload(self.vqvae)
         pixels = pixel_values.to(self._execution_device, self.vqvae.dtype)
         return torch.cat([self.vqvae.encode(part).latents.float() for part in pixels.split(batch_size)])
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from .completion import to_pixel_values
 from .latent_conditions import LatentConditionMixin, repeat_to, to_map, to_mask
-from .pipeline_utils import VQPipeline, check_generator, numpy_to_pil
+from .pipeline_utils import VQPipeline, check_generator, images_as, onload
 
 
 LATENT_OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -71,6 +71,8 @@ class VQLatentDiffusionPipeline(LatentConditionMixin, VQPipeline):
         text_mask: bool = True,
     ):
         super().__init__()
+        if vqvae is not None and hasattr(vqvae.config, "num_levels"):
+            raise ValueError(f"`vqvae` must have one level of codes, got a {type(vqvae).__name__}.")
         if vqvae is not None and unet is not None:
             wanted = vqvae.config.embed_dim
             if unet.config.out_channels != wanted or unet.config.in_channels < wanted:
@@ -186,6 +188,7 @@ class VQLatentDiffusionPipeline(LatentConditionMixin, VQPipeline):
         The step of DDIM with the predicted clean latents quantized, the direction to the noise unchanged
         (`quantize_denoised` of the original).
         """
+        onload(self.vqvae)
         scale = self.vqvae.config.scaling_factor
         clean = output.pred_original_sample
         quantized = self.vqvae.quantize((clean / scale).to(self.vqvae.dtype)).quantized.float() * scale
@@ -207,6 +210,7 @@ class VQLatentDiffusionPipeline(LatentConditionMixin, VQPipeline):
         """Latents `(B, D, h, w)`, not scaled, to images `(B, C, H, W)` in [-1, 1]: quantized, then decoded."""
         if batch_size < 1:
             raise ValueError(f"`decode_batch_size` must be at least 1, got {batch_size}.")
+        onload(self.vqvae)
         parts = latents.to(self.vqvae.dtype).split(batch_size)
         return torch.cat([self.vqvae.decode(part).sample.float() for part in parts]).clamp(-1, 1)
 
@@ -380,11 +384,7 @@ class VQLatentDiffusionPipeline(LatentConditionMixin, VQPipeline):
         if mask is not None:
             mask, image = mask.to(pixels.device), image.to(pixels.device)
             pixels = mask * pixels + (1 - mask) * image
-        images = pixels / 2 + 0.5
-        if output_type == "pt":
-            return images
-        images = images.permute(0, 2, 3, 1).cpu().numpy()
-        return images if output_type == "np" else numpy_to_pil(images)
+        return images_as(pixels / 2 + 0.5, output_type)
 
 
 def _length(value) -> int:

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
@@ -25,7 +26,7 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
-from hf_vq import VQGANConfig, VQGANModel, VQLatentDiffusionPipeline
+from hf_vq import VQGANConfig, VQGANModel, VQLatentDiffusionPipeline, VQVAE2Config, VQVAE2Model
 from hf_vq.hub import model_card, save_with_code
 from hf_vq.models.image_processing_vq import VQImageProcessor
 
@@ -386,7 +387,33 @@ def test_errors(kind, arguments, message):
         make_pipeline(kind)(**arguments)
 
 
+def test_an_offloaded_tokenizer_is_loaded_first():
+    """What `enable_model_cpu_offload` hooks to `forward`, which encoding, quantizing and decoding pass by."""
+
+    class Loading(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            module.loaded = True
+            return args, kwargs
+
+    pipeline, seen = make_pipeline(), []
+    add_hook_to_module(pipeline.vqvae, Loading())
+    for name in ("encode", "decode"):
+        method = getattr(pipeline.vqvae, name)
+
+        def checked(*args, name=name, method=method):
+            assert pipeline.vqvae.loaded
+            pipeline.vqvae.loaded = False
+            seen.append(name)
+            return method(*args)
+
+        setattr(pipeline.vqvae, name, checked)
+    pipeline(image=image(), strength=0.5, num_inference_steps=4)
+    assert seen == ["encode", "decode"]
+
+
 def test_errors_of_parts():
+    with pytest.raises(ValueError, match="`vqvae` must have one level of codes, got a VQVAE2Model"):
+        make_pipeline(vqvae=VQVAE2Model(VQVAE2Config(resolution=8, downsample_factor=4, hidden_size=8, embed_dim=D)))
     with pytest.raises(ValueError, match="`unet` must have 4 output channels"):
         make_pipeline(unet=make_unet(out_channels=3))
     with pytest.raises(ValueError, match="either cross-attention or a class embedding"):
