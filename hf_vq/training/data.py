@@ -12,6 +12,7 @@ An image that cannot be read is replaced by the next one that can, named in a wa
 
 import logging
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,12 @@ class DataArguments:
     extra_columns: list[str] = field(
         default_factory=list,
         metadata={"help": "Further columns (captions, for example) that samples carry as they are."},
+    )
+    exclude: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Leave out the rows that have a value in a column, written column=value, such as style=google."
+        },
     )
     resolution: int = field(default=64, metadata={"help": "Side of the square images that the model sees."})
     crop: str = field(default="center", metadata={"help": "Crop of training images.", "choices": ["center", "random"]})
@@ -92,7 +99,8 @@ def load_image_dataset(
             `class_names`); without it, classes that are strings are numbered in the order of the split's own names.
 
     Raises:
-        ValueError: the data set, the split or a column is not there, or a class is not among `class_names`.
+        ValueError: the data set, the split or a column is not there, a class is not among `class_names`, or a value to
+            exclude does not exist.
     """
     name = {"train": arguments.train_split, "validation": arguments.validation_split}.get(split, split)
     rows = open_rows(arguments, name)
@@ -158,6 +166,36 @@ def _open_saved(folder: Path, split: str, streaming: bool):
     return rows.to_iterable_dataset(num_shards=min(64, len(rows))) if streaming else rows
 
 
+def _exclude(rows, conditions: list[str]):
+    """Without the rows that meet a condition "column=value"; a class is given by its name."""
+    import datasets
+
+    excluded: dict[str, set[str]] = {}
+    for condition in conditions:
+        column, separator, value = condition.partition("=")
+        if not separator:
+            raise ValueError(f"exclude={condition!r}: it must be written column=value.")
+        excluded.setdefault(column, set()).add(value)
+    for column, values in excluded.items():
+        if column not in rows.features:
+            raise ValueError(f"exclude: the data set has no column {column!r}; it has {sorted(rows.features)}.")
+        names = getattr(rows.features[column], "names", None)
+        if names is not None and not values <= set(names):
+            raise ValueError(
+                f"exclude: {sorted(values - set(names))} are not among the classes {names} of {column!r}."
+            )
+        is_kept = partial(_differs, excluded=values, names=names)
+        if isinstance(rows, datasets.IterableDataset):
+            rows = rows.filter(is_kept, input_columns=column)
+        else:
+            rows = rows.select([i for i, value in enumerate(rows[column][:]) if is_kept(value)])
+    return rows
+
+
+def _differs(value, excluded: set[str], names: list[str] | None) -> bool:
+    return str(value if names is None else names[value]) not in excluded
+
+
 def _prepare_columns(rows, arguments: DataArguments, class_names: list[str] | None = None):
     """Keeps the image column, undecoded, as `image`, the label column, as integers, as `label`, and the extra ones."""
     import datasets
@@ -175,7 +213,8 @@ def _prepare_columns(rows, arguments: DataArguments, class_names: list[str] | No
     if len(set(wanted.values())) < len(wanted):
         raise ValueError(f"extra_columns={arguments.extra_columns} may not contain 'image' or 'label'.")
 
-    rows = rows.select_columns(list(wanted)).cast_column(arguments.image_column, datasets.Image(decode=False))
+    rows = rows.cast_column(arguments.image_column, datasets.Image(decode=False))
+    rows = _exclude(rows, arguments.exclude).select_columns(list(wanted))
     if arguments.label_column is None:
         class_names = None
     else:

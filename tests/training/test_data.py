@@ -81,6 +81,20 @@ def test_saved_data_sets(tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+def test_rows_that_are_excluded(parquet, streaming):
+    def numbers(*exclude, split="train"):
+        options = arguments(parquet, exclude=list(exclude), extra_columns=["number"], streaming=streaming)
+        return sorted(sample["number"] for sample in load_image_dataset(options, split))
+
+    assert numbers("animal=cat") == [1, 3, 5, 7, 9]
+    assert numbers("animal=cat", "text=text 0", "text=text 1") == [5]
+    assert numbers("number=3", split="validation") == [0, 1, 2]
+    for wrong, message in (("animal", "written column=value"), ("a=1", "no column 'a'"), ("animal=cow", "'cow'")):
+        with pytest.raises(ValueError, match=message):
+            numbers(wrong)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 def test_slices_of_saved_data_sets(tmp_path, streaming):
     make_rows().save_to_disk(tmp_path / "one")
     datasets.DatasetDict({"train": make_rows(), "my-split": make_rows(3)}).save_to_disk(tmp_path / "two")
