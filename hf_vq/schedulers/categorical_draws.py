@@ -1,9 +1,15 @@
-"""Draws from many categorical distributions that read only the rows they need."""
+"""Draws from many categorical distributions, of which only the rows that are asked for are read."""
 
 import torch
 
 
-CHUNK_ELEMENTS = 2**20  # logits worked on at a time: they and what is made of them stay in a CPU's cache
+# Logits worked on at a time. On a CPU they and what is made of them stay in the cache; elsewhere each launch has a price.
+CHUNK_ELEMENTS = {"cpu": 2**20, "other": 2**26}
+
+
+def rows_at_a_time(logits: torch.Tensor) -> int:
+    """How many rows of `logits` `(N, K)` to work on at a time."""
+    return max(1, CHUNK_ELEMENTS["cpu" if logits.device.type == "cpu" else "other"] // logits.shape[1])
 
 
 def uniform(counts: torch.LongTensor, columns: int, generator, device) -> torch.FloatTensor:
@@ -24,23 +30,16 @@ def uniform(counts: torch.LongTensor, columns: int, generator, device) -> torch.
         return torch.rand(rows, columns, generator=source, device=device if source is None else source.device)
 
     if isinstance(generator, list):
-        parts = [draw(rows, source).to(device) for rows, source in zip(counts.tolist(), generator, strict=True)]
-        return torch.cat(parts)
+        return torch.cat(
+            [draw(rows, source).to(device) for rows, source in zip(counts.tolist(), generator, strict=True)]
+        )
     return draw(int(counts.sum()), generator).to(device)
 
 
-def counts_of(mask: torch.BoolTensor) -> torch.LongTensor:
-    """How many entries of each sample's row of `mask` `(B, L)` are set, on the CPU."""
-    return mask.sum(dim=1).cpu()
-
-
-def invert_cdf(weights: torch.FloatTensor, u: torch.FloatTensor) -> torch.LongTensor:
-    """The code of each row at which the cumulative sum of `weights` `(N, K)` passes `u` `(N,)` times their total."""
-    cdf = weights.cumsum(dim=-1)
-    total = cdf[:, -1]
-    # below the total even after rounding, so that a code without weight cannot be drawn
-    target = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cdf, target[:, None], right=True).squeeze(-1)
+def uniform_positions(sample: torch.LongTensor, generator) -> torch.FloatTensor:
+    """Uniform numbers in [0, 1), one for each position of `sample` `(B, L)`."""
+    counts = torch.full((sample.shape[0],), sample.shape[1])
+    return uniform(counts, 1, generator, sample.device).reshape(sample.shape)
 
 
 def nucleus(probs: torch.FloatTensor, rate: float) -> torch.BoolTensor:
@@ -48,14 +47,12 @@ def nucleus(probs: torch.FloatTensor, rate: float) -> torch.BoolTensor:
     Which codes belong to each row's smallest set of most probable codes with mass `rate` or more.
 
     A code is in it if the codes before it, the more probable ones and those as probable with a lower index, have less
-    than `rate` together: the code that passes `rate` is kept, and the most probable one always.
+    than `rate` together: the code that reaches `rate` is kept, and the most probable one always.
 
     Args:
         probs (`(..., K)`): normalised.
-        rate: in (0, 1]; 1 keeps every code.
+        rate: in (0, 1].
     """
-    if rate == 1:
-        return torch.ones_like(probs, dtype=torch.bool)
     ordered, order = probs.sort(dim=-1, descending=True, stable=True)
     before = ordered.cumsum(dim=-1) - ordered
     return torch.empty_like(order, dtype=torch.bool).scatter_(-1, order, before < rate)
@@ -65,33 +62,34 @@ def draw_rows(
     logits: torch.FloatTensor,
     rows: torch.LongTensor,
     counts: torch.LongTensor,
+    generator=None,
     truncation_rate: float = 1.0,
     temperature: float = 1.0,
     power: torch.FloatTensor | None = None,
-    generator=None,
 ) -> torch.LongTensor:
     """
-    One code of each of the rows' distributions softmax(logits / temperature), within their nuclei.
+    One code of each row's distribution softmax(logits / temperature), within its nucleus.
 
-    A nucleus needs no sorting to be drawn from: a code is drawn from all, and if the codes before it have the mass
-    `truncation_rate` already, it and all that come after it are dropped and another one is drawn.
+    A nucleus need not be known to be drawn from. A code is drawn from all, and if it turns out that the codes before it
+    have the mass `truncation_rate` already, it is dropped together with those after it, and another one is drawn.
 
     Args:
         logits (`(M, K)`): in any floating dtype.
-        rows (int64 `(N,)`): rows of `logits`, those of a sample adjacent and in the order of the samples.
-        counts (int64 `(B,)`, CPU): how many of the rows belong to each sample.
-        truncation_rate: see `nucleus`; of the distribution before `power`.
-        power (float32 `(N,)`, *optional*): draws are from the probabilities to this power, normalised.
+        rows (int64 `(N,)`): indices of rows of `logits`, those of a sample adjacent, in the order of the samples.
+        counts (int64 `(B,)`, CPU): how many of `rows` belong to each sample.
         generator: see `uniform`.
+        truncation_rate: see `nucleus`; 1 keeps all codes.
+        power (float32 `(N,)`, *optional*): what is drawn from is the probabilities of the nucleus to this power, normalised.
 
     Returns:
         int64 `(N,)`.
+
+    Raises:
+        ValueError: a row that is not a distribution, such as one with NaN.
     """
-    codes = torch.empty_like(rows)
-    bound = torch.full_like(rows, -1)  # the code that was rejected, if any
-    pending = torch.arange(len(rows), device=rows.device)
     owner = torch.repeat_interleave(torch.arange(len(counts)), counts)
-    chunk = max(1, CHUNK_ELEMENTS // logits.shape[1])
+    chunk = rows_at_a_time(logits)
+    codes, pending, dropped = torch.empty_like(rows), torch.arange(len(rows), device=rows.device), None
     while len(pending):
         u = uniform(owner[pending.cpu()].bincount(minlength=len(counts)), 1, generator, rows.device).squeeze(1)
         rejected = []
@@ -99,17 +97,29 @@ def draw_rows(
             scaled = logits[rows[part]].float() / temperature
             probs = scaled.softmax(dim=-1)
             weights = probs if power is None else (scaled * power[part, None]).softmax(dim=-1)
-            drop = bound[part]
-            if (drop >= 0).any():
-                weights = torch.where(_precedes(probs, drop), weights, 0.0)
-            drawn = invert_cdf(weights, u_part)
-            codes[part] = drawn
+            if dropped is not None:
+                weights = torch.where(_precedes(probs, dropped[part]), weights, 0.0)
+            codes[part] = drawn = invert_cdf(weights, u_part)
+            wrong = weights.gather(-1, drawn[:, None]).squeeze(-1) == 0
             if truncation_rate < 1:
-                outside = torch.where(_precedes(probs, drawn), probs, 0.0).sum(dim=-1) >= truncation_rate
-                rejected.append(part[outside])
-        pending = torch.cat(rejected) if rejected else pending[:0]
-        bound[pending] = codes[pending]
+                wrong |= torch.where(_precedes(probs, drawn), probs, 0.0).sum(dim=-1) >= truncation_rate
+            rejected.append(part[wrong])
+        pending, dropped = torch.cat(rejected), codes.clone()
     return codes
+
+
+def invert_cdf(weights: torch.FloatTensor, u: torch.FloatTensor) -> torch.LongTensor:
+    """
+    The code of each row at which the sum of the `weights` `(N, K)` until it passes `u` `(N,)` times the sum of all.
+
+    It has a weight above 0 if the cumulative sum is computed in order, which not every device does.
+    """
+    cdf = weights.cumsum(dim=-1)
+    total = cdf[:, -1]
+    if not (total > 0).all():
+        raise ValueError("`model_output` must hold logits of which at least one is finite and none is NaN.")
+    target = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))  # below it after rounding, too
+    return torch.searchsorted(cdf, target[:, None], right=True).squeeze(-1)
 
 
 def _precedes(probs: torch.FloatTensor, codes: torch.LongTensor) -> torch.BoolTensor:
@@ -119,4 +129,4 @@ def _precedes(probs: torch.FloatTensor, codes: torch.LongTensor) -> torch.BoolTe
     return (probs > chosen) | ((probs == chosen) & (index < codes[:, None]))
 
 
-__all__ = ["CHUNK_ELEMENTS", "counts_of", "draw_rows", "invert_cdf", "nucleus", "uniform"]
+__all__ = ["draw_rows", "invert_cdf", "nucleus", "rows_at_a_time", "uniform", "uniform_positions"]

@@ -3,12 +3,15 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 
-from .categorical_draws import counts_of, draw_rows, nucleus, uniform
+from .argument_checks import check_generators, check_indices, check_predictions, check_rate, check_timesteps
+from .categorical_draws import nucleus, uniform, uniform_positions
 from .posterior import posterior_kl, posterior_probs
+from .reverse_steps import posterior_step, purity_step
 from .transition_tables import Transition, cumulative_tables
 
 
@@ -92,11 +95,11 @@ class MaskReplaceScheduler(SchedulerMixin, ConfigMixin):
         self,
         num_inference_steps: int | None = None,
         device: str | torch.device | None = None,
-        timesteps: list[int] | None = None,
+        timesteps: list[int] | torch.LongTensor | None = None,
     ):
         """
-        Sets `timesteps`: `num_inference_steps` of them in equal strides (up to rounding) from T-1, so that the last step,
-        which leads to the data, is as long as the others; or a list.
+        Sets `timesteps`: `num_inference_steps` of them in strides that are equal up to rounding, the last one to the data
+        included, or a list.
 
         Raises:
             ValueError: not exactly one of both, a number outside of 1…T, or a list that does not fall from T-1 to 0 or more.
@@ -107,7 +110,8 @@ class MaskReplaceScheduler(SchedulerMixin, ConfigMixin):
         if timesteps is None:
             if not isinstance(num_inference_steps, int) or not 1 <= num_inference_steps <= train:
                 raise ValueError(
-                    f"`num_inference_steps` must be an int in 1…{train}, the steps of training, got {num_inference_steps!r}."
+                    f"`num_inference_steps` must be an int in 1…{train}, the steps of training, got "
+                    f"{num_inference_steps!r}."
                 )
             timesteps = [i * train // num_inference_steps - 1 for i in range(num_inference_steps, 0, -1)]
         timesteps = [int(t) for t in timesteps]
@@ -119,7 +123,7 @@ class MaskReplaceScheduler(SchedulerMixin, ConfigMixin):
 
     def previous_timestep(self, timestep: int | torch.LongTensor) -> torch.LongTensor:
         """
-        The timestep after each of `timestep` in `timesteps`, int64 and of its shape; -1, the data, after the last.
+        The timestep that follows each of `timestep` in `timesteps`, int64 of its shape; -1, the data, after the last.
 
         Raises:
             ValueError: a timestep that is not in `timesteps`.
@@ -134,14 +138,13 @@ class MaskReplaceScheduler(SchedulerMixin, ConfigMixin):
     # The forward chain
 
     def initial_sample(self, shape, device=None, generator=None) -> torch.LongTensor:
-        """x at T-1, int64: fully masked; random codes with the schedule "uniform_only", which is what needs `generator`."""
-        shape = tuple(shape)
+        """x at T-1, int64 of `shape` `(B, *)`: all masked; random codes, from `generator`, with "uniform_only"."""
+        sample = torch.full(tuple(shape), self.mask_index, device=device)
         if self.config.schedule != "uniform_only":
-            return torch.full(shape, self.mask_index, device=device)
-        check_generators(generator, shape[0])
-        counts = torch.full((shape[0],), torch.Size(shape[1:]).numel())
-        u = uniform(counts, 1, generator, device)
-        return (u * self.mask_index).long().clamp_max(self.mask_index - 1).reshape(shape)
+            return sample
+        check_generators(generator, len(sample))
+        u = uniform_positions(sample.reshape(len(sample), -1), generator)
+        return self._random_code(u).reshape(sample.shape)
 
     def add_noise(self, original_samples: torch.LongTensor, timesteps, generator=None) -> torch.LongTensor:
         """
@@ -155,18 +158,19 @@ class MaskReplaceScheduler(SchedulerMixin, ConfigMixin):
         Returns:
             int64 `(B, *)`.
         """
-        self._check_indices("original_samples", original_samples, self.mask_index - 1)
-        batch = original_samples.shape[0]
+        check_indices("original_samples", original_samples, self.mask_index - 1)
+        batch = len(original_samples)
         check_generators(generator, batch)
-        now = self._timesteps("timesteps", timesteps, batch, 0)
-        transition = Transition.between(self._tables, torch.full_like(now, -1), now)
+        now = check_timesteps("timesteps", timesteps, batch, 0, self.config.num_train_timesteps - 1)
         flat = original_samples.reshape(batch, -1)
-        per_sample = transition.for_samples(flat)
-        keep, mask = per_sample(transition.alpha_t), per_sample(transition.gamma_t)
-        u = uniform(torch.full((batch,), flat.shape[1]), 2, generator, flat.device).reshape(*flat.shape, 2)
-        replacement = (u[..., 1] * self.mask_index).long().clamp_max(self.mask_index - 1)
-        noised = torch.where(u[..., 0] < keep + mask, self.mask_index, replacement)
-        return torch.where(u[..., 0] < keep, flat, noised).reshape(original_samples.shape)
+        alpha, _, gamma = self._tables[:, now + 1][:, :, None].to(flat.device, torch.float32)
+        counts = torch.full((batch,), flat.shape[1])
+        u, v = uniform(counts, 2, generator, flat.device).reshape(*flat.shape, 2).unbind(dim=-1)
+        noise = torch.where(u < alpha + gamma, self.mask_index, self._random_code(v))
+        return torch.where(u < alpha, flat, noise).reshape(original_samples.shape)
+
+    def _random_code(self, u: torch.FloatTensor) -> torch.LongTensor:
+        return (u * self.mask_index).long().clamp_max(self.mask_index - 1)  # u * K may round up to K
 
     # The reverse chain
 
@@ -174,12 +178,12 @@ class MaskReplaceScheduler(SchedulerMixin, ConfigMixin):
         """
         p(x_0 | x_t), truncated to its nucleus and normalised again.
 
-        The original leaves the nucleus's mass below 1. As the posterior is linear in p(x_0), its draws, which take any
-        scale, come from the same distribution.
+        The original does not normalise. That makes no difference to what it samples: the posterior is linear in p(x_0), and
+        a draw takes probabilities of any scale.
 
         Args:
             model_output (`(B, *, K)`): logits.
-            truncation_rate: the mass that the kept codes must reach, in (0, 1], see `nucleus`; 1 keeps all.
+            truncation_rate: the mass that the kept codes must reach, in (0, 1]; see `nucleus`. 1 keeps all.
 
         Returns:
             float32 `(B, *, K)`.
@@ -195,7 +199,7 @@ class MaskReplaceScheduler(SchedulerMixin, ConfigMixin):
         self, pred_original: torch.FloatTensor, sample: torch.LongTensor, timesteps, prev_timesteps
     ) -> torch.FloatTensor:
         """
-        p(x_s | x_t) = Σ_i p(x_0 = i) q(x_s | x_t, x_0 = i), exact for any s < t.
+        p(x_s | x_t) = Σ_i p(x_0 = i) q(x_s | x_t, x_0 = i), exact for any s < t; see `posterior_probs`.
 
         Args:
             pred_original (`(B, *, K)`): p(x_0), normalised.
@@ -205,12 +209,11 @@ class MaskReplaceScheduler(SchedulerMixin, ConfigMixin):
         Returns:
             float32 `(B, *, K + 1)`, the mask last.
         """
-        self._check_output("pred_original", pred_original, sample)
-        transition = self._transition(sample, timesteps, prev_timesteps)
-        batch, classes = sample.shape[0], self.mask_index
-        probs = pred_original.float().reshape(batch, -1, classes)
-        posterior = posterior_probs(probs, sample.reshape(batch, -1), transition)
-        return posterior.reshape(*sample.shape, classes + 1)
+        check_predictions("pred_original", pred_original, sample, self.mask_index)
+        transition, _ = self._transition(sample, timesteps, prev_timesteps)
+        flat = sample.reshape(len(sample), -1)
+        probs = posterior_probs(pred_original.float().reshape(*flat.shape, self.mask_index), flat, transition)
+        return probs.reshape(*sample.shape, self.mask_index + 1)
 
     def step(
         self,
@@ -225,22 +228,16 @@ class MaskReplaceScheduler(SchedulerMixin, ConfigMixin):
         known_indices: torch.LongTensor | None = None,
         known_mask: torch.BoolTensor | None = None,
         temperature: float = 1.0,
-        prior_count: int | None = None,
         return_dict: bool = True,
+        prior_count: int | None = None,
     ) -> MaskReplaceSchedulerOutput | tuple:
         """
-        Draws x_s from p(x_s | x_t), exact for any s < t.
+        Draws x_s from p(x_s | x_t), exactly for any s < t (`posterior_step`), or by the purity prior (`purity_step`).
 
-        x_0 is drawn from the prediction first and x_s from q(x_s | x_t, x_0), which is the same distribution; but most
-        positions keep their value whatever x_0 is, and for these neither is the prediction read.
-
-        The purity prior (Tang et al. 2022, section 3.3) takes every step but the last in another way. Only masked positions
-        change: some of them, picked without replacement with probability in proportion to a score, get a code drawn from
-        p(x_0). Rule 1 scores all alike; rule 2 by the largest probability of a code, divided by that of the picture's surest
-        position, and its draws are from p(x_0)^(1 + prior_weight * score), normalised. The score is of the prediction
-        before truncation. As many positions are picked as leave the mask to the share of the picture that the chain
-        leaves it to at s, γ̄_s, rounded; for the original's 100 steps that is its own number but for the first two and
-        the last two steps.
+        The purity prior takes every step but the last one, to the data. It reveals as many masked positions as leave masked
+        what the chain leaves masked at s, γ̄_s of the positions, rounded, so that the denoiser sees as many masks as it
+        did in training, whatever the grid and the steps. (The original has a table for 1024 positions, close to equal
+        shares for all its steps, the last one included; `prior_count` takes such numbers.)
 
         Args:
             model_output (`(B, *, K)`): logits of p(x_0 | x_t), in any floating dtype; computed with in float32.
@@ -249,92 +246,43 @@ class MaskReplaceScheduler(SchedulerMixin, ConfigMixin):
             generator: `None`, a `torch.Generator`, or a list with one for each sample, whose draws then do not depend on
                 the other samples.
             truncation_rate: see `predict_original`.
-            prior_rule: 0 (none), 1 or 2.
-            prior_weight: at least 0; for rule 2.
-            prev_timestep: s, likewise; by default the timestep after t in `timesteps`.
-            known_indices, known_mask (int64 and bool `(B, *)`): codes to keep, where the mask is set. `sample` should hold
-                them too, since the denoiser sees clean codes.
+            prior_rule: 0, no purity prior; 1, all masked positions are alike; 2, those with a sure prediction come first.
+            prior_weight: at least 0; with rule 2, how much sure predictions are sharpened.
+            prev_timestep: s, like t; by default what follows t in `timesteps`.
+            known_indices, known_mask (int64 and bool `(B, *)`): codes that are kept where the mask is set. `sample` should
+                hold them from the start, not noised: the denoiser takes what is not masked for clean.
             temperature: divides the logits, before truncation.
-            prior_count: positions to pick in each picture, in place of the purity prior's own number.
             return_dict: False returns a tuple.
+            prior_count: how many positions of each sample the purity prior reveals in this step.
 
         Raises:
             ValueError: an argument out of range or of the wrong shape.
         """
-        self._check_output("model_output", model_output, sample)
+        check_predictions("model_output", model_output, sample, self.mask_index)
         self._check_sampling(truncation_rate, prior_rule, prior_weight, temperature, prior_count)
-        batch = sample.shape[0]
-        check_generators(generator, batch)
-        prev = self.previous_timestep(timestep) if prev_timestep is None else prev_timestep
-        transition = self._transition(sample, timestep, prev)
-        known = self._known(known_indices, known_mask, sample)
-        flat = sample.reshape(batch, -1)
+        check_generators(generator, len(sample))
+        prev_timestep = self.previous_timestep(timestep) if prev_timestep is None else prev_timestep
+        transition, is_last = self._transition(sample, timestep, prev_timestep)
+        known_indices, known_mask = self._known(known_indices, known_mask, sample)
+
+        flat, free = sample.reshape(len(sample), -1), ~known_mask.reshape(len(sample), -1)
+        arguments = (generator, truncation_rate, temperature)
         logits = model_output.reshape(-1, self.mask_index)
-        free = torch.ones_like(flat, dtype=torch.bool) if known is None else ~known[1]
-        arguments = {"truncation_rate": truncation_rate, "temperature": temperature, "generator": generator}
-        if prior_rule > 0 and (transition.alpha_s < 1).all():
-            count = self._prior_counts(flat, free, transition) if prior_count is None else prior_count
-            result = self._reveal(logits, flat, free, count, prior_rule, prior_weight, arguments)
+        if prior_rule == 0 or is_last.all():
+            result = posterior_step(logits, flat, free, transition, *arguments)
+        elif is_last.any():
+            raise ValueError("`prior_rule` needs samples that all take their last step together, or none of them.")
         else:
-            result = self._posterior_draw(logits, flat, free, transition, arguments)
-        if known is not None:
-            result = torch.where(known[1], known[0], result)
-        result = result.reshape(sample.shape)
+            counts = self._prior_counts(flat, free, transition) if prior_count is None else prior_count
+            result = purity_step(logits, flat, free, counts, prior_weight if prior_rule == 2 else None, *arguments)
+        result = torch.where(known_mask, known_indices, result.reshape(sample.shape))
         return MaskReplaceSchedulerOutput(prev_sample=result) if return_dict else (result,)
-
-    def _posterior_draw(self, logits, sample, free, transition, arguments) -> torch.LongTensor:
-        """x_s `(B, L)`: x_0 and then q(x_s | x_t, x_0), at the positions that can change."""
-        per_sample = transition.for_samples(sample)
-        generator, device = arguments["generator"], sample.device
-        everywhere = torch.full((sample.shape[0],), sample.shape[1])
-        u = uniform(everywhere, 1, generator, device).reshape(sample.shape)
-        clean, replaced = per_sample(transition.clean_code_stays), per_sample(transition.replaced_code_stays)
-        stays = torch.where(
-            sample == self.mask_index, per_sample(transition.mask_stays), torch.minimum(clean, replaced)
-        )
-        needed = (u >= stays) & free
-
-        counts = counts_of(needed)
-        original = draw_rows(logits, needed.flatten().nonzero().squeeze(1), counts, **arguments)
-        now, u = sample[needed], u[needed]
-        is_code, same = now != self.mask_index, now == original
-        clean, replaced = (value.expand(sample.shape)[needed] for value in (clean, replaced))
-        keeps = is_code & (u < torch.where(same, clean, replaced))
-        # what changes becomes x_0 with weight ᾱ_s + β̄_s, and each code but x_0 and x_t with β̄_s
-        alpha_s, beta_s = (
-            per_sample(value).expand(sample.shape)[needed] for value in (transition.alpha_s, transition.beta_s)
-        )
-        v, w = uniform(counts, 2, generator, device).unbind(dim=1)
-        others = self.mask_index - 1 - (is_code & ~same).long()
-        takes_original = ~same & (v * (alpha_s + beta_s + others * beta_s) < alpha_s + beta_s)
-        pick = (w * others).long().minimum(others - 1)
-        pick = pick + (pick >= torch.minimum(original, now))
-        pick = pick + ((pick >= torch.maximum(original, now)) & ~same)
-        changed = torch.where(keeps, now, torch.where(takes_original, original, pick))
-        return sample.masked_scatter(needed, changed)
 
     def _prior_counts(self, sample, free, transition) -> torch.LongTensor:
         """Positions `(B, 1)` that the purity prior reveals."""
-        masked = ((sample == self.mask_index) & free).sum(dim=1)
-        target = (free.sum(dim=1) * transition.gamma_s.to(sample.device, torch.float32)).round().long()
-        return (masked - target).clamp_min(0)[:, None]
-
-    def _reveal(self, logits, sample, free, count, rule, weight, arguments) -> torch.LongTensor:
-        """x_s `(B, L)` of the purity prior: `count` masked positions of each sample get a code from p(x_0)."""
-        generator, device = arguments["generator"], sample.device
-        score = torch.ones_like(sample, dtype=torch.float32)
-        if rule == 2:
-            score = (logits.float() / arguments["temperature"]).softmax(dim=-1).amax(dim=-1).reshape(sample.shape)
-            score = score / score.amax(dim=1, keepdim=True)
-        candidates = (sample == self.mask_index) & free
-        everywhere = torch.full((sample.shape[0],), sample.shape[1])
-        # the smallest of Exp(1) / score come first: draws in turn, without replacement, in proportion to the score
-        times = -torch.log1p(-uniform(everywhere, 1, generator, device).reshape(sample.shape)) / score
-        rank = times.masked_fill(~candidates, torch.inf).argsort(dim=1).argsort(dim=1)
-        picked = candidates & (rank < count)
-        power = 1 + weight * score[picked] if rule == 2 and weight > 0 else None
-        rows = picked.flatten().nonzero().squeeze(1)
-        return sample.masked_scatter(picked, draw_rows(logits, rows, counts_of(picked), power=power, **arguments))
+        masked = ((sample == self.mask_index) & free).sum(dim=1, keepdim=True)
+        left = (free.sum(dim=1, keepdim=True) * transition.for_positions(sample.device).gamma_s).round().long()
+        return (masked - left).clamp_min(0)
 
     # The variational bound
 
@@ -347,145 +295,92 @@ class MaskReplaceScheduler(SchedulerMixin, ConfigMixin):
         Args:
             model_output (`(B, *, K)`): logits of p(x_0 | x_t).
             original_samples (int64 `(B, *)`): x_0.
-            sample (int64 `(B, *)`): x_t.
+            sample (int64 `(B, *)`): x_t, drawn from q(x_t | x_0).
             timesteps: t, an int or int64 `(B,)`.
 
         Returns:
-            float32 `(B, *)` in nats, differentiable. Its sum over t = 0…T-1, one x_t each, and `prior_kl` estimate a bound
-            of -log p(x_0).
+            float32 `(B, *)` in nats, differentiable. Summed over all t and positions, with `prior_kl` for each position, it
+            estimates an upper bound of -log p(x_0).
         """
-        self._check_output("model_output", model_output, sample)
-        self._check_originals(original_samples, sample)
-        batch = sample.shape[0]
-        now = self._timesteps("timesteps", timesteps, batch, 0)
-        transition = self._transition(sample, now, now - 1)
-        log_probs = model_output.reshape(batch, -1, self.mask_index).log_softmax(dim=-1, dtype=torch.float32)
-        terms = posterior_kl(log_probs, original_samples.reshape(batch, -1), sample.reshape(batch, -1), transition)
-        return terms.reshape(sample.shape)
+        check_predictions("model_output", model_output, sample, self.mask_index)
+        check_indices("original_samples", original_samples, self.mask_index - 1, sample.shape)
+        now = check_timesteps("timesteps", timesteps, len(sample), 0, self.config.num_train_timesteps - 1)
+        transition, _ = self._transition(sample, now, now - 1)
+        flat = sample.reshape(len(sample), -1)
+        log_probs = model_output.log_softmax(dim=-1, dtype=torch.float32).reshape(*flat.shape, self.mask_index)
+        return posterior_kl(log_probs, original_samples.reshape(flat.shape), flat, transition).reshape(sample.shape)
 
     def auxiliary_loss(
         self, model_output: torch.FloatTensor, original_samples: torch.LongTensor, timesteps
     ) -> torch.FloatTensor:
         """
-        -log p(x_0 | x_t) times the adaptive weight 1 + (1 - t/T) (Gu et al. 2022, equation 9).
+        -log p(x_0 | x_t) with its adaptive weight 1 + (1 - t/T) (Gu et al. 2022, equation 9, and its published code).
 
-        Args: as `vlb_terms`. Returns: float32 `(B, *)`, differentiable.
+        Args:
+            model_output, original_samples, timesteps: see `vlb_terms`.
+
+        Returns:
+            float32 `(B, *)` in nats, differentiable.
         """
-        self._check_output("model_output", model_output, original_samples)
-        self._check_originals(original_samples, original_samples)
-        now = self._timesteps("timesteps", timesteps, original_samples.shape[0], 0)
-        logits = model_output.float().flatten(0, -2)
-        nll = torch.nn.functional.cross_entropy(logits, original_samples.flatten(), reduction="none")
-        weight = 2 - now.double() / self.config.num_train_timesteps
-        shape = (-1,) + (1,) * (original_samples.ndim - 1)
-        return nll.reshape(original_samples.shape) * weight.to(nll.device, nll.dtype).reshape(shape)
+        check_indices("original_samples", original_samples, self.mask_index - 1)
+        check_predictions("model_output", model_output, original_samples, self.mask_index)
+        batch = len(original_samples)
+        now = check_timesteps("timesteps", timesteps, batch, 0, self.config.num_train_timesteps - 1)
+        logits = model_output.float().reshape(-1, self.mask_index)
+        nll = F.cross_entropy(logits, original_samples.flatten(), reduction="none").reshape(batch, -1)
+        weight = (2 - now / self.config.num_train_timesteps)[:, None].to(nll)
+        return (weight * nll).reshape(original_samples.shape)
 
     def prior_kl(self) -> float:
         """
-        KL(q(x_{T-1} | x_0) || p(x_{T-1})) of one position, in nats, the same for every x_0.
+        KL(q(x_{T-1} | x_0) || p(x_{T-1})) of a position, in nats; the same for every x_0.
 
-        p(x_{T-1}) is the chain's own marginal for uniform x_0: the mask with γ̄, each code with (1 - γ̄) / K. Sampling
-        starts at the mask alone, which the chain's end reaches up to 1 - γ̄ (1e-5 by default).
+        p(x_{T-1}) is what the chain makes of uniform codes: the mask with γ̄, and each code with (1 - γ̄) / K. Sampling, as
+        the original's, starts from the mask alone, to which q(x_{T-1} | x_0) comes as close as 1 - γ̄ (1e-5 by default).
         """
         alpha, beta, gamma = self._tables[:, -1]
-        codes = self.mask_index
-        others = torch.xlogy(beta, beta) * (codes - 1)
-        own = torch.xlogy(alpha + beta, alpha + beta)
-        return float(others + own - torch.xlogy(1 - gamma, (1 - gamma) / codes))
+        entropy = torch.xlogy(alpha + beta, alpha + beta) + (self.mask_index - 1) * torch.xlogy(beta, beta)
+        return float(entropy - torch.xlogy(1 - gamma, (1 - gamma) / self.mask_index))
 
-    # Checks
+    # Arguments
 
-    def _transition(self, sample, timesteps, prev_timesteps) -> Transition:
-        self._check_indices("sample", sample, self.mask_index - (self.config.schedule == "uniform_only"))
-        now = self._timesteps("timestep", timesteps, sample.shape[0], 0)
-        prev = self._timesteps("prev_timestep", prev_timesteps, sample.shape[0], -1)
+    def _transition(self, sample, timesteps, prev_timesteps) -> tuple[Transition, torch.BoolTensor]:
+        """Between the two timesteps of each sample, and which samples `(B,)` go to the data."""
+        check_indices("sample", sample, self.mask_index - (self.config.schedule == "uniform_only"))
+        train = self.config.num_train_timesteps
+        now = check_timesteps("timestep", timesteps, len(sample), 0, train - 1)
+        prev = check_timesteps("prev_timestep", prev_timesteps, len(sample), -1, train - 1)
         if (prev >= now).any():
             raise ValueError(f"`prev_timestep` must be below `timestep`, got {prev.tolist()} for {now.tolist()}.")
-        return Transition.between(self._tables, prev, now)
-
-    def _timesteps(self, name: str, timesteps, batch: int, lowest: int) -> torch.LongTensor:
-        """int64 `(B,)` on the CPU, where the tables are."""
-        timesteps = torch.as_tensor(timesteps).cpu()
-        if timesteps.is_floating_point() or timesteps.shape not in ((), (1,), (batch,)):
-            raise ValueError(
-                f"`{name}` must be an int, or {batch} ints, one for each sample, got {timesteps.dtype} of shape "
-                f"{tuple(timesteps.shape)}."
-            )
-        if (timesteps < lowest).any() or (timesteps >= self.config.num_train_timesteps).any():
-            raise ValueError(
-                f"`{name}` must lie in {lowest}…{self.config.num_train_timesteps - 1}, got {timesteps.tolist()}."
-            )
-        return timesteps.long().expand(batch)
-
-    @staticmethod
-    def _check_indices(name: str, indices: torch.Tensor, highest: int):
-        if not isinstance(indices, torch.Tensor) or indices.dtype != torch.int64 or indices.ndim < 2:
-            got = f"{indices.dtype} {tuple(indices.shape)}" if isinstance(indices, torch.Tensor) else type(indices)
-            raise ValueError(f"`{name}` must be an int64 tensor of shape (B, *), got {got}.")
-        if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) <= highest:
-            raise ValueError(
-                f"`{name}` must hold indices in 0…{highest}, got {int(indices.min())} to {int(indices.max())}."
-            )
-
-    def _check_output(self, name: str, output: torch.Tensor, sample: torch.Tensor):
-        expected = (*sample.shape, self.mask_index)
-        if not output.is_floating_point() or tuple(output.shape) != expected:
-            raise ValueError(
-                f"`{name}` must be floating and of shape {expected}, the codes last, got {output.dtype} of shape "
-                f"{tuple(output.shape)}."
-            )
-
-    def _check_originals(self, originals, sample):
-        self._check_indices("original_samples", originals, self.mask_index - 1)
-        if originals.shape != sample.shape:
-            raise ValueError(
-                f"`original_samples` must have the shape of `sample` {tuple(sample.shape)}, got {tuple(originals.shape)}."
-            )
+        return Transition.between(self._tables, prev, now), prev == -1
 
     def _check_sampling(self, truncation_rate, prior_rule, prior_weight, temperature, prior_count):
         check_rate(truncation_rate)
         if prior_rule not in (0, 1, 2):
             raise ValueError(f"`prior_rule` must be 0, 1 or 2, got {prior_rule!r}.")
         if prior_rule and self.config.schedule == "uniform_only":
-            raise ValueError("`prior_rule` needs a schedule with a mask, got 'uniform_only'.")
+            raise ValueError("`prior_rule` needs a schedule with masks, got 'uniform_only'.")
         if not prior_weight >= 0:
             raise ValueError(f"`prior_weight` must be at least 0, got {prior_weight!r}.")
         if not temperature > 0:
             raise ValueError(f"`temperature` must be positive, got {temperature!r}.")
-        if prior_count is not None and (not prior_rule or not isinstance(prior_count, int) or prior_count < 0):
-            raise ValueError(f"`prior_count` must be an int of at least 0, with a `prior_rule`, got {prior_count!r}.")
+        if prior_count is not None and (not isinstance(prior_count, int) or prior_count < 0):
+            raise ValueError(f"`prior_count` must be an int of at least 0, got {prior_count!r}.")
 
-    def _known(self, indices, mask, sample):
-        """Known indices and their mask `(B, L)`, or None."""
+    def _known(self, indices, mask, sample) -> tuple[torch.LongTensor, torch.BoolTensor]:
+        """The known codes, and where they are; nowhere if there are none."""
         if indices is None and mask is None:
-            return None
+            return sample, torch.zeros_like(sample, dtype=torch.bool)
         if indices is None or mask is None:
             raise ValueError("`known_indices` and `known_mask` must be given together.")
-        self._check_indices("known_indices", torch.where(mask, indices, 0), self.mask_index - 1)
-        for name, value in (("known_indices", indices), ("known_mask", mask)):
-            if value.shape != sample.shape:
-                raise ValueError(
-                    f"`{name}` must have the shape of `sample` {tuple(sample.shape)}, got {tuple(value.shape)}."
-                )
-        return indices.reshape(sample.shape[0], -1), mask.bool().reshape(sample.shape[0], -1)
-
-    def __len__(self) -> int:
-        return self.config.num_train_timesteps
-
-
-def check_rate(rate: float):
-    if not 0 < rate <= 1:
-        raise ValueError(f"`truncation_rate` must lie in (0, 1], got {rate!r}.")
-
-
-def check_generators(generator, batch: int):
-    generators = generator if isinstance(generator, list) else [generator]
-    if any(not isinstance(g, torch.Generator) for g in generators if generator is not None):
-        raise ValueError("`generator` must be a torch.Generator or a list of them.")
-    if isinstance(generator, list) and len(generator) != batch:
-        raise ValueError(
-            f"`generator` must hold one torch.Generator for each of {batch} samples, got {len(generator)}."
-        )
+        if mask.dtype != torch.bool or mask.shape != sample.shape:
+            raise ValueError(
+                f"`known_mask` must be bool of shape {tuple(sample.shape)}, got {mask.dtype} of shape {tuple(mask.shape)}."
+            )
+        check_indices("known_indices", indices, self.mask_index, sample.shape)
+        if (indices[mask] == self.mask_index).any():
+            raise ValueError("`known_indices` must hold codes where `known_mask` is set, got the mask index.")
+        return indices, mask
 
 
 __all__ = ["MaskReplaceScheduler", "MaskReplaceSchedulerOutput"]

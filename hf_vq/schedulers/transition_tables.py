@@ -16,6 +16,8 @@ class Transition(NamedTuple):
     From the data to s (`alpha_s`, `beta_s`, `gamma_s`), from the data to t (`..._t`), and from s to t (`alpha`, `beta`,
     `gamma`), a code keeps its value with probability α, becomes any of the K codes, its own included, with β each, and the
     mask with γ: α + K β + γ = 1. The mask stays the mask.
+
+    The posterior q(x_s | x_t, x_0) = q(x_t | x_s) q(x_s | x_0) / q(x_t | x_0) is made of the properties.
     """
 
     alpha_s: torch.Tensor
@@ -29,8 +31,8 @@ class Transition(NamedTuple):
     gamma: torch.Tensor
 
     @classmethod
-    def between(cls, tables: torch.Tensor, prev_timesteps: torch.LongTensor, timesteps: torch.LongTensor):
-        """Reads `tables` `(3, T + 1)`, cumulative ᾱ, β̄, γ̄ of timesteps -1…T-1, at two timesteps of each sample."""
+    def between(cls, tables: torch.DoubleTensor, prev_timesteps: torch.LongTensor, timesteps: torch.LongTensor):
+        """Reads `tables` `(3, T + 1)`, see `cumulative_tables`, at s and t `(B,)`; float64 `(B,)`."""
         alpha_s, beta_s, gamma_s = tables[:, prev_timesteps + 1]
         alpha_t, beta_t, gamma_t = tables[:, timesteps + 1]
         alpha = alpha_t / alpha_s
@@ -39,41 +41,44 @@ class Transition(NamedTuple):
         gamma = (gamma_t - gamma_s) / (1 - gamma_s)
         return cls(alpha_s, beta_s, gamma_s, alpha_t, beta_t, gamma_t, alpha, beta, gamma)
 
-    # q(x_s | x_t, x_0) = q(x_t | x_s) q(x_s | x_0) / q(x_t | x_0) is made of these
+    def for_positions(self, device) -> "Transition":
+        """The same in float32 `(B, 1)` on `device`, to be combined with positions `(B, L)`."""
+        return Transition(*(value[:, None].to(device, torch.float32) for value in self))
 
     @property
     def mask_stays(self) -> torch.Tensor:
-        """The mask at t was one at s."""
+        """γ̄_s / γ̄_t: a mask at t was one at s."""
         return _ratio(self.gamma_s, self.gamma_t)
 
     @property
-    def mask_appears(self) -> torch.Tensor:
-        """γ / γ̄_t: times q(x_s | x_0), the probability that a mask at t was the code x_s at s."""
+    def mask_from_code(self) -> torch.Tensor:
+        """γ / γ̄_t: times q(x_s | x_0), a mask at t was the code x_s at s."""
         return _ratio(self.gamma, self.gamma_t)
 
     @property
-    def code_appears(self) -> torch.Tensor:
-        """β / β̄_t: times q(x_s | x_0), the probability that a code at t, not x_0, was another code x_s at s."""
+    def code_from_other(self) -> torch.Tensor:
+        """β / β̄_t: times q(x_s | x_0), a code at t that is not x_0 was the other code x_s at s."""
         return _ratio(self.beta, self.beta_t)
 
     @property
-    def clean_code_stays(self) -> torch.Tensor:
-        """A code at t that equals x_0 was the same at s."""
+    def code_stays_unreplaced(self) -> torch.Tensor:
+        """(α + β) ᾱ_s / (ᾱ_t + β̄_t): a code at t that equals x_0 was the same at s, and never replaced until s."""
+        return (self.alpha + self.beta) * self.alpha_s / (self.alpha_t + self.beta_t)
+
+    @property
+    def right_code_stays(self) -> torch.Tensor:
+        """(α + β) (ᾱ_s + β̄_s) / (ᾱ_t + β̄_t): a code at t that equals x_0 was the same at s."""
         return (self.alpha + self.beta) * (self.alpha_s + self.beta_s) / (self.alpha_t + self.beta_t)
 
     @property
-    def replaced_code_stays(self) -> torch.Tensor:
-        """A code at t that is not x_0 was the same at s; 1 where nothing is replaced, so that there is no such code."""
+    def wrong_code_stays(self) -> torch.Tensor:
+        """(α + β) β̄_s / β̄_t: a code at t that is not x_0 was the same at s. 1 if nothing is replaced: x_s is x_t then."""
         return _ratio((self.alpha + self.beta) * self.beta_s, self.beta_t, otherwise=1.0)
 
     @property
-    def replaced_share(self) -> torch.Tensor:
-        """β̄_t / (ᾱ_t + β̄_t): how often a code at t that equals x_0 is there by replacement."""
+    def right_code_replaced(self) -> torch.Tensor:
+        """β̄_t / (ᾱ_t + β̄_t): a code at t that equals x_0 has come there by replacement."""
         return self.beta_t / (self.alpha_t + self.beta_t)
-
-    def for_samples(self, sample: torch.Tensor):
-        """A function that brings a value of each sample to the dtype float32, the device and the shape of `(B, L)`."""
-        return lambda value: value[:, None].to(sample.device, torch.float32)
 
 
 def _ratio(a: torch.Tensor, b: torch.Tensor, otherwise: float = 0.0) -> torch.Tensor:
@@ -113,31 +118,30 @@ def cumulative_tables(
     alpha = alphas[0] + progress * (alphas[1] - alphas[0])
     gamma = gammas[0] + progress * (gammas[1] - gammas[0])
     if schedule == "mask_only":
-        gamma, beta = 1 - alpha, torch.zeros_like(alpha)
+        gamma = 1 - alpha
     elif schedule == "uniform_only":
-        gamma, beta = torch.zeros_like(alpha), (1 - alpha) / num_embeddings
-    else:
-        beta = (1 - alpha - gamma) / num_embeddings
-    data = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
-    tables = torch.cat([data[:, None], torch.stack([alpha, beta, gamma])], dim=1)
-    _check_tables(tables, num_embeddings)
+        gamma = torch.zeros_like(alpha)
+    replaced = 1 - alpha - gamma
+    replaced[replaced.abs() < 1e-12] = 0  # rounding of none at all
+    data = torch.tensor([[1.0], [0.0], [0.0]], dtype=torch.float64)
+    tables = torch.cat([data, torch.stack([alpha, replaced / num_embeddings, gamma])], dim=1)
+    _check_tables(tables)
     return tables
 
 
-def _check_tables(tables: torch.Tensor, num_embeddings: int):
+def _check_tables(tables: torch.Tensor):
     alpha, beta, gamma = tables
-    kept = alpha[:-1] > 0
-    masked = gamma[:-1] < 1
-    in_range = (alpha >= 0).all() and (beta >= -1e-12).all() and (gamma >= 0).all() and (gamma <= 1).all()
-    if not (in_range and kept.all() and masked.all() and (gamma.diff() >= 0).all()):
+    # an unmasked code is unreplaced ever less often, or a step would have to undo replacements
+    unreplaced = alpha[:-1] / (1 - gamma[:-1])
+    last = alpha[-1] <= unreplaced[-1] * (1 - gamma[-1]) + 1e-12
+    falling = (alpha[:-1] > 0).all() and alpha[-1] >= 0 and last and (unreplaced.diff() <= 1e-12).all()
+    rising = (gamma[:-1] < 1).all() and gamma[-1] <= 1 and (gamma.diff() >= 0).all()
+    if not (falling and rising and (beta >= 0).all()):
         raise ValueError(
             "`alpha_cumprod_start`, `alpha_cumprod_end`, `gamma_cumprod_start` and `gamma_cumprod_end` must be "
-            "probabilities, with ᾱ falling and γ̄ rising over time and ᾱ + γ̄ at most 1."
+            "probabilities of a chain: ᾱ + γ̄ at most 1, γ̄ rising, and ᾱ / (1 - γ̄) falling; got "
+            f"{[float(x) for x in (alpha[1], alpha[-1], gamma[1], gamma[-1])]}."
         )
-    # what is not masked must be kept ever less often, or a step would have to undo replacements
-    unmasked = alpha[:-1] / (1 - gamma[:-1])
-    if (unmasked.diff() > 1e-12).any():
-        raise ValueError("ᾱ / (1 - γ̄) must not rise over time: no chain of transitions has such a schedule.")
 
 
 __all__ = ["SCHEDULES", "Transition", "cumulative_tables"]

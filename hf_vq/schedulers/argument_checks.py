@@ -1,0 +1,60 @@
+"""ValueErrors for what a scheduler of codes is called with."""
+
+import torch
+
+
+def check_indices(name: str, indices: torch.Tensor, highest: int, shape: torch.Size | None = None):
+    """`indices` must be int64 `(B, *)`, of `shape` where it is given, and lie in 0…`highest`."""
+    if not isinstance(indices, torch.Tensor) or indices.dtype != torch.int64 or indices.ndim < 2:
+        got = (
+            f"{indices.dtype} {tuple(indices.shape)}" if isinstance(indices, torch.Tensor) else type(indices).__name__
+        )
+        raise ValueError(f"`{name}` must be an int64 tensor of shape (B, *), got {got}.")
+    if shape is not None and indices.shape != shape:
+        raise ValueError(f"`{name}` must have shape {tuple(shape)}, got {tuple(indices.shape)}.")
+    if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) > highest):
+        raise ValueError(
+            f"`{name}` must hold indices in 0…{highest}, got {int(indices.min())} to {int(indices.max())}."
+        )
+
+
+def check_predictions(name: str, predictions: torch.Tensor, sample: torch.Tensor, num_embeddings: int):
+    """`predictions` must be floating and have a value for each code at each position of `sample`."""
+    expected = (*sample.shape, num_embeddings)
+    if not predictions.is_floating_point() or tuple(predictions.shape) != expected:
+        raise ValueError(
+            f"`{name}` must be floating and of shape {expected}, the codes last, got {predictions.dtype} of shape "
+            f"{tuple(predictions.shape)}."
+        )
+
+
+def check_timesteps(name: str, timesteps, batch_size: int, lowest: int, highest: int) -> torch.LongTensor:
+    """An int, or ints `(B,)`, in `lowest`…`highest`, as int64 `(B,)` on the CPU."""
+    timesteps = torch.as_tensor(timesteps).cpu()
+    if timesteps.dtype not in (torch.int64, torch.int32) or timesteps.shape not in ((), (1,), (batch_size,)):
+        raise ValueError(
+            f"`{name}` must be an int or {batch_size} of them, one for each sample, got {timesteps.dtype} of shape "
+            f"{tuple(timesteps.shape)}."
+        )
+    if (timesteps < lowest).any() or (timesteps > highest).any():
+        raise ValueError(f"`{name}` must lie in {lowest}…{highest}, got {timesteps.tolist()}.")
+    return timesteps.long().expand(batch_size)
+
+
+def check_rate(truncation_rate: float):
+    if not 0 < truncation_rate <= 1:
+        raise ValueError(f"`truncation_rate` must lie in (0, 1], got {truncation_rate!r}.")
+
+
+def check_generators(generator, batch_size: int):
+    """`generator` must be None, a `torch.Generator`, or a list with one for each of `batch_size` samples."""
+    generators = generator if isinstance(generator, list) else [generator]
+    if any(not isinstance(g, torch.Generator) for g in generators if generator is not None):
+        raise ValueError("`generator` must be a torch.Generator or a list of them.")
+    if isinstance(generator, list) and len(generator) != batch_size:
+        raise ValueError(
+            f"`generator` must hold one torch.Generator for each of {batch_size} samples, got {len(generator)}."
+        )
+
+
+__all__ = ["check_generators", "check_indices", "check_predictions", "check_rate", "check_timesteps"]
