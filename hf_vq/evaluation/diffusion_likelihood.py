@@ -1,0 +1,90 @@
+"""The likelihood that mask-and-replace diffusion gives to codes, from below, in the form that `evaluate_prior` takes."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+from ..schedulers.scheduling_mask_replace import MaskReplaceScheduler
+
+
+class DiffusionLikelihood(nn.Module):
+    """
+    The variational bound of log p(x_0) (Gu et al. 2022, equation 7): less the sum of `vlb_terms` over all timesteps and of
+    `prior_kl`, so that its bits per index stand beside those of autoregressive priors, as an upper bound.
+
+    ```python
+    likelihood = DiffusionLikelihood(pipe.transformer, pipe.scheduler)
+    evaluate_prior(likelihood, DataLoader(load_indices(folder), batch_size=64, collate_fn=collate), "label")
+    ```
+
+    Args:
+        transformer ([`VQDiffusionTransformer2DModel`] or another module): called with x_t, timesteps and the condition;
+            has logits `(B, *, K)` as `sample`.
+        scheduler ([`MaskReplaceScheduler`]): the chain that it was trained on.
+        prepare_condition (*optional*): from the condition of a batch to keyword arguments of the transformer, for example
+            `lambda prompts: pipe.prepare_condition(len(prompts), prompt=prompts)`; by default a condition is classes,
+            int64 `(B,)`.
+        num_timesteps (*optional*): evaluate the transformer at so many timesteps of each image in place of all T: one drawn
+            from each of as many parts of 0…T-1, and weighted by the part's length. An unbiased estimate.
+        generator (*optional*): of these draws and of the noise, by default torch's global randomness. A bound is the mean
+            over this noise; each timestep has one draw of it.
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        scheduler: MaskReplaceScheduler,
+        prepare_condition: Callable[..., dict] | None = None,
+        num_timesteps: int | None = None,
+        generator: torch.Generator | None = None,
+    ):
+        super().__init__()
+        steps = scheduler.config.num_train_timesteps
+        num_timesteps = steps if num_timesteps is None else num_timesteps
+        if not 1 <= num_timesteps <= steps:
+            raise ValueError(f"`num_timesteps` must lie in 1…{steps}, the scheduler's steps, got {num_timesteps}.")
+        self.transformer = transformer
+        self.scheduler = scheduler
+        self.prepare_condition = prepare_condition
+        self.generator = generator
+        self.edges = torch.arange(num_timesteps + 1) * steps // num_timesteps
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.transformer.parameters()).device
+
+    @property
+    def config(self) -> SimpleNamespace:
+        """`codebook_size`, K."""
+        return SimpleNamespace(codebook_size=self.scheduler.config.num_embeddings)
+
+    @torch.no_grad()
+    def log_likelihood(self, indices: torch.LongTensor, condition=None) -> torch.FloatTensor:
+        """
+        A lower bound of the log-likelihood of each grid of codes.
+
+        Args:
+            indices: int64 `(B, *)` in 0…K-1.
+            condition: what `prepare_condition` takes; None is no condition.
+
+        Returns:
+            float32 `(B,)`, nats.
+        """
+        inputs = {} if condition is None else self._inputs(condition)
+        bound = torch.full((len(indices),), -self.scheduler.prior_kl() * indices[0].numel(), device=indices.device)
+        source = None if self.generator is None else self.generator.device
+        for first, end in zip(self.edges[:-1].tolist(), self.edges[1:].tolist(), strict=True):
+            timesteps = torch.randint(first, end, (len(indices),), generator=self.generator, device=source)
+            noised = self.scheduler.add_noise(indices, timesteps, self.generator)
+            logits = self.transformer(noised, timesteps.to(indices.device), **inputs).sample
+            terms = self.scheduler.vlb_terms(logits, indices, noised, timesteps)
+            bound -= (end - first) * terms.flatten(1).sum(dim=1)
+        return bound
+
+    def _inputs(self, condition) -> dict:
+        return {"class_labels": condition} if self.prepare_condition is None else self.prepare_condition(condition)
+
+
+__all__ = ["DiffusionLikelihood"]

@@ -1,0 +1,187 @@
+"""The bound of mask-and-replace diffusion, against sums over every state of a small chain."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from hf_vq.evaluation.diffusion_likelihood import DiffusionLikelihood
+from hf_vq.evaluation.evaluate import evaluate_prior
+from hf_vq.models.transformer_vq_diffusion import VQDiffusionTransformerOutput
+from hf_vq.schedulers.scheduling_mask_replace import MaskReplaceScheduler
+
+
+K, T, POSITIONS = 3, 4, 2
+ENDS = {
+    "alpha_cumprod_start": 0.9,
+    "alpha_cumprod_end": 0.2,
+    "gamma_cumprod_start": 0.02,
+    "gamma_cumprod_end": 0.7,
+}
+DATA = list(itertools.product(range(K), repeat=POSITIONS))
+STATES = list(itertools.product(range(K + 1), repeat=POSITIONS))  # K is the mask
+EXPONENTS = torch.tensor([(K + 1) ** i for i in reversed(range(POSITIONS))])
+
+
+class Chain:
+    """The chain by (K+1)×(K+1) matrices, with the best denoiser of a known distribution of the data, in float64."""
+
+    def __init__(self, seed=0):
+        probabilities = torch.rand(len(DATA), dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) ** 3
+        self.data = probabilities / probabilities.sum()
+        alpha = torch.linspace(ENDS["alpha_cumprod_start"], ENDS["alpha_cumprod_end"], T, dtype=torch.float64)
+        gamma = torch.linspace(ENDS["gamma_cumprod_start"], ENDS["gamma_cumprod_end"], T, dtype=torch.float64)
+        self.cumulative = [torch.eye(K + 1, dtype=torch.float64)]  # of the data, then of each timestep
+        for t in range(T):
+            matrix = torch.full((K + 1, K + 1), float(1 - alpha[t] - gamma[t]) / K, dtype=torch.float64)
+            matrix += alpha[t] * torch.eye(K + 1)
+            matrix[:, K] = gamma[t]
+            matrix[K] = torch.eye(K + 1)[K]
+            self.cumulative.append(matrix)
+        pairs = zip(self.cumulative, self.cumulative[1:], strict=False)
+        self.steps = [torch.linalg.solve(before, after) for before, after in pairs]
+        self.prior = self.cumulative[T][:K].mean(dim=0)
+
+    def noised(self, x0, t):
+        """q(x_t | x_0) of every state; t = -1 is the data."""
+        rows = [self.cumulative[t + 1][code] for code in x0]
+        return torch.stack([math.prod(row[code] for row, code in zip(rows, xt, strict=True)) for xt in STATES])
+
+    def posterior(self, code, original, t):
+        """q(x_{t-1} | x_t, x_0) of one position, `(K + 1,)`."""
+        joint = self.cumulative[t][original] * self.steps[t][:, code]
+        return joint / joint.sum()
+
+    def denoiser(self, t):
+        """p(x_0 | x_t) of each position given all of x_t: `(states, positions, K)`."""
+        likelihood = torch.stack([self.noised(x0, t) for x0 in DATA], dim=1)  # (states, data)
+        joint = likelihood * self.data
+        one_hot = nn.functional.one_hot(torch.tensor(DATA), K).double()
+        marginals = torch.einsum("sd,dpk->spk", joint, one_hot)
+        return marginals / marginals.sum(dim=-1, keepdim=True)
+
+    def reverse(self, t):
+        """p(x_{t-1} | x_t): `(states, states)`."""
+        rows = []
+        for state, predicted in zip(STATES, self.denoiser(t), strict=True):
+            positions = [
+                sum(p[k] * self.posterior(code, k, t) for k in range(K))
+                for code, p in zip(state, predicted, strict=True)
+            ]
+            rows.append([math.prod(p[x] for p, x in zip(positions, s, strict=True)) for s in STATES])
+        return torch.tensor(rows, dtype=torch.float64)
+
+    def bounds(self):
+        """The bound of each of DATA, and its true log-likelihood."""
+        reverse = [self.reverse(t) for t in range(T)]
+        start = torch.tensor([math.prod(self.prior[x] for x in s) for s in STATES], dtype=torch.float64)
+        marginal = start
+        for t in reversed(range(T)):
+            marginal = marginal @ reverse[t]
+        bounds = []
+        for x0 in DATA:
+            last = self.noised(x0, T - 1)
+            bound = -torch.xlogy(last, last / start).sum()
+            for t in range(T):
+                weights = self.noised(x0, t)
+                for i, state in enumerate(STATES):
+                    if weights[i] == 0:
+                        continue
+                    pairs = zip(state, x0, strict=True)
+                    positions = [self.posterior(code, original, t) for code, original in pairs]
+                    true = torch.stack([math.prod(p[x] for p, x in zip(positions, s, strict=True)) for s in STATES])
+                    bound -= weights[i] * torch.where(true > 0, torch.xlogy(true, true / reverse[t][i]), 0.0).sum()
+            bounds.append(bound)
+        places = [STATES.index(x0) for x0 in DATA]
+        return torch.stack(bounds), marginal[places].log()
+
+
+class Oracle(nn.Module):
+    def __init__(self, chain):
+        super().__init__()
+        self.register_parameter("logits", nn.Parameter(torch.stack([chain.denoiser(t) for t in range(T)]).log()))
+
+    def forward(self, indices, timestep):
+        return VQDiffusionTransformerOutput(sample=self.logits[timestep, (indices * EXPONENTS).sum(dim=1)].float())
+
+
+@pytest.fixture(scope="module")
+def chain():
+    return Chain()
+
+
+@pytest.fixture(scope="module")
+def expected(chain):
+    return chain.bounds()
+
+
+def likelihood_of(chain, **options):
+    scheduler = MaskReplaceScheduler(K, T, **ENDS)
+    return DiffusionLikelihood(Oracle(chain), scheduler, generator=torch.Generator().manual_seed(0), **options)
+
+
+@pytest.mark.parametrize("num_timesteps", [None, 1, 3])
+def test_the_mean_is_the_bound(chain, expected, num_timesteps):
+    likelihood = likelihood_of(chain, num_timesteps=num_timesteps)
+    copies = 40000
+    for x0, bound in zip(DATA, expected[0], strict=True):
+        values = likelihood.log_likelihood(torch.tensor(x0).repeat(copies, 1)).double()
+        error = values.std() / copies**0.5
+        assert error < 0.025  # of a sum of which the last step alone is 0.25
+        assert abs(values.mean() - bound) < 5 * error, (x0, values.mean(), bound)
+
+
+def test_the_bound_lies_below_the_likelihood(chain, expected):
+    bounds, true = expected
+    assert true.exp().sum() == pytest.approx(1)
+    gap = true - bounds
+    assert (gap > 0).all() and (gap < 1).all()
+    # the best denoiser of a chain of few steps comes near to the data, whose entropy none can pass
+    cross_entropy = -(chain.data * true).sum()
+    entropy = -(chain.data * chain.data.log()).sum()
+    assert entropy < cross_entropy < entropy + 0.2
+
+
+def test_bits_per_index_of_a_data_set(chain, expected):
+    likelihood = likelihood_of(chain)
+    draws = torch.multinomial(chain.data, 20000, replacement=True, generator=torch.Generator().manual_seed(1))
+    batches = [{"indices": torch.tensor(DATA)[rows]} for rows in draws.split(5000)]
+    figures = evaluate_prior(likelihood, batches, progress=False)
+    bits = -expected[0][draws].mean() / math.log(2)
+    assert figures["bits_per_index"] == pytest.approx(float(bits) / POSITIONS, abs=0.01)
+    assert figures["uniform_bits_per_index"] == pytest.approx(math.log2(3)) and figures["num_images"] == 20000
+
+
+class Conditional(nn.Module):
+    """Predicts nothing, and remembers its condition."""
+
+    def forward(self, indices, timestep, **condition):
+        self.seen = condition
+        return VQDiffusionTransformerOutput(sample=torch.zeros(*indices.shape, K))
+
+
+def test_conditions_reach_the_transformer():
+    transformer, scheduler = Conditional(), MaskReplaceScheduler(K, T)
+    indices, labels = torch.zeros(2, 2, 2, dtype=torch.int64), torch.tensor([5, 6])
+    assert DiffusionLikelihood(transformer, scheduler).log_likelihood(indices, labels).shape == (2,)
+    assert list(transformer.seen) == ["class_labels"] and torch.equal(transformer.seen["class_labels"], labels)
+    likelihood = DiffusionLikelihood(transformer, scheduler, lambda texts: {"texts": [t.upper() for t in texts]})
+    likelihood.log_likelihood(indices, ["a", "b"])
+    assert transformer.seen == {"texts": ["A", "B"]}
+
+
+def test_a_uniform_prediction_costs_log_k():
+    # with nothing replaced and nothing known, each code is revealed once, at a cost of log K
+    scheduler = MaskReplaceScheduler(K, 50, schedule="mask_only", alpha_cumprod_start=1 - 1e-9, alpha_cumprod_end=1e-9)
+    indices = torch.randint(K, (500, 4), generator=torch.Generator().manual_seed(0))
+    likelihood = DiffusionLikelihood(Conditional(), scheduler, generator=torch.Generator().manual_seed(0))
+    values = likelihood.log_likelihood(indices).double() / 4
+    assert values.mean() == pytest.approx(-math.log(K), abs=5 * float(values.std()) / 500**0.5)
+
+
+@pytest.mark.parametrize("number", [0, 5])
+def test_the_number_of_timesteps_must_be_among_those_of_the_chain(chain, number):
+    with pytest.raises(ValueError, match=rf"`num_timesteps` must lie in 1…4, the scheduler's steps, got {number}"):
+        likelihood_of(chain, num_timesteps=number)
