@@ -5,7 +5,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
@@ -20,9 +20,10 @@ CARD_TEMPLATE = Path(__file__).parent / "model_card_template.md"
 def save_with_code(model, folder: str | Path) -> None:
     """Saves a model, an image processor or a pipeline so that it loads where hf_vq is not installed.
 
-    A model then loads by ``AutoModel`` (or ``AutoModelForCausalLM``), an image processor by ``AutoImageProcessor``, a
-    pipeline by ``DiffusionPipeline``, each with ``trust_remote_code=True``; where hf_vq is installed its own classes are
-    used, and nothing from the folder is executed. A model and its image processor may share a folder.
+    A model then loads by ``AutoModel`` (or ``AutoModelForCausalLM``; a denoiser by diffusers' ``AutoModel``), an image
+    processor by ``AutoImageProcessor``, a pipeline by ``DiffusionPipeline``, each with ``trust_remote_code=True``; where
+    hf_vq is installed its own classes are used, and nothing from the folder is executed. A model and its image processor
+    may share a folder.
 
     Raises:
         ValueError: if there is nothing of hf_vq in it.
@@ -30,7 +31,7 @@ def save_with_code(model, folder: str | Path) -> None:
     folder = Path(folder)
     if isinstance(model, DiffusionPipeline):
         _save_pipeline(model, folder)
-    elif isinstance(model, PreTrainedModel) and _is_ours(model):
+    elif isinstance(model, (PreTrainedModel, ModelMixin)) and _is_ours(model):
         auto_map = _auto_map(model)
         model.save_pretrained(folder)
         _edit_json(folder / "config.json", auto_map=auto_map)
@@ -133,7 +134,7 @@ def model_card(
     for name, value in metrics.items():
         if not isinstance(value, (int, float)) or value - value != 0:
             raise ValueError(f"`metrics[{name!r}]` must be a finite number, got {value!r}.")
-    task = "unconditional-image-generation" if is_pipeline else _task(model)
+    task = _task(model)
     results = [
         EvalResult(
             task_type=task,
@@ -160,7 +161,10 @@ def model_card(
         repo_id=repo_id,
         name=repo_id.split("/")[-1],
         class_name=type(model).__name__,
-        auto_class="DiffusionPipeline" if is_pipeline else next(iter(MODELS[model.config.model_type][1])),
+        auto_class="DiffusionPipeline"
+        if is_pipeline
+        else next(name for name in _auto_map(model) if name != "AutoConfig"),
+        auto_library="diffusers" if isinstance(model, ModelMixin) else "transformers",
         call=_example_call(model) if is_pipeline else None,
         with_code=with_code,
         facts=[
@@ -176,10 +180,15 @@ def model_card(
     )
 
 
-def facts(model: PreTrainedModel | ModelMixin) -> list[tuple[str, str]]:
-    """What a model is, as pairs of a name and a value, for people."""
+def facts(model: PreTrainedModel | ModelMixin | SchedulerMixin) -> list[tuple[str, str]]:
+    """What a model, or another part of a pipeline, is, as pairs of a name and a value, for people."""
+    found = [("class", type(model).__name__)]
+    if isinstance(model, SchedulerMixin) and _is_ours(model):
+        return [*found, ("steps", str(model.config.num_train_timesteps)), ("schedule", model.config.schedule)]
+    if not hasattr(model, "num_parameters"):
+        return found
     config = model.config
-    found = [("class", type(model).__name__), ("parameters", f"{model.num_parameters():,}")]
+    found += [("parameters", f"{model.num_parameters():,}")]
     if hasattr(config, "quantizer"):
         found += [
             (
@@ -195,6 +204,14 @@ def facts(model: PreTrainedModel | ModelMixin) -> list[tuple[str, str]]:
             ("codes", f"{height}×{width} of {config.codebook_size}"),
             ("layers", str(config.num_hidden_layers)),
             ("width", str(config.hidden_size)),
+            ("condition", config.condition_type),
+        ]
+    elif isinstance(model, ModelMixin) and _is_ours(model):
+        height, width = model.sample_size
+        found += [
+            ("codes", f"{height}×{width} of {config.num_embeddings}"),
+            ("layers", str(config.num_layers)),
+            ("width", str(config.num_attention_heads * config.attention_head_dim)),
             ("condition", config.condition_type),
         ]
     return found
@@ -215,6 +232,8 @@ def _stock_models(model) -> dict:
 
 
 def _task(model) -> str:
+    if isinstance(model, DiffusionPipeline):
+        return "text-to-image" if "prompt=" in _example_call(model) else "unconditional-image-generation"
     return "image-feature-extraction" if hasattr(model.config, "quantizer") else "unconditional-image-generation"
 
 
@@ -223,13 +242,15 @@ def _is_ours(model) -> bool:
 
 
 def _auto_map(model) -> dict[str, str]:
+    module = Path(inspect.getfile(type(model))).stem
+    if isinstance(model, ModelMixin):
+        return {"AutoModel": f"{module}.{type(model).__name__}"}
     config, classes = MODELS.get(model.config.model_type, (None, {}))
     own = [auto_class for auto_class, name in classes.items() if name == type(model).__name__]
     if not own:
         raise ValueError(
             f"`model` must be of a registered class (`hf_vq.registration.MODELS`), got {type(model).__name__}."
         )
-    module = Path(inspect.getfile(type(model))).stem
     return {"AutoConfig": f"{module}.{config}", **{name: f"{module}.{type(model).__name__}" for name in own}}
 
 
@@ -244,12 +265,14 @@ def _save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
     ours = {name: part for name, part in pipeline.components.items() if _is_ours(part)}
     if not ours:
         raise ValueError(f"`model` must have a component of hf_vq, got {type(pipeline).__name__} without one.")
-    auto_maps = {name: _auto_map(part) for name, part in ours.items()}
+    models = {name: part for name, part in ours.items() if not isinstance(part, SchedulerMixin)}
+    auto_maps = {name: _auto_map(part) for name, part in models.items()}
     pipeline.save_pretrained(folder)
     entries = {}
     for name, part in ours.items():
         entries[name] = [_write_code(part, folder / name), type(part).__name__]
-        _edit_json(folder / name / "config.json", auto_map=auto_maps[name])
+        if name in auto_maps:
+            _edit_json(folder / name / "config.json", auto_map=auto_maps[name])
         # diffusers looks for the code beside the component, the Auto classes with `subfolder` at the root
         _write_code(part, folder)
     if _is_ours(pipeline):
