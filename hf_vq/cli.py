@@ -8,6 +8,17 @@ from pathlib import Path
 from . import __version__
 
 
+# of `hf-vq sample`: arguments of the pipelines' calls that not all of them have
+SAMPLING_OPTIONS = {
+    "guidance_scale": float,
+    "temperature": float,
+    "top_k": int,
+    "top_p": float,
+    "num_inference_steps": int,
+    "truncation_rate": float,
+}
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns 0, or 1 after printing the error that a user can mend."""
     options = build_parser().parse_args(arguments)
@@ -51,11 +62,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = add("sample", sample, "draw new images", "pipeline", metavar="PIPELINE", help="folder or Hub id")
     command.add_argument("--class-label", nargs="+", metavar="CLASS", help="one row for each, a number or a name")
-    command.add_argument("--num-images", type=positive, default=8, help="for each class (default: %(default)s)")
-    command.add_argument("--guidance-scale", type=float, default=1.0, help="(default: %(default)s)")
-    command.add_argument("--temperature", type=float, default=1.0, help="(default: %(default)s)")
-    command.add_argument("--top-k", type=int)
-    command.add_argument("--top-p", type=float)
+    command.add_argument("--prompt", nargs="+", metavar="TEXT", help="one row for each")
+    command.add_argument("--num-images", type=positive, default=8, help="in a row (default: %(default)s)")
+    for name, kind in SAMPLING_OPTIONS.items():
+        command.add_argument(f"--{name.replace('_', '-')}", type=kind, help="(default: the pipeline's)")
     command.add_argument("--seed", type=int, help="(default: a new one each time)")
     command.add_argument("--output", type=Path, default=Path("samples.png"), help="(default: %(default)s)")
     add_device(command)
@@ -91,10 +101,11 @@ def info(options):
     model = load(options.model)
     parts = model.components if isinstance(model, DiffusionPipeline) else {"": model}
     for name, part in parts.items():
+        if part is None:
+            continue
         if name:
             print(f"{name}:")
-        rows = facts(part) if hasattr(part, "num_parameters") else [("class", type(part).__name__)]
-        for key, value in rows:
+        for key, value in facts(part):
             print(f"  {key:14} {value}")
 
 
@@ -157,7 +168,9 @@ def decode(options):
 
 
 def sample(options):
-    """Writes a sheet of new images, a row for each class."""
+    """Writes a sheet of new images, a row for each class or prompt."""
+    import inspect
+
     import torch
 
     from .evaluation.pictures import labelled_rows
@@ -165,22 +178,23 @@ def sample(options):
     pipeline = load(options.pipeline)
     if not callable(pipeline) or not hasattr(pipeline, "components"):
         raise ValueError(f"`{options.pipeline}` is not a pipeline, but a {type(pipeline).__name__}.")
-    pipeline.to(device(options))
     labels = [int(label) if label.isdigit() else label for label in options.class_label or []]
+    given = {"class_labels": labels or None, "prompt": options.prompt}
+    given |= {name: getattr(options, name) for name in SAMPLING_OPTIONS}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in given:
+        if name not in inspect.signature(type(pipeline).__call__).parameters:
+            flag = {"class_labels": "class-label"}.get(name, name.replace("_", "-"))
+            raise ValueError(f"`--{flag}` has no meaning for a {type(pipeline).__name__}.")
+    pipeline.to(device(options))
     generator = None if options.seed is None else torch.Generator().manual_seed(options.seed)
-    output = pipeline(
-        class_labels=labels or None,
-        num_images_per_prompt=options.num_images,
-        guidance_scale=options.guidance_scale,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        generator=generator,
-    )
+    output = pipeline(**given, num_images_per_prompt=options.num_images, generator=generator)
     rows = [
         output.images[start : start + options.num_images] for start in range(0, len(output.images), options.num_images)
     ]
-    write_image(labelled_rows(list(zip(map(str, labels or [""]), rows, strict=True))), options.output)
+    write_image(
+        labelled_rows(list(zip(map(str, labels or options.prompt or [""]), rows, strict=True))), options.output
+    )
 
 
 def device(options) -> str:
@@ -208,7 +222,7 @@ def load(source: str):
         config = read_json(source, "config.json", needed=True)
         if config is None:
             raise ValueError(f"`{source}` must hold a model_index.json or a config.json.")
-        name = (config.get("architectures") or [None])[0]
+        name = (config.get("architectures") or [config.get("_class_name")])[0]
     else:
         name = index["_class_name"]
         name = name if isinstance(name, str) else name[-1]
