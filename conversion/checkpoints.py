@@ -39,14 +39,25 @@ def load_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     """The weights of a checkpoint: a safetensors file, or a pickle with or without a `state_dict` entry.
 
     Raises:
-        ValueError: if the pickle holds anything but tensors, plain containers and `TRAINER_CLASSES`; no code from it runs.
+        ValueError: as `load_pickle`.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
         return load_file(path)
+    checkpoint = load_pickle(path)
+    state_dict = checkpoint.get("state_dict", checkpoint)
+    return {name: value for name, value in state_dict.items() if isinstance(value, torch.Tensor)}
+
+
+def load_pickle(path: str | Path):
+    """What a file of `torch.save` holds.
+
+    Raises:
+        ValueError: if it holds anything but tensors, plain containers and `TRAINER_CLASSES`; no code from it runs.
+    """
     with torch.serialization.safe_globals([_stand_in(name) for name in TRAINER_CLASSES]):
         try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             found = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
             if found is None:
@@ -55,8 +66,6 @@ def load_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
                 f"`checkpoint` {path} holds an object of the class {found[1]}, which is not on the list that is safe to "
                 "read; save its state_dict alone."
             ) from error
-    state_dict = checkpoint.get("state_dict", checkpoint)
-    return {name: value for name, value in state_dict.items() if isinstance(value, torch.Tensor)}
 
 
 def split_by_prefix(state_dict: dict, prefixes: tuple[str, ...]) -> dict[str, dict]:

@@ -1,0 +1,101 @@
+"""The text encoder inside checkpoints of the original VQ-Diffusion code: CLIP's, as transformers has it."""
+
+import re
+
+import torch
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from conversion.checkpoints import drop_keys, load_exactly
+
+
+OUTER_KEYS = {
+    "token_embedding.weight": "embeddings.token_embedding.weight",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "ln_final.weight": "final_layer_norm.weight",
+    "ln_final.bias": "final_layer_norm.bias",
+}
+LAYER_KEYS = {
+    "attn.out_proj.": "self_attn.out_proj.",
+    "ln_1.": "layer_norm1.",
+    "ln_2.": "layer_norm2.",
+    "mlp.c_fc.": "mlp.fc1.",
+    "mlp.c_proj.": "mlp.fc2.",
+}
+# What the original can also do to the encoding of a text, and none of its published models does.
+FIXED_PARAMS = {"additional_last_embedding": False, "keep_seq_len_dim": False, "pick_last_embedding": False}
+
+
+def text_options(condition_codec: dict, condition_emb: dict) -> dict:
+    """
+    How the pipeline treats texts.
+
+    Args:
+        condition_codec, condition_emb: `params` of the YAML's `condition_codec_config` and `condition_emb_config`.
+
+    Raises:
+        ValueError: for a treatment that the pipeline has no equivalent of.
+    """
+    for name, wanted in FIXED_PARAMS.items():
+        if condition_emb.get(name, wanted) != wanted:
+            raise ValueError(f"`config` must have {name}={wanted} in condition_emb_config, got {condition_emb[name]}.")
+    return {
+        "text_max_length": condition_codec["context_length"],
+        "text_lower_case": True,
+        "text_normalize": condition_emb.get("normalize", True),
+        "text_mask": False,
+        "text_pad_token_id": condition_codec["pad_value"],
+    }
+
+
+def convert_text_encoder(state_dict: dict) -> tuple[CLIPTextModel, dict[str, str]]:
+    """
+    The text tower of CLIP; the original's half-precision weights become float32.
+
+    Returns:
+        the model, and for each key that it does not use, why.
+
+    Raises:
+        ValueError: for a key that is missing or unknown.
+    """
+    weights, dropped = drop_keys(
+        state_dict, {"text_projection": "the projection of a whole text, which per-token states do not need"}
+    )
+    new = {}
+    for key, value in weights.items():
+        new |= _renamed(key, value.float())
+    vocabulary, width = new["embeddings.token_embedding.weight"].shape
+    config = CLIPTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=len(new["encoder.layers.0.mlp.fc1.bias"]),
+        num_hidden_layers=len({key.split(".")[2] for key in new if key.startswith("encoder.layers.")}),
+        num_attention_heads=width // 64,
+        max_position_embeddings=len(new["embeddings.position_embedding.weight"]),
+        hidden_act="quick_gelu",
+        # CLIP's vocabulary ends with the start and the end of a text
+        bos_token_id=vocabulary - 2,
+        eos_token_id=vocabulary - 1,
+        pad_token_id=0,
+    )
+    with torch.device("meta"):
+        encoder = CLIPTextModel(config)
+    # the one tensor that no checkpoint of it holds
+    encoder.embeddings.position_ids = torch.arange(config.max_position_embeddings)[None]
+    load_exactly(encoder, new)
+    return encoder.eval(), dropped
+
+
+def _renamed(key: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
+    if key in OUTER_KEYS:
+        return {OUTER_KEYS[key]: value}
+    layer = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)", key)
+    if layer is not None:
+        prefix, name = f"encoder.layers.{layer[1]}.", layer[2]
+        joined = re.fullmatch(r"attn\.in_proj_(weight|bias)", name)
+        if joined is not None:
+            parts = zip("qkv", value.chunk(3), strict=True)
+            return {f"{prefix}self_attn.{part}_proj.{joined[1]}": rows for part, rows in parts}
+        old = next((old for old in LAYER_KEYS if name.startswith(old)), None)
+        if old is not None:
+            return {prefix + LAYER_KEYS[old] + name.removeprefix(old): value}
+    raise ValueError(f"`checkpoint` has the unknown key transformer.condition_emb.{key}.")
