@@ -60,8 +60,10 @@ def chosen_weights(checkpoint: dict, use_ema: bool) -> tuple[dict, dict, dict[st
     The codec's weights, the others' as asked for, and for each key that is dropped, why.
 
     Raises:
-        ValueError: if the averages are not those of the model's weights.
+        ValueError: if there are no weights, or the averages are not those of the model's weights.
     """
+    if "model" not in checkpoint:
+        raise ValueError(f"`checkpoint` must hold the entry `model`, got {list(checkpoint)[:5]}.")
     codec, live = split_by_prefix(checkpoint["model"], ("content_codec.", "transformer.")).values()
     averages = checkpoint.get("ema", {})
     if not use_ema or not averages:

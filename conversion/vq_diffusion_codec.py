@@ -49,7 +49,7 @@ def _patch_config(params: dict) -> VQGANConfig:
     if unknown:
         raise ValueError(f"`codec_config` has parameters of PatchVQGAN that are not known: {unknown}.")
     networks = [_patch_network(params[f"{part}_config"]["params"]) for part in ("encoder", "decoder")]
-    differing = [name for name in networks[1] if networks[0][name] != networks[1][name]]
+    differing = [name for name, value in networks[1].items() if networks[0].get(name) != value]
     if differing:
         raise ValueError(f"`codec_config` must have one encoder and decoder, but they differ in {differing}.")
     quantizer = {
@@ -141,7 +141,7 @@ def convert_codec(
     weights = {**decoder, **encoder}
     dropped = dict.fromkeys([f"dec.{key}" for key in copies], "the quantizer once more")
     if config.quantizer == "ema":
-        weights["quantize.embed_avg"] = weights.pop("quantize.embedding_avg")
+        weights = {key.replace("embedding_avg", "embed_avg"): value for key, value in weights.items()}
         # read only where the averages' start is corrected
         weights["quantize.num_updates"] = torch.zeros((), dtype=torch.int64)
     if mapping is not None:

@@ -189,6 +189,8 @@ def convert_schedule(diffusion: dict, state_dict: dict) -> MaskReplaceScheduler:
         "log_cumprod_ct": scheduler.gammas_cumprod,
     }
     for name, values in expected.items():
+        if name not in state_dict:
+            raise ValueError(f"`checkpoint` lacks {name}, the noise schedule that it was trained with.")
         table = state_dict[name]
         if table.is_meta:
             continue

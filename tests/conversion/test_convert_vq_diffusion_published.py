@@ -157,6 +157,7 @@ WEIGHTS = "checkpoint/model"
         (f"{DIFFUSION}/content_emb_config/params/pos_emb_type", "parameter", "must have pos_emb_type=embedding"),
         (f"{DIFFUSION}/alpha_init_type", "cos", "must have alpha_init_type=alpha1, got 'cos'"),
         (f"{DIFFUSION}/diffusion_step", 50, "has another log_cumprod_at than `config` says"),
+        ("checkpoint", {"state_dict": {}}, r"must hold the entry `model`, got \['state_dict'\]"),
         (f"{WEIGHTS}/transformer.surprise", torch.zeros(1), "has surprise only in one of `model` and `ema`"),
         (f"{WEIGHTS}/surprise", torch.zeros(1), "the key surprise, which starts with none of"),
         (f"{WEIGHTS}/content_codec.dec.quantize.embedding.weight", torch.zeros(40, 8), "that is not enc.quantize"),
@@ -171,6 +172,14 @@ WEIGHTS = "checkpoint/model"
 def test_what_is_refused(path, value, message):
     with pytest.raises(ValueError, match=message):
         convert_model(**changed(pieces_of("vqdiff_class"), path, value))
+
+
+def test_tables_are_not_taken_on_trust():
+    pieces = pieces_of("vqdiff_uncond")
+    pieces["checkpoint"].pop("ema")
+    pieces["checkpoint"]["model"].pop("transformer.log_cumprod_at")
+    with pytest.raises(ValueError, match="lacks log_cumprod_at, the noise schedule"):
+        convert_model(**pieces)
 
 
 @pytest.mark.parametrize(
