@@ -65,7 +65,7 @@ def encode_text(
     Raises:
         ValueError: `prompts` or `max_length` is not of the right kind, or the tokenizer cannot pad.
     """
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    prompts = list(prompts) if isinstance(prompts, (list, tuple)) else [prompts]
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError(f"`prompts` must be a str or a list of them that is not empty, got {prompts!r}.")
     longest = text_length(text_encoder, tokenizer) if max_length is None else max_length
