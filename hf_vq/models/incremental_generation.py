@@ -165,7 +165,7 @@ class IncrementalGenerationMixin(CodeSequenceMixin):
                 labels=None,
                 vocab_size=self.config.codebook_size,
                 num_items_in_batch=num_items_in_batch,
-                shift_labels=labels[:, 1:],
+                shift_labels=labels[:, 1:].contiguous(),
             )
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
 
