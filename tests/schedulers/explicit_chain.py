@@ -6,14 +6,18 @@ import math
 import torch
 
 
-def one_step_matrices(num_embeddings: int, num_steps: int, schedule: str) -> list[torch.Tensor]:
-    """`[from, to]`, float64, of each step from timestep t-1 to t, with the default values of the scheduler."""
+PAPER = ((0.99999, 9e-6), (9e-6, 0.99999))  # ᾱ and γ̄ at the first and the last timestep
+
+
+def one_step_matrices(num_embeddings: int, num_steps: int, schedule: str = "linear", ends=PAPER) -> list[torch.Tensor]:
+    """`[from, to]`, float64, of each step from timestep t-1 to t."""
+    (first_keep, last_keep), (first_mask, last_mask) = ends
     matrices, before = [], (1.0, 0.0)
     for t in range(num_steps):
         u = t / (num_steps - 1)
         if schedule == "cosine":
             u = (1 - math.cos(math.pi * u)) / 2
-        keep, mask = 0.99999 + u * (9e-6 - 0.99999), 9e-6 + u * (0.99999 - 9e-6)
+        keep, mask = first_keep + u * (last_keep - first_keep), first_mask + u * (last_mask - first_mask)
         mask = {"mask_only": 1 - keep, "uniform_only": 0.0}.get(schedule, mask)
         alpha, gamma = keep / before[0], 1 - (1 - mask) / (1 - before[1])
         beta = (1 - alpha - gamma) / num_embeddings
@@ -76,11 +80,11 @@ class ToyDistribution:
         codes = torch.nn.functional.one_hot(self.data, self.num_embeddings).double()
         return torch.einsum("xd,dik->xik", posterior, codes)
 
-    def start(self) -> torch.Tensor:
-        """All masked."""
-        distribution = torch.zeros(len(self.states), dtype=torch.float64)
-        distribution[-1] = 1
-        return distribution
+    def start(self, masked: bool = True) -> torch.Tensor:
+        """The distribution of the states in which all is masked, or random codes."""
+        chosen = self.states == self.num_embeddings if masked else self.states < self.num_embeddings
+        distribution = chosen.all(dim=1).double()
+        return distribution / distribution.sum()
 
     def independent(self, per_position: torch.Tensor) -> torch.Tensor:
         """`[state, next state]` of positions that move independently, from `(states, positions, K + 1)`."""

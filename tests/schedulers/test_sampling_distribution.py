@@ -9,7 +9,10 @@ from tests.schedulers.explicit_chain import ToyDistribution, one_step_matrices
 
 
 K, POSITIONS, T, SAMPLES = 3, 4, 100, 20_000
-TOYS = {name: ToyDistribution(K, POSITIONS, one_step_matrices(K, T, name)) for name in ("linear", "mask_only")}
+TOYS = {
+    name: ToyDistribution(K, POSITIONS, one_step_matrices(K, T, name))
+    for name in ("linear", "mask_only", "uniform_only")
+}
 
 
 def p_value(samples: torch.Tensor, toy: ToyDistribution, theory: torch.Tensor) -> float:
@@ -27,7 +30,7 @@ def p_value(samples: torch.Tensor, toy: ToyDistribution, theory: torch.Tensor) -
 def sample(scheduler, toy, seed=0, count=SAMPLES, wrong_stride=False, **arguments) -> torch.Tensor:
     """`(count, POSITIONS)` codes from the scheduler's `timesteps`."""
     generator = torch.Generator().manual_seed(seed)
-    x = scheduler.initial_sample((count, 2, POSITIONS // 2))
+    x = scheduler.initial_sample((count, 2, POSITIONS // 2), generator=generator)
     for t in scheduler.timesteps:
         logits = toy.denoise(int(t)).clamp_min(1e-30).log()[toy.index(x.flatten(1))].reshape(*x.shape, K)
         previous = max(int(t) - 1, -1) if wrong_stride and t != scheduler.timesteps[-1] else None
@@ -36,8 +39,8 @@ def sample(scheduler, toy, seed=0, count=SAMPLES, wrong_stride=False, **argument
 
 
 def propagate(toy, timesteps: list[int], kernel=None) -> torch.Tensor:
-    """The exact distribution of `toy.data` after all steps, from the mask; `kernel(t, s)` replaces all but the last."""
-    distribution = toy.start()
+    """The exact distribution of `toy.data` after all steps, from the start; `kernel(t, s)` replaces all but the last."""
+    distribution = toy.start(masked=toy is not TOYS["uniform_only"])
     for t, s in zip(timesteps, [*timesteps[1:], -1], strict=True):
         step = toy.step_kernel(t, s) if kernel is None or s < 0 else kernel(t, s)
         distribution = distribution @ step
@@ -45,7 +48,7 @@ def propagate(toy, timesteps: list[int], kernel=None) -> torch.Tensor:
     return toy.of_data(distribution)
 
 
-@pytest.mark.parametrize("schedule", ["linear", "mask_only"])
+@pytest.mark.parametrize("schedule", list(TOYS))
 @pytest.mark.parametrize("steps", [100, 25, 10, 1])
 def test_samples_follow_the_exact_distribution_of_the_chain(schedule, steps):
     toy, scheduler = TOYS[schedule], MaskReplaceScheduler(K, T, schedule)
