@@ -25,7 +25,7 @@ TRANSFORMER_VALUES = {
     "double_self_attention": (False,),
     "norm_elementwise_affine": (True,),
     "norm_eps": (1e-5,),
-    "norm_type": ("ada_norm", "layer_norm"),  # the latter in old files, which leave it out
+    "norm_type": ("ada_norm",),
     "only_cross_attention": (False,),
 }
 VQMODEL_VALUES = {
@@ -72,7 +72,7 @@ def load_parts(source: str | Path, **options) -> dict:
         raise ValueError(f"`{source}` must hold a VQDiffusionPipeline of diffusers, got a {index.get('_class_name')}.")
     tokenizer = getattr(transformers, index["tokenizer"][1]).from_pretrained(folder / "tokenizer")
     null_embedding = _null_embedding(folder / NULL_EMBEDDING)
-    denoiser = Transformer2DModel.from_pretrained(folder / "transformer")
+    denoiser = _denoiser(folder / "transformer")
     vqvae = VQModel.from_pretrained(folder / "vqvae")
     transformer = convert_transformer(denoiser, null_embedding, text_length=tokenizer.model_max_length)
     return {
@@ -199,15 +199,28 @@ def _tokenizer_config(config, grid_size: int) -> VQGANConfig:
     )
 
 
+def _denoiser(folder: Path) -> Transformer2DModel:
+    config = _read_json(folder / "config.json")
+    config.setdefault("norm_type", "ada_norm")  # the published file has none, and diffusers' own loading needs one
+    with torch.device("meta"):
+        model = Transformer2DModel.from_config(config)
+    model.load_state_dict(_weights(folder), assign=True)
+    return model
+
+
 def _null_embedding(folder: Path) -> torch.Tensor | None:
     """The learned states `(S, D)` of no text, float32; None where the empty prompt is used."""
     if not _read_json(folder / "config.json")["learnable"]:
         return None
+    return _weights(folder)["embeddings"].float()
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
     names = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
     found = [folder / name for name in names if (folder / name).is_file()]
     if not found:
         raise ValueError(f"`{folder}` must hold one of {names}.")
-    return load_state_dict(found[0])["embeddings"].float()
+    return load_state_dict(found[0])
 
 
 def _check_values(config, known: dict[str, tuple], class_name: str):
