@@ -127,7 +127,7 @@ def test_codes_and_images(overrides):
         encoded = converted.encode(pixels)
         torch.testing.assert_close(encoded.latents, latents, atol=1e-5, rtol=1e-5)
         codes = model.quantize(latents)[2][2].reshape(encoded.indices.shape)
-        assert torch.equal(encoded.indices, codes) and codes.unique().numel() > 4
+        assert torch.equal(encoded.indices, codes) and codes.unique().numel() > 3
         expected = model.decode(latents).sample
         torch.testing.assert_close(converted.decode_indices(codes).sample, expected, atol=1e-5, rtol=1e-5)
     assert converted.config.resolution == 4 * converted.config.downsample_factor
