@@ -20,10 +20,10 @@ CARD_TEMPLATE = Path(__file__).parent / "model_card_template.md"
 def save_with_code(model, folder: str | Path) -> None:
     """Saves a model, an image processor or a pipeline so that it loads where hf_vq is not installed.
 
-    A model then loads by ``AutoModel`` (or ``AutoModelForCausalLM``; a denoiser by diffusers' ``AutoModel``), an image
-    processor by ``AutoImageProcessor``, a pipeline by ``DiffusionPipeline``, each with ``trust_remote_code=True``; where
-    hf_vq is installed its own classes are used, and nothing from the folder is executed. A model and its image processor
-    may share a folder.
+    A model then loads by ``AutoModel`` (or ``AutoModelForCausalLM``), an image processor by ``AutoImageProcessor``, a
+    pipeline by ``DiffusionPipeline``, each with ``trust_remote_code=True``; where hf_vq is installed its own classes are
+    used, and nothing from the folder is executed. A model and its image processor may share a folder. Denoisers and
+    schedulers are shared as parts of a pipeline.
 
     Raises:
         ValueError: if there is nothing of hf_vq in it.
@@ -31,7 +31,7 @@ def save_with_code(model, folder: str | Path) -> None:
     folder = Path(folder)
     if isinstance(model, DiffusionPipeline):
         _save_pipeline(model, folder)
-    elif isinstance(model, (PreTrainedModel, ModelMixin)) and _is_ours(model):
+    elif isinstance(model, PreTrainedModel) and _is_ours(model):
         auto_map = _auto_map(model)
         model.save_pretrained(folder)
         _edit_json(folder / "config.json", auto_map=auto_map)
@@ -161,10 +161,7 @@ def model_card(
         repo_id=repo_id,
         name=repo_id.split("/")[-1],
         class_name=type(model).__name__,
-        auto_class="DiffusionPipeline"
-        if is_pipeline
-        else next(name for name in _auto_map(model) if name != "AutoConfig"),
-        auto_library="diffusers" if isinstance(model, ModelMixin) else "transformers",
+        auto_class="DiffusionPipeline" if is_pipeline else next(iter(MODELS[model.config.model_type][1])),
         call=_example_call(model) if is_pipeline else None,
         with_code=with_code,
         facts=[
@@ -242,15 +239,13 @@ def _is_ours(model) -> bool:
 
 
 def _auto_map(model) -> dict[str, str]:
-    module = Path(inspect.getfile(type(model))).stem
-    if isinstance(model, ModelMixin):
-        return {"AutoModel": f"{module}.{type(model).__name__}"}
     config, classes = MODELS.get(model.config.model_type, (None, {}))
     own = [auto_class for auto_class, name in classes.items() if name == type(model).__name__]
     if not own:
         raise ValueError(
             f"`model` must be of a registered class (`hf_vq.registration.MODELS`), got {type(model).__name__}."
         )
+    module = Path(inspect.getfile(type(model))).stem
     return {"AutoConfig": f"{module}.{config}", **{name: f"{module}.{type(model).__name__}" for name in own}}
 
 
@@ -265,16 +260,15 @@ def _save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
     ours = {name: part for name, part in pipeline.components.items() if _is_ours(part)}
     if not ours:
         raise ValueError(f"`model` must have a component of hf_vq, got {type(pipeline).__name__} without one.")
-    models = {name: part for name, part in ours.items() if not isinstance(part, SchedulerMixin)}
-    auto_maps = {name: _auto_map(part) for name, part in models.items()}
+    auto_maps = {name: _auto_map(part) for name, part in ours.items() if isinstance(part, PreTrainedModel)}
     pipeline.save_pretrained(folder)
     entries = {}
     for name, part in ours.items():
         entries[name] = [_write_code(part, folder / name), type(part).__name__]
         if name in auto_maps:
             _edit_json(folder / name / "config.json", auto_map=auto_maps[name])
-        # diffusers looks for the code beside the component, the Auto classes with `subfolder` at the root
-        _write_code(part, folder)
+            # diffusers looks for the code beside the component, the Auto classes with `subfolder` at the root
+            _write_code(part, folder)
     if _is_ours(pipeline):
         entries["_class_name"] = [_write_code(pipeline, folder), type(pipeline).__name__]
     _edit_json(folder / "model_index.json", **entries)
