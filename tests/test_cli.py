@@ -4,12 +4,15 @@ import sys
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 import hf_vq
 from hf_vq.cli import main
+from hf_vq.evaluation.pictures import labelled_rows
+from tests.pipelines import test_pipeline_vq_latent_diffusion, vq_diffusion_parts
 
 
 CONFIG = {
@@ -145,6 +148,70 @@ def test_sample(folder, tmp_path):
     one, two, three = (np.array(Image.open(tmp_path / f"{name}.png")) for name in ("one", "two", "three"))
     np.testing.assert_array_equal(one, two)
     assert one.shape == three.shape and (one != three).any()
+
+
+@pytest.fixture(scope="module")
+def diffusion(tmp_path_factory):
+    """A folder for each kind of pipeline that samples by diffusion."""
+    folder = tmp_path_factory.mktemp("diffusion")
+    vq_diffusion_parts.make_pipeline("text").save_pretrained(folder / "codes")
+    test_pipeline_vq_latent_diffusion.make_pipeline("class").save_pretrained(folder / "latents")
+    return folder
+
+
+def test_info_of_diffusion(diffusion, capsys):
+    assert run("info", diffusion / "codes") == 0
+    printed = capsys.readouterr().out
+    for expected in (
+        "transformer:",
+        "4×4 of 16",
+        "scheduler:",
+        "MaskReplaceScheduler",
+        "text_encoder:",
+        "CLIPTextModel",
+    ):
+        assert expected in printed
+    assert run("info", diffusion / "codes" / "transformer") == 0
+    assert "VQDiffusionTransformer2DModel" in capsys.readouterr().out
+    assert run("info", diffusion / "latents") == 0
+    printed = capsys.readouterr().out
+    assert "unet:" in printed and "DDIMScheduler" in printed and "text_encoder:" not in printed
+
+
+def test_sample_by_diffusion(diffusion, tmp_path):
+    """The sheet holds the images of the pipeline's own call."""
+    for name, arguments, call in (
+        (
+            "codes",
+            ("--prompt", "a red cat", "dog", "--truncation-rate", "0.8", "--num-inference-steps", "4"),
+            {"prompt": ["a red cat", "dog"], "truncation_rate": 0.8, "num_inference_steps": 4},
+        ),
+        (
+            "latents",
+            ("--class-label", "cat", "1", "--num-inference-steps", "2"),
+            {"class_labels": ["cat", 1], "num_inference_steps": 2},
+        ),
+    ):
+        output = tmp_path / f"{name}.png"
+        common = ("--num-images", "3", "--seed", "1", "--guidance-scale", "2", "--device", "cpu", "--output", output)
+        assert run("sample", diffusion / name, *arguments, *common) == 0
+        pipeline = DiffusionPipeline.from_pretrained(diffusion / name)
+        generator = torch.Generator().manual_seed(1)
+        images = pipeline(**call, num_images_per_prompt=3, guidance_scale=2.0, generator=generator).images
+        labels = call.get("prompt") or ["cat", "1"]
+        sheet = labelled_rows([(labels[0], images[:3]), (labels[1], images[3:])])
+        np.testing.assert_array_equal(np.array(Image.open(output)), np.array(sheet))
+
+
+def test_options_that_a_pipeline_does_not_have(folder, diffusion, capsys):
+    for source, option in (
+        (folder / "pipeline", ("--prompt", "a cat")),
+        (folder / "pipeline", ("--truncation-rate", "0.9")),
+        (diffusion / "codes", ("--top-k", "5")),
+        (diffusion / "latents", ("--temperature", "2")),
+    ):
+        assert run("sample", source, *option) == 1
+        assert f"`{option[0]}` has no meaning for a VQ" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
