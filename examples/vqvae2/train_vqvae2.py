@@ -32,6 +32,9 @@ class VQVAE2Arguments:
     num_residual_layers: int = 2
     num_levels: int = field(default=2, metadata={"help": "The paper has 2, and 3 for 1024 pixels."})
     downsample_factor: int = field(default=8, metadata={"help": "Pixels a code of the top level; 32 for 3 levels."})
+    level_dropout: float = field(
+        default=0.0, metadata={"help": "Share of the training images that are decoded from upper levels alone."}
+    )
     embed_dim: int = 64
     num_embeddings: int = 512
     commitment_cost: float = 0.25
@@ -58,6 +61,7 @@ def build_model(args: VQVAE2Arguments, resolution: int, dataset) -> VQVAE2Model:
         residual_hidden_size=args.residual_hidden_size,
         num_residual_layers=args.num_residual_layers,
         num_levels=args.num_levels,
+        level_dropout=args.level_dropout,
         downsample_factor=args.downsample_factor,
         embed_dim=args.embed_dim,
         num_embeddings=args.num_embeddings,

@@ -75,19 +75,18 @@ def _codes_of_levels(batch: dict, count: int) -> list[torch.Tensor]:
 def reconstruct_by_levels(model, pixel_values: torch.Tensor) -> list[torch.Tensor]:
     """What each level of a hierarchical tokenizer adds: reconstructions from the top level, from the top two, …, from all.
 
-    In place of the codes of the other levels stands the mean of their vectors over all images and positions.
+    A tokenizer trained without `level_dropout` has never seen fewer levels than all; its pictures of some are rough.
 
     Args:
-        model: a tokenizer whose `encode` gives tuples from top to bottom.
+        model: a tokenizer whose `encode` gives tuples from top to bottom, and whose `decode` takes the first of them.
         pixel_values: `(B, C, H, W)` in [-1, 1].
 
     Returns:
         `(B, C, H, W)` in [-1, 1] for each number of levels.
     """
     quantized = model.encode(pixel_values).quantized
-    means = [level.mean(dim=(0, 2, 3), keepdim=True).expand_as(level) for level in quantized]
-    mixed = [(*quantized[:count], *means[count:]) for count in range(1, len(quantized) + 1)]
-    return [model.decode(levels, quantize=False).sample.clamp(-1, 1) for levels in mixed]
+    parts = [quantized[:count] for count in range(1, len(quantized) + 1)]
+    return [model.decode(levels, quantize=False).sample.clamp(-1, 1) for levels in parts]
 
 
 __all__ = ["evaluate_hierarchy", "reconstruct_by_levels"]

@@ -14,6 +14,9 @@ class VQVAE2Config(VQVAEConfig):
         num_levels: at least 2.
         downsample_factor: a power of 2, pixels a code of the top level along each side; that of the bottom level, smaller
             by `2 ** (num_levels - 1)`, is at least 2.
+        level_dropout: in training, probability with which the decoder sees the codes of some upper levels alone, how many
+            being drawn evenly (the "quantizer dropout" of Zeghidour et al. 2021, section III-C, on levels). The upper
+            levels then hold as much of the image as they can, and decode to a picture by themselves; the paper has none.
         kwargs: those of `VQVAEConfig`, with residual blocks of 64 inner channels.
     """
 
@@ -23,6 +26,7 @@ class VQVAE2Config(VQVAEConfig):
         self,
         num_levels: int = 2,
         downsample_factor: int = 8,
+        level_dropout: float = 0.0,
         residual_hidden_size: int = 64,
         resolution: int = 256,
         **kwargs,
@@ -33,6 +37,8 @@ class VQVAE2Config(VQVAEConfig):
             raise ValueError(
                 f"`downsample_factor` must be at least {2**num_levels} for {num_levels} levels, got {downsample_factor}."
             )
+        if not 0 <= level_dropout <= 1:
+            raise ValueError(f"`level_dropout` is a probability, got {level_dropout}.")
         super().__init__(
             downsample_factor=downsample_factor,
             residual_hidden_size=residual_hidden_size,
@@ -40,6 +46,7 @@ class VQVAE2Config(VQVAEConfig):
             **kwargs,
         )
         self.num_levels = num_levels
+        self.level_dropout = level_dropout
 
     @property
     def downsample_factors(self) -> tuple[int, ...]:

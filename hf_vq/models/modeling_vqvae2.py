@@ -137,11 +137,25 @@ class VQVAE2Model(VQTokenizerModel):
         """The codes of all levels down to `level`, `(B, (level + 1)·D, h, w)`, from those above it and its own."""
         return quantized if level == 0 else torch.cat([self.upsample[level - 1](codes), quantized], dim=1)
 
-    def _decode_quantized(self, quantized: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def _decode_quantized(self, quantized: Sequence[torch.Tensor]) -> torch.Tensor:
         codes, factor = None, self.config.downsample_factors[-1]
-        for level, own in enumerate(quantized):
+        kept = self._draw_kept_levels(quantized[0]) if self.training and self.config.level_dropout > 0 else None
+        batch_size, dim, height, width = quantized[0].shape
+        for level in range(self.config.num_levels):
+            if level < len(quantized):
+                own = quantized[level]
+            else:
+                own = quantized[0].new_zeros(batch_size, dim, height << level, width << level)
+            if kept is not None:
+                own = own * (level < kept).to(own.dtype)
             codes = self._join(level, codes, own)
         return self._at(factor, self.decoder, codes, factor)
+
+    def _draw_kept_levels(self, like: torch.Tensor) -> torch.Tensor:
+        """How many levels the decoder sees, `(B, 1, 1, 1)`."""
+        shape, levels = (len(like), 1, 1, 1), self.config.num_levels
+        dropped = torch.rand(shape, device=like.device) < self.config.level_dropout
+        return torch.where(dropped, torch.randint(1, levels, shape, device=like.device), levels)
 
     def _perplexity(self, indices: tuple[torch.LongTensor, ...]) -> tuple[torch.Tensor, ...]:
         counts = (code_counts(level, self.config.num_embeddings) for level in indices)
@@ -149,9 +163,9 @@ class VQVAE2Model(VQTokenizerModel):
 
     def _check_levels(self, name: str, levels: Sequence[torch.Tensor]) -> None:
         count = self.config.num_levels
-        if isinstance(levels, torch.Tensor) or len(levels) != count:
+        if isinstance(levels, torch.Tensor) or not 1 <= len(levels) <= count:
             got = "one tensor" if isinstance(levels, torch.Tensor) else f"{len(levels)}"
-            raise ValueError(f"`{name}` must be a tuple of {count} levels, from top to bottom, got {got}.")
+            raise ValueError(f"`{name}` must be a tuple of up to {count} levels, from top to bottom, got {got}.")
         for above, below in zip(levels[:-1], levels[1:], strict=True):
             # spatial axes: those of (B, D, h, w) or of indices (B, h, w[, depth])
             axes = slice(2, 4) if name == "latents" else slice(1, 3)
@@ -164,22 +178,22 @@ class VQVAE2Model(VQTokenizerModel):
     ) -> VQDecoderOutput | tuple[torch.Tensor]:
         """
         Latents, `(B, D, h, w)` of each level from top to bottom, to images `(B, C, H, W)`; `quantize=False` takes them as
-        already quantized.
+        already quantized. Of fewer levels, those from the top on, the others' vectors are 0.
         """
         self._check_levels("latents", latents)
         if quantize:
-            latents = [quantizer(own).quantized for quantizer, own in zip(self.quantize, latents, strict=True)]
+            latents = [quantizer(own).quantized for quantizer, own in zip(self.quantize, latents, strict=False)]
         sample = self._decode_quantized(latents)
         return VQDecoderOutput(sample=sample) if return_dict else (sample,)
 
     def decode_indices(
         self, indices: Sequence[torch.Tensor], return_dict: bool = True
     ) -> VQDecoderOutput | tuple[torch.Tensor]:
-        """Codes, int64 `(B, h, w)` of each level from top to bottom, to images `(B, C, H, W)`."""
+        """Codes, int64 `(B, h, w)` of each level from top to bottom, to images `(B, C, H, W)`; of fewer as in `decode`."""
         self._check_levels("indices", indices)
         quantized = [
             quantizer.indices_to_latents(own).to(self.dtype)
-            for quantizer, own in zip(self.quantize, indices, strict=True)
+            for quantizer, own in zip(self.quantize, indices, strict=False)
         ]
         return self.decode(quantized, quantize=False, return_dict=return_dict)
 

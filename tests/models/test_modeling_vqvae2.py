@@ -30,6 +30,7 @@ CASES = {
     "cosine": {"quantizer": "cosine"},
     "fsq": {"quantizer": "fsq", "num_embeddings": 36, "quantizer_kwargs": {"levels": [3, 2, 3, 2]}},
     "lfq": {"quantizer": "lfq"},
+    "level-dropout": {"num_levels": 3, "downsample_factor": 8, "level_dropout": 0.5},
     "residual": {"quantizer": "residual", "quantizer_kwargs": {"depth": 2}},
 }
 
@@ -183,6 +184,35 @@ def test_forward_losses(data_variance):
     assert [value.item() for value in output.perplexity] == pytest.approx(perplexities, rel=1e-5)
 
 
+@torch.no_grad()
+def test_fewer_levels_are_decoded_with_zeros_for_the_others():
+    model = make_case("ema-3-levels").make()
+    top, middle, bottom = model.encode(pixels()).quantized
+    for parts, full in (
+        ((top,), (top, torch.zeros_like(middle), torch.zeros_like(bottom))),
+        ((top, middle), (top, middle, torch.zeros_like(bottom))),
+    ):
+        sample = model.decode(parts, quantize=False).sample
+        torch.testing.assert_close(sample, model.decode(full, quantize=False).sample)
+        indices = [quantizer(codes).indices for quantizer, codes in zip(model.quantize, parts, strict=False)]
+        assert torch.equal(model.decode_indices(indices).sample, sample)
+
+
+@torch.no_grad()
+def test_level_dropout_leaves_each_image_one_to_all_of_its_levels():
+    model = make_case("level-dropout", level_dropout=0.6).make().train()
+    images = pixels(1).expand(400, -1, -1, -1)
+    levels = [level[:1] for level in model.eval().encode(images).quantized]
+    parts = [model.decode(levels[:count], quantize=False).sample for count in (1, 2, 3)]
+    model.train()
+    sample = model.decode([level.expand(400, -1, -1, -1) for level in levels], quantize=False).sample
+    distances = torch.stack([(sample - part).abs().amax(dim=(1, 2, 3)) for part in parts])
+    assert distances.min(dim=0).values.max() < 1e-5
+    counts = torch.bincount(distances.argmin(0), minlength=3) / 400
+    # 400 draws: a standard deviation of at most 0.025
+    torch.testing.assert_close(counts, torch.tensor([0.3, 0.3, 0.4]), atol=0.08, rtol=0)
+
+
 def test_training_updates_each_codebook_once_and_only_in_training():
     model = make_case("ema-3-levels").make()
     before = [level.embedding.clone() for level in model.quantize]
@@ -289,8 +319,12 @@ def codes(*sides):
     [
         (lambda model: model(torch.zeros(2, 1, 16, 16)), r"`pixel_values` must have shape \(B, 3, H, W\)"),
         (lambda model: model.encode(torch.zeros(2, 3, 16, 18)), "multiples of 4 .* got 16x18"),
-        (lambda model: model.decode_indices(codes(4)[0]), "`indices` must be a tuple of 2 levels.*got one tensor"),
-        (lambda model: model.decode_indices(codes(4, 8, 16)), "`indices` must be a tuple of 2 levels.*got 3"),
+        (
+            lambda model: model.decode_indices(codes(4)[0]),
+            "`indices` must be a tuple of up to 2 levels.*got one tensor",
+        ),
+        (lambda model: model.decode_indices(codes(4, 8, 16)), "`indices` must be a tuple of up to 2 levels.*got 3"),
+        (lambda model: model.decode_indices(()), "`indices` must be a tuple of up to 2 levels.*got 0"),
         (lambda model: model.decode_indices(codes(8, 4)), "`indices` must double their height and width"),
         (lambda model: model.decode_indices(codes(4, 7)), "`indices` must double their height and width"),
         (lambda model: model.decode_indices((codes(4)[0], codes(8)[0] + 16)), r"`indices` must lie in \[0, 16\)"),
@@ -309,6 +343,7 @@ def test_wrong_inputs_are_refused(call, message):
         ({"num_levels": 1}, "`num_levels` must be at least 2, got 1"),
         ({"downsample_factor": 2}, "`downsample_factor` must be at least 4 for 2 levels, got 2"),
         ({"num_levels": 3, "downsample_factor": 4}, "`downsample_factor` must be at least 8 for 3 levels, got 4"),
+        ({"level_dropout": 1.5}, "`level_dropout` is a probability, got 1.5"),
         ({"downsample_factor": 12}, "`downsample_factor` must be a power of 2"),
         ({"quantizer": "vqq"}, "`quantizer` must be one of"),
         ({"quantizer_kwargs": {"decay_rate": 0.5}}, "decay_rate"),
