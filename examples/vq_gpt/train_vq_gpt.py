@@ -17,6 +17,7 @@ from hf_vq.evaluation.evaluate import evaluate_prior
 from hf_vq.training.arguments import parse_arguments
 from hf_vq.training.data import DataArguments, collate, load_image_dataset
 from hf_vq.training.indices_cache import load_indices, write_indices
+from hf_vq.training.labels import count_classes
 from hf_vq.training.run import RunArguments, TrainingRun
 from hf_vq.training.sharing import save_trained
 
@@ -45,20 +46,6 @@ class VQGPTArguments:
     adam_beta2: float = 0.95
     sample_classes: int = field(default=9, metadata={"help": "Classes in the validation picture, 8 samples each."})
     guidance_scale: float = field(default=1.0, metadata={"help": "Guidance of the validation picture."})
-
-
-def count_classes(codes: dict, class_names: list[str] | None) -> int:
-    """The number of classes: of the names, or one more than the highest label of the training data; 0: no labels."""
-    if codes["train"].labels is None:
-        return 0
-    count = len(class_names) if class_names is not None else int(codes["train"].labels.max()) + 1
-    for split, dataset in codes.items():
-        lowest, highest = int(dataset.labels.min()), int(dataset.labels.max())
-        if lowest < 0 or highest >= count:
-            raise ValueError(
-                f"label_column: the {split} labels are {lowest} to {highest}, not within 0 to {count - 1}."
-            )
-    return count
 
 
 def build_prior(
@@ -132,7 +119,8 @@ def main(argv: list[str] | None = None) -> None:
         codes[split] = load_indices(folder, tokenizer, random_flip=flip, seed=run_args.seed)
 
     grid_size = tuple(codes["train"].grids["indices"])
-    prior = build_prior(args, tokenizer, grid_size, count_classes(codes, class_names), class_names)
+    num_classes = count_classes(codes, class_names, data_args.label_column)
+    prior = build_prior(args, tokenizer, grid_size, num_classes, class_names)
     model = run.add_model("model", prior, ema=True)
     optimizer = run.add_optimizer(
         "optimizer",

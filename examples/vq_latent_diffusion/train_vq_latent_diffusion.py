@@ -19,6 +19,7 @@ from hf_vq.pipelines.text_conditioning import encode_text
 from hf_vq.training.arguments import parse_arguments
 from hf_vq.training.data import DataArguments, collate, load_image_dataset
 from hf_vq.training.diffusion_objective import PREDICTION_TYPES, DiffusionObjective
+from hf_vq.training.labels import count_classes
 from hf_vq.training.latents_cache import LatentScale, LatentsDataset, encode_latents, write_latents
 from hf_vq.training.run import RunArguments, TrainingRun
 from hf_vq.training.sharing import save_trained
@@ -117,26 +118,6 @@ class Data:
             dataset = samples
         rows = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().long().tolist()
         return DataLoader(Subset(dataset, rows), batch_size=batch_size, collate_fn=collate)
-
-    def num_classes(self) -> int:
-        """Of the names, or one more than the highest training label; 0: no labels."""
-        labels = {split: getattr(dataset, "labels", None) for split, dataset in self.splits.items()}
-        if self.class_names is not None:
-            return len(self.class_names)
-        if labels["train"] is None:
-            if self.arguments.label_column is not None:
-                raise ValueError(
-                    f"label_column={self.arguments.label_column!r}: the classes of a stream need names, from which their "
-                    "number follows."
-                )
-            return 0
-        count = int(labels["train"].max()) + 1
-        for split, values in labels.items():
-            if int(values.min()) < 0 or int(values.max()) >= count:
-                raise ValueError(
-                    f"label_column: the {split} labels are {values.min()} to {values.max()}, not within 0 to {count - 1}."
-                )
-        return count
 
 
 class Condition:
@@ -249,7 +230,8 @@ def main(argv: list[str] | None = None) -> None:
     run = TrainingRun(run_args)
     tokenizer = AutoModel.from_pretrained(args.tokenizer, dtype=torch.float32).to(run.device).eval()
     data = Data(run, data_args, args, tokenizer)
-    condition = Condition(args, data.num_classes(), run.device)
+    num_classes = count_classes(data.splits, data.class_names, data_args.label_column)
+    condition = Condition(args, num_classes, run.device)
     objective = DiffusionObjective(
         args.prediction_type, args.num_train_timesteps, args.beta_start, args.beta_end, args.min_snr_gamma
     )
