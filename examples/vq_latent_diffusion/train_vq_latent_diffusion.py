@@ -225,8 +225,10 @@ def validate(
 
 def main(argv: list[str] | None = None) -> None:
     run_args, data_args, args = parse_arguments((RunArguments, DataArguments, LatentDiffusionArguments), argv)
-    if args.caption_column is not None and args.caption_column not in data_args.extra_columns:
-        data_args.extra_columns = [*data_args.extra_columns, args.caption_column]
+    if args.caption_column is not None:
+        if data_args.label_column is not None:
+            raise ValueError("caption_column and label_column: give the one that is the condition.")
+        data_args.extra_columns = sorted({*data_args.extra_columns, args.caption_column})
     run = TrainingRun(run_args)
     tokenizer = AutoModel.from_pretrained(args.tokenizer, dtype=torch.float32).to(run.device).eval()
     data = Data(run, data_args, args, tokenizer)

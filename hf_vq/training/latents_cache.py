@@ -23,8 +23,15 @@ from .processes import from_main_process
 
 @torch.no_grad()
 def encode_latents(tokenizer: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Latents `(B, D, h, w)` before quantization, not scaled, float32."""
-    return tokenizer.encode(pixel_values.to(tokenizer.device, tokenizer.dtype)).latents.float()
+    """Latents `(B, D, h, w)` before quantization, not scaled, float32.
+
+    Raises:
+        ValueError: the tokenizer has several levels.
+    """
+    latents = tokenizer.encode(pixel_values.to(tokenizer.device, tokenizer.dtype)).latents
+    if not isinstance(latents, torch.Tensor):
+        raise ValueError(f"`tokenizer` must have one level of codes, got a {type(tokenizer).__name__}.")
+    return latents.float()
 
 
 def write_latents(

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from hf_vq import VQVAEConfig, VQVAEModel
+from hf_vq import VQVAE2Config, VQVAE2Model, VQVAEConfig, VQVAEModel
 from hf_vq.training.indices_cache import StaleIndicesError
 from hf_vq.training.latents_cache import LatentScale, LatentsDataset, encode_latents, write_latents
 
@@ -71,6 +71,12 @@ def test_a_second_call_writes_nothing_and_others_are_refused(tmp_path):
         LatentsDataset(folder, random_flip=True)
     with pytest.raises(ValueError, match="must have a length"):
         write_latents(tokenizer, iter([]), tmp_path / "stream")
+
+
+def test_a_tokenizer_of_several_levels_is_refused():
+    model = VQVAE2Model(VQVAE2Config(resolution=8, downsample_factor=4, hidden_size=8, embed_dim=4, num_embeddings=8))
+    with pytest.raises(ValueError, match="`tokenizer` must have one level of codes, got a VQVAE2Model"):
+        encode_latents(model.eval(), Images().pixels)
 
 
 def test_an_interrupted_write_leaves_no_folder(tmp_path):
