@@ -267,9 +267,11 @@ def test_fp16_overflow_is_forgiven_until_the_scale_is_gone(tmp_path):
         case.train(factor=float("nan"))
 
 
-def test_a_collapsed_codebook_stops_the_run(tmp_path):
+@pytest.mark.parametrize("others", [{}, {"codebook_perplexity_0": 5.0, "codebook_perplexity_2": 4.0}])
+def test_a_collapsed_codebook_stops_the_run(tmp_path, others):
     def perplexity(run):
-        return {"codebook_perplexity": 1.0 if run.global_step >= 2 else 5.0}
+        name = "codebook_perplexity_1" if others else "codebook_perplexity"
+        return {name: 1.0 if run.global_step >= 2 else 5.0, **others}
 
     options = {"min_codebook_perplexity": 1.5, "codebook_patience": 4, "metrics_hook": perplexity}
     with pytest.raises(TrainingStoppedError, match="codebook has collapsed: at step 6 its perplexity is 1.000"):
