@@ -1,0 +1,291 @@
+"""Train VQ-Diffusion (Gu et al. 2022) on the codes of a trained tokenizer: by caption, by class, or unconditional.
+
+    python examples/vq_diffusion/train_vq_diffusion.py \\
+        examples/vq_diffusion/emoji_32.yaml --tokenizer outputs/vqgan/tokenizer
+    accelerate launch examples/vq_diffusion/train_vq_diffusion.py CONFIG.yaml [--argument value ...]
+
+The data set is encoded once, into OUTPUT_DIR/indices, or in every step. The result is a pipeline folder, OUTPUT_DIR/pipeline.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch.utils.data import DataLoader, Subset
+from transformers import AutoImageProcessor, AutoModel, AutoModelForTextEncoding, AutoTokenizer
+
+from hf_vq import MaskReplaceScheduler, VQDiffusionImagePipeline, VQDiffusionTransformer2DModel
+from hf_vq.evaluation.diffusion_likelihood import DiffusionLikelihood
+from hf_vq.evaluation.evaluate import evaluate_prior
+from hf_vq.pipelines.text_conditioning import TextCondition, text_length
+from hf_vq.training.arguments import parse_arguments
+from hf_vq.training.data import DataArguments, collate, load_image_dataset
+from hf_vq.training.indices_cache import load_indices, write_indices
+from hf_vq.training.labels import count_classes
+from hf_vq.training.mask_replace_objective import MaskReplaceObjective
+from hf_vq.training.run import RunArguments, TrainingRun
+from hf_vq.training.sharing import save_trained
+from hf_vq.training.timestep_sampler import ImportanceTimestepSampler
+
+
+@dataclass
+class VQDiffusionArguments:
+    """The denoiser, its noise, its condition, and its optimizer."""
+
+    tokenizer: str = field(metadata={"help": "Folder or Hub id of the trained tokenizer."})
+    cache_indices: bool = field(default=True, metadata={"help": "Encode the images once; without, in every step."})
+    num_layers: int = 12
+    num_attention_heads: int = 8
+    attention_head_dim: int = 64
+    mlp_type: str = field(default="fc", metadata={"help": "Of a block.", "choices": ["fc", "conv"]})
+    mlp_ratio: int = 4
+    dropout: float = 0.0
+    num_train_timesteps: int = 100
+    schedule: str = field(
+        default="linear",
+        metadata={"help": "Of the noise.", "choices": ["linear", "cosine", "mask_only", "uniform_only"]},
+    )
+    auxiliary_weight: float = field(default=5e-4, metadata={"help": "Of -log p(clean codes) in the loss."})
+    condition_dropout: float = field(
+        default=0.1, metadata={"help": "Share of the classes or captions that are dropped, for guidance."}
+    )
+    caption_column: str | None = field(default=None, metadata={"help": "Column of captions, for text conditions."})
+    text_encoder: str | None = field(default=None, metadata={"help": "Frozen text encoder with its tokenizer."})
+    text_max_length: int | None = field(
+        default=None, metadata={"help": "Tokens of a caption; shorter ones are padded."}
+    )
+    text_lower_case: bool = field(default=False, metadata={"help": "Lower the captions' case."})
+    text_normalize: bool = field(default=False, metadata={"help": "Divide each token's vector by its length."})
+    learnable_null_embedding: bool = field(
+        default=False, metadata={"help": "Learn what stands for no caption; without, it is the empty caption."}
+    )
+    cache_captions: bool = field(
+        default=False, metadata={"help": "Encode each different caption once, and keep its vectors in memory."}
+    )
+    weight_decay: float = 0.045
+    adam_beta2: float = 0.96
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Save memory, at a third more time."})
+    validation_timesteps: int = field(
+        default=10, metadata={"help": "Timesteps of each image in the validation bound, at most num_train_timesteps."}
+    )
+    sample_classes: int = field(default=9, metadata={"help": "Classes, or captions, in the validation picture."})
+    sample_steps: int = field(default=25, metadata={"help": "Denoising steps of the validation picture."})
+    guidance_scale: float = field(default=1.0, metadata={"help": "Guidance of the validation picture."})
+    truncation_rate: float = field(default=1.0, metadata={"help": "Truncation of the validation picture."})
+
+    def __post_init__(self):
+        if not 0 <= self.condition_dropout < 1:
+            raise ValueError(f"condition_dropout={self.condition_dropout}: it must lie in [0, 1).")
+        if (self.caption_column is None) != (self.text_encoder is None):
+            raise ValueError("caption_column and text_encoder are given together: one is the other's input.")
+        if self.cache_captions and self.text_encoder is None:
+            raise ValueError("cache_captions=True needs a text_encoder and captions.")
+        if self.learnable_null_embedding and (self.text_encoder is None or self.condition_dropout == 0):
+            raise ValueError(
+                "learnable_null_embedding=True needs a text_encoder, and condition_dropout above 0 to train it."
+            )
+
+
+class Codes:
+    """Batches of codes for both splits: cached, or encoded from images in every step."""
+
+    def __init__(self, run: TrainingRun, data: DataArguments, args: VQDiffusionArguments, tokenizer):
+        self.run, self.tokenizer, self.class_names = run, tokenizer, None
+        self.splits, self.captions = {}, set()
+        if args.cache_indices and data.crop != "center":
+            raise ValueError(
+                f"crop={data.crop!r} has no effect on codes that are written once: set cache_indices=false."
+            )
+        for split in ("train", "validation"):
+            augment = split == "train" and not args.cache_indices
+            images = load_image_dataset(
+                data, split, augment=augment, seed=run.arguments.seed, class_names=self.class_names
+            )
+            self.class_names = images.class_names if split == "train" else self.class_names
+            if args.cache_captions:
+                self.captions.update(images.rows[args.caption_column])
+            self.splits[split] = self._cached(images, split, data) if args.cache_indices else images
+        self.num_classes = count_classes(self.splits, self.class_names, data.label_column)
+        self.grid_size = tuple(self.indices(next(iter(self.validation_batches(1)))).shape[1:])
+
+    def _cached(self, images, split: str, data: DataArguments):
+        arguments, folder = self.run.arguments, self.run.output_dir / "indices" / split
+        flip = data.random_flip and split == "train"
+        write_indices(self.tokenizer, images, folder, flip=flip, num_workers=arguments.dataloader_num_workers)
+        return load_indices(folder, self.tokenizer, random_flip=flip, seed=arguments.seed)
+
+    @torch.no_grad()
+    def indices(self, batch: dict) -> torch.Tensor:
+        """The codes of a batch, int64 `(B, h, w)` on the device."""
+        found = batch.get("indices")
+        if found is None:
+            found = self.tokenizer.encode(batch["pixel_values"].to(self.run.device)).indices
+        return found.to(self.run.device)
+
+    def validation_batches(self, batch_size: int = 64):
+        """Batches of up to 1024 validation samples at even distances, of which each process has its share."""
+        dataset, accelerator = self.splits["validation"], self.run.accelerator
+        rows = torch.linspace(0, len(dataset) - 1, min(1024, len(dataset))).round().long().tolist()
+        rows = rows[accelerator.process_index :: accelerator.num_processes]
+        for batch in DataLoader(Subset(dataset, rows), batch_size=batch_size, collate_fn=collate):
+            yield {**batch, "indices": self.indices(batch)}
+
+
+class Condition:
+    """What the transformer takes beside codes: nothing, classes, or captions."""
+
+    def __init__(self, pipe: VQDiffusionImagePipeline, args: VQDiffusionArguments, captions: set[str]):
+        self.pipe, self.kind = pipe, pipe.transformer.config.condition_type
+        self.key = {"class": "label", "text": args.caption_column}.get(self.kind)
+        self.encode = CaptionTable(pipe, captions) if captions else pipe.encode_prompt
+
+    def inputs(self, values, dropout: float = 0.0) -> dict[str, torch.Tensor]:
+        """The transformer's keyword arguments for labels or captions, a share `dropout` of which is the null condition."""
+        if self.kind == "unconditional":
+            return {}
+        transformer, device = self.pipe.transformer, self.pipe.device
+        dropped = torch.rand(len(values), device=device) < dropout
+        if self.kind == "class":
+            return {"class_labels": torch.where(dropped, transformer.null_class_id, values.to(device))}
+        null = transformer.null_embedding
+        if null is None:
+            values = ["" if drop else caption for caption, drop in zip(values, dropped.tolist(), strict=True)]
+        text = self.encode(values)
+        states, mask = text.embeddings, text.mask
+        if null is not None:
+            states, mask = torch.where(dropped[:, None, None], null, states), mask | dropped[:, None]
+        return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
+
+
+class CaptionTable:
+    """The text states of a set of captions, and of the empty one."""
+
+    def __init__(self, pipe: VQDiffusionImagePipeline, captions: set[str], batch_size: int = 64):
+        texts = sorted({"", *captions})
+        parts = [pipe.encode_prompt(texts[i : i + batch_size]) for i in range(0, len(texts), batch_size)]
+        self.rows = {text: row for row, text in enumerate(texts)}
+        self.embeddings = torch.cat([part.embeddings for part in parts])
+        self.mask = torch.cat([part.mask for part in parts])
+
+    def __call__(self, captions: list[str]) -> TextCondition:
+        rows = torch.tensor([self.rows[caption] for caption in captions], device=self.mask.device)
+        return TextCondition(self.embeddings[rows], self.mask[rows])
+
+
+def build_pipeline(args: VQDiffusionArguments, tokenizer, codes: Codes) -> VQDiffusionImagePipeline:
+    """With an untrained transformer."""
+    condition, options = {"condition_type": "unconditional"}, {}
+    if args.text_encoder is not None:
+        encoder = AutoModelForTextEncoding.from_pretrained(args.text_encoder, dtype=torch.float32)
+        options = {
+            "text_encoder": encoder.to(codes.run.device).eval().requires_grad_(False),
+            "tokenizer": AutoTokenizer.from_pretrained(args.text_encoder),
+            "text_max_length": args.text_max_length,
+            "text_lower_case": args.text_lower_case,
+            "text_normalize": args.text_normalize,
+        }
+        condition = {
+            "condition_type": "text",
+            "cross_attention_dim": encoder.config.hidden_size,
+            "learnable_null_embedding": args.learnable_null_embedding,
+            "text_length": args.text_max_length or text_length(encoder, options["tokenizer"]),
+        }
+    elif codes.num_classes:
+        options = {"id2label": None if codes.class_names is None else dict(enumerate(codes.class_names))}
+        condition = {"condition_type": "class", "num_classes": codes.num_classes + 1, "null_class": True}
+    transformer = VQDiffusionTransformer2DModel(
+        num_embeddings=tokenizer.config.num_embeddings,
+        sample_size=codes.grid_size,
+        num_layers=args.num_layers,
+        num_attention_heads=args.num_attention_heads,
+        attention_head_dim=args.attention_head_dim,
+        num_train_timesteps=args.num_train_timesteps,
+        mlp_type=args.mlp_type,
+        mlp_ratio=args.mlp_ratio,
+        dropout=args.dropout,
+        **condition,
+    )
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    scheduler = MaskReplaceScheduler(tokenizer.config.num_embeddings, args.num_train_timesteps, args.schedule)
+    pipe = VQDiffusionImagePipeline(tokenizer, transformer.to(codes.run.device), scheduler, **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@torch.no_grad()
+def validate(
+    run: TrainingRun, pipe, codes: Codes, condition: Condition, args: VQDiffusionArguments
+) -> dict[str, float]:
+    """The bound in bits per index on validation codes, with the same noise every time, and a picture of samples."""
+    generator = torch.Generator().manual_seed(0)
+    bound = DiffusionLikelihood(
+        pipe.transformer, pipe.scheduler, condition.inputs, args.validation_timesteps, generator
+    )
+    figures = evaluate_prior(bound, codes.validation_batches(), condition.key, progress=False)
+    if run.is_main_process:
+        arguments = {"num_images_per_prompt": 64}
+        if condition.kind == "class":
+            arguments = {"class_labels": list(range(min(args.sample_classes, codes.num_classes)))}
+        elif condition.kind == "text":
+            captions = next(iter(codes.validation_batches()))[condition.key]
+            arguments = {"prompt": list(dict.fromkeys(captions))[: args.sample_classes]}
+        if condition.kind != "unconditional":
+            arguments |= {"guidance_scale": args.guidance_scale, "num_images_per_prompt": 8}
+        images = pipe(
+            **arguments,
+            num_inference_steps=args.sample_steps,
+            truncation_rate=args.truncation_rate,
+            generator=torch.Generator(run.device).manual_seed(0),
+            output_type="pt",
+        ).images
+        run.log_images("samples", images * 2 - 1, columns=8)
+    return figures
+
+
+def main(argv: list[str] | None = None) -> None:
+    run_args, data_args, args = parse_arguments((RunArguments, DataArguments, VQDiffusionArguments), argv)
+    if args.caption_column is not None:
+        if data_args.label_column is not None:
+            raise ValueError("caption_column and label_column: give the one that is the condition.")
+        data_args.extra_columns = sorted({*data_args.extra_columns, args.caption_column})
+    run = TrainingRun(run_args)
+    tokenizer = AutoModel.from_pretrained(args.tokenizer, dtype=torch.float32).to(run.device).eval()
+    codes = Codes(run, data_args, args, tokenizer)
+    pipe = build_pipeline(args, tokenizer, codes)
+    transformer = pipe.transformer
+    condition = Condition(pipe, args, codes.captions)
+    model = run.add_model("transformer", transformer, ema=True)
+    weights = torch.optim.AdamW(
+        transformer.parameters(),
+        lr=run_args.learning_rate,
+        weight_decay=args.weight_decay,
+        betas=(0.9, args.adam_beta2),
+    )
+    optimizer = run.add_optimizer("optimizer", weights)
+    sampler = run.add_state("timesteps", ImportanceTimestepSampler(args.num_train_timesteps))
+    objective = MaskReplaceObjective(pipe.scheduler, args.auxiliary_weight)
+
+    run.on_validation(lambda: validate(run, pipe, codes, condition, args))
+    run.start()
+    for batch in run.batches(codes.splits["train"]):
+        with run.accumulate(model):
+            indices = codes.indices(batch)
+            timesteps, probabilities = sampler.sample(len(indices), run.device)
+            noised = pipe.scheduler.add_noise(indices, timesteps)
+            inputs = condition.inputs(batch.get(condition.key), args.condition_dropout)
+            output = objective(model(noised, timesteps, **inputs).sample, indices, noised, timesteps, probabilities)
+            run.backward(output.loss)
+            run.step(optimizer)
+            sampler.update(timesteps, output.terms)
+            run.log({"loss": output.loss.detach(), "bits_per_index": output.bits_per_index})
+        run.finish_step()
+
+    if run.is_main_process:
+        transformer.eval()
+        with run.ema_weights("transformer"):
+            save_trained(run, pipe, "pipeline", data_args, AutoImageProcessor.from_pretrained(args.tokenizer))
+    run.finish()
+
+
+if __name__ == "__main__":
+    main()
