@@ -340,12 +340,12 @@ class VQDiffusionTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
     def _check_inputs(self, indices, timestep, encoder_hidden_states, encoder_attention_mask, class_labels):
         config = self.config
         batch_size = indices.shape[0] if indices.ndim else 0
-        if tuple(indices.shape) != (batch_size, *self.sample_size) or indices.dtype not in (torch.int64, torch.int32):
+        if tuple(indices.shape) != (batch_size, *self.sample_size) or not _is_integer(indices):
             raise ValueError(
                 f"`indices` must be int64 of shape (B, {self.sample_size[0]}, {self.sample_size[1]}), got {indices.dtype} of "
                 f"shape {tuple(indices.shape)}."
             )
-        if tuple(timestep.shape) not in ((), (1,), (batch_size,)) or timestep.dtype not in (torch.int64, torch.int32):
+        if tuple(timestep.shape) not in ((), (1,), (batch_size,)) or not _is_integer(timestep):
             raise ValueError(
                 f"`timestep` must be an integer or int64 of shape ({batch_size},), got {timestep.dtype} of shape "
                 f"{tuple(timestep.shape)}."
@@ -356,8 +356,11 @@ class VQDiffusionTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         if (class_labels is not None) != (config.condition_type == "class"):
             wanted = "are needed" if config.condition_type == "class" else "must be None"
             raise ValueError(f"`class_labels` {wanted}: this model's condition is {config.condition_type!r}.")
-        if class_labels is not None and tuple(class_labels.shape) != (batch_size,):
-            raise ValueError(f"`class_labels` must have shape ({batch_size},), got {tuple(class_labels.shape)}.")
+        if class_labels is not None and (tuple(class_labels.shape) != (batch_size,) or not _is_integer(class_labels)):
+            raise ValueError(
+                f"`class_labels` must be int64 of shape ({batch_size},), got {class_labels.dtype} of shape "
+                f"{tuple(class_labels.shape)}."
+            )
         if encoder_hidden_states is not None:
             shape = tuple(encoder_hidden_states.shape)
             if len(shape) != 3 or shape[0] != batch_size or shape[2] != config.cross_attention_dim:
@@ -400,6 +403,10 @@ class VQDiffusionTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _is_integer(tensor: torch.Tensor) -> bool:
+    return tensor.dtype in (torch.int64, torch.int32)
 
 
 def _check_values(values: torch.LongTensor | int | None, size: int | None, name: str):

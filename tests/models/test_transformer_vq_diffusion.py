@@ -288,7 +288,12 @@ def test_null_conditions():
         ("unconditional", {"encoder_attention_mask": torch.ones(3, 7).bool()}, "needs `encoder_hidden_states`"),
         ("class", {"class_labels": None}, "`class_labels` are needed: this model's condition is 'class'"),
         ("class", {"class_labels": torch.tensor([0, 1, 5])}, "`class_labels` must lie in 0 … 4, got .* to 5"),
-        ("class", {"class_labels": torch.tensor([0, 1])}, r"`class_labels` must have shape \(3,\), got \(2,\)"),
+        (
+            "class",
+            {"class_labels": torch.tensor([0, 1])},
+            r"`class_labels` must be int64 of shape \(3,\), got .* \(2,\)",
+        ),
+        ("class", {"class_labels": torch.zeros(3)}, "`class_labels` must be int64 of shape .* got torch.float32"),
         ("text", {"encoder_hidden_states": None}, "`encoder_hidden_states` are needed"),
         ("text", {"encoder_hidden_states": torch.zeros(3, 7, 5)}, r"must have shape \(3, S, 6\), got \(3, 7, 5\)"),
         ("text", {"encoder_hidden_states": torch.zeros(2, 7, 6)}, r"must have shape \(3, S, 6\), got \(2, 7, 6\)"),
