@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from diffusers import VQDiffusionScheduler
 from scipy.stats import chi2
 
 from benchmarks.measure import peak_allocated_bytes
@@ -85,6 +86,19 @@ def test_posterior_between_any_two_timesteps(schedule, ends, seed):
         probs = torch.where((xt == logits.shape[-1])[..., None], probs, certain)
     expected = explicit_posterior(matrices, probs, xt, t, s)
     torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("t", [1, 40, 99])
+def test_posterior_of_one_timestep_is_that_of_diffusers(t):
+    num_embeddings = 30
+    scheduler, reference = MaskReplaceScheduler(num_embeddings), VQDiffusionScheduler(num_embeddings + 1)
+    probs = torch.randn(2, 50, num_embeddings, generator=seeded()).softmax(-1)
+    xt = torch.randint(0, num_embeddings + 1, (2, 50), generator=seeded())
+    xt[:, :10] = num_embeddings
+    expected = reference.q_posterior(probs.log().mT, xt, t).mT.exp()
+    torch.testing.assert_close(
+        scheduler.q_posterior(probs, xt, t, t - 1), expected, atol=1e-5, rtol=0
+    )  # logarithms in float32
 
 
 @pytest.mark.parametrize("schedule, ends", CHAINS, ids=IDS)
