@@ -9,7 +9,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, attention_
 from transformers import set_seed
 
 from hf_vq import VQDiffusionTransformer2DModel
-from hf_vq.models.transformer_vq_diffusion import AdaptiveLayerNorm, CodeEmbedding, VQDiffusionTransformerBlock
+from hf_vq.models.vq_diffusion_blocks import AdaptiveLayerNorm, CodeEmbedding, VQDiffusionTransformerBlock
 from tests.models.model_testing import all_tensors, assert_equal_tensors, cast_inputs
 
 
