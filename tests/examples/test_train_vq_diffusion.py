@@ -190,6 +190,37 @@ def test_two_processes_have_one_history(inputs, tmp_path):
     assert rows(tmp_path)[-1]["validation/num_images"] == 3
 
 
+PUSH = """
+import runpy, sys
+sys.argv = ["train_vq_diffusion.py", *{arguments!r}, "--push_to_hub", "true", "--hub_model_id", "tester/text"]
+runpy.run_path({script!r}, run_name="__main__")
+"""
+LOAD = """
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCard
+
+pipe = DiffusionPipeline.from_pretrained("tester/text", trust_remote_code=True)
+arguments = {"num_inference_steps": 3, "guidance_scale": 2.0, "output_type": "indices"}
+indices = pipe(["a picture", "of 1"], **arguments, generator=torch.Generator().manual_seed(0)).indices
+assert "bits_per_index" in ModelCard.load("tester/text").text
+torch.save(indices, "FOUND")
+"""
+
+
+@pytest.mark.hub
+@pytest.mark.slow
+def test_pushed_and_loaded_by_a_stranger(hub, inputs, tmp_path):
+    options = [*text_options(inputs), "--learnable_null_embedding", "true"]
+    command = arguments(inputs, tmp_path / "run", *options)
+    hub.run(PUSH.format(arguments=command, script=str(ROOT / SCRIPT)))
+    hub.run(LOAD.replace("FOUND", str(tmp_path / "found.pt")), installed=False)
+    pipe = VQDiffusionImagePipeline.from_pretrained(tmp_path / "run/pipeline")
+    sampling = {"num_inference_steps": 3, "guidance_scale": 2.0, "output_type": "indices"}
+    indices = pipe(["a picture", "of 1"], **sampling, generator=torch.Generator().manual_seed(0)).indices
+    assert torch.equal(indices, torch.load(tmp_path / "found.pt"))
+
+
 @pytest.mark.slow
 def test_three_kills_change_nothing(tmp_path):
     command = [
