@@ -7,7 +7,7 @@ import torch
 
 from .code_sampling import KnownCodes, repeat_rows
 from .pipeline_output import VQPipelineOutput
-from .pipeline_utils import as_levels, of_levels
+from .pipeline_utils import as_levels, of_levels, onload
 
 
 HALVES = ("top", "bottom", "left", "right")
@@ -177,6 +177,7 @@ class CompletionMixin:
         name, levels = "indices", as_levels(indices)
         if image is not None:
             pixel_values = to_pixel_values(image, self.vqvae.config.in_channels)
+            onload(self.vqvae)
             pixel_values = pixel_values.to(self._execution_device, self.vqvae.dtype)
             parts = [as_levels(self.vqvae.encode(part).indices) for part in pixel_values.split(16)]
             name, levels = "image", [torch.cat(of_level) for of_level in zip(*parts, strict=True)]

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import DiffusionPipeline
 
 from hf_vq import MaskReplaceScheduler, VQDiffusionImagePipeline
@@ -199,25 +198,6 @@ def test_half_precision():
     pipeline = make_pipeline("text").to(torch.bfloat16)
     output = pipeline(**CONDITIONS["text"], generator=seeded(), output_type="pt")
     assert output.images.dtype == torch.float32 and output.indices.shape == (2, 4, 4)
-
-
-def test_offloading_runs_the_parts_in_their_order():
-    class Recorder(ModelHook):
-        def __init__(self, name):
-            self.name = name
-
-        def pre_forward(self, module, *args, **kwargs):
-            seen.append(self.name)
-            return args, kwargs
-
-    pipeline, seen = make_pipeline("text"), []
-    for name in ("text_encoder", "transformer", "vqvae"):
-        add_hook_to_module(getattr(pipeline, name), Recorder(name))
-    pipeline(prompt="cat", generator=seeded())
-    assert "->".join(dict.fromkeys(seen)) == pipeline.model_cpu_offload_seq
-    seen.clear()
-    pipeline(prompt="cat", image=image(), strength=0.1)
-    assert list(dict.fromkeys(seen)) == ["vqvae", "text_encoder", "transformer"] and seen[-1] == "vqvae"
 
 
 # --------------------------------------------------------------------------------------------- errors

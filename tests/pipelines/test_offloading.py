@@ -1,0 +1,58 @@
+"""`enable_model_cpu_offload`: a part is brought to its device by its hook, also where its `forward` is passed by."""
+
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+
+from tests.pipelines import test_pipeline_vq_autoregressive, test_pipeline_vq_latent_diffusion, vq_diffusion_parts
+
+
+class Recorder(ModelHook):
+    def __init__(self, name, seen):
+        self.name, self.seen = name, seen
+
+    def pre_forward(self, module, *args, **kwargs):
+        self.seen.append(self.name)
+        return args, kwargs
+
+
+def record(pipeline) -> list[str]:
+    """A list that fills with the names of the parts that hooks are told of."""
+    seen = []
+    for name, part in pipeline.components.items():
+        if isinstance(part, torch.nn.Module):
+            add_hook_to_module(part, Recorder(name, seen))
+    return seen
+
+
+def in_order(seen: list[str]) -> str:
+    return "->".join(name for name, before in zip(seen, [None, *seen], strict=False) if name != before)
+
+
+def test_codes():
+    pipeline = vq_diffusion_parts.make_pipeline("text")
+    seen = record(pipeline)
+    pipeline(prompt="cat", num_inference_steps=2)
+    assert in_order(seen) == pipeline.model_cpu_offload_seq
+    seen.clear()
+    pipeline(prompt="cat", image=vq_diffusion_parts.image(), strength=0.1)
+    assert in_order(seen) == "vqvae->text_encoder->transformer->vqvae"
+
+
+def test_latents():
+    pipeline = test_pipeline_vq_latent_diffusion.make_pipeline("text")
+    seen = record(pipeline)
+    pipeline(prompt="cat", num_inference_steps=2)
+    assert in_order(seen) == pipeline.model_cpu_offload_seq
+    seen.clear()
+    pipeline(prompt="cat", image=test_pipeline_vq_latent_diffusion.image(), strength=0.5, num_inference_steps=2)
+    assert in_order(seen) == "text_encoder->vqvae->unet->vqvae"
+
+
+def test_sequences():
+    pipeline = test_pipeline_vq_autoregressive.make_pipeline()
+    seen = record(pipeline)
+    pipeline()
+    assert in_order(seen) == pipeline.model_cpu_offload_seq
+    seen.clear()
+    pipeline.complete(image=torch.zeros(1, 3, 8, 8))
+    assert in_order(seen) == "vqvae->prior->vqvae"
