@@ -18,8 +18,8 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteS
 from torch.utils.data import DataLoader
 
 from hf_vq import VQLatentDiffusionPipeline
-from hf_vq.evaluation.features import FeatureCollector, PooledLayer
-from hf_vq.evaluation.generation import compare_features
+from hf_vq.evaluation.features import PooledLayer
+from hf_vq.evaluation.generation import compare_images
 from hf_vq.evaluation.pictures import labelled_rows, samples_by_class
 from hf_vq.training.checkpointing import write_file_atomically
 from hf_vq.training.data import DataArguments, collate, load_image_dataset
@@ -71,25 +71,21 @@ def scheduler_sheet(pipe: VQLatentDiffusionPipeline, path: Path) -> None:
 
 def compare(pipe: VQLatentDiffusionPipeline, quick: bool) -> dict:
     """Distances to validation images, classes as frequent as there, beside what training images score."""
-    device = pipe.device
     arguments = DataArguments(
         str(DATA), label_column="category", resolution=pipe.vqvae.config.resolution, max_samples=64 if quick else None
     )
     train_images, validation = (load_image_dataset(arguments, split) for split in ("train", "validation"))
-    network = PooledLayer(build_perceptual("mobilenet_v2").to(device), FEATURE_LAYER)
-    real, generated, seen = (FeatureCollector(network) for _ in range(3))
-    for i, batch in enumerate(DataLoader(validation, batch_size=64, collate_fn=collate)):
-        real.update(batch["pixel_values"].to(device))
-        generated.update(sample(pipe, batch["label"].tolist(), 1, seed=100 + i))
+    extractor = PooledLayer(build_perceptual("mobilenet_v2"), FEATURE_LAYER)
+    batches = list(DataLoader(validation, batch_size=64, collate_fn=collate))
+    real = torch.cat([batch["pixel_values"] for batch in batches])
+    generated = [sample(pipe, batch["label"].tolist(), 1, seed=100 + i) for i, batch in enumerate(batches)]
     rows = torch.randperm(len(train_images), generator=torch.Generator().manual_seed(0))[: len(validation)]
-    for part in rows.split(64):
-        seen.update(torch.stack([train_images[i]["pixel_values"] for i in part.tolist()]).to(device))
-    real = real.compute()
+    seen = torch.stack([train_images[i]["pixel_values"] for i in rows.tolist()])
     metrics = {}
-    for name, features in (("", generated.compute()), ("training_images_", seen.compute())):
-        for measurement in compare_features(real, features, metrics=("frechet_distance", "kernel_distance")):
-            metrics[f"{name}{measurement.label}"] = measurement.value
-            metrics[f"floor_{measurement.label}"] = measurement.real_split
+    for name, images in (("", torch.cat(generated).cpu()), ("training_images_", seen)):
+        for figure in compare_images(real, images, extractor, metrics=("frechet_distance", "kernel_distance")):
+            metrics[f"{name}{figure.label}"] = figure.value
+            metrics[f"floor_{figure.label}"] = figure.real_split
     return {**metrics, "num_images": len(real)}
 
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from .features import FeatureSet
+from .features import FeatureExtractor, FeatureSet, extract_features
 
 
 BLOCK_ELEMENTS = 2**22  # of the pairwise matrices: 32 MB in float64
@@ -92,6 +92,20 @@ def compare_features(
             Measurement(metric, real.network, value, standard_error, len(real), len(generated), floor, half)
         )
     return results
+
+
+def compare_images(
+    real: torch.Tensor, generated: torch.Tensor, extractor: FeatureExtractor, batch_size: int = 64, **kwargs
+) -> list[Measurement]:
+    """`compare_features` of pictures `(N, 3, H, W)` and `(M, 3, H, W)` in [-1, 1], where `extractor` is.
+
+    Args:
+        extractor: see `FeatureExtractor`.
+        batch_size: pictures that it sees at a time.
+        kwargs: those of `compare_features`.
+    """
+    sets = (extract_features(images.split(batch_size), extractor, progress=False) for images in (real, generated))
+    return compare_features(*sets, **kwargs)
 
 
 def symmetric_sqrt(matrix: torch.Tensor) -> torch.Tensor:
@@ -256,6 +270,7 @@ __all__ = [
     "Measurement",
     "classifier_score",
     "compare_features",
+    "compare_images",
     "frechet_distance",
     "kernel_distance",
     "precision_recall",

@@ -10,6 +10,7 @@ from hf_vq.evaluation.features import FeatureSet
 from hf_vq.evaluation.generation import (
     classifier_score,
     compare_features,
+    compare_images,
     frechet_distance,
     kernel_distance,
     precision_recall,
@@ -183,6 +184,20 @@ def test_compare_features_reports_counts_network_and_floor():
     assert results["precision[toy]"].value == precision_recall(real.features, generated.features, 2)[0]
     assert results["recall[toy]"].real_split == precision_recall(half, other, 2)[1]
     assert kernel.to_dict()["label"] == "kernel_distance[toy]"
+
+
+def test_compare_images_takes_the_features_of_all_batches():
+    class Means:
+        name = "means"
+
+        def pooled(self, images):
+            assert len(images) <= 4
+            return images.mean((2, 3))
+
+    real, generated = torch.rand(2, 10, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    found = compare_images(real, generated[:9], Means(), batch_size=4, metrics=("frechet_distance",))
+    means = [FeatureSet(images.flatten(2).mean(-1), "means") for images in (real, generated[:9])]
+    assert found == compare_features(*means, metrics=("frechet_distance",)) and found[0].num_generated == 9
 
 
 def test_features_that_cannot_be_compared_are_refused():
