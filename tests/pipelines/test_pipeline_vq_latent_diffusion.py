@@ -63,37 +63,33 @@ def make_vqvae(**overrides):
     return VQGANModel(VQGANConfig(**{**config, **overrides})).eval()
 
 
+UNET = {
+    "sample_size": 4,
+    "out_channels": D,
+    "block_out_channels": (8, 8),
+    "norm_num_groups": 4,
+    "layers_per_block": 1,
+    "attention_head_dim": 4,
+}
+
+
 def make_unet(in_channels=D, **overrides):
     torch.manual_seed(1)
-    config = {
-        "sample_size": 4,
-        "in_channels": in_channels,
-        "out_channels": D,
-        "block_out_channels": (8, 8),
-        "norm_num_groups": 4,
-        "layers_per_block": 1,
-        "attention_head_dim": 4,
+    blocks = {
         "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
         "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
     }
-    return UNet2DModel(**{**config, **overrides}).eval()
+    return UNet2DModel(in_channels=in_channels, **{**UNET, **blocks, **overrides}).eval()
 
 
 def make_text_unet(in_channels=D, **overrides):
     torch.manual_seed(1)
-    config = {
-        "sample_size": 4,
-        "in_channels": in_channels,
-        "out_channels": D,
-        "block_out_channels": (8, 8),
-        "norm_num_groups": 4,
-        "layers_per_block": 1,
-        "attention_head_dim": 4,
+    blocks = {
         "cross_attention_dim": 8,
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
     }
-    return UNet2DConditionModel(**{**config, **overrides}).eval()
+    return UNet2DConditionModel(in_channels=in_channels, **{**UNET, **blocks, **overrides}).eval()
 
 
 def make_text_parts():
