@@ -56,6 +56,13 @@ class VQDiffusionImagePipeline(CodeConditionMixin, VQPipeline):
         text_pad_token_id: int | None = None,
     ):
         super().__init__()
+        if vqvae is not None:
+            levels = len(vqvae.config.downsample_factors)
+            if levels > 1 or vqvae.config.quantizer == "residual":
+                raise ValueError(
+                    f"`vqvae` must have one code at each position of one grid, got {levels} levels and the quantizer "
+                    f"{vqvae.config.quantizer!r}."
+                )
         for name, part in (("transformer", transformer), ("scheduler", scheduler)):
             if part is not None and vqvae is not None and part.config.num_embeddings != vqvae.config.num_embeddings:
                 raise ValueError(

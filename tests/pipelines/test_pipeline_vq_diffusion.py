@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from hf_vq import MaskReplaceScheduler, VQDiffusionImagePipeline
+from hf_vq import MaskReplaceScheduler, VQDiffusionImagePipeline, VQVAE2Config, VQVAE2Model
 from tests.pipelines.test_pipeline_vq_latent_diffusion import make_vqvae
 from tests.pipelines.vq_diffusion_parts import (
     CODES,
@@ -262,6 +262,12 @@ def test_errors_of_parts():
         make_pipeline(scheduler=MaskReplaceScheduler(15, STEPS))
     with pytest.raises(ValueError, match="`scheduler` must have as many timesteps as `transformer`: got 11 and 10"):
         make_pipeline(scheduler=MaskReplaceScheduler(CODES, 11))
+    residual = make_vqvae(quantizer="residual", quantizer_kwargs={"depth": 2})
+    with pytest.raises(ValueError, match="`vqvae` must have one code at each position .*, got 1 levels .* 'residual'"):
+        make_pipeline(vqvae=residual)
+    levels = VQVAE2Model(VQVAE2Config(num_embeddings=CODES, embed_dim=4, hidden_size=8, residual_hidden_size=4))
+    with pytest.raises(ValueError, match="`vqvae` must have one code at each position .*, got 2 levels"):
+        make_pipeline(vqvae=levels)
 
 
 def test_guidance_needs_a_null_condition():
