@@ -1,5 +1,6 @@
 """What a denoiser of latents takes beside them: classes, text, and maps that are concatenated."""
 
+import PIL.Image
 import torch
 import torch.nn.functional as F
 
@@ -36,11 +37,15 @@ def to_mask(mask) -> torch.FloatTensor:
 
 def to_map(values) -> torch.FloatTensor:
     """A map to concatenate: a tensor `(B, C, H, W)` or `(C, H, W)` of any kind of number, or PIL images in [-1, 1]."""
-    if isinstance(values, torch.Tensor):
-        if values.ndim not in (3, 4):
-            raise ValueError(f"`condition_image` must be (B, C, H, W), got {tuple(values.shape)}.")
-        return values.float() if values.ndim == 4 else values.float()[None]
-    return to_pixel_values(values, 3)
+    if not isinstance(values, (torch.Tensor, list, tuple, PIL.Image.Image)):
+        raise ValueError(
+            f"`condition_image` must be a tensor (B, C, H, W) or PIL images, got a {type(values).__name__}."
+        )
+    if not isinstance(values, torch.Tensor):
+        return to_pixel_values(values, 3)
+    if values.ndim not in (3, 4):
+        raise ValueError(f"`condition_image` must be (B, C, H, W), got {tuple(values.shape)}.")
+    return values.float() if values.ndim == 4 else values.float()[None]
 
 
 def repeat_to(values: torch.Tensor, batch_size: int, name: str) -> torch.Tensor:
@@ -181,6 +186,11 @@ class LatentConditionMixin(TextConditionMixin):
                     "crop it, or give `height` and `width`."
                 )
             maps = resize_map(condition_image.to(self._execution_device), size)
+        if maps is None and channels:
+            raise ValueError(
+                f"`condition_image`, or `image` with `mask_image`, must be given: the denoiser takes {channels} channels "
+                "beside the latents."
+            )
         found = 0 if maps is None else maps.shape[1]
         if found != channels:
             name = "mask_image" if mask is not None else "condition_image"

@@ -114,14 +114,14 @@ class VQLatentDiffusionPipeline(LatentConditionMixin, VQPipeline):
         if output_type not in LATENT_OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be one of {LATENT_OUTPUT_TYPES}, got {output_type!r}.")
         self.check_output(num_images_per_prompt, "indices" if output_type == "latent" else output_type)
-        if not isinstance(guidance_scale, (int, float)) or guidance_scale < 0:
+        if not isinstance(guidance_scale, (int, float)) or not guidance_scale >= 0:
             raise ValueError(f"`guidance_scale` must be a number that is not negative, got {guidance_scale!r}.")
-        if not 0 < strength <= 1:
+        if not isinstance(strength, (int, float)) or not 0 < strength <= 1:
             raise ValueError(f"`strength` must lie in (0, 1], got {strength!r}.")
         if strength != 1 and image is None:
             raise ValueError("`strength` needs an `image` to start from.")
-        if mask_image is not None and image is None:
-            raise ValueError("`mask_image` needs the `image` that it is a part of.")
+        if mask_image is not None and (image is None or strength != 1):
+            raise ValueError("`mask_image` needs the `image` that it is a part of, and no `strength`.")
         if callback is not None and not callable(callback):
             raise ValueError("`callback_on_step_end` must be callable.")
 
@@ -151,8 +151,9 @@ class VQLatentDiffusionPipeline(LatentConditionMixin, VQPipeline):
         """The noise that denoising starts from, or `image_latents` (scaled) with the noise of `first_timestep`."""
         device = self._execution_device
         if latents is not None:
-            if latents.shape != torch.Size(shape):
-                raise ValueError(f"`latents` must have shape {tuple(shape)}, got {tuple(latents.shape)}.")
+            if not isinstance(latents, torch.Tensor) or latents.shape != torch.Size(shape):
+                got = tuple(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__
+                raise ValueError(f"`latents` must have shape {tuple(shape)}, got {got}.")
             noise = latents.to(device, torch.float32)
         else:
             noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
@@ -200,6 +201,8 @@ class VQLatentDiffusionPipeline(LatentConditionMixin, VQPipeline):
     def step_arguments(self, generator, eta: float) -> dict:
         """What `scheduler.step` takes beside its inputs."""
         accepted = inspect.signature(self.scheduler.step).parameters
+        if not isinstance(eta, (int, float)) or not eta >= 0:
+            raise ValueError(f"`eta` must be a number that is not negative, got {eta!r}.")
         if eta != 0 and "eta" not in accepted:
             raise ValueError(f"`eta` has no meaning for a {type(self.scheduler).__name__}; leave it at 0.")
         values = {"eta": eta, "generator": generator}

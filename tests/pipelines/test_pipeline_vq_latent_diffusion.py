@@ -348,13 +348,18 @@ def test_half_precision():
         ("class", {"class_labels": "owl"}, r"one of \['cat', 'dog'\]"),
         ("class", {"guidance_scale": 2.0}, "`guidance_scale` other than 1 needs `class_labels`"),
         ("class", {"class_labels": 0, "guidance_scale": -1}, "`guidance_scale` must be"),
+        ("class", {"class_labels": 0, "guidance_scale": float("nan")}, "`guidance_scale` must be"),
         ("unconditional", {"num_inference_steps": 0}, "`num_inference_steps` must be a positive int"),
         ("unconditional", {"strength": 0.5}, "`strength` needs an `image`"),
         ("unconditional", {"strength": 1.5}, r"`strength` must lie in \(0, 1\]"),
         ("unconditional", {"mask_image": torch.ones(8, 8)}, "`mask_image` needs the `image`"),
         ("unconditional", {"image": image(), "mask_image": torch.ones(8, 8)}, "0 channels that the denoiser takes"),
         ("unconditional", {"image": image(), "mask_image": torch.ones(4, 4)}, "`mask_image` must be 8 high"),
+        ("unconditional", {"image": image(), "mask_image": torch.ones(8, 8), "strength": 0.5}, "and no `strength`"),
         ("unconditional", {"condition_image": image()}, "`condition_image` must give the 0 channels"),
+        ("unconditional", {"condition_image": np.zeros((1, 3, 4, 4))}, "`condition_image` must be a tensor"),
+        ("unconditional", {"eta": -1.0}, "`eta` must be a number that is not negative"),
+        ("unconditional", {"latents": [0.0]}, "`latents` must have shape .* got list"),
         ("unconditional", {"height": 7}, "`height` must be a multiple of 2"),
         ("unconditional", {"latents": torch.zeros(1, D, 3, 3)}, "`latents` must have shape"),
         ("unconditional", {"output_type": "indices"}, "`output_type` must be one of"),
@@ -414,6 +419,8 @@ def test_errors_of_parts():
         make_pipeline(unet=make_unet(out_channels=3))
     with pytest.raises(ValueError, match="either cross-attention or a class embedding"):
         make_pipeline(unet=make_text_unet(num_class_embeds=3))
+    with pytest.raises(ValueError, match="must be given: the denoiser takes 5 channels"):
+        make_pipeline(unet=make_unet(in_channels=D + 5))(image=image(), strength=0.5)
     with pytest.raises(ValueError, match="`null_class_id` must be one of the classes"):
         make_pipeline("class", null_class_id=3)
     with pytest.raises(ValueError, match="`eta` has no meaning for a EulerDiscreteScheduler"):
