@@ -13,6 +13,8 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "MaskReplaceScheduler": "hf_vq.schedulers.scheduling_mask_replace",
+    "PixelCNNConfig": "hf_vq.models.configuration_pixelcnn",
+    "PixelCNNForCausalLM": "hf_vq.models.modeling_pixelcnn",
     "VQAutoregressivePipeline": "hf_vq.pipelines.pipeline_vq_autoregressive",
     "VQDiffusionImagePipeline": "hf_vq.pipelines.pipeline_vq_diffusion",
     "VQDiffusionTransformer2DModel": "hf_vq.models.transformer_vq_diffusion",

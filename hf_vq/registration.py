@@ -14,6 +14,7 @@ from functools import partial
 # model_type: (config class, {auto class: class})
 MODELS = {
     "hf_vq_gpt": ("VQGPTConfig", {"AutoModelForCausalLM": "VQGPTForCausalLM"}),
+    "hf_vq_pixelcnn": ("PixelCNNConfig", {"AutoModelForCausalLM": "PixelCNNForCausalLM"}),
     "hf_vq_vqgan": ("VQGANConfig", {"AutoModel": "VQGANModel", "AutoImageProcessor": "VQImageProcessor"}),
     "hf_vq_vqvae": ("VQVAEConfig", {"AutoModel": "VQVAEModel", "AutoImageProcessor": "VQImageProcessor"}),
     "hf_vq_vqvae2": ("VQVAE2Config", {"AutoModel": "VQVAE2Model", "AutoImageProcessor": "VQImageProcessor"}),

@@ -13,10 +13,24 @@ from .configuration_pixelcnn import PixelCNNConfig
 from .incremental_generation import IncrementalCache, IncrementalGenerationMixin
 
 
+GATE_GAIN = 2.5  # of the initial weights before a gate, which halves what is near 0
+
+
 def gate(features: torch.Tensor, dim: int = 1) -> torch.Tensor:
     """`tanh(f) * sigmoid(g)`, with f and g the halves of the channels (van den Oord et al. 2016, equation 2)."""
     filters, gates = features.chunk(2, dim)
     return torch.tanh(filters) * torch.sigmoid(gates)
+
+
+class GateConv(nn.Conv2d):
+    """A convolution whose output goes through `gate`."""
+
+
+class ClassBias(nn.Embedding):
+    """What a class, or the null class, adds before a gate (van den Oord et al. 2016, equation 4)."""
+
+    def __init__(self, config: PixelCNNConfig):
+        super().__init__(config.condition_vocab_size + 1, 2 * config.hidden_size)
 
 
 class GatedLayer(GradientCheckpointingLayer):
@@ -37,16 +51,15 @@ class GatedLayer(GradientCheckpointingLayer):
         channels, half = config.hidden_size, config.kernel_size // 2
         self.is_first, self.is_last, self.half = is_first, is_last, half
         self.taps = half if is_first else half + 1  # rows, or columns, up to the position's own
-        self.vertical_conv = nn.Conv2d(channels, 2 * channels, (self.taps, config.kernel_size))
-        self.horizontal_conv = nn.Conv2d(channels, 2 * channels, (1, self.taps))
+        self.vertical_conv = GateConv(channels, 2 * channels, (self.taps, config.kernel_size))
+        self.horizontal_conv = GateConv(channels, 2 * channels, (1, self.taps))
         self.vertical_to_horizontal = nn.Conv2d(2 * channels, 2 * channels, 1)
         self.horizontal_out = nn.Conv2d(channels, channels, 1)
         self.dropout = nn.Dropout(config.dropout)
         self.class_horizontal = self.class_vertical = None
         if config.condition_type == "class":
-            self.class_horizontal = nn.Embedding(config.condition_vocab_size + 1, 2 * channels)
-            if not is_last:
-                self.class_vertical = nn.Embedding(config.condition_vocab_size + 1, 2 * channels)
+            self.class_horizontal = ClassBias(config)
+            self.class_vertical = None if is_last else ClassBias(config)
 
     def forward(
         self, vertical: torch.Tensor, horizontal: torch.Tensor, class_ids: torch.LongTensor | None
@@ -91,7 +104,7 @@ class LayerSteps:
             self.class_horizontal = layer.class_horizontal(class_ids)[:, None]
             self.class_vertical = None if layer.is_last else layer.class_vertical(class_ids)[:, :, None]
         shift = -1 if layer.is_first else 0
-        self.rows = F.pad(vertical, (half, half, taps, shift))[:, :, -taps:]
+        self.rows = F.pad(vertical, (half, half, taps, shift))[:, :, -taps:].contiguous()  # not the whole map
         self.columns = F.pad(horizontal[:, :, -1], (half, 0)).transpose(1, 2).contiguous()
         self._read_rows()
 
@@ -144,30 +157,20 @@ class PixelCNNPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        if isinstance(module, GatedLayer):
-            # near 0 the gate halves its input, and without a gain the vertical stack, which has no skips, fades with depth
-            for conv in (module.vertical_conv, module.horizontal_conv):
-                self._init_layer(conv, gain=2.0)
-            self._init_layer(module.vertical_to_horizontal)
-            self._init_layer(module.horizontal_out)
-            for embedding in (module.class_horizontal, module.class_vertical):
-                if embedding is not None:
-                    init.zeros_(embedding.weight)
-        elif isinstance(module, PixelCNNHead):
-            self._init_layer(module.hidden)
-            self._init_layer(module.out)
-        elif isinstance(module, PixelCNNForCausalLM):
-            init.normal_(module.code_embedding.weight)
-
-    @staticmethod
-    def _init_layer(layer: nn.Conv2d | nn.Linear, gain: float = 1.0):
-        normed = is_parametrized(layer, "weight")
-        weight = layer.parametrizations.weight.original1 if normed else layer.weight
-        init.normal_(weight, std=gain / weight[0].numel() ** 0.5)
-        if normed:
-            length = layer.parametrizations.weight.original0
-            init.copy_(length, torch.linalg.vector_norm(weight.flatten(1), dim=1).view_as(length))
-        init.zeros_(layer.bias)
+        if isinstance(module, ClassBias):
+            init.zeros_(module.weight)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight)
+        elif isinstance(module, (nn.Conv2d, nn.Linear)):
+            normed = is_parametrized(module, "weight")
+            weight = module.parametrizations.weight.original1 if normed else module.weight
+            # the vertical stack has no skips: with a gain of 1 it would fade with depth
+            gain = GATE_GAIN if isinstance(module, GateConv) else 1.0
+            init.normal_(weight, std=gain / weight[0].numel() ** 0.5)
+            init.zeros_(module.bias)
+            if normed:
+                length = module.parametrizations.weight.original0
+                init.copy_(length, torch.linalg.vector_norm(weight.flatten(1), dim=1).view_as(length))
 
 
 class PixelCNNForCausalLM(IncrementalGenerationMixin, PixelCNNPreTrainedModel, GenerationMixin):
