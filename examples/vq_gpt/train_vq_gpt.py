@@ -15,8 +15,8 @@ from transformers import AutoImageProcessor, AutoModel
 from hf_vq import VQAutoregressivePipeline, VQGPTConfig, VQGPTForCausalLM
 from hf_vq.evaluation.evaluate import evaluate_prior
 from hf_vq.training.arguments import parse_arguments
-from hf_vq.training.data import DataArguments, collate, load_image_dataset
-from hf_vq.training.indices_cache import load_indices, write_indices
+from hf_vq.training.code_splits import load_code_splits
+from hf_vq.training.data import DataArguments, collate
 from hf_vq.training.labels import count_classes
 from hf_vq.training.run import RunArguments, TrainingRun
 from hf_vq.training.sharing import save_trained
@@ -102,21 +102,9 @@ def validate(run: TrainingRun, prior, tokenizer, codes, args: VQGPTArguments) ->
 
 def main(argv: list[str] | None = None) -> None:
     run_args, data_args, args = parse_arguments((RunArguments, DataArguments, VQGPTArguments), argv)
-    if data_args.random_flip or data_args.crop != "center":
-        raise ValueError(
-            f"random_flip={data_args.random_flip} and crop={data_args.crop!r} have no effect on codes that are written "
-            "once: leave them out, and use random_flip_codes=True for mirrored images."
-        )
     run = TrainingRun(run_args)
     tokenizer = AutoModel.from_pretrained(args.tokenizer, dtype=torch.float32).to(run.device).eval()
-    codes, class_names = {}, None
-    for split in ("train", "validation"):
-        images = load_image_dataset(data_args, split, class_names=class_names)
-        class_names = images.class_names if split == "train" else class_names
-        folder = run.output_dir / "indices" / split
-        flip = args.random_flip_codes and split == "train"
-        write_indices(tokenizer, images, folder, flip=flip, num_workers=run_args.dataloader_num_workers)
-        codes[split] = load_indices(folder, tokenizer, random_flip=flip, seed=run_args.seed)
+    codes, class_names = load_code_splits(run, data_args, tokenizer, args.random_flip_codes)
 
     grid_size = tuple(codes["train"].grids["indices"])
     num_classes = count_classes(codes, class_names, data_args.label_column)

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from hf_vq import VQGPTForCausalLM, VQImageProcessor, VQVAEConfig, VQVAEModel
+from hf_vq.training import code_splits
 from hf_vq.training.arguments import parse_arguments
 from hf_vq.training.losses import VQGANLoss
 
@@ -115,7 +116,7 @@ def test_workers_read_the_images_that_are_encoded(inputs, monkeypatch):
         seen["num_workers"] = num_workers
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "write_indices", write_indices)
+    monkeypatch.setattr(code_splits, "write_indices", write_indices)
     places = [f"--{key}={inputs / value}" for key, value in PLACES.items()]
     with pytest.raises(KeyboardInterrupt):
         module.main([*places, "--resolution", "8", "--cpu", "true", "--dataloader_num_workers", "3"])
