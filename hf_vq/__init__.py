@@ -15,6 +15,8 @@ _MODULES = {
     "MaskReplaceScheduler": "hf_vq.schedulers.scheduling_mask_replace",
     "PixelCNNConfig": "hf_vq.models.configuration_pixelcnn",
     "PixelCNNForCausalLM": "hf_vq.models.modeling_pixelcnn",
+    "PixelSNAILConfig": "hf_vq.models.configuration_pixelsnail",
+    "PixelSNAILForCausalLM": "hf_vq.models.modeling_pixelsnail",
     "VQAutoregressivePipeline": "hf_vq.pipelines.pipeline_vq_autoregressive",
     "VQDiffusionImagePipeline": "hf_vq.pipelines.pipeline_vq_diffusion",
     "VQDiffusionTransformer2DModel": "hf_vq.models.transformer_vq_diffusion",

@@ -15,6 +15,7 @@ from functools import partial
 MODELS = {
     "hf_vq_gpt": ("VQGPTConfig", {"AutoModelForCausalLM": "VQGPTForCausalLM"}),
     "hf_vq_pixelcnn": ("PixelCNNConfig", {"AutoModelForCausalLM": "PixelCNNForCausalLM"}),
+    "hf_vq_pixelsnail": ("PixelSNAILConfig", {"AutoModelForCausalLM": "PixelSNAILForCausalLM"}),
     "hf_vq_vqgan": ("VQGANConfig", {"AutoModel": "VQGANModel", "AutoImageProcessor": "VQImageProcessor"}),
     "hf_vq_vqvae": ("VQVAEConfig", {"AutoModel": "VQVAEModel", "AutoImageProcessor": "VQImageProcessor"}),
     "hf_vq_vqvae2": ("VQVAE2Config", {"AutoModel": "VQVAE2Model", "AutoImageProcessor": "VQImageProcessor"}),
