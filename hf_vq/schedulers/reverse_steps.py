@@ -65,7 +65,7 @@ def purity_step(
     temperature: float = 1.0,
 ) -> torch.LongTensor:
     """
-    Gives codes to some masked positions and leaves all others as they are (Tang et al. 2022, section 3.3).
+    Gives codes to some masked positions and leaves all others as they are (Tang et al. 2022, with equation 11).
 
     Args:
         logits, sample, free, generator, truncation_rate, temperature: see `posterior_step`.

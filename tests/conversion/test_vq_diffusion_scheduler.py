@@ -180,6 +180,19 @@ def test_nothing_is_left_out(golden):
     golden.assert_all_compared({name for name in outputs if name.startswith(ELSEWHERE)})
 
 
+@pytest.mark.parametrize(
+    "revealed, tolerance",
+    [([1, 10] + [11, 10, 10] * 32 + [11, 11], 1), ([69] + [102] * 8 + [139], 69)],  # by timestep, for 1024 positions
+)
+def test_number_of_positions_that_the_purity_prior_reveals(revealed, tolerance):
+    """What is masked after each step, beside the original's tables for 100 and 10 steps."""
+    scheduler = MaskReplaceScheduler(4, len(revealed))
+    x = scheduler.initial_sample((1, 32, 32))
+    for t in scheduler.timesteps[:-1]:
+        x = scheduler.step(torch.zeros(1, 32, 32, 4), t, x, prior_rule=1).prev_sample
+        assert abs(int((x == 4).sum()) - sum(revealed[:t])) <= tolerance, t
+
+
 @torch.no_grad()
 def test_purity_prior():
     """A whole chain, each call from the original's state: what it scores, what it draws from, and what it draws."""

@@ -326,6 +326,20 @@ def test_purity_prior_on_any_grid_and_any_steps(rule, weight, side, num_steps, s
     assert (x.prev_sample < 12).all()
 
 
+@pytest.mark.parametrize("schedule", ["linear", "uniform_only"])
+def test_known_codes_are_kept_at_every_step(schedule):
+    scheduler = MaskReplaceScheduler(12, 10, schedule)
+    known = torch.rand(2, 4, 4, generator=seeded()) < 0.5
+    codes = torch.randint(0, 12, (2, 4, 4), generator=seeded())
+    x = torch.where(known, codes, scheduler.initial_sample((2, 4, 4), generator=seeded()))
+    start = x
+    for t in scheduler.timesteps:
+        logits = torch.randn(2, 4, 4, 12, generator=seeded())
+        x = scheduler.step(logits, t, x, seeded(int(t)), known_indices=start, known_mask=known).prev_sample
+        assert torch.equal(x[known], codes[known])
+    assert (x < 12).all() and (x != start)[~known].any()
+
+
 def test_purity_prior_of_a_sample_with_known_codes():
     scheduler = MaskReplaceScheduler(12, 10)
     known = torch.zeros(1, 4, 4, dtype=torch.bool)
