@@ -35,23 +35,23 @@ def posterior_step(
     stays_if_right, stays_if_wrong = chain.right_code_stays, chain.wrong_code_stays
     stays = torch.where(sample == mask_index, chain.mask_stays, torch.minimum(stays_if_right, stays_if_wrong))
     u = uniform_positions(sample, generator)
-    open_ = (u >= stays) & free
+    undecided = (u >= stays) & free
 
-    counts = open_.sum(dim=1).cpu()
-    original = draw_rows(logits, _rows(open_), counts, generator, truncation_rate, temperature)
-    now = sample[open_]
+    counts = undecided.sum(dim=1).cpu()
+    original = draw_rows(logits, _rows(undecided), counts, generator, truncation_rate, temperature)
+    now = sample[undecided]
     is_code, same = now != mask_index, now == original
-    stays = is_code & (u[open_] < torch.where(same, stays_if_right[open_], stays_if_wrong[open_]))
+    stays = is_code & (u[undecided] < torch.where(same, stays_if_right[undecided], stays_if_wrong[undecided]))
     # a position that changes becomes x_0 with weight ᾱ_s + β̄_s, and any code but x_0 and x_t with β̄_s each
     others = mask_index - 1 - (is_code & ~same).long()
-    weight = chain.alpha_s[open_] + chain.beta_s[open_]
+    weight = chain.alpha_s[undecided] + chain.beta_s[undecided]
     v, w = uniform(counts, 2, generator, device).unbind(dim=1)
-    becomes_original = ~same & (v * (weight + others * chain.beta_s[open_]) < weight)
+    becomes_original = ~same & (v * (weight + others * chain.beta_s[undecided]) < weight)
     other = (w * others).long().minimum(others - 1)
     other = other + (other >= torch.minimum(original, now))
     other = other + ((other >= torch.maximum(original, now)) & ~same)
     changed = torch.where(becomes_original, original, other)
-    return sample.masked_scatter(open_, torch.where(stays, now, changed))
+    return sample.masked_scatter(undecided, torch.where(stays, now, changed))
 
 
 def purity_step(
