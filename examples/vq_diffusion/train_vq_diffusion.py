@@ -18,8 +18,8 @@ from hf_vq.evaluation.diffusion_likelihood import DiffusionLikelihood
 from hf_vq.evaluation.evaluate import evaluate_prior
 from hf_vq.pipelines.text_conditioning import TextCondition, text_length
 from hf_vq.training.arguments import parse_arguments
+from hf_vq.training.code_splits import load_code_splits
 from hf_vq.training.data import DataArguments, collate, load_image_dataset
-from hf_vq.training.indices_cache import load_indices, write_indices
 from hf_vq.training.labels import count_classes
 from hf_vq.training.mask_replace_objective import MaskReplaceObjective
 from hf_vq.training.run import RunArguments, TrainingRun
@@ -33,6 +33,9 @@ class VQDiffusionArguments:
 
     tokenizer: str = field(metadata={"help": "Folder or Hub id of the trained tokenizer."})
     cache_indices: bool = field(default=True, metadata={"help": "Encode the images once; without, in every step."})
+    random_flip_codes: bool = field(
+        default=False, metadata={"help": "In half of the cases, train on the cached codes of the mirrored image."}
+    )
     num_layers: int = 12
     num_attention_heads: int = 8
     attention_head_dim: int = 64
@@ -77,6 +80,10 @@ class VQDiffusionArguments:
             raise ValueError(f"condition_dropout={self.condition_dropout}: it must lie in [0, 1).")
         if (self.caption_column is None) != (self.text_encoder is None):
             raise ValueError("caption_column and text_encoder are given together: one is the other's input.")
+        if self.random_flip_codes and not self.cache_indices:
+            raise ValueError(
+                "random_flip_codes=True needs cache_indices=True; images are mirrored by random_flip=True."
+            )
         if self.cache_captions and self.text_encoder is None:
             raise ValueError("cache_captions=True needs a text_encoder and captions.")
         if self.learnable_null_embedding and (self.text_encoder is None or self.condition_dropout == 0):
@@ -89,29 +96,15 @@ class Codes:
     """Batches of codes for both splits: cached, or encoded from images in every step."""
 
     def __init__(self, run: TrainingRun, data: DataArguments, args: VQDiffusionArguments, tokenizer):
-        self.run, self.tokenizer, self.class_names = run, tokenizer, None
-        self.splits, self.captions = {}, set()
-        if args.cache_indices and data.crop != "center":
-            raise ValueError(
-                f"crop={data.crop!r} has no effect on codes that are written once: set cache_indices=false."
-            )
-        for split in ("train", "validation"):
-            augment = split == "train" and not args.cache_indices
-            images = load_image_dataset(
-                data, split, augment=augment, seed=run.arguments.seed, class_names=self.class_names
-            )
-            self.class_names = images.class_names if split == "train" else self.class_names
-            if args.cache_captions:
-                self.captions.update(images.rows[args.caption_column])
-            self.splits[split] = self._cached(images, split, data) if args.cache_indices else images
+        self.run, self.tokenizer = run, tokenizer
+        if args.cache_indices:
+            self.splits, self.class_names = load_code_splits(run, data, tokenizer, args.random_flip_codes)
+        else:
+            images = load_image_dataset(data, "train", augment=True, seed=run.arguments.seed)
+            validation = load_image_dataset(data, "validation", class_names=images.class_names)
+            self.splits, self.class_names = {"train": images, "validation": validation}, images.class_names
         self.num_classes = count_classes(self.splits, self.class_names, data.label_column)
         self.grid_size = tuple(self.indices(next(iter(self.validation_batches(1)))).shape[1:])
-
-    def _cached(self, images, split: str, data: DataArguments):
-        arguments, folder = self.run.arguments, self.run.output_dir / "indices" / split
-        flip = data.random_flip and split == "train"
-        write_indices(self.tokenizer, images, folder, flip=flip, num_workers=arguments.dataloader_num_workers)
-        return load_indices(folder, self.tokenizer, random_flip=flip, seed=arguments.seed)
 
     @torch.no_grad()
     def indices(self, batch: dict) -> torch.Tensor:
@@ -133,10 +126,10 @@ class Codes:
 class Condition:
     """What the transformer takes beside codes: nothing, classes, or captions."""
 
-    def __init__(self, pipe: VQDiffusionImagePipeline, args: VQDiffusionArguments, captions: set[str]):
+    def __init__(self, pipe: VQDiffusionImagePipeline, caption_column: str | None, captions: set[str] | None = None):
         self.pipe, self.kind = pipe, pipe.transformer.config.condition_type
-        self.key = {"class": "label", "text": args.caption_column}.get(self.kind)
-        self.encode = CaptionTable(pipe, captions) if captions else pipe.encode_prompt
+        self.key = {"class": "label", "text": caption_column}.get(self.kind)  # of a batch
+        self.encode = pipe.encode_prompt if captions is None else CaptionTable(pipe, captions)
 
     def inputs(self, values, dropout: float = 0.0) -> dict[str, torch.Tensor]:
         """The transformer's keyword arguments for labels or captions, a share `dropout` of which is the null condition."""
@@ -169,6 +162,12 @@ class CaptionTable:
     def __call__(self, captions: list[str]) -> TextCondition:
         rows = torch.tensor([self.rows[caption] for caption in captions], device=self.mask.device)
         return TextCondition(self.embeddings[rows], self.mask[rows])
+
+
+def all_captions(data: DataArguments, column: str) -> set[str]:
+    """The different captions of both splits."""
+    splits = (load_image_dataset(data, split) for split in ("train", "validation"))
+    return {caption for images in splits for caption in images.rows[column]}
 
 
 def build_pipeline(args: VQDiffusionArguments, tokenizer, codes: Codes) -> VQDiffusionImagePipeline:
@@ -253,7 +252,8 @@ def main(argv: list[str] | None = None) -> None:
     codes = Codes(run, data_args, args, tokenizer)
     pipe = build_pipeline(args, tokenizer, codes)
     transformer = pipe.transformer
-    condition = Condition(pipe, args, codes.captions)
+    captions = all_captions(data_args, args.caption_column) if args.cache_captions else None
+    condition = Condition(pipe, args.caption_column, captions)
     model = run.add_model("transformer", transformer, ema=True)
     weights = torch.optim.AdamW(
         transformer.parameters(),

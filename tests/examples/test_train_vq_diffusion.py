@@ -15,6 +15,7 @@ import torch
 from hf_vq import VQDiffusionImagePipeline
 from hf_vq.evaluation.diffusion_likelihood import DiffusionLikelihood
 from hf_vq.pipelines.text_conditioning import encode_text
+from hf_vq.training.indices_cache import load_indices
 from tests.examples.test_killed_runs import COMMON, finish, kill_at, rows
 from tests.examples.test_train_vq_latent_diffusion import places_and_length
 
@@ -87,8 +88,7 @@ def test_the_null_condition_takes_the_place_of_what_is_dropped(inputs, tmp_path)
     pipe = train(inputs, tmp_path, *options)
     module, captions = script(), ["a picture of 1", "a picture of 2", "a picture of 1"]
     plain = encode_text(pipe.text_encoder, pipe.tokenizer, captions, max_length=7)
-    args = module.parse_arguments((module.VQDiffusionArguments,), ["--tokenizer", "x", *options])[0]
-    condition = module.Condition(pipe, args, set(captions))
+    condition = module.Condition(pipe, "caption", set(captions))
     kept, dropped = condition.inputs(captions), condition.inputs(captions, dropout=1.0)
     torch.testing.assert_close(kept["encoder_hidden_states"], plain.embeddings)
     assert torch.equal(kept["encoder_attention_mask"], plain.mask) and not plain.mask.all()
@@ -103,8 +103,8 @@ def test_the_null_condition_takes_the_place_of_what_is_dropped(inputs, tmp_path)
 def test_without_a_learned_null_condition_the_empty_caption_stands_for_it(inputs, tmp_path):
     pipe = train(inputs, tmp_path, *text_options(inputs))
     module = script()
-    for captions in (set(), {"a picture of 1"}):  # encoded when needed, and from the table
-        condition = module.Condition(pipe, module.VQDiffusionArguments("x", condition_dropout=0.1), captions)
+    for captions in (None, {"a picture of 1"}):  # encoded when needed, and from the table
+        condition = module.Condition(pipe, "caption", captions)
         dropped = condition.inputs(["a picture of 1"], dropout=1.0)
         empty = encode_text(pipe.text_encoder, pipe.tokenizer, "", max_length=7)
         torch.testing.assert_close(dropped["encoder_hidden_states"], empty.embeddings)
@@ -128,7 +128,7 @@ def test_cached_and_encoded_codes_and_captions_train_alike(inputs, tmp_path):
 def test_the_bound_of_a_validation_is_that_of_the_saved_pipeline(inputs, tmp_path):
     options = ["--label_column", "number", "--validation_timesteps", "10", "--ema_decay", "0.5"]
     pipe = train(inputs, tmp_path, *options, steps=4)
-    codes = script().load_indices(tmp_path / "indices/validation")
+    codes = load_indices(tmp_path / "indices/validation")
     bound = DiffusionLikelihood(pipe.transformer, pipe.scheduler, generator=torch.Generator().manual_seed(0))
     batch = [codes[i] for i in range(3)]
     indices, labels = torch.stack([b["indices"] for b in batch]), torch.tensor([b["label"] for b in batch])
@@ -163,8 +163,9 @@ def test_a_resumed_run_is_an_unbroken_one(inputs, tmp_path, monkeypatch):
     [
         (["--caption_column", "caption"], "caption_column and text_encoder are given together"),
         (["--condition_dropout", "1"], r"must lie in \[0, 1\)"),
-        (["--crop", "random"], "has no effect on codes that are written once"),
+        (["--crop", "random"], "have no effect on codes that are written once"),
         (["--learnable_null_embedding", "true"], "learnable_null_embedding=True needs a text_encoder"),
+        (["--random_flip_codes", "true", "--cache_indices", "false"], "random_flip_codes=True needs cache_indices"),
         (["--cache_captions", "true"], "cache_captions=True needs a text_encoder"),
         (["--label_column", "number", "--caption_column", "caption", "--text_encoder", "x"], "give the one"),
         (["--validation_timesteps", "11"], "`num_timesteps` must lie in 1…10"),
@@ -225,7 +226,7 @@ def test_pushed_and_loaded_by_a_stranger(hub, inputs, tmp_path):
 def test_three_kills_change_nothing(tmp_path):
     command = [
         SCRIPT, "examples/vq_diffusion/emoji_32.yaml", *COMMON, "--tokenizer", "examples/checkpoints/emoji-32/vqvae",
-        "--num_layers", "2", "--num_attention_heads", "2", "--random_flip", "true", "--sample_steps", "2",
+        "--num_layers", "2", "--num_attention_heads", "2", "--random_flip_codes", "true", "--sample_steps", "2",
         "--gradient_accumulation_steps", "2", "--num_train_timesteps", "4", "--validation_timesteps", "2",
     ]  # fmt: skip
     finish(command, tmp_path / "unbroken")
