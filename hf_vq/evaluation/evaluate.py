@@ -99,16 +99,20 @@ def evaluate_prior(
     condition_key: str | None = None,
     pixel_dims: int | None = None,
     progress: bool = True,
+    indices_key: str = "indices",
+    above_key: str | None = None,
 ) -> dict:
     """How well a prior predicts the codes of a data set.
 
     Args:
         prior: has `log_likelihood(indices, condition) -> (B,)` in nats; put into evaluation mode and back.
-        dataloader: yields dicts with `indices`, int `(B, h, w)` or `(B, L)`.
+        dataloader: yields dicts with `indices_key`, int `(B, h, w)` or `(B, L)`.
         condition_key: the entry that is given as the condition, such as `label`, a tensor, or `caption`, a list; without it
             the condition is None.
         pixel_dims: C·H·W of the pictures, for `bits_per_pixel_dim`.
         progress: show a progress bar.
+        indices_key: the entry that is predicted.
+        above_key: the entry that is given as `condition_indices`, the codes of the level above; without it there is none.
 
     Returns:
         `CodeLikelihood.compute()`, and `uniform_bits_per_index`, log2 K: what knowing nothing costs.
@@ -116,11 +120,12 @@ def evaluate_prior(
     likelihood = CodeLikelihood(pixel_dims)
     with evaluation_mode(prior):
         for batch in progress_bar(dataloader, "prior", progress):
-            indices = batch["indices"].to(prior.device)
+            indices = batch[indices_key].to(prior.device)
+            above = {} if above_key is None else {"condition_indices": batch[above_key].to(prior.device)}
             condition = None if condition_key is None else batch[condition_key]
             if torch.is_tensor(condition):
                 condition = condition.to(prior.device)
-            likelihood.update(prior.log_likelihood(indices, condition), num_indices=indices[0].numel())
+            likelihood.update(prior.log_likelihood(indices, condition, **above), num_indices=indices[0].numel())
     return {**likelihood.compute(), "uniform_bits_per_index": math.log2(prior.config.codebook_size)}
 
 
