@@ -14,6 +14,8 @@ from .vq_diffusion_blocks import CodeEmbedding, VQDiffusionTransformerBlock
 
 CONDITION_TYPES = ("unconditional", "class", "text")
 MLP_TYPES = ("fc", "conv")
+POSITIVE_INTS = ("num_embeddings", "num_layers", "num_attention_heads", "attention_head_dim", "num_train_timesteps")
+POSITIVE_INTS += ("num_classes", "cross_attention_dim", "text_length", "mlp_ratio")  # the first two may be None
 
 
 @dataclass
@@ -75,8 +77,10 @@ class VQDiffusionTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         dropout: float = 0.0,
     ):
         super().__init__()
-        self.sample_size = _pair(sample_size)
-        position_size = self.sample_size if position_embedding_size is None else _pair(position_embedding_size)
+        self.sample_size = _pair(sample_size, "sample_size")
+        position_size = self.sample_size
+        if position_embedding_size is not None:
+            position_size = _pair(position_embedding_size, "position_embedding_size")
         self._check_config(position_size)
         dim = num_attention_heads * attention_head_dim
         self.latent_image_embedding = CodeEmbedding(num_embeddings + 1, position_size, dim)
@@ -143,6 +147,12 @@ class VQDiffusionTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
             ValueError: wrong shapes or types, a condition that is missing or unwanted; and by [`check_values`] values out
                 of range, where that needs no waiting for a device.
         """
+        _check_tensors(
+            indices=indices,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            class_labels=class_labels,
+        )
         if not isinstance(timestep, torch.Tensor):
             timestep = torch.full((), timestep, device=indices.device)
         self._check_inputs(indices, timestep, encoder_hidden_states, encoder_attention_mask, class_labels)
@@ -209,9 +219,11 @@ class VQDiffusionTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
             )
         if encoder_hidden_states is not None:
             shape = tuple(encoder_hidden_states.shape)
-            if len(shape) != 3 or shape[0] != batch_size or shape[2] != config.cross_attention_dim:
+            wanted = len(shape) == 3 and shape[0] == batch_size and shape[2] == config.cross_attention_dim
+            if not wanted or not encoder_hidden_states.is_floating_point():
                 raise ValueError(
-                    f"`encoder_hidden_states` must have shape ({batch_size}, S, {config.cross_attention_dim}), got {shape}."
+                    f"`encoder_hidden_states` must be floating and have shape ({batch_size}, S, "
+                    f"{config.cross_attention_dim}), got {encoder_hidden_states.dtype} of shape {shape}."
                 )
         if encoder_attention_mask is None:
             return
@@ -232,6 +244,10 @@ class VQDiffusionTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
             raise ValueError(f"`condition_type` must be one of {CONDITION_TYPES}, got {config.condition_type!r}.")
         if config.mlp_type not in MLP_TYPES:
             raise ValueError(f"`mlp_type` must be one of {MLP_TYPES}, got {config.mlp_type!r}.")
+        for name in POSITIVE_INTS:
+            value = config[name]
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"`{name}` must be a positive int, got {value!r}.")
         if position_size[0] * position_size[1] < self.sample_size[0] * self.sample_size[1]:
             raise ValueError(
                 f"`position_embedding_size` must hold the {self.sample_size} positions of `sample_size`, got {position_size}."
@@ -247,8 +263,17 @@ class VQDiffusionTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
                 raise ValueError(f"`{name}` needs `condition_type` {kind!r}, got {config.condition_type!r}.")
 
 
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else tuple(size)
+def _pair(size: int | tuple[int, int], name: str) -> tuple[int, int]:
+    pair = (size, size) if isinstance(size, int) else size
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(x, int) and x > 0 for x in pair):
+        raise ValueError(f"`{name}` must be a positive int, or two of them (height, width), got {size!r}.")
+    return tuple(pair)
+
+
+def _check_tensors(indices, **optional):
+    for name, value in {"indices": indices, **optional}.items():
+        if not isinstance(value, torch.Tensor) and (value is not None or name == "indices"):
+            raise ValueError(f"`{name}` must be a tensor, got a {type(value).__name__}.")
 
 
 def _is_integer(tensor: torch.Tensor) -> bool:
