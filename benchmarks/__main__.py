@@ -9,7 +9,7 @@ import torch
 from .table import markdown
 
 
-BENCHMARKS = ("quantizer", "generate", "mask_replace_step")
+BENCHMARKS = ("quantizer", "generate", "mask_replace_step", "incremental")
 
 
 def main() -> None:

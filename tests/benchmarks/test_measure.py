@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import generate
+from benchmarks import generate, incremental
 from benchmarks.measure import in_subprocess, interleaved_seconds, peak_allocated_bytes, peak_resident_bytes
 from benchmarks.quantizer import BARE, VARIANTS, measure
 from benchmarks.table import markdown
@@ -80,6 +80,14 @@ def test_sampling_with_a_cache_gives_the_codes_of_the_loop():
     result = generate.measure(batch_size=2, side=3, layers=1, threads=torch.get_num_threads())
     assert set(result) == {"loop", "dynamic", "static"}
     assert all(values["same_codes"] == 1 and values["codes_per_second"] > 0 for values in result.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", incremental.MODELS)
+def test_positions_computed_once_have_the_codes_of_whole_passes(model):
+    result = incremental.measure(model, side=3, threads=torch.get_num_threads())
+    assert result["same_codes"] == 1 and result["passes"] == 9
+    assert 0 < result["incremental_seconds"] and 0 < result["naive_seconds"]
 
 
 def test_an_unknown_name_is_refused():
