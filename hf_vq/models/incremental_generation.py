@@ -18,8 +18,6 @@ positions before it, and predict its code. What a model defines:
 - `read_position(code, position, cache)`: the features `(B, C)` of `position`, given the code `(B,)` of the position before
   it, and with what the cache holds of all others before. It changes the cache.
 - `head(features)`: the logits `(..., codebook_size)` of features `(..., C)`.
-
-`RecentRows` holds what a causal convolution that is evaluated at one position after the other reads of its input.
 """
 
 from functools import partial
@@ -31,45 +29,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from .code_sequences import CodeSequenceMixin
-
-
-class RecentRows:
-    """
-    The last rows of a feature map, down to the one that is being computed, with zeros beside and above the map.
-
-    Args:
-        features (`(B, rows, w, C)`): the map so far; its last row is the current one, and may be incomplete.
-        height: how many rows are kept.
-        left, right: how many columns on either side of its own a convolution reads; `right=-1` leaves out its own.
-    """
-
-    def __init__(self, features: torch.FloatTensor, height: int, left: int, right: int):
-        batch_size, rows, width, channels = features.shape
-        kept = min(rows, height)
-        self.left, self.columns = left, left + right + 1
-        self.buffer = features.new_zeros(batch_size, height, left + width + max(right, 0), channels)
-        self.buffer[:, height - kept :, left : left + width] = features[:, rows - kept :].detach()
-
-    def put(self, column: int, features: torch.FloatTensor):
-        """Writes the features `(B, C)` of a column of the current row."""
-        self.buffer[:, -1, self.left + column] = features
-
-    def window(self, column: int) -> torch.FloatTensor:
-        """
-        What the convolution reads for a column of the current row, `(B, height * (left + right + 1) * C)`: the product with
-        `flat_kernel(weight)` is its output. Columns of the current row that are not there yet hold anything.
-        """
-        return self.buffer[:, :, column : column + self.columns].flatten(1)
-
-    def next_row(self):
-        """Starts a new row, and forgets the oldest."""
-        self.buffer = self.buffer.roll(-1, dims=1)
-        self.buffer[:, -1] = 0
-
-
-def flat_kernel(weight: torch.FloatTensor) -> torch.FloatTensor:
-    """A convolution's weight `(C', C, height, width)` as the matrix `(C', height * width * C)` for `RecentRows.window`."""
-    return weight.detach().permute(0, 2, 3, 1).flatten(1).contiguous()
 
 
 class IncrementalCache:
@@ -261,4 +220,4 @@ class IncrementalGenerationMixin(CodeSequenceMixin):
         return processors
 
 
-__all__ = ["IncrementalCache", "IncrementalGenerationMixin", "RecentRows", "flat_kernel"]
+__all__ = ["IncrementalCache", "IncrementalGenerationMixin"]
