@@ -23,6 +23,8 @@ LAYER_KEYS = {
 }
 # What the original can also do to the encoding of a text, and none of its published models does.
 FIXED_PARAMS = {"additional_last_embedding": False, "keep_seq_len_dim": False, "pick_last_embedding": False}
+# What it can do to the tokens: the default, and what the published models have.
+FIXED_CODEC_PARAMS = {"add_start_and_end": (False, True), "clip_embedding": (False, False)}
 
 
 def text_options(condition_codec: dict, condition_emb: dict) -> dict:
@@ -38,6 +40,10 @@ def text_options(condition_codec: dict, condition_emb: dict) -> dict:
     for name, wanted in FIXED_PARAMS.items():
         if condition_emb.get(name, wanted) != wanted:
             raise ValueError(f"`config` must have {name}={wanted} in condition_emb_config, got {condition_emb[name]}.")
+    for name, (default, wanted) in FIXED_CODEC_PARAMS.items():
+        value = condition_codec.get(name, default)
+        if value != wanted:
+            raise ValueError(f"`config` must have {name}={wanted} in condition_codec_config, got {value}.")
     return {
         "text_max_length": condition_codec["context_length"],
         "text_lower_case": True,

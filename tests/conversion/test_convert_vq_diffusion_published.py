@@ -204,6 +204,10 @@ def test_texts_that_are_refused(vocabulary):
     wrong = changed(pieces, f"{DIFFUSION}/condition_emb_config/params/pick_last_embedding", True)
     with pytest.raises(ValueError, match="must have pick_last_embedding=False"):
         convert_model(**wrong)
+    codec = "model/params/condition_codec_config/params"
+    for name, value in (("add_start_and_end", False), ("clip_embedding", True)):
+        with pytest.raises(ValueError, match=f"must have {name}={not value} in condition_codec_config, got {value}"):
+            convert_model(**changed(pieces, f"{codec}/{name}", value))
     tokenizer = CLIPTokenizer.from_pretrained(vocabulary)
     tokenizer.add_tokens("<new>")
     with pytest.raises(ValueError, match="must have the text encoder's 1280 tokens, got 1281"):
