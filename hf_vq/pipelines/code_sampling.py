@@ -253,4 +253,4 @@ def sample_level(
     return prior.extract_indices(prompt)
 
 
-__all__ = ["CodeSamplingMixin", "KeptCodes", "KnownCodes", "repeat_rows"]
+__all__ = ["CodeSamplingMixin", "KeptCodes", "KnownCodes", "LevelSampling", "repeat_rows", "sample_level"]
