@@ -7,7 +7,15 @@ from transformers import initialization as init
 
 from .configuration_pixelsnail import PixelSNAILConfig
 from .incremental_generation import IncrementalCache, IncrementalGenerationMixin
-from .pixelsnail_blocks import CodeStem, ConditioningStack, PixelSNAILBlock, PixelSNAILHead, WeightNorm
+from .pixelsnail_blocks import (
+    CodeStem,
+    ConditioningStack,
+    GatedResidualBlock,
+    PixelSNAILBlock,
+    PixelSNAILHead,
+    PointwiseConv,
+    WeightNorm,
+)
 from .pixelsnail_steps import PixelSNAILSteps
 
 
@@ -49,6 +57,10 @@ class PixelSNAILForCausalLM(IncrementalGenerationMixin, PixelSNAILPreTrainedMode
         if config.conditioning_grid_size is not None:
             self.conditioning = ConditioningStack(config)
         self.blocks = nn.ModuleList(PixelSNAILBlock(config) for _ in range(config.num_blocks))
+        self.output_blocks = nn.ModuleList(
+            GatedResidualBlock(config.hidden_size, config.res_channels, PointwiseConv, config.dropout)
+            for _ in range(config.num_output_res_blocks)
+        )
         self.head = PixelSNAILHead(config)
         self.post_init()
 
@@ -88,7 +100,10 @@ class PixelSNAILForCausalLM(IncrementalGenerationMixin, PixelSNAILPreTrainedMode
 
     def grid_positions(self) -> torch.Tensor:
         """Each position's row and column `(h, w, 2)`, from -1/2 to 1/2 along the grid."""
-        rows, columns = (torch.arange(side, device=self.device) / side - 0.5 for side in self.config.grid_size)
+        precise = torch.promote_types(self.dtype, torch.float32)
+        rows, columns = (
+            torch.arange(side, dtype=precise, device=self.device) / side - 0.5 for side in self.config.grid_size
+        )
         return torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).to(self.dtype)
 
     def read_grid(self, codes: torch.LongTensor, condition: torch.Tensor | None) -> torch.Tensor:
@@ -102,6 +117,8 @@ class PixelSNAILForCausalLM(IncrementalGenerationMixin, PixelSNAILPreTrainedMode
             condition = condition.repeat_interleave(width // condition.shape[2], dim=2)
         for block in self.blocks:
             features = block(features, positions, condition)
+        for block in self.output_blocks:
+            features = block(features)
         return features
 
     def read_grid_and_cache(self, codes: torch.LongTensor, condition: torch.Tensor | None, positions: int):

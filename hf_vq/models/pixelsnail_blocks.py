@@ -28,7 +28,8 @@ class WeightNorm(nn.Module):
         self.reset_parameters()
 
     def _norm(self) -> torch.Tensor:
-        return torch.linalg.vector_norm(self.weight_v.flatten(1), dim=1, dtype=torch.float32)
+        precise = torch.promote_types(self.weight_v.dtype, torch.float32)
+        return torch.linalg.vector_norm(self.weight_v.flatten(1), dim=1, dtype=precise)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -293,20 +294,22 @@ class ConditioningStack(nn.Module):
 
 
 class PixelSNAILHead(nn.Module):
-    """Gated residual blocks, ELU and a 1×1 convolution, to logits: `(..., hidden_size) -> (..., codebook_size)`."""
+    """ELU and a 1×1 convolution, to logits: `(..., hidden_size) -> (..., codebook_size)`."""
 
     def __init__(self, config: PixelSNAILConfig):
         super().__init__()
-        self.residual_blocks = nn.ModuleList(
-            GatedResidualBlock(config.hidden_size, config.res_channels, PointwiseConv, config.dropout)
-            for _ in range(config.num_output_res_blocks)
-        )
         self.out = PointwiseConv(config.hidden_size, config.codebook_size)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        for block in self.residual_blocks:
-            features = block(features)
         return self.out(F.elu(features))
 
 
-__all__ = ["CodeStem", "ConditioningStack", "PixelSNAILBlock", "PixelSNAILHead", "WeightNorm"]
+__all__ = [
+    "CodeStem",
+    "ConditioningStack",
+    "GatedResidualBlock",
+    "PixelSNAILBlock",
+    "PixelSNAILHead",
+    "PointwiseConv",
+    "WeightNorm",
+]

@@ -220,6 +220,7 @@ class PixelSNAILSteps:
         self.height, self.width = model.config.grid_size
         self.stem = StemSteps(model.stem, batch_size, model.config.grid_size)
         self.blocks = [BlockSteps(block, batch_size, model.config.grid_size) for block in model.blocks]
+        self.output_blocks = [PointwiseResidualSteps(block) for block in model.output_blocks]
         self.positions = model.grid_positions().flatten(0, 1)
         self.condition = condition
         self.past = 0
@@ -252,6 +253,8 @@ class PixelSNAILSteps:
         positions = self.positions[self.past : self.past + length].expand(batch_size, -1, -1).flatten(0, 1)
         for block in self.blocks:
             hidden_states = block(hidden_states, positions, self.past, start, length)
+        for block in self.output_blocks:
+            hidden_states = block(hidden_states)
         return hidden_states.unflatten(0, (batch_size, length))
 
 
