@@ -1,0 +1,236 @@
+"""The tokenizer and the priors of rosinality's VQ-VAE-2."""
+
+import argparse
+
+import pytest
+import torch
+from transformers import AutoImageProcessor
+
+import conversion.convert_rosinality
+from conversion.checkpoints import check_keys
+from conversion.convert_rosinality import convert, convert_pixelsnail, convert_vqvae, load, main
+from hf_vq.models.modeling_pixelsnail import PixelSNAILForCausalLM
+from hf_vq.models.modeling_vqvae2 import VQVAE2Model
+from hf_vq.pipelines.pipeline_vqvae2 import VQVAE2Pipeline
+from tests.conversion.golden import GOLDEN, Golden, published
+
+
+CHECKPOINTS = {
+    name: GOLDEN / f"rosinality_{name}" / "checkpoint.pt" for name in ("vqvae", "pixelsnail_top", "pixelsnail_bottom")
+}
+STATISTICS = {"embed": "embedding", "embed_avg": "embed_avg", "cluster_size": "cluster_size"}
+
+
+def compare_codebooks(golden, model, moment):
+    for quantizer, level in zip(model.quantize, "tb", strict=True):
+        for name, ours in STATISTICS.items():
+            value = getattr(quantizer, ours)
+            golden.compare(f"{moment}.{level}.{name}", value.t() if value.ndim == 2 else value)
+
+
+# ---------------------------------------------------------------------------------------------------- the tokenizer
+
+
+def test_vqvae_computes_and_learns_the_same(tmp_path):
+    golden = Golden("rosinality_vqvae")
+    convert(golden.folder / "checkpoint.pt", tmp_path, resolution=32)
+    model, x = VQVAE2Model.from_pretrained(tmp_path), golden["x"]
+    compare_codebooks(golden, model, "before")
+
+    bottom = model.encoder[1](x)
+    golden.compare("enc_b", bottom)
+    golden.compare("enc_t", model.encoder[0](bottom))
+    encoded, output = model.encode(x), model(x)
+    for level, name in enumerate("tb"):
+        golden.compare(f"h_{name}", encoded.latents[level])
+        golden.compare(f"quant_{name}", encoded.quantized[level])
+        golden.compare(f"id_{name}", encoded.indices[level])
+    for name in ("diff", "latent_loss"):  # without β
+        golden.compare(name, output.commitment_loss.view(1))
+    golden.compare("dec", output.sample)
+    golden.compare("dec_from_quant", model.decode(encoded.quantized, quantize=False).sample)
+    golden.compare("dec_from_code", model.decode_indices(encoded.indices).sample)
+    golden.compare("codes_dec", model.decode_indices((golden["codes_t"], golden["codes_b"])).sample)
+    golden.compare("train_loss", output.loss)
+    output.loss.backward()
+    golden.compare("grad_enc_b", model.encoder[1].down[0].weight.grad)
+    golden.compare("grad_dec", model.decoder.conv_in.weight.grad)
+
+    output = model.train()(x)
+    for level, name in enumerate("tb"):
+        golden.compare(f"train.quant_{name}", encoded.quantized[level])
+        golden.compare(f"train.id_{name}", output.indices[level])
+    golden.compare("train.diff", output.commitment_loss.view(1))
+    golden.compare("train.dec", output.sample)
+    compare_codebooks(golden, model, "after")
+    golden.assert_all_compared()
+
+
+def test_a_code_with_no_count_keeps_its_vector():
+    """Where counts began at 0, the original divides the codes that are not used by almost 0."""
+    state_dict, _ = load(CHECKPOINTS["vqvae"])
+    for level in "tb":
+        state_dict[f"quantize_{level}.cluster_size"] = torch.zeros(64)
+    model = convert_vqvae(state_dict, resolution=32).train()
+    before = [quantizer.codebook.clone() for quantizer in model.quantize]
+    indices = model(Golden("rosinality_vqvae")["x"]).indices
+    for quantizer, codes, used in zip(model.quantize, before, indices, strict=True):
+        unused = torch.bincount(used.flatten(), minlength=64) == 0
+        assert unused.any() and torch.equal(quantizer.codebook[unused], codes[unused])
+
+
+# ---------------------------------------------------------------------------------------------------- the priors
+
+
+@pytest.fixture(scope="module", params=["top", "bottom"])
+def prior_case(request, tmp_path_factory):
+    """The original's tensors, the prior saved and loaded again, and the arguments that condition it."""
+    golden, output = Golden(f"rosinality_pixelsnail_{request.param}"), tmp_path_factory.mktemp(request.param)
+    dropped = convert(golden.folder / "checkpoint.pt", output)
+    assert dropped == {"checkpoint: background": "the positions on the grid, which are computed"}
+    prior = PixelSNAILForCausalLM.from_pretrained(output)
+    above = {"condition_indices": golden["condition"]} if request.param == "bottom" else {}
+    return golden, prior, above
+
+
+@torch.no_grad()
+def test_prior_computes_the_same(prior_case):
+    golden, prior, above = prior_case
+    height, width = prior.config.grid_size
+
+    def as_map(logits):
+        return logits.unflatten(1, (-1, width)).movedim(-1, 1)
+
+    for name, codes in (("logits", "codes"), ("greedy_logits", "greedy")):
+        golden.compare(name, as_map(prior(**prior.prepare_inputs(golden[codes]), **above).logits))
+    ids = prior.prepare_inputs(golden["codes"])["input_ids"]
+    golden.compare("logits_first_rows", as_map(prior(ids[:, : height // 2 * width], **above).logits))
+    golden.compare("loss", prior(**prior.prepare_inputs(golden["codes"]), **above).loss)
+    golden.compare("loss", -prior.log_likelihood(golden["codes"], **above).mean() / (height * width))
+    for use_cache in (True, False):
+        prompt = prior.prepare_condition(batch_size=2)
+        sequences = prior.generate(prompt, do_sample=False, use_cache=use_cache, **above)
+        golden.compare("greedy", prior.extract_indices(sequences))
+    if above:
+        features = prior.encode_condition(prompt[:, 0], golden["condition"])
+        golden.compare("cond_features", features.repeat_interleave(2, 1).repeat_interleave(2, 2).movedim(-1, 1))
+    golden.assert_all_compared()
+
+
+def test_prior_goes_on_training(prior_case):
+    """The weights stay length and direction, with the original's dropout."""
+    golden, prior, above = prior_case
+    state_dict, arguments = load(golden.folder / "checkpoint.pt")
+    assert prior.config.dropout == arguments["dropout"] == 0.1
+    weight_v = state_dict["blocks.0.resblocks.0.conv1.conv.conv.weight_v"]
+    assert weight_v[:, :, -1, 2:].any(), "the original zeroes these taps only when it uses them"
+    conv = prior.blocks[0].residual_blocks[0].conv1
+    assert torch.equal(conv.weight_v, weight_v.flatten(2)[..., :22])
+    prior(**prior.prepare_inputs(golden["codes"]), **above).loss.backward()
+    assert all(parameter.grad is not None for parameter in prior.parameters())
+    prior.zero_grad()
+
+
+# ---------------------------------------------------------------------------------------------------- all together
+
+
+def fitting_vqvae(folder):
+    """The tokenizer with the 32 codes that the priors' case has, from a distributed run."""
+    state_dict, _ = load(CHECKPOINTS["vqvae"])
+    state_dict = {
+        f"module.{key}": value[..., :32].clone()
+        if key.startswith("quantize_") and "embed" in key or "cluster" in key
+        else value
+        for key, value in state_dict.items()
+    }
+    torch.save(state_dict, folder / "vqvae.pt")
+    return folder / "vqvae.pt"
+
+
+def test_pipeline_folder(tmp_path, capsys):
+    checkpoint, output = fitting_vqvae(tmp_path), tmp_path / "pipeline"
+    top, bottom = CHECKPOINTS["pixelsnail_top"], CHECKPOINTS["pixelsnail_bottom"]
+    main(["--checkpoint", str(checkpoint), "--top", str(top), "--bottom", str(bottom), "--output", str(output)])
+    assert "background" in capsys.readouterr().out
+    pipeline = VQVAE2Pipeline.from_pretrained(output)
+    pipeline.set_progress_bar_config(disable=True)
+    assert AutoImageProcessor.from_pretrained(output / "vqvae").size["shortest_edge"] == 32
+    result = pipeline(num_images_per_prompt=2, top_k=1, output_type="pt")
+    assert torch.equal(result.indices[0], Golden("rosinality_pixelsnail_top")["greedy"])
+    golden = Golden("rosinality_pixelsnail_bottom")
+    result = pipeline(top_indices=golden["condition"], top_k=1, output_type="pt")
+    assert torch.equal(result.indices[1], golden["greedy"]) and result.images.shape == (2, 3, 32, 32)
+
+
+def test_what_does_not_belong_together(tmp_path):
+    vqvae, top, bottom = CHECKPOINTS.values()
+    for arguments, message in (
+        ({"checkpoint": vqvae, "top": top}, "given together"),
+        ({"checkpoint": top, "top": top, "bottom": bottom}, "must hold a VQVAE"),
+        ({"checkpoint": top, "resolution": 32}, "must hold a VQVAE"),
+        ({"checkpoint": vqvae, "top": vqvae, "bottom": bottom}, "`top`.*holds no PixelSNAIL"),
+        ({"checkpoint": vqvae, "top": top, "bottom": bottom}, "as many codes"),
+        ({"checkpoint": fitting_vqvae(tmp_path), "top": bottom, "bottom": top}, "conditioning_grid_size|grid"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert(output=tmp_path / "output", **arguments)
+
+
+def test_every_published_key_has_its_place(monkeypatch):
+    monkeypatch.setattr(conversion.convert_rosinality, "load_exactly", check_keys)
+    config = convert_vqvae(published("rosinality__vqvae")[1]).config
+    assert (config.hidden_size, config.residual_hidden_size, config.num_residual_layers) == (128, 32, 2)
+    assert (config.num_embeddings, config.embed_dim, config.resolution) == (512, 64, 256)
+    assert config.quantizer_kwargs["decay"] == 0.99 and config.commitment_cost == 0.25
+
+    top, bottom = (
+        convert_pixelsnail(published(f"rosinality__pixelsnail_{name}")[1])[0].config for name in ("top", "bottom")
+    )
+    for config in (top, bottom):
+        assert (config.codebook_size, config.hidden_size, config.res_channels, config.kernel_size) == (
+            512,
+            256,
+            256,
+            5,
+        )
+        assert (config.num_blocks, config.num_res_blocks, config.num_output_res_blocks) == (4, 4, 0)
+        assert config.num_attention_heads == 8 and config.condition_type == "unconditional"
+    assert top.grid_size == [32, 32] and top.attention and top.conditioning_grid_size is None
+    assert bottom.grid_size == [64, 64] and not bottom.attention and bottom.conditioning_grid_size == [32, 32]
+    assert (bottom.num_conditioning_res_blocks, bottom.conditioning_channels) == (3, 256)
+
+
+def test_every_key_counts():
+    vqvae, _ = load(CHECKPOINTS["vqvae"])
+    prior, _ = load(CHECKPOINTS["pixelsnail_bottom"])
+    for call, state_dict, unknown, needed in (
+        (
+            convert_vqvae,
+            vqvae,
+            "enc_b.blocks.9.weight",
+            ("dec.blocks.6.bias", "quantize_b.embed_avg"),
+        ),
+        (
+            convert_pixelsnail,
+            prior,
+            "blocks.0.gate.weight_v",
+            ("out.1.conv.bias", "horizontal.conv.conv.weight_v", "blocks.1.out.conv.weight_g"),
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"the key {unknown}"):
+            call({**state_dict, unknown: torch.zeros(1)})
+        for key in needed:
+            with pytest.raises(ValueError, match="lacks"):
+                call({name: value for name, value in state_dict.items() if name != key})
+
+
+class Other:
+    """What no checkpoint of the original holds."""
+
+
+def test_only_what_is_safe_is_read(tmp_path):
+    for number, extra in enumerate((Other(), argparse.ArgumentParser)):
+        torch.save({"model": {}, "args": argparse.Namespace(extra=extra)}, tmp_path / f"{number}.pt")
+        with pytest.raises(ValueError, match="not on the list that is safe to read"):
+            load(tmp_path / f"{number}.pt")
+    assert argparse.Namespace not in torch.serialization.get_safe_globals()
