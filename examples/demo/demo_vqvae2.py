@@ -4,8 +4,9 @@
 
 Runs the training scripts of ../vqvae2 and ../pixelcnn with the configurations beside this file and writes to the output
 folder: reconstructions.png (from the top level alone and from both), samples.png (a row for each class), bottoms.png (real
-top codes, the bottom ones sampled), completions.png (the upper half is real), pipeline/ and metrics.json. A second run
-continues where the first stopped, or says what it skips.
+top codes, the bottom ones sampled), completions.png (the upper half is real), rejection.png (samples of each class that a
+classifier of real images accepts, at several rates), pipeline/ and metrics.json. A second run continues where the first
+stopped, or says what it skips.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import torch
 from demo import DATA, QUICK, SAMPLES_PER_CLASS, print_table, train
+from image_classifier import LinearClassifier
 from torch.utils.data import DataLoader, Subset
 
 from hf_vq import PixelSNAILForCausalLM, VQVAE2Model, VQVAE2Pipeline
@@ -24,11 +26,14 @@ from hf_vq.evaluation.pictures import labelled_rows, reconstruction_grid, sample
 from hf_vq.training.checkpointing import write_file_atomically
 from hf_vq.training.data import DataArguments, collate, load_image_dataset
 from hf_vq.training.indices_cache import load_indices
+from hf_vq.training.perceptual import build_perceptual
 
 
 # the top level decides what is shown, the bottom one fills in what the top leaves open
 SAMPLING = {"guidance_scale": (2.0, 1.0), "temperature": (1.0, 0.8)}
 COLUMNS = 12
+ACCEPTANCE_RATES = [1.0, 0.25, 0.0625]
+ACCEPTED = 4  # images of each class at each rate
 
 
 def train_all(output_dir: Path, quick: list[str]) -> VQVAE2Pipeline:
@@ -84,6 +89,31 @@ def level_sheets(pipe: VQVAE2Pipeline, images: torch.Tensor, labels: list[int], 
     labelled_rows(rows).save(output_dir / "completions.png")
 
 
+def rejection_sheet(pipe: VQVAE2Pipeline, train_images, validation, path: Path) -> dict[str, float]:
+    """Write what a classifier accepts at each rate to `path`; its accuracy and the mean probability of the class."""
+    classifier = LinearClassifier(build_perceptual("mobilenet_v2").to(pipe.device), train_images)
+    names = pipe.top_prior.config.id2label
+    classes = sorted(names)
+    results = pipe.rejection_sample(
+        classes,
+        classifier,
+        ACCEPTED,
+        acceptance_rates=ACCEPTANCE_RATES,
+        batch_size=round(ACCEPTED / min(ACCEPTANCE_RATES)),
+        generator=torch.Generator(pipe.device).manual_seed(0),
+        output_type="pt",
+        **SAMPLING,
+    )
+    rows = []
+    for i, label in enumerate(classes):
+        own = slice(i * ACCEPTED, (i + 1) * ACCEPTED)
+        rows.append((names[label], torch.cat([results[rate].images[own] * 2 - 1 for rate in ACCEPTANCE_RATES])))
+    rates = ", ".join(f"{rate:g}" for rate in ACCEPTANCE_RATES)
+    labelled_rows(rows, title=f"{ACCEPTED} images accepted at each of the rates {rates}").save(path)
+    scores = {f"class_probability_at_rate_{rate:g}": float(results[rate].scores.mean()) for rate in ACCEPTANCE_RATES}
+    return {"classifier_accuracy": classifier.accuracy(validation), **scores}
+
+
 def likelihoods(pipe: VQVAE2Pipeline, indices: Path) -> dict[str, float]:
     """Bits of each level and of the whole, on the validation images and on as many of the training images."""
     size = pipe.vqvae.config.resolution
@@ -137,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
         resolution=pipe.vqvae.config.resolution,
         max_samples=64 if args.quick else None,
     )
-    validation = load_image_dataset(arguments, "validation")
+    train_images, validation = (load_image_dataset(arguments, split) for split in ("train", "validation"))
     places = torch.linspace(0, len(validation) - 1, 2 * COLUMNS).long().tolist()
     shown = collate([validation[i] for i in places])
     level_sheets(pipe, shown["pixel_values"].to(pipe.device), shown["label"].tolist(), output_dir)
@@ -149,6 +179,7 @@ def main(argv: list[str] | None = None) -> None:
         "top_codebook_perplexity": tokenizer["codebooks"][0]["codebook_perplexity"],
         "bottom_codebook_perplexity": tokenizer["codebooks"][1]["codebook_perplexity"],
         **bits,
+        **rejection_sheet(pipe, train_images, validation, output_dir / "rejection.png"),
         "images_per_second": sample_sheet(pipe, output_dir / "samples.png"),
         "seconds": round(time.perf_counter() - start, 1),
     }

@@ -21,11 +21,22 @@ def test_writes_pictures_a_pipeline_and_metrics(tmp_path):
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    for name in ("reconstructions", "samples", "bottoms", "completions", "codebook_usage_0", "codebook_usage_1"):
+    for name in (
+        "reconstructions",
+        "samples",
+        "bottoms",
+        "completions",
+        "rejection",
+        "codebook_usage_0",
+        "codebook_usage_1",
+    ):
         with Image.open(tmp_path / f"{name}.png") as picture:
             assert len(picture.convert("RGB").getcolors(2**24)) > 50, name
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["images_per_second"] > 0 and metrics["psnr"] > 5
+    assert metrics["classifier_accuracy"] > 0.3  # of 9 classes, after 64 images
+    scores = [metrics[f"class_probability_at_rate_{rate}"] for rate in ("1", "0.25", "0.0625")]
+    assert scores[0] <= scores[1] + 1e-6 <= scores[2] + 2e-6
     for split in ("train", "validation"):
         bits = {part: metrics[f"{split}_{part}_bits_per_image"] for part in ("top", "bottom", "whole")}
         assert bits["whole"] == pytest.approx(bits["top"] + bits["bottom"])
