@@ -56,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_tokenizer_options(command)
 
     command = add("decode", decode, "turn the output of `encode` into images", "model", **model)
-    command.add_argument("indices", type=Path, metavar="INDICES", help="a safetensors file with a tensor `indices`")
+    command.add_argument("indices", type=Path, metavar="INDICES", help="a safetensors file, of `encode`")
     command.add_argument("--output", type=Path, default=Path("decoded"), help="folder (default: %(default)s)")
     add_device(command)
 
@@ -133,10 +133,19 @@ def encode(options):
     model = load_tokenizer(options)
     with torch.no_grad():
         indices = model.encode(read_images(options, model)).indices
+    levels = dict(zip(level_names(model), indices if isinstance(indices, tuple) else (indices,), strict=True))
     metadata = {"model": options.model, "images": json.dumps([str(path) for path in options.images])}
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"indices": indices.cpu().contiguous()}, options.output, metadata=metadata)
-    print(f"{options.output}: indices {tuple(indices.shape)}, {indices.unique().numel()} different codes")
+    tensors = {name: codes.cpu().contiguous() for name, codes in levels.items()}
+    save_file(tensors, options.output, metadata=metadata)
+    for name, codes in tensors.items():
+        print(f"{options.output}: {name} {tuple(codes.shape)}, {codes.unique().numel()} different codes")
+
+
+def level_names(model) -> list[str]:
+    """The names of a tokenizer's indices in a file, those of a hierarchy from top to bottom."""
+    count = len(model.config.downsample_factors)
+    return ["indices"] if count == 1 else [f"indices_{level}" for level in range(count)]
 
 
 def decode(options):
@@ -147,21 +156,26 @@ def decode(options):
     from .models.image_processing_vq import VQImageProcessor
 
     model = load_tokenizer(options)
+    levels = level_names(model)
     try:
         with safe_open(options.indices, "pt") as file:
-            if "indices" not in file.keys():
-                raise ValueError(f"`{options.indices}` must hold a tensor `indices`, got {sorted(file.keys())}.")
-            indices = file.get_tensor("indices")
+            for name in levels:
+                if name not in file.keys():
+                    raise ValueError(f"`{options.indices}` must hold a tensor `{name}`, got {sorted(file.keys())}.")
+            indices = [file.get_tensor(name) for name in levels]
             names = json.loads((file.metadata() or {}).get("images", "[]"))
     except SafetensorError as error:
         raise ValueError(f"`{options.indices}` must be a safetensors file: {error}.") from error
     codes = model.config.num_embeddings
     shape = "(B, h, w, depth)" if model.config.quantizer == "residual" else "(B, h, w)"
-    wrong = indices.ndim != shape.count(",") + 1 or indices.numel() == 0 or indices.is_floating_point()
-    if wrong or indices.min() < 0 or indices.max() >= codes:
-        raise ValueError(f"`indices` must be whole numbers {shape} below {codes}, the size of the codebook.")
+    for name, level in zip(levels, indices, strict=True):
+        wrong = level.ndim != shape.count(",") + 1 or level.numel() == 0 or level.is_floating_point()
+        if wrong or level.min() < 0 or level.max() >= codes:
+            raise ValueError(f"`{name}` must be whole numbers {shape} below {codes}, the size of the codebook.")
+    indices = [level.long().to(model.device) for level in indices]
     with torch.no_grad():
-        images = VQImageProcessor().postprocess(model.decode_indices(indices.long().to(model.device)).sample)
+        sample = model.decode_indices(indices[0] if len(indices) == 1 else tuple(indices)).sample
+    images = VQImageProcessor().postprocess(sample)
     for number, image in enumerate(images):
         stem = Path(names[number]).stem if len(names) == len(images) else "image"
         write_image(image, options.output / f"{number:04d}-{stem}.png")

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 import hf_vq
 from hf_vq.cli import main
 from hf_vq.evaluation.pictures import labelled_rows
-from tests.pipelines import test_pipeline_vq_latent_diffusion, vq_diffusion_parts
+from tests.pipelines import test_pipeline_vq_latent_diffusion, test_pipeline_vqvae2, vq_diffusion_parts
 
 
 CONFIG = {
@@ -122,6 +122,28 @@ def test_residual_indices_are_decoded(folder, tmp_path):
     with torch.no_grad():
         sample = hf_vq.VQImageProcessor().postprocess(model.decode_indices(indices).sample)[0]
     np.testing.assert_array_equal(np.array(Image.open(tmp_path / "decoded" / "0000-b.png")), np.array(sample))
+
+
+def test_the_levels_of_a_hierarchy_are_encoded_decoded_and_sampled(folder, tmp_path, capsys):
+    source = tmp_path / "hierarchy"
+    pipeline = test_pipeline_vqvae2.make_pipeline()
+    pipeline.save_pretrained(source)
+    output, model = tmp_path / "indices.safetensors", pipeline.vqvae
+    assert run("encode", source, folder / "b.png", "--output", output) == 0
+    pixels = hf_vq.VQImageProcessor(size=8)(Image.open(folder / "b.png"), return_tensors="pt").pixel_values
+    with torch.no_grad():
+        expected = model.encode(pixels).indices
+        sample = hf_vq.VQImageProcessor().postprocess(model.decode_indices(expected).sample)[0]
+    with safe_open(output, "pt") as file:
+        assert [torch.equal(file.get_tensor(f"indices_{level}"), expected[level]) for level in (0, 1)] == [True, True]
+    assert run("decode", source, output, "--output", tmp_path / "decoded") == 0
+    np.testing.assert_array_equal(np.array(Image.open(tmp_path / "decoded" / "0000-b.png")), np.array(sample))
+    assert run("sample", source, "--class-label", "owl", "--num-images", 2, "--output", tmp_path / "samples.png") == 0
+    assert run("info", source) == 0
+    assert "pixels a code  4×4, 2×2" in capsys.readouterr().out
+    save_file({"indices": expected[0]}, output)
+    assert run("decode", source, output) == 1
+    assert "must hold a tensor `indices_0`, got ['indices']" in capsys.readouterr().err
 
 
 def test_a_folder_that_does_not_exist_while_the_hub_cannot_be_reached(capsys, monkeypatch, tmp_path):
