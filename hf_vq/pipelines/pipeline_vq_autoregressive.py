@@ -33,6 +33,8 @@ class VQAutoregressivePipeline(CodeSamplingMixin, CompletionMixin, RejectionSamp
                 f"`prior` must have as many codes as `vqvae`: got {prior.config.codebook_size} and "
                 f"{vqvae.config.num_embeddings}."
             )
+        if vqvae is not None and len(vqvae.config.downsample_factors) > 1:
+            raise ValueError("`vqvae` must have one level: several need a prior for each, see `VQVAE2Pipeline`.")
         self.register_modules(vqvae=vqvae, prior=prior)
 
     @property

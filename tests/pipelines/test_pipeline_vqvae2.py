@@ -15,6 +15,7 @@ from hf_vq.models.modeling_pixelsnail import PixelSNAILForCausalLM
 from hf_vq.models.modeling_vq_gpt import VQGPTForCausalLM
 from hf_vq.models.modeling_vqvae2 import VQVAE2Model
 from hf_vq.pipelines.completion import kept_at_levels
+from hf_vq.pipelines.pipeline_vq_autoregressive import VQAutoregressivePipeline
 from hf_vq.pipelines.pipeline_vqvae2 import VQVAE2Pipeline
 
 
@@ -489,6 +490,11 @@ def test_components_must_fit(changed, message):
         parts[name] = make_vqvae(*change) if name == "vqvae" else make_prior(**change)
     with pytest.raises(ValueError, match=message):
         VQVAE2Pipeline(**parts)
+
+
+def test_one_prior_is_not_enough():
+    with pytest.raises(ValueError, match="`vqvae` must have one level"):
+        VQAutoregressivePipeline(make_vqvae(), make_prior(2))
 
 
 def test_the_top_prior_may_be_another_model():
