@@ -32,7 +32,8 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_the_part_that_encodes_text(tmp_path, name, load_reports):
     model = MODELS[name]().eval()
-    model.save_pretrained(tmp_path)
+    model.half().save_pretrained(tmp_path)
+    model.float()
     words = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "a": 2, "b": 3}, unk_token="[UNK]"))
     PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(tmp_path)
     encoder, tokenizer = load_text_encoder(str(tmp_path), torch.device("cpu"))
