@@ -28,7 +28,7 @@ class CodeConditionMixin(TextConditionMixin):
 
     def prepare_condition(
         self,
-        batch_size: int,
+        count: int,
         class_labels: torch.LongTensor | None = None,
         prompt=None,
         negative_prompt=None,
@@ -39,8 +39,8 @@ class CodeConditionMixin(TextConditionMixin):
         guided: bool = False,
     ) -> dict[str, torch.Tensor]:
         """
-        The transformer's keyword arguments for `batch_size` images; if `guided`, those of the null condition come first,
-        for as many images.
+        The transformer's keyword arguments for `count` conditions; if `guided`, those of the null condition come first, as
+        many of them.
 
         The null condition is the negative prompt, or else the null embedding that the transformer has learned, or else the
         empty prompt; of classes it is the transformer's null class. It is also what an image without condition has.
@@ -70,10 +70,12 @@ class CodeConditionMixin(TextConditionMixin):
                 )
             conditional, null = self._text_conditions(given, negative, guided)
         inputs = {}
+        label = "class_labels" if kind == "class" else "prompt" if prompt_embeds is None else "prompt_embeds"
+        null_label = "negative_prompt" if negative_prompt_embeds is None else "negative_prompt_embeds"
         for name, values in conditional.items():
-            values = repeat_to(values, batch_size, "class_labels" if kind == "class" else "prompt")
+            values = repeat_to(values, count, label)
             if guided:
-                values = torch.cat([repeat_to(null[name], batch_size, "negative_prompt"), values])
+                values = torch.cat([repeat_to(null[name], count, null_label), values])
             inputs[name] = values.to(self._execution_device)
         return inputs
 

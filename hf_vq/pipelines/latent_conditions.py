@@ -48,11 +48,21 @@ def to_map(values) -> torch.FloatTensor:
     return values.float() if values.ndim == 4 else values.float()[None]
 
 
-def repeat_to(values: torch.Tensor, batch_size: int, name: str) -> torch.Tensor:
-    """One row for each of `batch_size` images: `values` itself, or each of its rows repeated."""
-    if batch_size % len(values):
-        raise ValueError(f"`{name}` must hold 1 or {batch_size} entries, or a divisor of it, got {len(values)}.")
-    return values.repeat_interleave(batch_size // len(values), dim=0)
+def repeat_to(values: torch.Tensor, count: int, name: str, times: int = 1) -> torch.Tensor:
+    """
+    The rows for `count` inputs with `times` images each, those of one input adjacent. `values`, of the argument `name`, has
+    a row for each input, or 1 for all: nothing else says which rows belong together.
+    """
+    if len(values) not in (1, count):
+        raise ValueError(
+            f"`{name}` must hold one entry for all, or one for each of {count} inputs, got {len(values)}."
+        )
+    return values.repeat_interleave(count * times // len(values), dim=0)
+
+
+def repeat_inputs(inputs: dict[str, torch.Tensor] | None, times: int) -> dict[str, torch.Tensor] | None:
+    """A denoiser's keyword arguments, or None, with each row `times` times, those of one adjacent."""
+    return inputs and {name: rows.repeat_interleave(times, dim=0) for name, rows in inputs.items()}
 
 
 class LatentConditionMixin(TextConditionMixin):
@@ -91,23 +101,23 @@ class LatentConditionMixin(TextConditionMixin):
         tokens = F.one_hot(ids, self.num_classes)[:, None]
         return {"encoder_hidden_states": tokens.to(device, self.unet.dtype)}
 
-    def _text_inputs(self, prompt, embeds, mask, batch_size: int, name: str) -> dict[str, torch.Tensor]:
+    def _text_inputs(self, prompt, embeds, mask, count: int, name: str) -> dict[str, torch.Tensor]:
         condition = self.text_states(name, prompt, embeds, mask)
         if condition is None:
             condition = self.encode_prompt("", name)
-        device = self._execution_device
+        device, argument = self._execution_device, name if embeds is None else f"{name}_embeds"
         inputs = {
-            "encoder_hidden_states": repeat_to(condition.embeddings, batch_size, name).to(device, self.unet.dtype)
+            "encoder_hidden_states": repeat_to(condition.embeddings, count, argument).to(device, self.unet.dtype)
         }
         if self.config.text_mask:
-            inputs["encoder_attention_mask"] = repeat_to(condition.mask, batch_size, name).to(device)
+            inputs["encoder_attention_mask"] = repeat_to(condition.mask, count, argument).to(device)
         return inputs
 
-    def _text_condition(self, batch_size: int, given: tuple, null: tuple | None) -> tuple[dict, dict | None]:
-        inputs = self._text_inputs(*given, batch_size, "prompt")
+    def _text_condition(self, count: int, given: tuple, null: tuple | None) -> tuple[dict, dict | None]:
+        inputs = self._text_inputs(*given, count, "prompt")
         if null is None:
             return inputs, None
-        null_inputs = self._text_inputs(*null, batch_size, "negative_prompt")
+        null_inputs = self._text_inputs(*null, count, "negative_prompt")
         shapes = [tuple(x["encoder_hidden_states"].shape[1:]) for x in (null_inputs, inputs)]
         if shapes[0] != shapes[1]:
             raise ValueError(
@@ -118,7 +128,7 @@ class LatentConditionMixin(TextConditionMixin):
 
     def prepare_condition(
         self,
-        batch_size: int,
+        count: int,
         class_labels=None,
         prompt=None,
         negative_prompt=None,
@@ -129,7 +139,7 @@ class LatentConditionMixin(TextConditionMixin):
         guided: bool = False,
     ) -> tuple[dict, dict | None]:
         """
-        The denoiser's keyword arguments for `batch_size` images and, if `guided`, those of the null condition.
+        The denoiser's keyword arguments for `count` conditions and, if `guided`, those of the null condition.
 
         Raises:
             ValueError: a condition that the denoiser does not take, or guidance without a null condition.
@@ -146,15 +156,15 @@ class LatentConditionMixin(TextConditionMixin):
         if kind == "text":
             given = (prompt, prompt_embeds, prompt_attention_mask)
             null = (negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask)
-            return self._text_condition(batch_size, given, null if guided else None)
+            return self._text_condition(count, given, null if guided else None)
         null = self.config.null_class_id
         if class_labels is None and null is None:
             raise ValueError("`class_labels` must be given: the denoiser has classes and no null class.")
         if guided and (class_labels is None or null is None):
             raise ValueError("`guidance_scale` other than 1 needs `class_labels`, and a denoiser with a null class.")
         ids = torch.tensor([null]) if class_labels is None else class_labels
-        inputs = self._class_inputs(repeat_to(ids, batch_size, "class_labels"))
-        return inputs, self._class_inputs(torch.full((batch_size,), null)) if guided else None
+        inputs = self._class_inputs(repeat_to(ids, count, "class_labels"))
+        return inputs, self._class_inputs(torch.full((count,), null)) if guided else None
 
     def encode_image(self, pixel_values: torch.Tensor, batch_size: int = 16) -> torch.Tensor:
         """Images `(B, C, H, W)` in [-1, 1] to latents before quantization, not scaled, float32; `batch_size` at a time."""
@@ -162,9 +172,9 @@ class LatentConditionMixin(TextConditionMixin):
         pixels = pixel_values.to(self._execution_device, self.vqvae.dtype)
         return torch.cat([self.vqvae.encode(part).latents.float() for part in pixels.split(batch_size)])
 
-    def prepare_concatenated(self, batch_size: int, size, condition_image=None, image=None, mask=None):
+    def prepare_concatenated(self, count: int, size, condition_image=None, image=None, mask=None, times: int = 1):
         """
-        The maps `(B, C, h, w)` that are concatenated to the noisy latents, or None.
+        The maps `(count * times, C, h, w)` that are concatenated to the noisy latents of `times` images for each input, or None.
 
         Inpainting (`mask` `(B, 1, H, W)`, 1 is painted): the latents of the image with its masked pixels black, not
         scaled, and the mask in {-1, 1}, nearest. Otherwise `condition_image`, resized to the latents.
@@ -197,7 +207,7 @@ class LatentConditionMixin(TextConditionMixin):
             raise ValueError(
                 f"`{name}` must give the {channels} channels that the denoiser takes beside the latents, got {found}."
             )
-        return None if maps is None else repeat_to(maps, batch_size, "condition_image")
+        return None if maps is None else repeat_to(maps, count, "condition_image", times)
 
 
-__all__ = ["LatentConditionMixin", "repeat_to", "resize_map", "to_map", "to_mask"]
+__all__ = ["LatentConditionMixin", "repeat_inputs", "repeat_to", "resize_map", "to_map", "to_mask"]

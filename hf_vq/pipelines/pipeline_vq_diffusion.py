@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from .code_conditions import CodeConditionMixin
 from .completion import to_pixel_values
-from .latent_conditions import repeat_to, to_mask
+from .latent_conditions import repeat_inputs, repeat_to, to_mask
 from .pipeline_output import VQPipelineOutput
 from .pipeline_utils import VQPipeline, check_generator, images_as, onload
 
@@ -250,7 +250,8 @@ class VQDiffusionImagePipeline(CodeConditionMixin, VQPipeline):
             truncation_rate: the probability mass of the codes that are drawn from, in (0, 1]; 1 draws from all.
             prior_rule, prior_weight: the purity prior, see [`MaskReplaceScheduler.step`].
             temperature: divides the logits.
-            num_images_per_prompt: images for each class, prompt or image; those of one are adjacent.
+            num_images_per_prompt: images for each class, prompt or image; those of one are adjacent. Arguments with several
+                entries have the same number of them, and one with a single entry goes with all of theirs.
             generator: one `torch.Generator` for the call, or a list with one for each image, which makes an image
                 independent of the others in its batch.
             indices: codes `(B, h, w)` in place of `image`; a mask may then have their size.
@@ -282,12 +283,11 @@ class VQDiffusionImagePipeline(CodeConditionMixin, VQPipeline):
         elif indices is not None:
             indices = self.check_indices(indices)
         mask = None if mask_image is None else to_mask(mask_image)
-        kept = None if mask is None else self.kept_codes(mask)
-        conditions = (prompt, prompt_embeds, class_labels, indices, mask)
-        batch_size = max(_count(value) for value in conditions) * num_images_per_prompt
+        count = max(_count(value) for value in (prompt, prompt_embeds, class_labels, indices, mask))
+        batch_size = count * num_images_per_prompt
         check_generator(generator, batch_size)
         inputs = self.prepare_condition(
-            batch_size,
+            count,
             class_labels,
             prompt,
             negative_prompt,
@@ -297,10 +297,15 @@ class VQDiffusionImagePipeline(CodeConditionMixin, VQPipeline):
             negative_prompt_attention_mask,
             guided=guidance_scale != 1,
         )
+        # also where the null conditions come first: each row is repeated in its place
+        inputs = repeat_inputs(inputs, num_images_per_prompt)
         if indices is not None:
-            indices = repeat_to(indices, batch_size, "indices" if image is None else "image")
-        if kept is not None:
-            kept = repeat_to(kept, batch_size, "mask_image")
+            indices = repeat_to(indices, count, "indices" if image is None else "image", num_images_per_prompt)
+        if image is not None:
+            image = repeat_to(image, count, "image", num_images_per_prompt)
+        if mask is not None:
+            mask = repeat_to(mask, count, "mask_image", num_images_per_prompt)
+        kept = None if mask is None else self.kept_codes(mask)
         if strength is None:
             strength = 0.7 if indices is not None and kept is None else 1.0
         steps = self.set_timesteps(num_inference_steps, timesteps, strength)
@@ -336,9 +341,8 @@ class VQDiffusionImagePipeline(CodeConditionMixin, VQPipeline):
         if image is None or mask is None:
             return self.postprocess(indices, output_type, decode_batch_size)
         images = self.decode_indices(indices, decode_batch_size)
-        image = repeat_to(image.to(images.device) / 2 + 0.5, len(images), "image")
         mask = F.interpolate(mask, size=self.image_size)  # of codes, if it is no mask of pixels
-        images = torch.where(repeat_to(mask, len(images), "mask_image").to(images.device) == 1, images, image)
+        images = torch.where(mask.to(images.device) == 1, images, image.to(images.device) / 2 + 0.5)
         return images_as(images, output_type)
 
 

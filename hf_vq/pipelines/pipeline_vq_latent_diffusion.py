@@ -13,7 +13,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedModel
 
 from .completion import to_pixel_values
-from .latent_conditions import LatentConditionMixin, repeat_to, to_map, to_mask
+from .latent_conditions import LatentConditionMixin, repeat_inputs, repeat_to, to_map, to_mask
 from .pipeline_utils import VQPipeline, check_generator, images_as, onload
 
 
@@ -288,16 +288,17 @@ class VQLatentDiffusionPipeline(LatentConditionMixin, VQPipeline):
         condition_image = None if condition_image is None else to_map(condition_image)
         class_labels = None if class_labels is None else self.class_ids(class_labels)
         conditions = (class_labels, prompt, prompt_embeds, condition_image, image, mask)
-        batch_size = max(_length(value) for value in conditions) * num_images_per_prompt
+        count = max(_length(value) for value in conditions)
+        batch_size = count * num_images_per_prompt
         factor = self.vqvae.config.downsample_factor
         size = self._latent_size(height, width, image, factor)
         image, mask = self._match(image, mask, (size[0] * factor, size[1] * factor))
-        if batch_size > 1 and mask is not None:
-            image, mask = repeat_to(image, batch_size, "image"), repeat_to(mask, batch_size, "mask_image")
+        if mask is not None:
+            image, mask = repeat_to(image, count, "image"), repeat_to(mask, count, "mask_image")
         check_generator(generator, batch_size)
 
         inputs, null_inputs = self.prepare_condition(
-            batch_size,
+            count,
             class_labels,
             prompt,
             negative_prompt,
@@ -307,12 +308,13 @@ class VQLatentDiffusionPipeline(LatentConditionMixin, VQPipeline):
             negative_prompt_attention_mask,
             guided=guidance_scale != 1,
         )
-        maps = self.prepare_concatenated(batch_size, size, condition_image, image, mask)
+        inputs, null_inputs = (repeat_inputs(rows, num_images_per_prompt) for rows in (inputs, null_inputs))
+        maps = self.prepare_concatenated(count, size, condition_image, image, mask, num_images_per_prompt)
         steps = self.set_timesteps(num_inference_steps, timesteps, sigmas, tokens=size[0] * size[1])
         image_latents = None
         if image is not None and mask is None:
             image_latents = self.encode_image(image) * self.vqvae.config.scaling_factor
-            image_latents = repeat_to(image_latents, batch_size, "image")
+            image_latents = repeat_to(image_latents, count, "image", num_images_per_prompt)
             steps = self._last_steps(steps, strength)
         shape = (batch_size, self.vqvae.config.embed_dim, *size)
         latents = self.prepare_latents(shape, generator, latents, image_latents, steps[:1])
@@ -325,6 +327,8 @@ class VQLatentDiffusionPipeline(LatentConditionMixin, VQPipeline):
             callback_on_step_end,
         )
         latents = latents / self.vqvae.config.scaling_factor
+        if mask is not None:
+            image, mask = (value.repeat_interleave(num_images_per_prompt, dim=0) for value in (image, mask))
         images = self._images(latents, output_type, decode_batch_size, image, mask)
         self.maybe_free_model_hooks()
         return VQLatentDiffusionPipelineOutput(images, latents) if return_dict else (images, latents)

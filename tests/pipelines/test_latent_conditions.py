@@ -51,6 +51,27 @@ def test_maps_are_concatenated():
     assert all(torch.allclose(sample[:, D:], expected) for sample in seen)
 
 
+def test_inputs_are_paired_in_order():
+    """Images of one input are adjacent, whatever it consists of."""
+    pipeline, given = make_pipeline("text"), torch.cat([image(3), image(4)])
+    prompts, negative = ["a red cat", "dog"], ["blue", "a"]
+    arguments = {"guidance_scale": 2.0, "strength": 0.8}
+    found = latents_of(
+        pipeline,
+        prompt=prompts,
+        negative_prompt=negative,
+        image=given,
+        num_images_per_prompt=2,
+        generator=[seeded(i) for i in range(4)],
+        **arguments,
+    )
+    for i in range(4):
+        row = i // 2
+        own = {"prompt": prompts[row], "negative_prompt": negative[row], "image": given[row : row + 1]}
+        alone = latents_of(pipeline, **own, generator=[seeded(i)], **arguments)
+        torch.testing.assert_close(found[i : i + 1], alone, atol=1e-4, rtol=1e-4)
+
+
 def test_low_resolution_images():
     pipeline = make_pipeline(unet=make_unet(in_channels=D + 3))
     low = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 255, (4, 4, 3), np.uint8))
@@ -87,6 +108,9 @@ def test_inpainting():
     assert torch.equal(seen[0][:, 2 * D :], torch.tensor([1.0, 1, -1, -1]).expand(1, 1, 4, 4))
     torch.testing.assert_close(output.images[..., 4:], pixels[..., 4:] / 2 + 0.5)
     assert not torch.allclose(output.images[..., :4], pixels[..., :4] / 2 + 0.5, atol=0.05)
+    pair = torch.cat([pixels, -pixels])
+    several = pipeline(image=pair, mask_image=mask, num_images_per_prompt=2, num_inference_steps=2, output_type="pt")
+    torch.testing.assert_close(several.images[..., 4:], pair[..., 4:].repeat_interleave(2, dim=0) / 2 + 0.5)
     picture = PIL.Image.fromarray((mask[0, 0].numpy() * 255).astype(np.uint8))
     for same in (picture, mask.bool(), mask[0, 0]):
         again = pipeline(image=pixels, mask_image=same, generator=seeded(), num_inference_steps=2, output_type="pt")

@@ -247,7 +247,37 @@ def test_half_precision():
         ("unconditional", {"generator": [seeded(), seeded()]}, "`generator` must hold one"),
         ("unconditional", {"callback_on_step_end": 1}, "must be callable"),
         ("unconditional", {"decode_batch_size": 0}, "`batch_size` must be at least 1"),
-        ("class", {"class_labels": [0, 1], "indices": codes(3)}, "`class_labels` must hold 1 or 3 entries"),
+        (
+            "class",
+            {"class_labels": [0, 1], "indices": codes(3)},
+            "`class_labels` must hold one entry .* 3 inputs, got 2",
+        ),
+        (
+            "class",
+            {"class_labels": [0, 1], "indices": codes(4)},
+            "`class_labels` must hold one entry .* 4 inputs, got 2",
+        ),
+        ("class", {"class_labels": [0, 1, 0, 1], "image": image(2)}, "`image` must hold one entry .* 4 inputs, got 2"),
+        (
+            "text",
+            {"prompt": ["a", "cat"], "indices": codes(3), "num_images_per_prompt": 2},
+            "`prompt` must hold one entry for all, or one for each of 3 inputs, got 2",
+        ),
+        (
+            "text",
+            {"prompt": ["a"] * 4, "negative_prompt": ["cat", "dog"], "guidance_scale": 2.0},
+            "`negative_prompt` must hold one entry .* 4 inputs, got 2",
+        ),
+        (
+            "text",
+            {"prompt_embeds": torch.ones(3, 6, 8), "image": image(6), "mask_image": torch.ones(8, 8)},
+            "`prompt_embeds` must hold one entry .* 6 inputs, got 3",
+        ),
+        (
+            "unconditional",
+            {"image": image(4), "mask_image": torch.ones(2, 8, 8)},
+            "`mask_image` must hold one entry .* 4 inputs, got 2",
+        ),
     ],
 )
 def test_errors(kind, arguments, message):

@@ -61,6 +61,31 @@ def test_variations_of_an_image_start_at_its_codes():
     )
 
 
+def test_inputs_are_paired_in_order():
+    """Images of one input are adjacent; what has one entry goes with every input."""
+    pipeline, given, prompts, negative = make_pipeline("text"), codes(2), ["a red cat", "dog"], ["blue", "a"]
+    arguments = {"guidance_scale": 2.0, "strength": 0.8}
+    found = indices_of(
+        pipeline,
+        prompt=prompts,
+        negative_prompt=negative,
+        indices=given,
+        num_images_per_prompt=2,
+        generator=[seeded(i) for i in range(4)],
+        **arguments,
+    )
+    one_prompt = indices_of(
+        pipeline, prompt=prompts[0], indices=given, generator=[seeded(i) for i in range(2)], **arguments
+    )
+    for i in range(4):
+        row = i // 2
+        own = {"prompt": prompts[row], "negative_prompt": negative[row], "indices": given[row : row + 1]}
+        assert torch.equal(found[i : i + 1], indices_of(pipeline, **own, generator=[seeded(i)], **arguments)), i
+    for i in range(2):
+        own = {"prompt": prompts[0], "indices": given[i : i + 1], "generator": [seeded(i)]}
+        assert torch.equal(one_prompt[i : i + 1], indices_of(pipeline, **own, **arguments)), i
+
+
 # --------------------------------------------------------------------------------------------- inpainting
 
 
@@ -131,3 +156,11 @@ def test_pictures_as_image_and_mask():
     assert len(found) == 2 and found[0].size == (8, 8)
     assert np.array_equal(np.asarray(found[1])[:, 4:], np.asarray(picture)[:, 4:])
     assert not np.array_equal(np.asarray(found[1])[:, :4], np.asarray(picture)[:, :4])
+
+
+def test_pixels_come_from_the_own_image():
+    pipeline, pixels = make_pipeline(), image(2)
+    found = pipeline(
+        image=pixels, mask_image=half_mask(), num_images_per_prompt=2, generator=seeded(), output_type="pt"
+    ).images
+    assert torch.equal(found[..., 4:], (pixels[..., 4:] / 2 + 0.5).repeat_interleave(2, dim=0))

@@ -368,6 +368,16 @@ def test_half_precision():
         ("unconditional", {"sigmas": [1.0, 0.5]}, "`sigmas` cannot be given to a DDIMScheduler"),
         ("unconditional", {"sigmas": [1.0], "timesteps": [1]}, "Only one of"),
         ("unconditional", {"callback_on_step_end": 1}, "must be callable"),
+        (
+            "text",
+            {"prompt": ["a", "cat"], "image": image().repeat(4, 1, 1, 1)},
+            "`prompt` must hold one entry .* 4 inputs, got 2",
+        ),
+        (
+            "text",
+            {"prompt": ["a"] * 4, "negative_prompt": ["cat", "dog"], "guidance_scale": 2.0},
+            "`negative_prompt` must hold one entry .* 4 inputs, got 2",
+        ),
         ("text", {"prompt": [1]}, "`prompts` must be a str or a list"),
         ("text", {"prompt_embeds": torch.zeros(2, 8)}, r"`prompt_embeds` must be a float tensor \(B, S, D\)"),
         ("text", {"prompt": "a", "prompt_embeds": torch.zeros(1, 6, 8)}, "Only one of `prompt` and `prompt_embeds`"),
