@@ -17,8 +17,8 @@ from demo import DATA, QUICK, SHIPPED, print_table, train
 from torch.utils.data import DataLoader
 
 from hf_vq import VQDiffusionImagePipeline
-from hf_vq.evaluation.features import FeatureCollector, PooledLayer
-from hf_vq.evaluation.generation import compare_features
+from hf_vq.evaluation.features import PooledLayer
+from hf_vq.evaluation.generation import compare_images
 from hf_vq.evaluation.pictures import labelled_rows
 from hf_vq.training.checkpointing import write_file_atomically
 from hf_vq.training.data import DataArguments, collate, load_image_dataset
@@ -103,25 +103,19 @@ def compare(pipe: VQDiffusionImagePipeline, quick: bool) -> dict:
         max_samples=32 if quick else None,
     )
     train_images, validation = (load_image_dataset(arguments, split) for split in ("train", "validation"))
-    network = PooledLayer(build_perceptual("mobilenet_v2").to(pipe.device), FEATURE_LAYER)
-    captions = []
-    real = FeatureCollector(network)
-    for batch in DataLoader(validation, batch_size=64, collate_fn=collate):
-        real.update(batch["pixel_values"].to(pipe.device))
-        captions += batch["caption"]
-    real, captions = real.compute(), sorted(set(captions))
+    extractor = PooledLayer(build_perceptual("mobilenet_v2"), FEATURE_LAYER)
+    batches = list(DataLoader(validation, batch_size=64, collate_fn=collate))
+    real = torch.cat([batch["pixel_values"] for batch in batches])
+    captions = sorted({caption for batch in batches for caption in batch["caption"]})
     rows = torch.randperm(len(train_images), generator=torch.Generator().manual_seed(0))[: len(captions)]
     contestants = {"training_images": torch.stack([train_images[i]["pixel_values"] for i in rows.tolist()])}
     for steps in COMPARED_STEPS:
-        contestants[f"{steps}_steps"] = sample(pipe, captions, 1, steps, seed=1000)
+        contestants[f"{steps}_steps"] = sample(pipe, captions, 1, steps, seed=1000).cpu()
     metrics = {"num_images": len(captions)}
     for name, images in contestants.items():
-        generated = FeatureCollector(network)
-        for part in images.split(64):
-            generated.update(part.to(pipe.device))
-        for one in compare_features(real, generated.compute(), metrics=("frechet_distance", "kernel_distance")):
-            metrics[f"{name}_{one.label}"] = one.value
-            metrics[f"floor_{one.label}"] = one.real_split
+        for figure in compare_images(real, images, extractor, metrics=("frechet_distance", "kernel_distance")):
+            metrics[f"{name}_{figure.label}"] = figure.value
+            metrics[f"floor_{figure.label}"] = figure.real_split
     return metrics
 
 
