@@ -1,5 +1,6 @@
 """Sampling grids of codes from autoregressive priors, one for each level of a tokenizer."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -43,13 +44,24 @@ class KeptCodes(LogitsProcessor):
 
 
 class DrawnCode(LogitsProcessor):
-    """Leaves only the code that `draw_codes` draws, so that greedy decoding takes it."""
+    """
+    Leaves only the code that `draw_codes` draws, so that greedy decoding takes it.
+
+    A row's own generator is not used where the row has one code left: how many kept codes are read at once depends on
+    what the other rows keep, and must not shift the random numbers of this one.
+    """
 
     def __init__(self, generator=None):
         self.generator = generator
 
     def __call__(self, input_ids, scores):
-        codes = draw_codes(scores, self.generator)
+        if isinstance(self.generator, list):
+            codes, is_open = scores.argmax(dim=-1), scores.isfinite().sum(dim=-1) > 1
+            if is_open.any():
+                own = [source for source, draws in zip(self.generator, is_open.tolist(), strict=True) if draws]
+                codes[is_open] = draw_codes(scores[is_open], own)
+        else:
+            codes = draw_codes(scores, self.generator)
         return torch.full_like(scores, float("-inf")).scatter(1, codes[:, None], 0.0)
 
 
@@ -75,16 +87,18 @@ class LevelSampling:
 
     def check(self, config, prompt: torch.LongTensor):
         """ValueErrors; `config` is the prior's, `prompt` `(B, T)` begins with its prefix."""
-        if not isinstance(self.guidance_scale, (int, float)) or self.guidance_scale < 0:
-            raise ValueError(f"`guidance_scale` must be a number that is not negative, got {self.guidance_scale!r}.")
+        if not isinstance(self.guidance_scale, (int, float)) or not 0 <= self.guidance_scale < math.inf:
+            raise ValueError(
+                f"`guidance_scale` must be a finite number that is not negative, got {self.guidance_scale!r}."
+            )
         null = config.null_class_token_id
         if self.guidance_scale != 1 and (null is None or (prompt[:, : config.condition_length] == null).all()):
             raise ValueError("`guidance_scale` other than 1 needs a condition, and a prior that has a null condition.")
-        if not isinstance(self.temperature, (int, float)) or self.temperature <= 0:
+        if not isinstance(self.temperature, (int, float)) or not 0 < self.temperature < math.inf:
             raise ValueError(f"`temperature` must be positive (`top_k=1` is greedy), got {self.temperature!r}.")
         if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
             raise ValueError(f"`top_k` must be a positive int or None, got {self.top_k!r}.")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
+        if self.top_p is not None and not (isinstance(self.top_p, (int, float)) and 0 < self.top_p <= 1):
             raise ValueError(f"`top_p` must lie in (0, 1] or be None, got {self.top_p!r}.")
 
     def processors(self, known: KnownCodes | None, start: int, generator) -> LogitsProcessorList:

@@ -328,6 +328,22 @@ def test_completion_is_conditioned_on_what_is_kept():
     assert torch.equal(output[0][0, 0, 1], codes[0][0, 0, 1]) and torch.equal(output[1][0, 3, 0], codes[1][0, 3, 0])
 
 
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+def test_an_image_with_its_own_generator_and_mask_is_completed_as_if_alone(guidance_scale):
+    pipeline = make_pipeline(top=4)
+    image = torch.rand(3, 3, 16, 16, generator=seeded(4)) * 2 - 1
+    keep = torch.zeros(3, 16, 16, dtype=torch.bool)
+    keep[0, :8] = True  # read at once if this image were alone
+    keep[1, 4:, 4:] = True
+    options = {"guidance_scale": guidance_scale, "output_type": "indices"}
+    together = pipeline.complete(
+        image, keep, class_labels=[0, 1, 2], generator=[seeded(i) for i in range(3)], **options
+    )
+    for i in range(3):
+        alone = pipeline.complete(image[i], keep[i], class_labels=i, generator=[seeded(i)], **options)
+        assert same([level[0] for level in alone.indices], [level[i] for level in together.indices])
+
+
 def test_masks_of_pixels_and_of_the_top_grid():
     pixels = torch.ones(16, 8, dtype=torch.bool)
     pixels[5, 3] = False
@@ -434,6 +450,10 @@ def test_the_card_names_levels_and_priors():
         ({"class_labels": "cow"}, "id2label"),
         ({"guidance_scale": 2.0}, "guidance_scale"),
         ({"class_labels": 0, "guidance_scale": (1.0, -1.0)}, "guidance_scale"),
+        ({"class_labels": 0, "guidance_scale": float("nan")}, "guidance_scale"),
+        ({"class_labels": 0, "guidance_scale": float("inf")}, "guidance_scale"),
+        ({"class_labels": 0, "temperature": float("nan")}, "`temperature` must be positive"),
+        ({"class_labels": 0, "top_p": "0.5"}, "top_p"),
         ({"class_labels": 0, "guidance_scale": (1.0, 1.0, 1.0)}, "`guidance_scale` must be one value or one for each of 2"),
         ({"class_labels": 0, "temperature": (1.0, 0)}, "temperature"),
         ({"class_labels": 0, "top_k": [0, 5]}, "top_k"),
