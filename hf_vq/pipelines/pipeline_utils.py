@@ -113,6 +113,34 @@ def onload(model):
         hook.pre_forward(model)
 
 
+def last_steps(count: int, strength: float) -> int:
+    """How many of `count` steps the share `strength` in (0, 1] is, rounded down; a ValueError if that is none."""
+    taken = int(count * strength + 1e-6)  # 0.29 of 100 would be 28: the product is 28.999999999999996
+    if taken < 1:
+        raise ValueError(f"`strength` must leave at least one of {count} steps, got {strength}.")
+    return taken
+
+
+def changed_by_callback(changed, name: str, value: torch.Tensor) -> torch.Tensor:
+    """
+    `value`, or what a `callback_on_step_end` has returned as `name` in place of it.
+
+    Raises:
+        ValueError: it returned neither None nor a dict, or a tensor of another shape or dtype.
+    """
+    if changed is None:
+        return value
+    if not isinstance(changed, dict):
+        raise ValueError(f"`callback_on_step_end` must return a dict or None, got a {type(changed).__name__}.")
+    result = changed.get(name, value)
+    if not isinstance(result, torch.Tensor) or result.shape != value.shape or result.dtype != value.dtype:
+        found = f"{result.dtype} of shape {tuple(result.shape)}" if torch.is_tensor(result) else type(result).__name__
+        raise ValueError(
+            f"`callback_on_step_end` must return `{name}` as {value.dtype} of shape {tuple(value.shape)}, got {found}."
+        )
+    return result
+
+
 def images_as(images: torch.FloatTensor, output_type: str):
     """Images `(B, C, H, W)` in [0, 1] as `output_type`: "pil", "np" or "pt", see [`VQPipelineOutput`]."""
     if output_type == "pt":
@@ -159,9 +187,11 @@ def draw_codes(log_probs: torch.FloatTensor, generator=None) -> torch.LongTensor
 __all__ = [
     "VQPipeline",
     "as_levels",
+    "changed_by_callback",
     "check_generator",
     "draw_codes",
     "images_as",
+    "last_steps",
     "numpy_to_pil",
     "of_levels",
     "onload",

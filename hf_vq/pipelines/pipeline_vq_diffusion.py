@@ -12,7 +12,7 @@ from .code_conditions import CodeConditionMixin
 from .completion import to_pixel_values
 from .latent_conditions import repeat_inputs, repeat_to, to_mask
 from .pipeline_output import VQPipelineOutput
-from .pipeline_utils import VQPipeline, check_generator, images_as, onload
+from .pipeline_utils import VQPipeline, changed_by_callback, check_generator, images_as, last_steps, onload
 
 
 class VQDiffusionImagePipeline(CodeConditionMixin, VQPipeline):
@@ -180,10 +180,7 @@ class VQDiffusionImagePipeline(CodeConditionMixin, VQPipeline):
             num_inference_steps = self.scheduler.config.num_train_timesteps
         self.scheduler.set_timesteps(num_inference_steps, timesteps=timesteps)
         steps = self.scheduler.timesteps
-        taken = int(len(steps) * strength)
-        if taken < 1:
-            raise ValueError(f"`strength` must leave at least one of {len(steps)} steps, got {strength}.")
-        return steps[len(steps) - taken :]
+        return steps[len(steps) - last_steps(len(steps), strength) :]
 
     def prepare_sample(self, batch_size: int, indices, kept, first_timestep, strength: float, generator):
         """The grids that denoising starts from: without codes, or noised ones of `indices`, and `kept` ones as they are."""
@@ -330,8 +327,14 @@ class VQDiffusionImagePipeline(CodeConditionMixin, VQPipeline):
                 logits = self.predict(sample, t, inputs, guidance_scale)
                 sample = self.scheduler.step(logits, t, sample, **step_arguments).prev_sample
                 if callback is not None:
-                    changed = callback(self, i, t, {"indices": sample})
-                    sample = (changed or {}).get("indices", sample)
+                    changed = changed_by_callback(callback(self, i, t, {"indices": sample}), "indices", sample)
+                    highest = self.scheduler.mask_index - (i == len(steps) - 1)  # no mask after the last step
+                    if changed is not sample and (changed.min() < 0 or changed.max() > highest):
+                        raise ValueError(
+                            f"`callback_on_step_end` must return `indices` in 0 … {highest} after step {i}, got values "
+                            f"from {changed.min()} to {changed.max()}."
+                        )
+                    sample = changed
                 progress_bar.update()
         return sample
 

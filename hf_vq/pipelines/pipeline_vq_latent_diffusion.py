@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from .completion import to_pixel_values
 from .latent_conditions import LatentConditionMixin, repeat_inputs, repeat_to, to_map, to_mask
-from .pipeline_utils import VQPipeline, check_generator, images_as, onload
+from .pipeline_utils import VQPipeline, changed_by_callback, check_generator, images_as, last_steps, onload
 
 
 LATENT_OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -361,10 +361,7 @@ class VQLatentDiffusionPipeline(LatentConditionMixin, VQPipeline):
         """The last share `strength` of the steps, for an image that is to be changed."""
         order = self.scheduler.order
         count = -(-len(steps) // order)  # a step of second order takes two timesteps, but the last takes one
-        taken = min(int(count * strength), count)
-        if taken < 1:
-            raise ValueError(f"`strength` must leave at least one of {count} steps, got {strength}.")
-        start = (count - taken) * order
+        start = (count - last_steps(count, strength)) * order
         if start and len(getattr(self.scheduler, "prk_timesteps", ())):
             raise ValueError(
                 "`strength` below 1 needs a PNDMScheduler with skip_prk_steps=True: its first steps differ."
@@ -379,8 +376,7 @@ class VQLatentDiffusionPipeline(LatentConditionMixin, VQPipeline):
                 output = self.scheduler.step(predict(latents, t), t, latents, **step_arguments)
                 latents = self.quantize_step(output, int(t)) if quantize_denoised else output.prev_sample
                 if callback is not None:
-                    changed = callback(self, i, t, {"latents": latents})
-                    latents = (changed or {}).get("latents", latents)
+                    latents = changed_by_callback(callback(self, i, t, {"latents": latents}), "latents", latents)
                 progress_bar.update()
         return latents
 

@@ -181,6 +181,29 @@ def test_callback_changes_the_indices():
     assert torch.equal(indices_of(pipeline, callback_on_step_end=last), torch.full((1, 4, 4), 5))
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ([codes()], "`callback_on_step_end` must return a dict or None, got a list"),
+        (codes(), "`callback_on_step_end` must return a dict or None, got a Tensor"),
+        ({"indices": codes()[:, :2]}, r"must return `indices` as torch.int64 of shape \(1, 4, 4\), got .*\(1, 2, 4\)"),
+        ({"indices": codes().float()}, "must return `indices` as torch.int64 .* got torch.float32"),
+        ({"indices": [5]}, "must return `indices` as torch.int64 .* got list"),
+        ({"indices": codes() - CODES}, "must return `indices` in 0 … 15 after step 9, got values from -"),
+        ({"indices": torch.full((1, 4, 4), MASK)}, "in 0 … 15 after step 9, got values from 16 to 16"),
+    ],
+)
+def test_what_a_callback_cannot_return(changed, message):
+    with pytest.raises(ValueError, match=message):
+        indices_of(make_pipeline(), callback_on_step_end=lambda pipe, i, t, tensors: changed if t == 0 else None)
+
+
+def test_a_callback_may_mask_codes_but_not_in_the_end():
+    masked = torch.full((1, 4, 4), MASK)
+    arguments = {"callback_on_step_end": lambda pipe, i, t, tensors: {"indices": masked} if t == 1 else {}}
+    assert indices_of(make_pipeline(), **arguments).max() < CODES
+
+
 def test_progress_bar(capsys):
     pipeline = make_pipeline()
     pipeline.set_progress_bar_config(disable=False)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import PIL.Image
+import pytest
 import torch
 
 from hf_vq import MaskReplaceScheduler
@@ -16,6 +17,7 @@ from tests.pipelines.vq_diffusion_parts import (
     log_probs_by_hand,
     make_copying_transformer,
     make_pipeline,
+    make_transformer,
     seeded,
 )
 
@@ -48,6 +50,17 @@ def test_limits_of_strength():
         indices_of(pipeline, indices=given, strength=1.0), indices_of(pipeline, num_images_per_prompt=8)
     )
     assert torch.equal(indices_of(pipeline, indices=given), indices_of(pipeline, indices=given, strength=0.7))
+
+
+@pytest.mark.parametrize(("strength", "first"), [(0.29, 28), (0.57, 56), (0.573, 56), (0.999, 98), (1.0, 99)])
+def test_strength_in_decimals_is_not_cut_by_binary_rounding(strength, first):
+    """0.29 · 100 and 0.57 · 100 lie just below 29 and 57 in floating point."""
+    parts = {
+        "transformer": make_transformer(num_train_timesteps=100),
+        "scheduler": MaskReplaceScheduler(CODES, 100),
+    }
+    steps = make_pipeline(**parts).set_timesteps(None, None, strength)
+    assert steps.tolist() == list(range(first, -1, -1))
 
 
 def test_variations_of_an_image_start_at_its_codes():

@@ -263,6 +263,10 @@ def test_the_steps_of_a_strength():
         callback = lambda pipe, i, t, tensors: seen.append(t)  # noqa: B023, E731
         latents_of(pipeline, image=image(), strength=strength, num_inference_steps=4, callback_on_step_end=callback)
         assert len(seen) == steps, (scheduler, strength)
+    pipeline = make_pipeline()
+    assert (
+        len(pipeline._last_steps(pipeline.set_timesteps(100), 0.29)) == 29
+    )  # 0.29 · 100 is 28.999… in floating point
     with pytest.raises(ValueError, match="`strength` must leave at least one of 4 steps"):
         latents_of(pipeline, image=image(), strength=0.2, num_inference_steps=4)
     pipeline.scheduler = PNDMScheduler()
@@ -317,6 +321,15 @@ def test_callback_changes_the_latents():
     found = latents_of(pipeline, callback_on_step_end=callback)
     assert seen == [(0, 666, (1, D, 4, 4)), (1, 333, (1, D, 4, 4)), (2, 0, (1, D, 4, 4))]
     assert torch.equal(found, torch.full_like(found, 2.0))
+
+
+def test_what_a_callback_cannot_return():
+    for changed, message in (
+        ([1], "must return a dict or None, got a list"),
+        ({"latents": torch.zeros(1, D, 2, 4)}, r"must return `latents` as torch.float32 of shape \(1, 4, 4, 4\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            latents_of(make_pipeline(), callback_on_step_end=lambda *args, changed=changed: changed)
 
 
 def test_images_of_one_class_are_adjacent_and_null_is_the_default():
