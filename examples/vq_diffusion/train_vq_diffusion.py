@@ -97,6 +97,8 @@ class Codes:
 
     def __init__(self, run: TrainingRun, data: DataArguments, args: VQDiffusionArguments, tokenizer):
         self.run, self.tokenizer = run, tokenizer
+        if len(tokenizer.config.downsample_factors) > 1 or tokenizer.config.quantizer == "residual":
+            raise ValueError(f"tokenizer={args.tokenizer!r}: it must have one code at each position of one grid.")
         if args.cache_indices:
             self.splits, self.class_names = load_code_splits(run, data, tokenizer, args.random_flip_codes)
         else:
@@ -104,7 +106,7 @@ class Codes:
             validation = load_image_dataset(data, "validation", class_names=images.class_names)
             self.splits, self.class_names = {"train": images, "validation": validation}, images.class_names
         self.num_classes = count_classes(self.splits, self.class_names, data.label_column)
-        self.grid_size = tuple(self.indices(next(iter(self.validation_batches(1)))).shape[1:])
+        self.grid_size = tuple(self.indices(collate([self.splits["validation"][0]])).shape[1:])
 
     @torch.no_grad()
     def indices(self, batch: dict) -> torch.Tensor:

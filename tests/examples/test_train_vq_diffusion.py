@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_vq import VQDiffusionImagePipeline
+from hf_vq import VQDiffusionImagePipeline, VQVAEConfig, VQVAEModel
 from hf_vq.evaluation.diffusion_likelihood import DiffusionLikelihood
 from hf_vq.pipelines.text_conditioning import encode_text
 from hf_vq.training.indices_cache import load_indices
@@ -175,6 +175,15 @@ def test_a_resumed_run_is_an_unbroken_one(inputs, tmp_path, monkeypatch):
 def test_what_is_refused(inputs, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         train(inputs, tmp_path, *options)
+
+
+def test_several_codes_a_position_are_refused(inputs, tmp_path):
+    config = VQVAEConfig(
+        resolution=8, hidden_size=8, residual_hidden_size=4, embed_dim=4, quantizer="residual", num_embeddings=8
+    )
+    VQVAEModel(config).save_pretrained(tmp_path / "residual")
+    with pytest.raises(ValueError, match="must have one code at each position of one grid"):
+        train(inputs, tmp_path / "run", "--tokenizer", str(tmp_path / "residual"))
 
 
 @pytest.mark.slow
