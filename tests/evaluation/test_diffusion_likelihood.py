@@ -129,7 +129,7 @@ def test_the_mean_is_the_bound(chain, expected, num_timesteps):
     for x0, bound in zip(DATA, expected[0], strict=True):
         values = likelihood.log_likelihood(torch.tensor(x0).repeat(copies, 1)).double()
         error = values.std() / copies**0.5
-        assert error < 0.025  # of a sum of which the last step alone is 0.25
+        assert error < 0.025  # of a bound of which the term at the last timestep alone is 0.25
         assert abs(values.mean() - bound) < 5 * error, (x0, values.mean(), bound)
 
 
