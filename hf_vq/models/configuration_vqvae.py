@@ -32,6 +32,13 @@ class VQVAEConfig(VQTokenizerConfig):
     ):
         if downsample_factor < 2 or downsample_factor & (downsample_factor - 1):
             raise ValueError(f"`downsample_factor` must be a power of 2 and at least 2, got {downsample_factor}.")
+        for name, value, least in (
+            ("hidden_size", hidden_size, 2),  # the outermost layers have half of it
+            ("residual_hidden_size", residual_hidden_size, 1),
+            ("num_residual_layers", num_residual_layers, 0),
+        ):
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"`{name}` must be an int of at least {least}, got {value}.")
         super().__init__(
             resolution=resolution, embed_dim=embed_dim, num_embeddings=num_embeddings, quantizer=quantizer, **kwargs
         )

@@ -31,8 +31,8 @@ class VQVAE2Config(VQVAEConfig):
         resolution: int = 256,
         **kwargs,
     ):
-        if num_levels < 2:
-            raise ValueError(f"`num_levels` must be at least 2, got {num_levels}.")
+        if not isinstance(num_levels, int) or num_levels < 2:
+            raise ValueError(f"`num_levels` must be an int of at least 2, got {num_levels}.")
         if downsample_factor < 2**num_levels:
             raise ValueError(
                 f"`downsample_factor` must be at least {2**num_levels} for {num_levels} levels, got {downsample_factor}."

@@ -166,6 +166,10 @@ class VQVAE2Model(VQTokenizerModel):
         if isinstance(levels, torch.Tensor) or not 1 <= len(levels) <= count:
             got = "one tensor" if isinstance(levels, torch.Tensor) else f"{len(levels)}"
             raise ValueError(f"`{name}` must be a tuple of up to {count} levels, from top to bottom, got {got}.")
+        if len({level.shape[:1] for level in levels}) > 1:
+            raise ValueError(
+                f"`{name}` must have the same batch at each level, got {[tuple(level.shape) for level in levels]}."
+            )
         for above, below in zip(levels[:-1], levels[1:], strict=True):
             # spatial axes: those of (B, D, h, w) or of indices (B, h, w[, depth])
             axes = slice(2, 4) if name == "latents" else slice(1, 3)

@@ -322,6 +322,7 @@ def test_wrong_inputs_are_refused(call, message):
         ("vqgan", {"channel_multiplier": ()}, "channel_multiplier"),
         ("vqvae", {"downsample_factor": 3}, "downsample_factor"),
         ("vqvae", {"downsample_factor": 1}, "downsample_factor"),
+        ("vqvae", {"hidden_size": 1}, "`hidden_size` must be an int of at least 2, got 1"),
         ("vqvae", {"commitment_cost": -1.0}, "commitment_cost"),
         ("vqvae", {"data_variance": 0.0}, "data_variance"),
         ("vqvae", {"quantizer": "vqq"}, "`quantizer` must be one of"),

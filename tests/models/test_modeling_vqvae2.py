@@ -326,6 +326,10 @@ def codes(*sides):
         (lambda model: model.decode_indices(codes(4, 8, 16)), "`indices` must be a tuple of up to 2 levels.*got 3"),
         (lambda model: model.decode_indices(()), "`indices` must be a tuple of up to 2 levels.*got 0"),
         (lambda model: model.decode_indices(codes(8, 4)), "`indices` must double their height and width"),
+        (
+            lambda model: model.decode_indices((codes(4)[0].expand(2, -1, -1), codes(8)[0])),
+            "`indices` must have the same batch at each level",
+        ),
         (lambda model: model.decode_indices(codes(4, 7)), "`indices` must double their height and width"),
         (lambda model: model.decode_indices((codes(4)[0], codes(8)[0] + 16)), r"`indices` must lie in \[0, 16\)"),
         (lambda model: model.decode((torch.zeros(1, 4, 4, 4), torch.zeros(1, 4, 4, 8))), "`latents` must double"),
@@ -340,7 +344,11 @@ def test_wrong_inputs_are_refused(call, message):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"num_levels": 1}, "`num_levels` must be at least 2, got 1"),
+        ({"num_levels": 1}, "`num_levels` must be an int of at least 2, got 1"),
+        ({"num_levels": 2.5}, "`num_levels` must be an int of at least 2, got 2.5"),
+        ({"hidden_size": 1}, "`hidden_size` must be an int of at least 2, got 1"),
+        ({"residual_hidden_size": 0}, "`residual_hidden_size` must be an int of at least 1, got 0"),
+        ({"num_residual_layers": -1}, "`num_residual_layers` must be an int of at least 0, got -1"),
         ({"downsample_factor": 2}, "`downsample_factor` must be at least 4 for 2 levels, got 2"),
         ({"num_levels": 3, "downsample_factor": 4}, "`downsample_factor` must be at least 8 for 3 levels, got 4"),
         ({"level_dropout": 1.5}, "`level_dropout` is a probability, got 1.5"),
