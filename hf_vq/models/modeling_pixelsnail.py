@@ -88,14 +88,14 @@ class PixelSNAILForCausalLM(IncrementalGenerationMixin, PixelSNAILPreTrainedMode
         if indices is None or tuple(indices.shape) != shape or indices.dtype not in (torch.int64, torch.int32):
             got = None if indices is None else f"{indices.dtype} of shape {tuple(indices.shape)}"
             raise ValueError(f"`condition_indices` must be the codes of the level above, int64 {shape}, got {got}.")
-        # a code out of range would be taken for one of another tap
-        in_range = torch.compiler.is_compiling() or (
-            indices.min() >= 0 and indices.max() < config.conditioning_codebook_size
-        )
-        if not in_range:
+        self._check_range("condition_indices", indices, config.conditioning_codebook_size)
+
+    @staticmethod
+    def _check_range(name: str, codes: torch.LongTensor, size: int):
+        """A look-up would take a code out of range for a code of another tap."""
+        if not torch.compiler.is_compiling() and (codes.min() < 0 or codes.max() >= size):
             raise ValueError(
-                f"`condition_indices` must lie in 0 … {config.conditioning_codebook_size - 1}, got values from "
-                f"{indices.min().item()} to {indices.max().item()}."
+                f"`{name}` must hold codes 0 … {size - 1}, got values from {codes.min().item()} to {codes.max().item()}."
             )
 
     def grid_positions(self) -> torch.Tensor:
@@ -107,6 +107,7 @@ class PixelSNAILForCausalLM(IncrementalGenerationMixin, PixelSNAILPreTrainedMode
         return torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).to(self.dtype)
 
     def read_grid(self, codes: torch.LongTensor, condition: torch.Tensor | None) -> torch.Tensor:
+        self._check_range("input_ids", codes, self.config.codebook_size)
         batch_size, rows, width = codes.shape
         height = self.config.grid_size[0]
         features = self.stem(codes)
@@ -122,6 +123,7 @@ class PixelSNAILForCausalLM(IncrementalGenerationMixin, PixelSNAILPreTrainedMode
         return features
 
     def read_grid_and_cache(self, codes: torch.LongTensor, condition: torch.Tensor | None, positions: int):
+        self._check_range("input_ids", codes, self.config.codebook_size)
         steps = PixelSNAILSteps(self, condition, len(codes))
         features = steps(codes.flatten(1)[:, : positions - 1], positions)
         if torch.is_grad_enabled():
@@ -130,7 +132,7 @@ class PixelSNAILForCausalLM(IncrementalGenerationMixin, PixelSNAILPreTrainedMode
             features = nn.functional.pad(features, (0, 0, 0, codes[0].numel() - positions)).unflatten(
                 1, codes.shape[1:]
             )
-        return features, IncrementalCache(positions, len(codes), condition, layers=steps.blocks, steps=steps)
+        return features, IncrementalCache(positions, len(codes), steps.condition, steps.blocks, steps=steps)
 
     def read_position(self, code: torch.LongTensor, position: int, cache: IncrementalCache) -> torch.Tensor:
         return cache.steps(code[:, None], 1)[:, 0]

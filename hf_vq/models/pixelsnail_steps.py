@@ -21,7 +21,7 @@ from .pixelsnail_blocks import (
 
 def _transposed(weight: torch.Tensor) -> torch.Tensor:
     """`(out, in) -> (in, out)` in memory also, which a product with few rows reads faster."""
-    return weight.detach().t().contiguous()
+    return weight.t().contiguous()
 
 
 class PointwiseSteps:
@@ -29,7 +29,7 @@ class PointwiseSteps:
 
     def __init__(self, *convs: PointwiseConv):
         self.weight = _transposed(torch.cat([conv.weight for conv in convs]))
-        self.bias = torch.cat([conv.bias for conv in convs]).detach()
+        self.bias = torch.cat([conv.bias for conv in convs])
 
     def __call__(self, features: torch.Tensor) -> torch.Tensor:
         return torch.addmm(self.bias, features, self.weight)
@@ -40,7 +40,7 @@ class CausalConvSteps:
 
     def __init__(self, conv: CausalConv, batch_size: int, width: int):
         k, left = conv.kernel_size, conv.kernel_size // 2
-        taps = conv.weight.detach().permute(2, 1, 0)
+        taps = conv.weight.permute(2, 1, 0)
         self.above_weight, self.left_weight = (part.flatten(0, 1) for part in taps.split([(k - 1) * k, left]))
         self.bias = conv.bias.detach()
         self.kernel_size, self.left, self.channels = k, left, taps.shape[1]
@@ -65,7 +65,7 @@ class CausalConvSteps:
         current[:, start + left : start + left + length].copy_(features.view(-1, length, self.channels))
         # the windows of the taps on the left overlap in memory
         patches = current.as_strided(
-            (len(current), length, left * self.channels),
+            (current.shape[0], length, left * self.channels),
             (current.stride(0), self.channels, 1),
             start * self.channels,
         )
@@ -181,7 +181,7 @@ class StemSteps:
         height, width = grid_size
         reach, num_codes, device = stem.reach, stem.left.num_codes, stem.left.weight_v.device
         self.stem, self.reach, self.num_codes = stem, reach, num_codes
-        self.tables = (stem.above.table().detach(), stem.left.table().detach())
+        self.tables = (stem.above.table(), stem.left.table())
         # rows of codes, with a margin on the left; `num_codes` is no code
         self.codes = torch.full((batch_size, height, reach + width), num_codes, device=device)
         rows, columns = torch.arange(height, device=device), torch.arange(reach, reach + width, device=device)
@@ -198,7 +198,7 @@ class StemSteps:
     def start_row(self, row: int) -> None:
         above = self.codes[:, max(row - self.reach, 0) : row, self.reach :]
         empty = torch.full_like(self.codes[:, :1, self.reach :], self.num_codes)
-        self.from_above = self.stem(torch.cat([above, empty], dim=1), self.tables)[:, -1].detach()
+        self.from_above = self.stem(torch.cat([above, empty], dim=1), self.tables)[:, -1]
 
     def __call__(self, row: int, start: int, length: int) -> torch.Tensor:
         windows = self.codes[:, row, start : start + self.reach + length - 1].unfold(1, self.reach, 1)
@@ -216,13 +216,14 @@ class PixelSNAILSteps:
         batch_size: B.
     """
 
+    @torch.no_grad()
     def __init__(self, model, condition: torch.Tensor | None, batch_size: int):
         self.height, self.width = model.config.grid_size
         self.stem = StemSteps(model.stem, batch_size, model.config.grid_size)
         self.blocks = [BlockSteps(block, batch_size, model.config.grid_size) for block in model.blocks]
         self.output_blocks = [PointwiseResidualSteps(block) for block in model.output_blocks]
         self.positions = model.grid_positions().flatten(0, 1)
-        self.condition = condition
+        self.condition = None if condition is None else condition.detach()
         self.past = 0
 
     @torch.no_grad()
