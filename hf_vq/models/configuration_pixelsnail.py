@@ -10,7 +10,7 @@ class PixelSNAILConfig(CodePriorConfig):
     """
     Configuration of [`PixelSNAILForCausalLM`]: gated residual blocks of causal convolutions, with causal self-attention
     after every few of them (Chen et al., "PixelSNAIL", 2018; Razavi, van den Oord and Vinyals, "VQ-VAE-2", 2019, section
-    3.2 and table 1). The paper's priors for ImageNet at 256 pixels are
+    3.2 and appendix A). The paper's priors for ImageNet at 256 pixels are
 
     - top: `grid_size=32, hidden_size=512, res_channels=2048, num_blocks=4, num_res_blocks=5, num_output_res_blocks=20`;
     - bottom: `grid_size=64, hidden_size=512, res_channels=1024, num_blocks=4, num_res_blocks=5, attention=False` with
