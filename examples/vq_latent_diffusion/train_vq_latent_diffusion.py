@@ -67,6 +67,14 @@ class LatentDiffusionArguments:
     def __post_init__(self):
         if not 0 <= self.condition_dropout < 1:
             raise ValueError(f"condition_dropout={self.condition_dropout}: it must lie in [0, 1).")
+        levels = range(len(self.block_out_channels))
+        if not set(self.attention_levels) <= set(levels):
+            raise ValueError(f"attention_levels={self.attention_levels}: there are the levels {list(levels)}.")
+        widths = self.block_out_channels
+        attending = [widths[level] for level in self.attention_levels] + widths[-1:]  # the middle block does always
+        for name, divided in (("attention_head_dim", attending), ("norm_num_groups", widths)):
+            if any(width % getattr(self, name) for width in divided):
+                raise ValueError(f"{name}={getattr(self, name)}: it must divide the widths {divided}.")
         if (self.caption_column is None) != (self.text_encoder is None):
             raise ValueError("caption_column and text_encoder are given together: one is the other's input.")
 

@@ -130,6 +130,9 @@ def test_the_saved_denoiser_is_the_average(inputs, tmp_path):
         (["--condition_dropout", "1"], r"must lie in \[0, 1\)"),
         (["--crop", "random"], "has no effect on latents that are written once"),
         (["--scaling_factor", "-1"], "must be positive"),
+        (["--attention_head_dim", "16"], r"attention_head_dim=16: it must divide the widths \[8, 8\]"),
+        (["--norm_num_groups", "3"], "norm_num_groups=3: it must divide"),
+        (["--attention_levels", "2"], r"there are the levels \[0, 1\]"),
         (
             ["--label_column", "number", "--streaming", "true", "--cache_latents", "false"],
             "the classes of a stream need names",
