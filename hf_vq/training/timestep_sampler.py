@@ -74,6 +74,11 @@ class ImportanceTimestepSampler:
             timesteps (int64 `(B,)`): in 0…T-1.
             losses (`(B,)`): their terms of the bound in nats, summed over positions and not divided by probabilities.
         """
+        for name, value in (("timesteps", timesteps), ("losses", losses)):
+            if not isinstance(value, torch.Tensor):
+                raise ValueError(f"`{name}` must be a tensor, got a {type(value).__name__}.")
+        if timesteps.dtype != torch.int64:
+            raise ValueError(f"`timesteps` must be int64, got {timesteps.dtype}.")
         timesteps, losses = timesteps.detach().cpu(), losses.detach().cpu().double()
         if timesteps.ndim != 1 or losses.shape != timesteps.shape:
             raise ValueError(
