@@ -56,12 +56,17 @@ class MaskReplaceObjective:
             original_samples, sample (int64 `(B, *)`): x_0 and x_t.
             timesteps (int64 `(B,)`): t in 0…T-1.
             probabilities (float `(B,)`): p(t), positive.
+
+        Raises:
+            ValueError: `probabilities` of another shape or not positive, or a tensor that the scheduler does not take.
         """
         if probabilities.shape != timesteps.shape:
             raise ValueError(
                 f"`probabilities` must have the shape of `timesteps` {tuple(timesteps.shape)}, got "
                 f"{tuple(probabilities.shape)}."
             )
+        if not (probabilities > 0).all():
+            raise ValueError(f"`probabilities` must be positive, got {probabilities.tolist()}.")
         probabilities = probabilities.to(model_output.device)
         terms = self.scheduler.vlb_terms(model_output, original_samples, sample, timesteps).flatten(1).sum(dim=1)
         losses = terms

@@ -110,3 +110,8 @@ def test_what_is_refused():
     x0 = torch.zeros(2, 3, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"`probabilities` must have the shape of `timesteps` \(2,\), got \(1,\)"):
         MaskReplaceObjective(scheduler)(torch.zeros(2, 3, 5), x0, x0, torch.tensor([0, 1]), torch.ones(1))
+    for wrong in (0.0, -0.5, torch.nan):
+        with pytest.raises(ValueError, match="`probabilities` must be positive, got"):
+            MaskReplaceObjective(scheduler)(
+                torch.zeros(2, 3, 5), x0, x0, torch.tensor([0, 1]), torch.tensor([0.5, wrong])
+            )
