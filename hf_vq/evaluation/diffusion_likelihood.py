@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
+from ..schedulers.argument_checks import check_indices
 from ..schedulers.scheduling_mask_replace import MaskReplaceScheduler
 
 
@@ -43,8 +44,10 @@ class DiffusionLikelihood(nn.Module):
         super().__init__()
         steps = scheduler.config.num_train_timesteps
         num_timesteps = steps if num_timesteps is None else num_timesteps
-        if not 1 <= num_timesteps <= steps:
-            raise ValueError(f"`num_timesteps` must lie in 1…{steps}, the scheduler's steps, got {num_timesteps}.")
+        if not isinstance(num_timesteps, int) or not 1 <= num_timesteps <= steps:
+            raise ValueError(
+                f"`num_timesteps` must be an int in 1…{steps}, the scheduler's steps, got {num_timesteps!r}."
+            )
         self.transformer = transformer
         self.scheduler = scheduler
         self.prepare_condition = prepare_condition
@@ -71,7 +74,13 @@ class DiffusionLikelihood(nn.Module):
 
         Returns:
             float32 `(B,)`, nats.
+
+        Raises:
+            ValueError: `indices` are no codes, or none.
         """
+        check_indices("indices", indices, self.scheduler.mask_index - 1)
+        if not indices.numel():
+            raise ValueError(f"`indices` must hold at least one code, got shape {tuple(indices.shape)}.")
         inputs = {} if condition is None else self._inputs(condition)
         bound = torch.full((len(indices),), -self.scheduler.prior_kl() * indices[0].numel(), device=indices.device)
         source = None if self.generator is None else self.generator.device

@@ -181,7 +181,22 @@ def test_a_uniform_prediction_costs_log_k():
     assert values.mean() == pytest.approx(-math.log(K), abs=5 * float(values.std()) / 500**0.5)
 
 
-@pytest.mark.parametrize("number", [0, 5])
+@pytest.mark.parametrize("number", [0, 5, 2.5])
 def test_the_number_of_timesteps_must_be_among_those_of_the_chain(chain, number):
-    with pytest.raises(ValueError, match=rf"`num_timesteps` must lie in 1…4, the scheduler's steps, got {number}"):
+    with pytest.raises(
+        ValueError, match=rf"`num_timesteps` must be an int in 1…4, the scheduler's steps, got {number}"
+    ):
         likelihood_of(chain, num_timesteps=number)
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        (torch.zeros(0, 2, dtype=torch.int64), r"`indices` must hold at least one code, got shape \(0, 2\)"),
+        (torch.zeros(1, 2), "`indices` must be an int64 tensor"),
+        (torch.full((1, 2), K), "`indices` must hold indices in 0…2, got 3 to 3"),
+    ],
+)
+def test_what_are_no_codes(chain, indices, message):
+    with pytest.raises(ValueError, match=message):
+        likelihood_of(chain).log_likelihood(indices)
