@@ -52,9 +52,15 @@ class CodeConditionMixin(TextConditionMixin):
             ValueError: a condition that the transformer does not take, or guidance without a null condition.
         """
         kind = self.transformer.config.condition_type
-        texts = (prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
-        if any(text is not None for text in texts) and kind != "text":
-            raise ValueError(f"`prompt` needs a transformer whose condition_type is 'text', got {kind!r}.")
+        texts = {
+            "prompt": prompt,
+            "negative_prompt": negative_prompt,
+            "prompt_embeds": prompt_embeds,
+            "negative_prompt_embeds": negative_prompt_embeds,
+        }
+        for name, text in texts.items():
+            if text is not None and kind != "text":
+                raise ValueError(f"`{name}` needs a transformer whose condition_type is 'text', got {kind!r}.")
         if kind == "unconditional":
             if guided:
                 raise ValueError("`guidance_scale` other than 1 needs a conditional transformer.")
@@ -63,11 +69,9 @@ class CodeConditionMixin(TextConditionMixin):
             conditional, null = self._class_conditions(class_labels, guided)
         else:
             given = self.text_states("prompt", prompt, prompt_embeds, prompt_attention_mask)
-            negative = None
-            if guided:
-                negative = self.text_states(
-                    "negative_prompt", negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask
-                )
+            negative = self.text_states(  # without guidance too, so that it is checked
+                "negative_prompt", negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask
+            )
             conditional, null = self._text_conditions(given, negative, guided)
         inputs = {}
         label = "class_labels" if kind == "class" else "prompt" if prompt_embeds is None else "prompt_embeds"
@@ -94,18 +98,24 @@ class CodeConditionMixin(TextConditionMixin):
         if guided and given is None:
             raise ValueError("`guidance_scale` other than 1 needs a `prompt`, or `prompt_embeds`.")
         if not guided:
-            return self._text_inputs(self._null_text("prompt") if given is None else given), None
+            return self._text_inputs(self._null_text("prompt") if given is None else given, "prompt"), None
         null = self._null_text("negative_prompt") if negative is None else negative
         if given.embeddings.shape[1:] != null.embeddings.shape[1:]:
             raise ValueError(
                 "`negative_prompt_embeds`, or what stands in for them, must have as many tokens of the same width as the "
                 f"prompt, got {tuple(null.embeddings.shape[1:])} and {tuple(given.embeddings.shape[1:])}."
             )
-        return self._text_inputs(given), self._text_inputs(null)
+        return self._text_inputs(given, "prompt"), self._text_inputs(null, "negative_prompt")
 
-    def _text_inputs(self, condition: TextCondition) -> dict[str, torch.Tensor]:
+    def _text_inputs(self, condition: TextCondition, name: str) -> dict[str, torch.Tensor]:
         inputs = {"encoder_hidden_states": condition.embeddings.to(self.transformer.dtype)}
         if self.config.text_mask:
+            has_tokens = condition.mask.any(dim=1)
+            if not has_tokens.all():
+                raise ValueError(
+                    f"`{name}`, or `{name}_attention_mask`, must have a token that is not padding in each row, but has none "
+                    f"in row {int(has_tokens.int().argmin())}; for an empty text the tokenizer must add one."
+                )
             inputs["encoder_attention_mask"] = condition.mask
         return inputs
 

@@ -80,6 +80,8 @@ def to_pixel_values(image, channels: int) -> torch.FloatTensor:
             raise ValueError(
                 f"`image` must be a float tensor (B, C, H, W) in [-1, 1], got {image.dtype} of shape {tuple(image.shape)}."
             )
+        if not image.numel() or not image.isfinite().all():
+            raise ValueError(f"`image` must be finite and not empty, got a tensor of shape {tuple(image.shape)}.")
         return image.float() if image.ndim == 4 else image.float()[None]
     images = image if isinstance(image, (list, tuple)) else [image]
     if not images or not all(isinstance(item, PIL.Image.Image) for item in images):
@@ -154,7 +156,7 @@ class CompletionMixin:
         Raises:
             ValueError: both or none of `image` and `indices`, wrong shapes, or as in the call.
         """
-        self.check_output(num_images_per_prompt, output_type)
+        self.check_output(num_images_per_prompt, output_type, decode_batch_size)
         codes = self.given_codes(image, indices)
         grid_sizes = [tuple(prior.config.grid_size) for prior in self.priors]
         keep = kept_at_levels(keep, grid_sizes, self.vqvae.config.downsample_factors)

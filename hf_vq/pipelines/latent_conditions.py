@@ -29,7 +29,7 @@ def to_mask(mask) -> torch.FloatTensor:
         if mask.ndim == 2:
             mask = mask[None]
         mask = mask[:, None] if mask.ndim == 3 else mask
-        if mask.ndim != 4 or mask.shape[1] != 1 or mask.min() < 0 or mask.max() > 1:
+        if mask.ndim != 4 or mask.shape[1] != 1 or not mask.numel() or not ((mask >= 0) & (mask <= 1)).all():
             raise ValueError(f"`mask_image` must be (B, 1, H, W) with values in [0, 1], got {tuple(mask.shape)}.")
         return (mask >= 0.5).float()
     return (to_pixel_values(mask, 1) >= 0).float()

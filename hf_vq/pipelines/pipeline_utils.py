@@ -71,8 +71,8 @@ class VQPipeline(DiffusionPipeline):
             return None
         return images_as(self.decode_indices(indices, decode_batch_size), output_type)
 
-    def check_output(self, num_images_per_prompt: int, output_type: str):
-        """ValueErrors for the arguments that say how many images of what kind are wanted."""
+    def check_output(self, num_images_per_prompt: int, output_type: str, decode_batch_size: int):
+        """ValueErrors for the arguments that say how many images of what kind are wanted, and how they are decoded."""
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES}, got {output_type!r}.")
         if output_type == "pil" and self.vqvae.config.in_channels not in (1, 3):
@@ -81,6 +81,8 @@ class VQPipeline(DiffusionPipeline):
             )
         if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
             raise ValueError(f"`num_images_per_prompt` must be a positive int, got {num_images_per_prompt!r}.")
+        if not isinstance(decode_batch_size, int) or decode_batch_size < 1:
+            raise ValueError(f"`decode_batch_size` must be a positive int, got {decode_batch_size!r}.")
 
 
 def as_levels(indices) -> tuple[torch.LongTensor, ...]:

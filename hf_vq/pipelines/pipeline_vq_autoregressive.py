@@ -82,7 +82,7 @@ class VQAutoregressivePipeline(CodeSamplingMixin, CompletionMixin, RejectionSamp
         Raises:
             ValueError: an argument out of range, or a condition that the prior does not take.
         """
-        self.check_output(num_images_per_prompt, output_type)
+        self.check_output(num_images_per_prompt, output_type, decode_batch_size)
         (prompt,) = self.prepare_prompts(class_labels, condition)
         (indices,) = self.sample_levels(
             [prompt.repeat_interleave(num_images_per_prompt, dim=0)],

@@ -1,6 +1,7 @@
 """Sampling images by mask-and-replace diffusion over code indices."""
 
 import importlib
+import math
 from collections.abc import Callable
 
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from diffusers import ModelMixin, SchedulerMixin
 from transformers import PreTrainedModel
 
+from .class_conditioning import class_names
 from .code_conditions import CodeConditionMixin
 from .completion import to_pixel_values
 from .latent_conditions import repeat_inputs, repeat_to, to_mask
@@ -78,7 +80,7 @@ class VQDiffusionImagePipeline(CodeConditionMixin, VQPipeline):
         self.register_modules(
             vqvae=vqvae, transformer=transformer, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer
         )
-        self.id2label = None if id2label is None else {int(i): name for i, name in id2label.items()}
+        self.id2label = class_names(id2label)
         self.register_to_config(
             id2label=self.id2label,
             text_max_length=text_max_length,
@@ -119,12 +121,9 @@ class VQDiffusionImagePipeline(CodeConditionMixin, VQPipeline):
 
     # Preparing
 
-    def check_inputs(
-        self, num_images_per_prompt, output_type, guidance_scale, strength, image, indices, mask_image, callback
-    ):
+    def check_inputs(self, guidance_scale, strength, image, indices, mask_image, callback):
         """ValueErrors for the arguments that need no other part."""
-        self.check_output(num_images_per_prompt, output_type)
-        if not isinstance(guidance_scale, (int, float)) or guidance_scale < 0:
+        if not isinstance(guidance_scale, (int, float)) or not 0 <= guidance_scale < math.inf:
             raise ValueError(f"`guidance_scale` must be a number that is not negative, got {guidance_scale!r}.")
         if image is not None and indices is not None:
             raise ValueError("Only one of `image` and `indices` can be given.")
@@ -132,7 +131,7 @@ class VQDiffusionImagePipeline(CodeConditionMixin, VQPipeline):
         for name, value in (("strength", strength), ("mask_image", mask_image)):
             if value is not None and not given:
                 raise ValueError(f"`{name}` needs an `image`, or `indices`, that it is for.")
-        if strength is not None and not 0 < strength <= 1:
+        if strength is not None and not (isinstance(strength, (int, float)) and 0 < strength <= 1):
             raise ValueError(f"`strength` must lie in (0, 1], got {strength!r}.")
         if callback is not None and not callable(callback):
             raise ValueError("`callback_on_step_end` must be callable.")
@@ -154,6 +153,8 @@ class VQDiffusionImagePipeline(CodeConditionMixin, VQPipeline):
         if not isinstance(indices, torch.Tensor) or indices.dtype != torch.int64 or indices.shape[1:] != shape:
             found = f"{indices.dtype} of shape {tuple(indices.shape)}" if torch.is_tensor(indices) else type(indices)
             raise ValueError(f"`indices` must be int64 of shape (B, {shape[0]}, {shape[1]}), got {found}.")
+        if not len(indices):
+            raise ValueError("`indices` must hold at least one grid, got none.")
         if indices.min() < 0 or indices.max() >= codes:
             raise ValueError(
                 f"`indices` must lie in 0 … {codes - 1}, got values from {indices.min()} to {indices.max()}."
@@ -263,16 +264,8 @@ class VQDiffusionImagePipeline(CodeConditionMixin, VQPipeline):
         Raises:
             ValueError: an argument out of range, or a condition that the transformer does not take.
         """
-        self.check_inputs(
-            num_images_per_prompt,
-            output_type,
-            guidance_scale,
-            strength,
-            image,
-            indices,
-            mask_image,
-            callback_on_step_end,
-        )
+        self.check_output(num_images_per_prompt, output_type, decode_batch_size)
+        self.check_inputs(guidance_scale, strength, image, indices, mask_image, callback_on_step_end)
         class_labels = None if class_labels is None else self.class_ids(class_labels)
         if image is not None:
             image = to_pixel_values(image, self.vqvae.config.in_channels)

@@ -12,6 +12,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedModel
 
+from .class_conditioning import class_names
 from .completion import to_pixel_values
 from .latent_conditions import LatentConditionMixin, repeat_inputs, repeat_to, to_map, to_mask
 from .pipeline_utils import VQPipeline, changed_by_callback, check_generator, images_as, last_steps, onload
@@ -88,7 +89,7 @@ class VQLatentDiffusionPipeline(LatentConditionMixin, VQPipeline):
         self.register_modules(
             vqvae=vqvae, unet=unet, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer
         )
-        self.id2label = None if id2label is None else {int(i): name for i, name in id2label.items()}
+        self.id2label = class_names(id2label)
         if unet is not None and null_class_id is not None:
             if self.condition_kind not in ("class", "class_token") or not 0 <= null_class_id < self.num_classes:
                 raise ValueError(f"`null_class_id` must be one of the classes of `unet`, got {null_class_id}.")
@@ -109,11 +110,10 @@ class VQLatentDiffusionPipeline(LatentConditionMixin, VQPipeline):
 
     # Preparing
 
-    def check_inputs(self, num_images_per_prompt, output_type, guidance_scale, strength, image, mask_image, callback):
+    def check_inputs(self, output_type, guidance_scale, strength, image, mask_image, callback):
         """ValueErrors for the arguments that need no other part."""
         if output_type not in LATENT_OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be one of {LATENT_OUTPUT_TYPES}, got {output_type!r}.")
-        self.check_output(num_images_per_prompt, "indices" if output_type == "latent" else output_type)
         if not isinstance(guidance_scale, (int, float)) or not guidance_scale >= 0:
             raise ValueError(f"`guidance_scale` must be a number that is not negative, got {guidance_scale!r}.")
         if not isinstance(strength, (int, float)) or not 0 < strength <= 1:
@@ -212,7 +212,7 @@ class VQLatentDiffusionPipeline(LatentConditionMixin, VQPipeline):
     def decode_latents(self, latents: torch.Tensor, batch_size: int = 16) -> torch.FloatTensor:
         """Latents `(B, D, h, w)`, not scaled, to images `(B, C, H, W)` in [-1, 1]: quantized, then decoded."""
         if batch_size < 1:
-            raise ValueError(f"`decode_batch_size` must be at least 1, got {batch_size}.")
+            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
         onload(self.vqvae)
         parts = latents.to(self.vqvae.dtype).split(batch_size)
         return torch.cat([self.vqvae.decode(part).sample.float() for part in parts]).clamp(-1, 1)
@@ -278,9 +278,9 @@ class VQLatentDiffusionPipeline(LatentConditionMixin, VQPipeline):
         Raises:
             ValueError: an argument out of range, or a condition that the denoiser does not take.
         """
-        self.check_inputs(
-            num_images_per_prompt, output_type, guidance_scale, strength, image, mask_image, callback_on_step_end
-        )
+        self.check_inputs(output_type, guidance_scale, strength, image, mask_image, callback_on_step_end)
+        kind = "indices" if output_type == "latent" else output_type  # not decoded either
+        self.check_output(num_images_per_prompt, kind, decode_batch_size)
         if quantize_denoised and not isinstance(self.scheduler, DDIMScheduler):
             raise ValueError(f"`quantize_denoised` needs a DDIMScheduler, got {type(self.scheduler).__name__}.")
         image = None if image is None else to_pixel_values(image, self.vqvae.config.in_channels)

@@ -117,7 +117,7 @@ class VQVAE2Pipeline(CodeSamplingMixin, CompletionMixin, RejectionSamplingMixin,
         Raises:
             ValueError: an argument out of range, or a condition that the priors do not take.
         """
-        self.check_output(num_images_per_prompt, output_type)
+        self.check_output(num_images_per_prompt, output_type, decode_batch_size)
         rows = {"class_labels": self.prepare_prompts(class_labels), "top_indices": self._check_top(top_indices)}
         rows = repeat_rows({name: tensors for name, tensors in rows.items() if tensors}, num_images_per_prompt)
         given = [KnownCodes(codes, torch.ones_like(codes, dtype=torch.bool)) for codes in rows.get("top_indices", ())]

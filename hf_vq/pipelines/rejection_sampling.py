@@ -91,7 +91,7 @@ class RejectionSamplingMixin:
         Raises:
             ValueError: arguments out of range, a classifier without an image processor, or as in the call.
         """
-        self.check_output(num_images_per_class, output_type)
+        self.check_output(num_images_per_class, output_type, decode_batch_size)
         rates = acceptance_rates if isinstance(acceptance_rates, (list, tuple)) else [acceptance_rates]
         if not rates or not all(0 < rate <= 1 for rate in rates):
             raise ValueError(f"`acceptance_rates` must lie in (0, 1], got {acceptance_rates}.")

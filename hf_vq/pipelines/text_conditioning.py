@@ -65,12 +65,13 @@ def encode_text(
     Raises:
         ValueError: `prompts` or `max_length` is not of the right kind, or the tokenizer cannot pad.
     """
-    prompts = list(prompts) if isinstance(prompts, (list, tuple)) else [prompts]
-    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-        raise ValueError(f"`prompts` must be a str or a list of them that is not empty, got {prompts!r}.")
+    prompts = _texts(prompts, "prompts")
     longest = text_length(text_encoder, tokenizer) if max_length is None else max_length
-    if longest < 1:
-        raise ValueError(f"`max_length` must be positive, got {max_length}.")
+    positions = getattr(text_encoder.config, "max_position_embeddings", None)
+    if not isinstance(longest, int) or longest < 1:
+        raise ValueError(f"`max_length` must be a positive int, got {max_length!r}.")
+    if positions and longest > positions:
+        raise ValueError(f"`max_length` must be at most {positions}, the positions of the encoder, got {max_length}.")
     if tokenizer.pad_token is None:
         raise ValueError("`tokenizer` must have a padding token, since prompts are padded to one length.")
     if pad_token_id is not None and not 0 <= pad_token_id < len(tokenizer):
@@ -100,14 +101,14 @@ class TextConditionMixin:
         The states of prompts; `options` are further ones of [`encode_text`].
 
         Raises:
-            ValueError: there is no text encoder to make `name` with.
+            ValueError: there is no text encoder to make `name` with, or it is neither a str nor a list of them.
         """
         if self.text_encoder is None or self.tokenizer is None:
             raise ValueError(f"`{name}_embeds` must be given: the pipeline has no text_encoder with a tokenizer.")
         return encode_text(
             self.text_encoder,
             self.tokenizer,
-            prompt,
+            _texts(prompt, name),
             max_length=self.config.text_max_length,
             lower_case=self.config.text_lower_case,
             normalize=self.config.text_normalize,
@@ -130,7 +131,7 @@ class TextConditionMixin:
             return self.encode_prompt(prompt, name)
         if embeds is None:
             return None
-        if not isinstance(embeds, torch.Tensor) or embeds.ndim != 3:
+        if not isinstance(embeds, torch.Tensor) or not embeds.is_floating_point() or embeds.ndim != 3:
             raise ValueError(f"`{name}_embeds` must be a float tensor (B, S, D).")
         mask = torch.ones(embeds.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
         if mask.shape != embeds.shape[:2]:
@@ -140,11 +141,18 @@ class TextConditionMixin:
         return TextCondition(embeds.to(self._execution_device), mask.to(self._execution_device))
 
 
+def _texts(prompts, name: str) -> list[str]:
+    texts = list(prompts) if isinstance(prompts, (list, tuple)) else [prompts]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"`{name}` must be a str or a list of them that is not empty, got {prompts!r}.")
+    return texts
+
+
 def _warn_of_cuts(tokenizer, prompts: list[str], longest: int) -> None:
-    special = tokenizer.num_special_tokens_to_add()
+    kept = max(0, longest - tokenizer.num_special_tokens_to_add())
     for prompt in prompts:
         own = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
-        cut = own[max(0, longest - special) :]
+        cut = own[: max(0, len(own) - kept)] if tokenizer.truncation_side == "left" else own[kept:]
         if cut:
             logger.warning("The text encoder takes %d tokens; it does not see %r.", longest, tokenizer.decode(cut))
 

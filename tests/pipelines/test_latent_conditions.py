@@ -132,8 +132,16 @@ def test_text_is_padded_and_cuts_are_named(caplog):
     logging.enable_propagation()
     encode_text(encoder, tokenizer, "a red cat dog", max_length=2)
     assert "does not see 'cat dog'" in caplog.text
-    with pytest.raises(ValueError, match="`max_length` must be positive"):
+    caplog.clear()
+    tokenizer.truncation_side = "left"
+    encode_text(encoder, tokenizer, "a red cat dog", max_length=1)
+    assert "does not see 'a red cat'" in caplog.text
+    with pytest.raises(ValueError, match="`max_length` must be a positive int, got 0"):
         encode_text(encoder, tokenizer, "a", max_length=0)
+    with pytest.raises(ValueError, match="`max_length` must be at most 6, the positions of the encoder, got 7"):
+        encode_text(encoder, tokenizer, "a", max_length=7)
+    with pytest.raises(ValueError, match="`prompts` must be a str or a list"):
+        encode_text(encoder, tokenizer, [])
 
 
 def test_embeddings_in_place_of_text():

@@ -290,6 +290,7 @@ def test_index_of_a_folder_with_code_names_the_installed_classes(tmp_path):
         ("class", {"class_labels": 0, "top_k": 0}, "top_k"),
         ("class", {"class_labels": 0, "top_p": 0.0}, "top_p"),
         ("class", {"class_labels": 0, "num_images_per_prompt": 0}, "num_images_per_prompt"),
+        ("class", {"class_labels": 0, "decode_batch_size": 0}, "`decode_batch_size` must be a positive int"),
         ("class", {"class_labels": 0, "num_images_per_prompt": "two"}, "num_images_per_prompt"),
         ("class", {"class_labels": 0, "output_type": "latent"}, "output_type"),
         ("class", {"class_labels": 0, "generator": 5}, "generator"),

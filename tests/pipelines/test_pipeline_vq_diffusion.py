@@ -6,7 +6,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from hf_vq import MaskReplaceScheduler, VQDiffusionImagePipeline, VQVAE2Config, VQVAE2Model
-from tests.pipelines.test_pipeline_vq_latent_diffusion import make_vqvae
+from tests.pipelines.test_pipeline_vq_latent_diffusion import make_text_parts, make_vqvae
 from tests.pipelines.vq_diffusion_parts import (
     CODES,
     CONDITIONS,
@@ -140,7 +140,7 @@ def test_text_options_reach_the_encoder():
     """The original's: normalised states, padding with id 0 that nothing passes over."""
     options = {"text_normalize": True, "text_mask": False, "text_lower_case": True, "text_max_length": 5}
     pipeline = make_pipeline("text", **options)
-    tokens = torch.tensor([[2, 3, 5, 0, 0]])  # a red cat
+    tokens = torch.tensor([[7, 2, 3, 5, 0]])  # [start] a red cat
     with torch.no_grad():
         states = pipeline.text_encoder(input_ids=tokens).last_hidden_state
         inputs = pipeline.prepare_condition(2, None, "A Red cat")
@@ -148,7 +148,7 @@ def test_text_options_reach_the_encoder():
     expected = states / states.norm(dim=-1, keepdim=True)
     torch.testing.assert_close(inputs["encoder_hidden_states"], expected.expand(2, -1, -1))
     with torch.no_grad():
-        tokens[:, 3:] = 4
+        tokens[:, 4:] = 4
         states = pipeline.text_encoder(input_ids=tokens).last_hidden_state
         other = make_pipeline("text", **options, text_pad_token_id=4).prepare_condition(1, None, "a red cat")
     torch.testing.assert_close(other["encoder_hidden_states"], states / states.norm(dim=-1, keepdim=True))
@@ -240,8 +240,22 @@ def test_half_precision():
         ("class", {"guidance_scale": 2.0}, "`guidance_scale` other than 1 needs `class_labels`"),
         ("class", {"class_labels": 0, "guidance_scale": -1}, "`guidance_scale` must be"),
         ("text", {"guidance_scale": 2.0}, "`guidance_scale` other than 1 needs a `prompt`"),
-        ("text", {"prompt": [1]}, "`prompts` must be a str or a list"),
-        ("text", {"prompt": 1}, "`prompts` must be a str or a list"),
+        ("class", {"class_labels": 0, "guidance_scale": float("nan")}, "`guidance_scale` must be"),
+        ("class", {"class_labels": 0, "guidance_scale": float("inf")}, "`guidance_scale` must be"),
+        ("class", {"class_labels": True}, "`class_labels` must be ids from 0 to 2"),
+        ("class", {"class_labels": 0, "negative_prompt": "a"}, "`negative_prompt` needs a transformer"),
+        ("text", {"prompt": [1]}, "`prompt` must be a str or a list"),
+        ("text", {"prompt": 1}, "`prompt` must be a str or a list"),
+        ("text", {"prompt": []}, "`prompt` must be a str or a list"),
+        ("text", {"prompt": "a", "negative_prompt": []}, "`negative_prompt` must be a str or a list"),
+        ("text", {"prompt": "a", "negative_prompt": 3}, "`negative_prompt` must be a str or a list .* got 3"),
+        ("text", {"prompt_embeds": torch.zeros(1, 6, 8).long()}, "`prompt_embeds` must be a float tensor"),
+        ("text", {"prompt_embeds": torch.zeros(0, 6, 8)}, "`prompt_embeds` must hold one entry .* got 0"),
+        (
+            "text",
+            {"prompt_embeds": torch.zeros(2, 6, 8), "prompt_attention_mask": torch.eye(6)[:2] * torch.eye(2)[:, :1]},
+            "`prompt`, or `prompt_attention_mask`, must have a token .* none in row 1",
+        ),
         ("text", {"prompt": "a", "prompt_embeds": torch.zeros(1, 6, 8)}, "Only one of `prompt` and `prompt_embeds`"),
         ("text", {"prompt_embeds": torch.zeros(2, 8)}, r"`prompt_embeds` must be a float tensor \(B, S, D\)"),
         ("text", {"prompt": "a", "prompt_attention_mask": torch.ones(1, 6)}, "`prompt_attention_mask` needs"),
@@ -257,6 +271,12 @@ def test_half_precision():
         ("unconditional", {"indices": codes() - CODES}, "`indices` must lie in 0 … 15"),
         ("unconditional", {"indices": codes()[0]}, r"`indices` must be int64 of shape \(B, 4, 4\)"),
         ("unconditional", {"indices": codes().float()}, "`indices` must be int64"),
+        ("unconditional", {"indices": codes()[:0]}, "`indices` must hold at least one grid"),
+        ("unconditional", {"indices": codes(), "strength": "a"}, r"`strength` must lie in \(0, 1\], got 'a'"),
+        ("unconditional", {"image": image()[:0]}, "`image` must be finite and not empty"),
+        ("unconditional", {"image": image() / 0 * 0}, "`image` must be finite and not empty"),
+        ("unconditional", {"image": image(), "mask_image": torch.ones(1, 0, 4)}, "`mask_image` must be"),
+        ("unconditional", {"image": image(), "mask_image": torch.full((8, 8), torch.nan)}, "`mask_image` must be"),
         ("unconditional", {"image": torch.zeros(1, 3, 16, 8)}, "`image` must be 8 high and 8 wide"),
         ("unconditional", {"mask_image": torch.ones(8, 8)}, "`mask_image` needs an `image`"),
         ("unconditional", {"image": image(), "mask_image": torch.ones(6, 8)}, "`mask_image` must have the size"),
@@ -269,7 +289,8 @@ def test_half_precision():
         ("unconditional", {"num_images_per_prompt": 0}, "`num_images_per_prompt` must be"),
         ("unconditional", {"generator": [seeded(), seeded()]}, "`generator` must hold one"),
         ("unconditional", {"callback_on_step_end": 1}, "must be callable"),
-        ("unconditional", {"decode_batch_size": 0}, "`batch_size` must be at least 1"),
+        ("unconditional", {"decode_batch_size": 0}, "`decode_batch_size` must be a positive int, got 0"),
+        ("unconditional", {"decode_batch_size": None}, "`decode_batch_size` must be a positive int, got None"),
         (
             "class",
             {"class_labels": [0, 1], "indices": codes(3)},
@@ -321,6 +342,24 @@ def test_errors_of_parts():
     levels = VQVAE2Model(VQVAE2Config(num_embeddings=CODES, embed_dim=4, hidden_size=8, residual_hidden_size=4))
     with pytest.raises(ValueError, match="`vqvae` must have one code at each position .*, got 2 levels"):
         make_pipeline(vqvae=levels)
+
+
+def test_ids_of_names():
+    assert make_pipeline("class", id2label={"0": "owl", 2: "none"}).id2label == {0: "owl", 2: "none"}
+    with pytest.raises(ValueError, match=r"`id2label` must map ids, ints from 0, .*, got the ids \['a'\]"):
+        make_pipeline("class", id2label={"a": "owl", "1": "dog"})
+
+
+def test_a_text_of_no_tokens():
+    """It would leave nothing to attend to; without `text_mask` its padding is read."""
+    encoder, tokenizer = make_text_parts()
+    pipeline = make_pipeline("text", text_encoder=encoder, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="`prompt`, or .* must have a token .* none in row 1"):
+        pipeline(["a", "", "a"])
+    with pytest.raises(ValueError, match="`negative_prompt`, or .* must have a token .* none in row 0"):
+        pipeline("a", guidance_scale=2.0)
+    unmasked = make_pipeline("text", text_encoder=encoder, tokenizer=tokenizer, text_mask=False)
+    assert indices_of(unmasked, prompt="a", guidance_scale=2.0).shape == (1, 4, 4)
 
 
 def test_guidance_needs_a_null_condition():

@@ -92,18 +92,21 @@ def make_text_unet(in_channels=D, **overrides):
     return UNet2DConditionModel(in_channels=in_channels, **{**UNET, **blocks, **overrides}).eval()
 
 
-def make_text_parts():
-    from tokenizers import Tokenizer, models, pre_tokenizers
+def make_text_parts(start=False):
+    """With `start`, every text begins with a token of its own, so that the empty one has a token too."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-    words = ["[pad]", "[unk]", "a", "red", "blue", "cat", "dog"]
+    words = ["[pad]", "[unk]", "a", "red", "blue", "cat", "dog"] + ["[start]"] * start
     fast = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[unk]"))
     fast.pre_tokenizer = pre_tokenizers.Whitespace()
+    if start:
+        fast.post_processor = processors.TemplateProcessing("[start] $A", special_tokens=[("[start]", 7)])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=fast, pad_token="[pad]", unk_token="[unk]", model_max_length=6
     )
     torch.manual_seed(2)
     config = CLIPTextConfig(
-        vocab_size=7,
+        vocab_size=len(words),
         hidden_size=8,
         intermediate_size=8,
         num_hidden_layers=1,
@@ -391,7 +394,10 @@ def test_half_precision():
             {"prompt": ["a"] * 4, "negative_prompt": ["cat", "dog"], "guidance_scale": 2.0},
             "`negative_prompt` must hold one entry .* 4 inputs, got 2",
         ),
-        ("text", {"prompt": [1]}, "`prompts` must be a str or a list"),
+        ("unconditional", {"decode_batch_size": 0}, "`decode_batch_size` must be a positive int, got 0"),
+        ("unconditional", {"image": image()[:0]}, "`image` must be finite and not empty"),
+        ("text", {"prompt": []}, "`prompt` must be a str or a list"),
+        ("text", {"prompt": [1]}, "`prompt` must be a str or a list"),
         ("text", {"prompt_embeds": torch.zeros(2, 8)}, r"`prompt_embeds` must be a float tensor \(B, S, D\)"),
         ("text", {"prompt": "a", "prompt_embeds": torch.zeros(1, 6, 8)}, "Only one of `prompt` and `prompt_embeds`"),
         (

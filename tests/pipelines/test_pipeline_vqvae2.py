@@ -459,6 +459,7 @@ def test_the_card_names_levels_and_priors():
         ({"class_labels": 0, "top_k": [0, 5]}, "top_k"),
         ({"class_labels": 0, "top_p": (0.5,)}, "top_p"),
         ({"class_labels": 0, "num_images_per_prompt": 0}, "num_images_per_prompt"),
+        ({"class_labels": 0, "decode_batch_size": 0}, "`decode_batch_size` must be a positive int"),
         ({"class_labels": 0, "output_type": "latent"}, "output_type"),
         ({"class_labels": [0, 1], "generator": [torch.Generator()]}, "generator"),
         ({"class_labels": 0, "callback_on_step_end": 5}, "callback_on_step_end"),

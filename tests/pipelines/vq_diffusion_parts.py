@@ -65,7 +65,7 @@ def make_pipeline(kind="unconditional", **overrides):
         "id2label": NAMES if kind == "class" else None,
     }
     if kind.startswith("text"):
-        parts["text_encoder"], parts["tokenizer"] = make_text_parts()
+        parts["text_encoder"], parts["tokenizer"] = make_text_parts(start=True)
     pipeline = VQDiffusionImagePipeline(**{**parts, **overrides})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
