@@ -168,7 +168,7 @@ def test_a_resumed_run_is_an_unbroken_one(inputs, tmp_path, monkeypatch):
         (["--random_flip_codes", "true", "--cache_indices", "false"], "random_flip_codes=True needs cache_indices"),
         (["--cache_captions", "true"], "cache_captions=True needs a text_encoder"),
         (["--label_column", "number", "--caption_column", "caption", "--text_encoder", "x"], "give the one"),
-        (["--validation_timesteps", "11"], "`num_timesteps` must lie in 1…10"),
+        (["--validation_timesteps", "11"], "`num_timesteps` must be an int in 1…10"),
         (["--label_column", "number", "--streaming", "true", "--cache_indices", "false"], "of a stream need names"),
     ],
 )
