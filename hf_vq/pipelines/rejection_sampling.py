@@ -49,6 +49,8 @@ def class_scores(classifier, image_processor, images: torch.FloatTensor, class_i
         scores = torch.as_tensor(classifier(images, class_ids))
     if scores.shape != class_ids.shape:
         raise ValueError(f"`classifier` must give one score for each image, got shape {tuple(scores.shape)}.")
+    if scores.isnan().any():  # the largest of all to `topk`
+        raise ValueError("`classifier` must give scores that can be compared, got nan.")
     return scores.float().to(images.device)
 
 
@@ -70,8 +72,8 @@ class RejectionSamplingMixin:
     ) -> RejectionSamplingOutput | dict[float, RejectionSamplingOutput]:
         """
         Draws `num_images_per_class / rate` images of every class and keeps those with the highest scores (Razavi et al.,
-        "Generating Diverse High-Fidelity Images with VQ-VAE-2", 2019, on classifier-based rejection sampling; Esser et al., 2021). A low rate trades
-        diversity for fidelity.
+        "Generating Diverse High-Fidelity Images with VQ-VAE-2", 2019, on classifier-based rejection sampling; Esser et al.,
+        2021). A low rate trades diversity for fidelity.
 
         Args:
             class_labels: one or several classes, ids or names, none of them twice.
@@ -91,9 +93,11 @@ class RejectionSamplingMixin:
         Raises:
             ValueError: arguments out of range, a classifier without an image processor, or as in the call.
         """
-        self.check_output(num_images_per_class, output_type, decode_batch_size)
+        self.check_output(1, output_type, decode_batch_size)
+        if not isinstance(num_images_per_class, int) or num_images_per_class < 1:
+            raise ValueError(f"`num_images_per_class` must be a positive int, got {num_images_per_class!r}.")
         rates = acceptance_rates if isinstance(acceptance_rates, (list, tuple)) else [acceptance_rates]
-        if not rates or not all(0 < rate <= 1 for rate in rates):
+        if not rates or not all(isinstance(rate, (int, float)) and 0 < rate <= 1 for rate in rates):
             raise ValueError(f"`acceptance_rates` must lie in (0, 1], got {acceptance_rates}.")
         if hasattr(classifier, "config") and image_processor is None:
             raise ValueError("`image_processor` is required for a classifier that is a transformers model.")
