@@ -190,7 +190,14 @@ class CompletionMixin:
     def check_codes(self, name: str, codes: torch.LongTensor, prior) -> torch.LongTensor:
         """`codes` on the pipeline's device, or a ValueError that names them if they are none of the prior's grids."""
         height, width = prior.config.grid_size
-        if codes.dtype != torch.int64 or codes.ndim != 3 or tuple(codes.shape[1:]) != (height, width):
+        if not isinstance(codes, torch.Tensor):
+            raise ValueError(f"`{name}` must give tensors of codes, got {type(codes).__name__}.")
+        if (
+            codes.dtype != torch.int64
+            or codes.ndim != 3
+            or tuple(codes.shape[1:]) != (height, width)
+            or not len(codes)
+        ):
             raise ValueError(
                 f"`{name}` must give int64 codes of shape (B, {height}, {width}), got {codes.dtype} of shape "
                 f"{tuple(codes.shape)}."

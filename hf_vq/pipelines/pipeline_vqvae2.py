@@ -49,10 +49,11 @@ class VQVAE2Pipeline(CodeSamplingMixin, CompletionMixin, RejectionSamplingMixin,
 
     def _check_components(self):
         names = ["top_prior", *(["middle_prior"] if self.middle_prior is not None else []), "bottom_prior"]
-        if len(names) != self.vqvae.config.num_levels:
-            raise ValueError(
-                f"`vqvae` must have as many levels as there are priors, got {self.vqvae.config.num_levels} and {len(names)}."
-            )
+        levels, num_codes = len(self.vqvae.config.downsample_factors), self.vqvae.config.num_embeddings
+        if len(names) != levels:
+            raise ValueError(f"`vqvae` must have as many levels as there are priors, got {levels} and {len(names)}.")
+        if self.vqvae.config.quantizer == "residual":
+            raise ValueError("`vqvae` must have one code at each position, got the quantizer 'residual'.")
         num_classes = {p.config.condition_vocab_size for p in self.priors if p.config.condition_type == "class"}
         if len(num_classes) > 1:
             raise ValueError(
@@ -61,10 +62,9 @@ class VQVAE2Pipeline(CodeSamplingMixin, CompletionMixin, RejectionSamplingMixin,
         above = None
         for name, prior in zip(names, self.priors, strict=True):
             config = prior.config
-            if config.codebook_size != self.vqvae.config.num_embeddings:
+            if config.codebook_size != num_codes:
                 raise ValueError(
-                    f"`{name}` must have as many codes as `vqvae`: got {config.codebook_size} and "
-                    f"{self.vqvae.config.num_embeddings}."
+                    f"`{name}` must have as many codes as `vqvae`: got {config.codebook_size} and {num_codes}."
                 )
             grid = tuple(config.grid_size)
             if above is not None and grid != (2 * above[0], 2 * above[1]):
@@ -73,6 +73,11 @@ class VQVAE2Pipeline(CodeSamplingMixin, CompletionMixin, RejectionSamplingMixin,
             if (conditioning is None) != (above is None) or (above is not None and tuple(conditioning) != above):
                 raise ValueError(
                     f"`{name}` must have conditioning_grid_size={above}, the grid of the level above, got {conditioning}."
+                )
+            if above is not None and config.conditioning_codebook_size != num_codes:
+                raise ValueError(
+                    f"`{name}` must have conditioning_codebook_size={num_codes}, the codes of the level above, got "
+                    f"{config.conditioning_codebook_size}."
                 )
             above = grid
 

@@ -9,10 +9,12 @@ from safetensors.torch import save_file
 from hf_vq.hub import model_card, save_with_code
 from hf_vq.models.configuration_pixelsnail import PixelSNAILConfig
 from hf_vq.models.configuration_vq_gpt import VQGPTConfig
+from hf_vq.models.configuration_vqvae import VQVAEConfig
 from hf_vq.models.configuration_vqvae2 import VQVAE2Config
 from hf_vq.models.image_processing_vq import VQImageProcessor
 from hf_vq.models.modeling_pixelsnail import PixelSNAILForCausalLM
 from hf_vq.models.modeling_vq_gpt import VQGPTForCausalLM
+from hf_vq.models.modeling_vqvae import VQVAEModel
 from hf_vq.models.modeling_vqvae2 import VQVAE2Model
 from hf_vq.pipelines.completion import kept_at_levels
 from hf_vq.pipelines.pipeline_vq_autoregressive import VQAutoregressivePipeline
@@ -23,9 +25,10 @@ CLASSES = {"condition_type": "class", "num_classes": 3, "id2label": {0: "cat", 1
 NAMES = {2: ("top_prior", "bottom_prior"), 3: ("top_prior", "middle_prior", "bottom_prior")}
 
 
-def make_prior(grid, above=None, num_codes=8, seed=0, condition=CLASSES):
+def make_prior(grid, above=None, num_codes=8, seed=0, condition=CLASSES, num_upper_codes=None):
     torch.manual_seed(seed)
-    conditioning = {"conditioning_grid_size": above, "conditioning_codebook_size": num_codes} if above else {}
+    upper = {"conditioning_grid_size": above, "conditioning_codebook_size": num_upper_codes or num_codes}
+    conditioning = upper if above else {}
     config = PixelSNAILConfig(
         codebook_size=num_codes,
         grid_size=grid,
@@ -48,7 +51,7 @@ def make_prior(grid, above=None, num_codes=8, seed=0, condition=CLASSES):
     return prior
 
 
-def make_vqvae(levels=2, num_codes=8, channels=3):
+def make_vqvae(levels=2, num_codes=8, channels=3, **options):
     torch.manual_seed(0)
     return VQVAE2Model(
         VQVAE2Config(
@@ -61,6 +64,7 @@ def make_vqvae(levels=2, num_codes=8, channels=3):
             embed_dim=4,
             num_embeddings=num_codes,
             resolution=8,
+            **options,
         )
     ).eval()
 
@@ -466,6 +470,8 @@ def test_the_card_names_levels_and_priors():
         ({"top_indices": torch.zeros(1, 2, 3, dtype=torch.long)}, r"`top_indices` must give int64 codes of shape \(B, 2, 2\)"),
         ({"top_indices": torch.full((1, 2, 2), 8)}, "`top_indices` must lie in 0 … 7"),
         ({"top_indices": torch.zeros(1, 2, 2)}, "int64"),
+        ({"top_indices": torch.zeros(0, 2, 2).long()}, r"`top_indices` must give int64 codes .* \(0, 2, 2\)"),
+        ({"top_indices": np.zeros((1, 2, 2), int)}, "`top_indices` must give tensors of codes, got ndarray"),
         ({"top_indices": (torch.zeros(1, 2, 2).long(), torch.zeros(1, 4, 4).long())}, "1 to 1 levels, got 2"),
         ({"top_indices": torch.zeros(2, 2, 2).long(), "class_labels": [0, 1, 2]}, "`top_indices` must have 1 or 3 rows"),
     ],
@@ -494,6 +500,15 @@ def test_bad_completions(bad, message):
     "changed, message",
     [
         ({"vqvae": (3, 8)}, "`vqvae` must have as many levels as there are priors, got 3 and 2"),
+        ({"vqvae": VQVAEModel(VQVAEConfig(resolution=8))}, "as many levels as there are priors, got 1 and 2"),
+        (
+            {"vqvae": make_vqvae(quantizer="residual", quantizer_kwargs={"depth": 2})},
+            "`vqvae` must have one code at each position",
+        ),
+        (
+            {"bottom_prior": {"grid": 4, "above": 2, "num_upper_codes": 5}},
+            "`bottom_prior` must have conditioning_codebook_size=8, .* got 5",
+        ),
         ({"vqvae": (2, 9)}, "`top_prior` must have as many codes as `vqvae`: got 8 and 9"),
         ({"bottom_prior": {"grid": 6, "above": 2}}, r"`bottom_prior` must have twice the grid .* \(2, 2\), got \(6, 6\)"),
         ({"bottom_prior": {"grid": 4}}, r"`bottom_prior` must have conditioning_grid_size=\(2, 2\)"),
@@ -508,7 +523,9 @@ def test_bad_completions(bad, message):
 def test_components_must_fit(changed, message):
     parts = {"vqvae": make_vqvae(), "top_prior": make_prior(2), "bottom_prior": make_prior(4, 2)}
     for name, change in changed.items():
-        parts[name] = make_vqvae(*change) if name == "vqvae" else make_prior(**change)
+        if isinstance(change, dict):
+            change = make_prior(**change)
+        parts[name] = make_vqvae(*change) if isinstance(change, tuple) else change
     with pytest.raises(ValueError, match=message):
         VQVAE2Pipeline(**parts)
 
