@@ -424,6 +424,31 @@ def test_probabilities_of_all_images_sum_to_one(kind):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("part", ["gated block", "attention"])
+def test_dropout_acts_in_training_and_keeps_the_mean(part):
+    block = make("top", num_blocks=1, dropout=0.5).double().blocks[0]
+    generator = torch.Generator().manual_seed(0)
+    if part == "gated block":
+        layer = block.residual_blocks[0]
+        inputs = [torch.randn(1, 3, 3, 8, generator=generator)]
+        linear = layer.conv2  # what comes out of it is linear in what is dropped
+    else:
+        linear = layer = block.attention
+        sizes = [projection.weight_v.shape[1] for projection in (layer.query, layer.key)]
+        inputs = [torch.randn(1, 9, size, generator=generator) for size in sizes]
+    seen = []
+    linear.register_forward_hook(lambda module, args, output: seen.append(output))
+    layer(*(each.double() for each in inputs))
+    set_seed(0)
+    layer.train()(*(each.double().expand(2000, *each.shape[1:]) for each in inputs))
+    expected, drawn = seen[0][0], seen[1]
+    standard_error = drawn.std(dim=0) / 2000**0.5
+    assert ((drawn.mean(dim=0) - expected).abs() <= 5 * standard_error + 1e-12).all()
+    # the first position sees nothing that could be dropped
+    assert (standard_error.flatten(0, -2)[1:] > 0).all()
+
+
+@torch.no_grad()
 def test_classes_and_upper_codes_matter():
     model = make("class-bottom")
     indices = make_indices(model, 1).expand(4, -1, -1)
