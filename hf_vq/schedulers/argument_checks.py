@@ -12,7 +12,9 @@ def check_indices(name: str, indices: torch.Tensor, highest: int, shape: torch.S
         raise ValueError(f"`{name}` must be an int64 tensor of shape (B, *), got {got}.")
     if shape is not None and indices.shape != shape:
         raise ValueError(f"`{name}` must have shape {tuple(shape)}, got {tuple(indices.shape)}.")
-    if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) > highest):
+    if indices.numel() == 0:
+        raise ValueError(f"`{name}` must hold at least one index, got shape {tuple(indices.shape)}.")
+    if int(indices.min()) < 0 or int(indices.max()) > highest:
         raise ValueError(
             f"`{name}` must hold indices in 0…{highest}, got {int(indices.min())} to {int(indices.max())}."
         )
@@ -21,6 +23,8 @@ def check_indices(name: str, indices: torch.Tensor, highest: int, shape: torch.S
 def check_predictions(name: str, predictions: torch.Tensor, sample: torch.Tensor, num_embeddings: int):
     """`predictions` must be floating and have a value for each code at each position of `sample`."""
     expected = (*sample.shape, num_embeddings)
+    if not isinstance(predictions, torch.Tensor):
+        raise ValueError(f"`{name}` must be a tensor of shape {expected}, got {type(predictions).__name__}.")
     if not predictions.is_floating_point() or tuple(predictions.shape) != expected:
         raise ValueError(
             f"`{name}` must be floating and of shape {expected}, the codes last, got {predictions.dtype} of shape "

@@ -114,7 +114,10 @@ class MaskReplaceScheduler(SchedulerMixin, ConfigMixin):
                     f"{num_inference_steps!r}."
                 )
             timesteps = [i * train // num_inference_steps - 1 for i in range(num_inference_steps, 0, -1)]
-        timesteps = [int(t) for t in timesteps]
+        given = torch.as_tensor(timesteps)
+        if given.dtype not in (torch.int64, torch.int32) or given.ndim != 1:
+            raise ValueError(f"`timesteps` must be a list of int, got {timesteps!r}.")
+        timesteps = given.tolist()
         falling = all(a > b for a, b in zip(timesteps, timesteps[1:], strict=False))
         if not timesteps or timesteps[0] != train - 1 or timesteps[-1] < 0 or not falling:
             raise ValueError(f"`timesteps` must fall from {train - 1} to 0 or more, got {timesteps}.")
@@ -360,8 +363,10 @@ class MaskReplaceScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"`prior_rule` must be 0, 1 or 2, got {prior_rule!r}.")
         if prior_rule and self.config.schedule == "uniform_only":
             raise ValueError("`prior_rule` needs a schedule with masks, got 'uniform_only'.")
-        if not prior_weight >= 0:
-            raise ValueError(f"`prior_weight` must be at least 0, got {prior_weight!r}.")
+        if not 0 <= prior_weight < float("inf"):
+            raise ValueError(f"`prior_weight` must be at least 0 and finite, got {prior_weight!r}.")
+        if prior_weight and prior_rule != 2:
+            raise ValueError(f"`prior_weight` needs `prior_rule` 2, got {prior_weight!r} with rule {prior_rule!r}.")
         if not temperature > 0:
             raise ValueError(f"`temperature` must be positive, got {temperature!r}.")
         if prior_count is not None and (not isinstance(prior_count, int) or prior_count < 0):
@@ -373,6 +378,7 @@ class MaskReplaceScheduler(SchedulerMixin, ConfigMixin):
             return sample, torch.zeros_like(sample, dtype=torch.bool)
         if indices is None or mask is None:
             raise ValueError("`known_indices` and `known_mask` must be given together.")
+        mask = torch.as_tensor(mask, device=sample.device)
         if mask.dtype != torch.bool or mask.shape != sample.shape:
             raise ValueError(
                 f"`known_mask` must be bool of shape {tuple(sample.shape)}, got {mask.dtype} of shape {tuple(mask.shape)}."

@@ -17,7 +17,8 @@ class Transition(NamedTuple):
     `gamma`), a code keeps its value with probability α, becomes any of the K codes, its own included, with β each, and the
     mask with γ: α + K β + γ = 1. The mask stays the mask.
 
-    The posterior q(x_s | x_t, x_0) = q(x_t | x_s) q(x_s | x_0) / q(x_t | x_0) is made of the properties.
+    The posterior q(x_s | x_t, x_0) = q(x_t | x_s) q(x_s | x_0) / q(x_t | x_0) is made of the properties. Where everything is
+    masked at t, an x_t that is a code cannot be; it stays what it is.
     """
 
     alpha_s: torch.Tensor
@@ -63,12 +64,14 @@ class Transition(NamedTuple):
     @property
     def code_stays_unreplaced(self) -> torch.Tensor:
         """(α + β) ᾱ_s / (ᾱ_t + β̄_t): a code at t that equals x_0 was the same at s, and never replaced until s."""
-        return (self.alpha + self.beta) * self.alpha_s / (self.alpha_t + self.beta_t)
+        return _ratio((self.alpha + self.beta) * self.alpha_s, self.alpha_t + self.beta_t, otherwise=1.0)
 
     @property
     def right_code_stays(self) -> torch.Tensor:
         """(α + β) (ᾱ_s + β̄_s) / (ᾱ_t + β̄_t): a code at t that equals x_0 was the same at s."""
-        return (self.alpha + self.beta) * (self.alpha_s + self.beta_s) / (self.alpha_t + self.beta_t)
+        return _ratio(
+            (self.alpha + self.beta) * (self.alpha_s + self.beta_s), self.alpha_t + self.beta_t, otherwise=1.0
+        )
 
     @property
     def wrong_code_stays(self) -> torch.Tensor:
@@ -78,7 +81,7 @@ class Transition(NamedTuple):
     @property
     def right_code_replaced(self) -> torch.Tensor:
         """β̄_t / (ᾱ_t + β̄_t): a code at t that equals x_0 has come there by replacement."""
-        return self.beta_t / (self.alpha_t + self.beta_t)
+        return _ratio(self.beta_t, self.alpha_t + self.beta_t)
 
 
 def _ratio(a: torch.Tensor, b: torch.Tensor, otherwise: float = 0.0) -> torch.Tensor:

@@ -123,6 +123,28 @@ def test_bound_terms_and_their_gradients(schedule, ends, seed):
     torch.testing.assert_close(gradient.double(), expected_gradient, atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "mask_only"])
+def test_nothing_is_left_at_the_last_timestep(schedule):
+    # ᾱ = β̄ = 0 there: 0 / 0 in the posterior of a code, which must not reach the gradients of masks either
+    scheduler = MaskReplaceScheduler(8, 10, schedule, alpha_cumprod_end=0.0, gamma_cumprod_end=1.0)
+    x0 = torch.randint(0, 8, (2, 3), generator=seeded())
+    logits = torch.randn(2, 3, 8, generator=seeded()).requires_grad_()
+    xt = scheduler.add_noise(x0, 9, seeded())
+    assert (xt == 8).all()
+    terms = scheduler.vlb_terms(logits, x0, xt, 9)
+    (gradient,) = torch.autograd.grad(terms.sum(), logits)
+    # each mask at t was the code x_0 at s with the same probability as in the prediction's posterior
+    step = one_step_matrices(8, 10, schedule, ((0.99999, 0.0), (9e-6, 1.0)))
+    until_s = product(step[:9])[:-1]
+    p = torch.einsum("bli,ij->blj", logits.detach().double().softmax(-1), until_s)
+    q = until_s[x0]
+    expected = (torch.xlogy(q, q) - torch.xlogy(q, p)).sum(-1)
+    torch.testing.assert_close(terms.double(), expected, atol=2e-6, rtol=1e-5)
+    assert torch.isfinite(gradient).all() and gradient.abs().sum() > 0
+    codes = scheduler.q_posterior(logits.detach().softmax(-1), x0, 9, 8)
+    torch.testing.assert_close(codes, torch.nn.functional.one_hot(x0, 9).float())
+
+
 def test_the_first_term_is_the_likelihood():
     scheduler = mixed_scheduler(6, 10)
     x0 = torch.randint(0, 6, (2, 3, 4), generator=seeded())
@@ -406,6 +428,8 @@ LOGITS = torch.zeros(2, 3, 3, 8)
         ({"model_output": torch.zeros(2, 3, 3, 9)}, "`model_output` must be floating"),
         ({"model_output": torch.zeros(2, 3, 3, 8, dtype=torch.long)}, "`model_output` must be floating"),
         ({"model_output": torch.full((2, 3, 3, 8), math.nan), "prev_timestep": -1}, "none is NaN"),
+        ({"model_output": LOGITS.tolist()}, "`model_output` must be a tensor"),
+        ({"model_output": LOGITS[:0], "sample": X[:0]}, "`sample` must hold at least one index"),
         ({"timestep": 100}, "`timestep` must"),
         ({"timestep": -1, "prev_timestep": -1}, "`timestep` must lie in 0…99"),
         ({"timestep": 98}, "`timestep` must be in `timesteps`"),
@@ -417,6 +441,8 @@ LOGITS = torch.zeros(2, 3, 3, 8)
         ({"truncation_rate": 1.1}, "`truncation_rate`"),
         ({"prior_rule": 3}, "`prior_rule` must be 0, 1 or 2"),
         ({"prior_weight": -1.0}, "`prior_weight`"),
+        ({"prior_weight": math.inf, "prior_rule": 2}, "`prior_weight` must be at least 0 and finite"),
+        ({"prior_weight": 1.0, "prior_rule": 1}, "`prior_weight` needs `prior_rule` 2"),
         ({"prior_count": -1}, "`prior_count`"),
         ({"prior_rule": 1, "prev_timestep": torch.tensor([-1, 3])}, "last step together"),
         ({"temperature": 0.0}, "`temperature`"),
@@ -440,6 +466,7 @@ def test_other_bad_arguments():
     scheduler = MaskReplaceScheduler(8)
     for arguments in (
         {"num_inference_steps": 0},
+        {"timesteps": [99.7, 3.2]},
         {"num_inference_steps": 101},
         {"num_inference_steps": 5.0},
         {},
