@@ -44,7 +44,7 @@ def load(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
     """The weights of a checkpoint, without the prefix of distributed training, and the arguments of the training script.
 
     Raises:
-        ValueError: if the pickle holds anything but tensors, plain containers and an `argparse.Namespace`.
+        ValueError: if the file holds no dict, or anything but tensors, plain containers and an `argparse.Namespace`.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
@@ -52,7 +52,10 @@ def load(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
     else:
         with torch.serialization.safe_globals([argparse.Namespace]):  # it holds its attributes, and runs nothing
             checkpoint = load_pickle(path)
-    arguments = vars(checkpoint["args"]) if "args" in checkpoint else {}
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"`checkpoint` {path} must hold a dict of weights, got {type(checkpoint).__name__}.")
+    arguments = checkpoint.get("args", {})
+    arguments = arguments if isinstance(arguments, dict) else vars(arguments)
     state_dict = checkpoint.get("model", checkpoint)
     return {key.removeprefix("module."): value for key, value in state_dict.items()}, arguments
 
@@ -290,6 +293,8 @@ def convert(checkpoint, output, top=None, bottom=None, resolution: int | None = 
     """
     if (top is None) != (bottom is None):
         raise ValueError("`top` and `bottom` must be given together.")
+    if resolution is not None and resolution < 1:
+        raise ValueError(f"`resolution` must be positive, got {resolution}.")
     state_dict, _ = load(checkpoint)
     if is_pixelsnail(state_dict):
         if top is not None or resolution is not None:

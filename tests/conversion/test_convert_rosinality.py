@@ -168,6 +168,7 @@ def test_what_does_not_belong_together(tmp_path):
         ({"checkpoint": vqvae, "top": top}, "given together"),
         ({"checkpoint": top, "top": top, "bottom": bottom}, "must hold a VQVAE"),
         ({"checkpoint": top, "resolution": 32}, "must hold a VQVAE"),
+        ({"checkpoint": vqvae, "resolution": 0}, "`resolution` must be positive, got 0"),
         ({"checkpoint": vqvae, "top": vqvae, "bottom": bottom}, "`top`.*holds no PixelSNAIL"),
         ({"checkpoint": vqvae, "top": top, "bottom": bottom}, "as many codes"),
         ({"checkpoint": fitting_vqvae(tmp_path), "top": bottom, "bottom": top}, "conditioning_grid_size|grid"),
@@ -222,6 +223,16 @@ def test_every_key_counts():
         for key in needed:
             with pytest.raises(ValueError, match="lacks"):
                 call({name: value for name, value in state_dict.items() if name != key})
+
+
+def test_containers(tmp_path):
+    weights = {"module.background": torch.zeros(1)}
+    for number, args in enumerate((argparse.Namespace(dropout=0.2), {"dropout": 0.2})):
+        torch.save({"model": weights, "args": args}, tmp_path / f"{number}.pt")
+        assert load(tmp_path / f"{number}.pt") == ({"background": weights["module.background"]}, {"dropout": 0.2})
+    torch.save([torch.zeros(1)], tmp_path / "list.pt")
+    with pytest.raises(ValueError, match="must hold a dict of weights, got list"):
+        load(tmp_path / "list.pt")
 
 
 class Other:
