@@ -64,7 +64,7 @@ class VQVAE2Model(VQTokenizerModel):
     of the upper ones upsampled. Lists of modules and tuples of tensors are in the order of the levels, the top first.
 
     Raises:
-        ValueError: as for every tokenizer, or for a tuple with another number of levels.
+        ValueError: as for every tokenizer, or for what is no tuple of as many levels or fewer.
     """
 
     config: VQVAE2Config

@@ -239,6 +239,15 @@ def test_half_precision_keeps_the_choice_of_codes_in_float32():
         assert torch.equal(distances.argmin(1), encoded.indices[level].flatten())
 
 
+def test_autocast_trains():
+    model = make_case("level-dropout").make().train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(pixels())
+    assert output.sample.dtype == torch.bfloat16 and output.loss.dtype == torch.float32
+    output.loss.backward()
+    assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
+
+
 # ----------------------------------------------------------------------------------------------------- tiles and slices
 
 
