@@ -13,11 +13,13 @@ def _integers(values, name: str) -> torch.LongTensor:
     return tensor.long()
 
 
-def _check_range(values: torch.LongTensor, size: int, name: str):
-    if values.numel() and (values.min() < 0 or values.max() >= size):
-        raise ValueError(
-            f"`{name}` must lie in 0 … {size - 1}, got values from {values.min().item()} to {values.max().item()}."
-        )
+def check_range(values: torch.LongTensor, size: int, name: str, first: int = 0, meaning: str = ""):
+    """A ValueError that names the argument unless `values` lie in `first` … `size - 1`; `meaning` says what these are."""
+    if not values.numel():
+        return
+    least, most = (bound.item() for bound in values.aminmax())
+    if least < first or most >= size:
+        raise ValueError(f"`{name}` must lie in {first} … {size - 1}{meaning}, got values from {least} to {most}.")
 
 
 class CodeSequenceMixin:
@@ -66,7 +68,7 @@ class CodeSequenceMixin:
             raise ValueError(
                 f"`condition` must have {config.condition_length} ids for each example, got {ids.shape[1]}."
             )
-        _check_range(ids, config.condition_vocab_size, "condition")
+        check_range(ids, config.condition_vocab_size, "condition")
         if batch_size is not None and ids.shape[0] not in (1, batch_size):
             raise ValueError(f"`condition` must have 1 or {batch_size} rows, got {ids.shape[0]}.")
         if batch_size is not None:
@@ -119,7 +121,7 @@ class CodeSequenceMixin:
             raise ValueError(
                 f"`indices` must have shape (B, {height}, {width}) or (B, {height * width}), got {tuple(codes.shape)}."
             )
-        _check_range(codes, self.config.codebook_size, "indices")
+        check_range(codes, self.config.codebook_size, "indices")
         return codes.flatten(1).to(self.device)
 
     def log_likelihood(self, indices, condition=None, **inputs) -> torch.FloatTensor:
@@ -154,7 +156,9 @@ class CodeSequenceMixin:
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
         embeds = kwargs.get("inputs_embeds")
         if prompt is not None:
-            _check_range(_integers(prompt, "inputs"), self.config.vocab_size, "inputs")
+            if not len(prompt):
+                raise ValueError("`inputs` must not be empty, got a prompt of 0 rows.")
+            check_range(_integers(prompt, "inputs"), self.config.vocab_size, "inputs")
         source = embeds if embeds is not None else prompt
         length = source.shape[1] if source is not None else 1
         settings = generation_config if generation_config is not None else self.generation_config
@@ -193,4 +197,4 @@ class CodeSequenceMixin:
         return negative.repeat_interleave(setting("num_return_sequences") or 1, dim=0)
 
 
-__all__ = ["CodeSequenceMixin"]
+__all__ = ["CodeSequenceMixin", "check_range"]

@@ -28,7 +28,7 @@ from transformers import UnbatchedClassifierFreeGuidanceLogitsProcessor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from .code_sequences import CodeSequenceMixin
+from .code_sequences import CodeSequenceMixin, check_range
 
 
 class IncrementalCache:
@@ -101,14 +101,16 @@ class IncrementalGenerationMixin(CodeSequenceMixin):
             `CausalLMOutputWithPast` with `logits` `(B, T, codebook_size)`.
 
         Raises:
-            ValueError: inputs of the wrong type or shape, more positions than `config.n_positions`, padding, labels
-                together with a cache.
+            ValueError: inputs of the wrong type or shape, more positions than `config.n_positions`, labels together with a
+                cache; padding and ids or labels out of range, where finding them needs no waiting for an accelerator in
+                training or in a step with a cache.
         """
         self._check_inputs(input_ids, labels, attention_mask, past_key_values)
         if labels is not None:
             if self.training and self.config.condition_dropout > 0:
                 input_ids = self.corrupt_inputs(input_ids)
             input_ids = input_ids[:, :-1]
+        input_ids = input_ids.long()
         if past_key_values is not None:
             features, cache = self._read_on(input_ids, past_key_values), past_key_values
         else:
@@ -124,7 +126,7 @@ class IncrementalGenerationMixin(CodeSequenceMixin):
                 labels=None,
                 vocab_size=self.config.codebook_size,
                 num_items_in_batch=num_items_in_batch,
-                shift_labels=labels[:, 1:].contiguous(),
+                shift_labels=labels[:, 1:].long().contiguous(),
             )
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
 
@@ -150,10 +152,14 @@ class IncrementalGenerationMixin(CodeSequenceMixin):
         return torch.stack(features, dim=1)
 
     def _check_inputs(self, input_ids, labels, attention_mask, past_key_values):
-        if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32) or not input_ids.shape[1]:
-            raise ValueError(
-                f"`input_ids` must be int64 of shape (B, T), got {input_ids.dtype} of shape {tuple(input_ids.shape)}."
-            )
+        given = {"input_ids": input_ids} if labels is None else {"input_ids": input_ids, "labels": labels}
+        for name, ids in given.items():
+            if not isinstance(ids, torch.Tensor):
+                raise ValueError(f"`{name}` must be an int64 tensor (B, T), got {type(ids).__name__}.")
+            if ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32) or not ids.numel():
+                raise ValueError(
+                    f"`{name}` must be int64 of shape (B, T) and not empty, got {ids.dtype} of shape {tuple(ids.shape)}."
+                )
         if labels is not None:
             if past_key_values is not None:
                 raise ValueError("`labels` and `past_key_values` exclude each other: a cache carries no gradient.")
@@ -162,8 +168,6 @@ class IncrementalGenerationMixin(CodeSequenceMixin):
                     f"`labels` must have the shape of `input_ids`, a prefix and codes, got {tuple(labels.shape)} and "
                     f"{tuple(input_ids.shape)}."
                 )
-        if attention_mask is not None and not torch.compiler.is_compiling() and not attention_mask.all():
-            raise ValueError("`attention_mask` must hold ones only: a grid of codes has no padding.")
         past = 0
         if past_key_values is not None:
             if not isinstance(past_key_values, IncrementalCache):
@@ -181,18 +185,40 @@ class IncrementalGenerationMixin(CodeSequenceMixin):
                 f"`input_ids` reach position {reached}, but the model has {self.config.n_positions}: a prefix id and N "
                 "codes take N positions, since the last code is never an input."
             )
+        if self.may_read(input_ids, is_step=past_key_values is not None):
+            self._check_values(input_ids, labels, attention_mask, has_prefix=past_key_values is None)
+
+    def may_read(self, ids: torch.LongTensor, is_step: bool = False) -> bool:
+        """
+        Whether `forward` may look at values: not in a compiled graph, and on an accelerator, where looking waits for all that
+        is under way, neither in training nor in a step with a cache.
+        """
+        if torch.compiler.is_compiling() or ids.is_meta:
+            return False
+        return ids.device.type == "cpu" or not (self.training or is_step)
+
+    def _check_values(self, input_ids, labels, attention_mask, has_prefix):
+        if attention_mask is not None and not attention_mask.all():
+            raise ValueError("`attention_mask` must hold ones only: a grid of codes has no padding.")
+        self._check_ids("input_ids", input_ids, has_prefix)
+        if labels is not None:
+            wanted = labels[:, 1:]
+            check_range(wanted[wanted != -100], self.config.codebook_size, "labels[:, 1:]", meaning=" or be -100")
+
+    def _check_ids(self, name: str, ids: torch.LongTensor, has_prefix: bool = True):
+        """ValueErrors unless `ids` `(B, T)` are a prefix id and codes, or codes alone."""
+        num_codes, num_ids = self.config.codebook_size, self.config.vocab_size
+        if has_prefix:
+            check_range(ids[:, 0], num_ids, f"{name}[:, 0]", first=num_codes, meaning=" (ids of `prepare_condition`)")
+            name, ids = f"{name}[:, 1:]", ids[:, 1:]
+        check_range(ids, num_codes, name, meaning=" (codes)")
 
     # ------------------------------------------------------------------------------------------------ generation
 
     def generate(self, inputs=None, generation_config=None, **kwargs):
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
         if isinstance(prompt, torch.Tensor) and prompt.ndim == 2 and prompt.shape[1]:
-            codebook_size = self.config.codebook_size
-            if (prompt[:, 0] < codebook_size).any() or (prompt[:, 1:] >= codebook_size).any():
-                raise ValueError(
-                    f"`inputs` must begin with a prefix id of `prepare_condition`, at least {codebook_size}, and go on with "
-                    "codes below it."
-                )
+            self._check_ids("inputs", prompt)
         return super().generate(inputs, generation_config=generation_config, **kwargs)
 
     generate.__doc__ = CodeSequenceMixin.generate.__doc__

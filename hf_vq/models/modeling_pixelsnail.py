@@ -5,6 +5,7 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 
+from .code_sequences import check_range
 from .configuration_pixelsnail import PixelSNAILConfig
 from .incremental_generation import IncrementalCache, IncrementalGenerationMixin
 from .pixelsnail_blocks import (
@@ -85,18 +86,12 @@ class PixelSNAILForCausalLM(IncrementalGenerationMixin, PixelSNAILPreTrainedMode
                 raise ValueError("`condition_indices` must be None: this prior has no level above.")
             return
         shape = (batch_size, *config.conditioning_grid_size)
-        if indices is None or tuple(indices.shape) != shape or indices.dtype not in (torch.int64, torch.int32):
-            got = None if indices is None else f"{indices.dtype} of shape {tuple(indices.shape)}"
+        is_tensor = isinstance(indices, torch.Tensor)
+        if not is_tensor or tuple(indices.shape) != shape or indices.dtype not in (torch.int64, torch.int32):
+            got = f"{indices.dtype} of shape {tuple(indices.shape)}" if is_tensor else type(indices).__name__
             raise ValueError(f"`condition_indices` must be the codes of the level above, int64 {shape}, got {got}.")
-        self._check_range("condition_indices", indices, config.conditioning_codebook_size)
-
-    @staticmethod
-    def _check_range(name: str, codes: torch.LongTensor, size: int):
-        """A look-up would take a code out of range for a code of another tap."""
-        if not torch.compiler.is_compiling() and (codes.min() < 0 or codes.max() >= size):
-            raise ValueError(
-                f"`{name}` must hold codes 0 … {size - 1}, got values from {codes.min().item()} to {codes.max().item()}."
-            )
+        if self.may_read(indices):  # a look-up would take a code out of range for a code of another tap
+            check_range(indices, config.conditioning_codebook_size, "condition_indices")
 
     def grid_positions(self) -> torch.Tensor:
         """Each position's row and column `(h, w, 2)`, from -1/2 to 1/2 along the grid."""
@@ -107,7 +102,6 @@ class PixelSNAILForCausalLM(IncrementalGenerationMixin, PixelSNAILPreTrainedMode
         return torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).to(self.dtype)
 
     def read_grid(self, codes: torch.LongTensor, condition: torch.Tensor | None) -> torch.Tensor:
-        self._check_range("input_ids", codes, self.config.codebook_size)
         batch_size, rows, width = codes.shape
         height = self.config.grid_size[0]
         features = self.stem(codes)
@@ -123,7 +117,6 @@ class PixelSNAILForCausalLM(IncrementalGenerationMixin, PixelSNAILPreTrainedMode
         return features
 
     def read_grid_and_cache(self, codes: torch.LongTensor, condition: torch.Tensor | None, positions: int):
-        self._check_range("input_ids", codes, self.config.codebook_size)
         steps = PixelSNAILSteps(self, condition, len(codes))
         features = steps(codes.flatten(1)[:, : positions - 1], positions)
         if torch.is_grad_enabled():

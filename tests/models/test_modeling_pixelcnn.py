@@ -5,7 +5,6 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 from hf_vq.models.configuration_pixelcnn import PixelCNNConfig
@@ -14,7 +13,8 @@ from hf_vq.models.modeling_pixelcnn import GatedLayer, PixelCNNForCausalLM
 from hf_vq.models.modeling_vqvae import VQVAEModel
 from hf_vq.pipelines.pipeline_utils import draw_codes
 from hf_vq.pipelines.pipeline_vq_autoregressive import VQAutoregressivePipeline
-from tests.models.model_testing import ModelCase, ModelTests
+from tests.models.code_prior_testing import CodePriorTests, classes, make_indices, operations
+from tests.models.model_testing import ModelCase
 
 
 TINY = {
@@ -48,15 +48,6 @@ def make(kind="class", seed=5, **overrides):
     return model
 
 
-def make_indices(model, batch_size=2, seed=2):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(model.config.codebook_size, (batch_size, *model.config.grid_size), generator=generator)
-
-
-def classes(model, batch_size=2):
-    return None if model.config.condition_type == "unconditional" else [i % 3 for i in range(batch_size)]
-
-
 def make_case(kind, **overrides):
     config = PixelCNNConfig(**{**TINY, **KINDS[kind], **overrides})
 
@@ -75,13 +66,8 @@ def case(request):
     return make_case(request.param)
 
 
-class TestPixelCNN(ModelTests):
-    @pytest.mark.slow
-    @pytest.mark.parametrize("mode", ["eval", "train"])
-    def test_compiles_to_one_graph(self, case, mode):
-        if case.config.dropout and mode == "train":
-            pytest.skip("compiled dropout draws its masks in another way")
-        super().test_compiles_to_one_graph(case, mode)
+class TestPixelCNN(CodePriorTests):
+    pass
 
 
 # ---------------------------------------------------------------------------------------------------- the network
@@ -329,12 +315,6 @@ def test_beam_search_without_a_cache():
         model.generate(prompt, num_beams=2, do_sample=False)
 
 
-def operations(function):
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        function()
-    return counter.get_total_flops()
-
-
 @pytest.mark.parametrize("grid, kernel_size", [((8, 8), 3), ((6, 10), 5), ((12, 4), 7)])
 def test_a_map_costs_at_most_three_passes(grid, kernel_size):
     model = make(grid_size=grid, kernel_size=kernel_size, hidden_size=16, num_hidden_layers=4)
@@ -535,9 +515,9 @@ def test_bad_inputs():
         (lambda: model.generate(prompt, condition_indices=indices), "condition_indices"),
         (lambda: model.generate(prompt, cache_implementation="static"), "cache_implementation"),
         (lambda: model.generate(prompt, max_new_tokens=13), "max_new_tokens"),
-        (lambda: model.generate(torch.tensor([[3]])), "prefix id"),
-        (lambda: model.generate(torch.tensor([[12, 12]])), "prefix id"),
-        (lambda: model.generate(torch.tensor([[15]])), "0 … 14"),
+        (lambda: model.generate(torch.tensor([[3]])), r"`inputs\[:, 0\]` must lie in 11 … 14 .*prepare_condition"),
+        (lambda: model.generate(torch.tensor([[12, 12]])), r"`inputs\[:, 1:\]` must lie in 0 … 10"),
+        (lambda: model.generate(torch.tensor([[15]])), "11 … 14"),
         (lambda: model.prepare_condition([3]), "0 … 2"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 from hf_vq.hub import save_with_code
 from hf_vq.models.configuration_pixelsnail import PixelSNAILConfig
 from hf_vq.models.modeling_pixelsnail import PixelSNAILForCausalLM
 from hf_vq.models.pixelsnail_blocks import GatedResidualBlock
-from tests.models.model_testing import ModelCase, ModelTests
+from tests.models.code_prior_testing import CodePriorTests, classes, draw, make_indices, operations
+from tests.models.model_testing import ModelCase
 
 
 TINY = {
@@ -71,18 +71,6 @@ def make(kind="class", seed=6, **overrides):
     return model
 
 
-def draw(high, *shape, seed=2):
-    return torch.randint(high, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def make_indices(model, batch_size=2, seed=2):
-    return draw(model.config.codebook_size, batch_size, *model.config.grid_size, seed=seed)
-
-
-def classes(model, batch_size=2):
-    return None if model.config.condition_type == "unconditional" else [i % 3 for i in range(batch_size)]
-
-
 def upper(model, batch_size=2, seed=3):
     """The argument `condition_indices`, where the model takes it."""
     config = model.config
@@ -109,13 +97,8 @@ def case(request):
     return make_case(request.param)
 
 
-class TestPixelSNAIL(ModelTests):
-    @pytest.mark.slow
-    @pytest.mark.parametrize("mode", ["eval", "train"])
-    def test_compiles_to_one_graph(self, case, mode):
-        if case.config.dropout and mode == "train":
-            pytest.skip("compiled dropout draws its masks in another way")
-        super().test_compiles_to_one_graph(case, mode)
+class TestPixelSNAIL(CodePriorTests):
+    pass
 
 
 # ---------------------------------------------------------------------------------------------------- the network
@@ -375,12 +358,6 @@ def test_every_step_gives_the_logits_of_a_pass(kind, parts):
     torch.testing.assert_close(torch.cat(logits, dim=1), expected, atol=1e-10, rtol=1e-10)
 
 
-def operations(function):
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        function()
-    return counter.get_total_flops()
-
-
 @pytest.mark.parametrize("kind, grid", [("top", (8, 8)), ("class-bottom", (6, 12)), ("attentive-bottom", (12, 4))])
 def test_a_map_costs_at_most_three_passes(kind, grid):
     coarse = {} if kind == "top" else {"conditioning_grid_size": (grid[0] // 2, grid[1] // 2)}
@@ -537,8 +514,7 @@ def test_bad_inputs():
         (lambda: model(**inputs, condition_indices=above[:1]), "condition_indices"),
         (lambda: model(**inputs, condition_indices=above[:, :, :2]), "condition_indices"),
         (lambda: model(**inputs, condition_indices=above + 7), "`condition_indices`.*0 … 6"),
-        (lambda: top(prompt.repeat(1, 3)), "`input_ids` must hold codes 0 … 10"),
-        (lambda: top(prompt.repeat(1, 3), use_cache=True), "`input_ids` must hold codes 0 … 10"),
+        (lambda: model(**inputs, condition_indices=above.tolist()), "condition_indices.*got list"),
         (lambda: model.generate(prompt), "condition_indices"),
         (lambda: model.log_likelihood(indices, [0, 1], condition_indices=above - 7), "0 … 6"),
         (lambda: top(**inputs, condition_indices=above), "must be None"),
