@@ -225,9 +225,9 @@ class IncrementalGenerationMixin(CodeSequenceMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """Called by `generate`: nothing to prepare, since the first forward pass makes the cache."""
-        if generation_config.cache_implementation is not None:
+        if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
-                f"`cache_implementation` must be None: this prior has a cache of its own, got "
+                "`cache_implementation` must be None or 'dynamic', the cache that this prior has of its own, got "
                 f"{generation_config.cache_implementation!r}."
             )
         if generation_config.use_cache and generation_config.num_beams > 1:

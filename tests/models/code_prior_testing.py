@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from hf_vq.models.incremental_generation import IncrementalCache
 from tests.models.model_testing import ModelTests
 
 
@@ -98,3 +99,16 @@ class CodePriorTests(ModelTests):
         prompt = inputs.pop("input_ids")[:, :1]
         with pytest.raises(ValueError, match="`inputs` must not be empty"):
             model.generate(prompt, **inputs)
+
+    def test_generation_from_a_cache_by_its_usual_name(self, case):
+        model, inputs = case.make(), case.inputs()
+        del inputs["labels"]
+        prompt = inputs.pop("input_ids")[:, :4]
+        expected = model.generate(prompt, do_sample=False, **inputs)
+        options = {"cache_implementation": "dynamic", "return_dict_in_generate": True}
+        output = model.generate(prompt, do_sample=False, **options, **inputs)
+        assert torch.equal(output.sequences, expected)
+        assert isinstance(output.past_key_values, IncrementalCache)
+        for name in ("static", "offloaded"):
+            with pytest.raises(ValueError, match=f"`cache_implementation` must be None or 'dynamic'.*got '{name}'"):
+                model.generate(prompt, cache_implementation=name, **inputs)
