@@ -93,7 +93,8 @@ class IncrementalGenerationMixin(CodeSequenceMixin):
             attention_mask (`(B, T)`, *optional*): ones, since a grid has no padding.
             past_key_values ([`IncrementalCache`], *optional*): what an earlier call with `use_cache` has returned. It is
                 changed in place, and carries no gradient.
-            use_cache (`bool`, *optional*): whether to return a cache; without it, only if one was given.
+            use_cache (`bool`, *optional*): whether to return a cache; without it, only if one was given. Dropout does not act
+                in a step with a cache, so call `eval()` first: in training mode it is not what a whole pass computes.
             logits_to_keep (`int` or `torch.Tensor`): compute the logits of the last so many or of these positions; 0: all.
             num_items_in_batch (`int`, *optional*): what the sum of the losses is divided by, instead of the labels here.
 
