@@ -148,7 +148,8 @@ class CodeSequenceMixin:
         against the null condition unless `negative_prompt_ids` are given, and a prompt out of range is a ValueError.
 
         Args:
-            inputs (int64 `(B, T)`, *optional*): a prefix from [`~CodeSequenceMixin.prepare_condition`], and any first codes.
+            inputs (int64 `(B, T)`): a prefix from [`~CodeSequenceMixin.prepare_condition`], and any first codes. An
+                unconditional prior needs none.
 
         Returns:
             int64 `(B, condition_length + h * w)` unless `kwargs` ask for another length or output.
@@ -166,12 +167,16 @@ class CodeSequenceMixin:
         def setting(name):
             return kwargs[name] if kwargs.get(name) is not None else getattr(settings, name, None)
 
+        if source is None and setting("bos_token_id") is None:
+            raise ValueError("`inputs` is required: this prior has a condition, see `prepare_condition`.")
         total = self.config.condition_length + self.config.image_seq_length
         if setting("max_new_tokens") is not None:
             total = length + setting("max_new_tokens")
         elif setting("max_length") is not None:
             total = setting("max_length")
         else:
+            if length >= total:
+                raise ValueError(f"`inputs` must leave a code to sample: {length} of {total} ids are given.")
             kwargs["max_new_tokens"] = total - length
         if total - 1 > self.config.n_positions:
             raise ValueError(

@@ -297,6 +297,16 @@ def test_a_returned_cache_goes_on():
     assert torch.equal(model.generate(whole[:, :6], do_sample=False), whole)
 
 
+@pytest.mark.parametrize(
+    "kind, message", [("class", "`inputs` is required"), ("unconditional", "leave a code to sample")]
+)
+def test_prompts_that_cannot_be_completed(kind, message):
+    model = make(kind)
+    full = model.prepare_inputs(make_indices(model))["input_ids"]
+    with pytest.raises(ValueError, match=message):
+        model.generate(None if kind == "class" else full)
+
+
 def test_unconditional_generation_needs_no_prompt():
     model = make("unconditional").double()
     assert torch.equal(

@@ -509,6 +509,11 @@ def test_overrun_is_a_value_error():
         model(input_ids=inputs["input_ids"][:, -1:], past_key_values=cache, use_cache=True)
     prompt = model.prepare_condition([0, 1])
     assert model.generate(prompt, max_new_tokens=12).shape == (2, 13)
+    with pytest.raises(ValueError, match="`inputs` is required: .* `prepare_condition`"):
+        model.generate(do_sample=False)
+    full = model.prepare_inputs(make_indices(model), [0, 1])["input_ids"]
+    with pytest.raises(ValueError, match="`inputs` must leave a code to sample: 13 of 13 ids are given"):
+        model.generate(full)
     for options in CACHES.values():
         for length in ({"max_new_tokens": 13}, {"max_length": 14}):
             with pytest.raises(ValueError, match="positions"):
