@@ -93,13 +93,13 @@ class PixelSNAILConfig(CodePriorConfig):
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
         if self.kernel_size < 3 or self.kernel_size % 2 == 0:
             raise ValueError(f"`kernel_size` must be odd and at least 3, got {self.kernel_size}.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"`dropout` must lie in [0, 1), got {self.dropout}.")
         if self.attention and (self.hidden_size % 2 or self.hidden_size // 2 % self.num_attention_heads):
             raise ValueError(
                 f"`hidden_size` // 2 must be a multiple of `num_attention_heads`, got {self.hidden_size} and "
                 f"{self.num_attention_heads}."
             )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"`dropout` must lie in [0, 1), got {self.dropout}.")
 
     @property
     def is_conditional(self) -> bool:

@@ -37,8 +37,8 @@ class VQVAE2Config(VQVAEConfig):
             raise ValueError(
                 f"`downsample_factor` must be at least {2**num_levels} for {num_levels} levels, got {downsample_factor}."
             )
-        if not 0 <= level_dropout <= 1:
-            raise ValueError(f"`level_dropout` is a probability, got {level_dropout}.")
+        if not isinstance(level_dropout, (int, float)) or not 0 <= level_dropout <= 1:
+            raise ValueError(f"`level_dropout` is a probability, got {level_dropout!r}.")
         super().__init__(
             downsample_factor=downsample_factor,
             residual_hidden_size=residual_hidden_size,

@@ -361,6 +361,7 @@ def test_wrong_inputs_are_refused(call, message):
         ({"downsample_factor": 2}, "`downsample_factor` must be at least 4 for 2 levels, got 2"),
         ({"num_levels": 3, "downsample_factor": 4}, "`downsample_factor` must be at least 8 for 3 levels, got 4"),
         ({"level_dropout": 1.5}, "`level_dropout` is a probability, got 1.5"),
+        ({"level_dropout": "a"}, "`level_dropout` is a probability, got 'a'"),
         ({"downsample_factor": 12}, "`downsample_factor` must be a power of 2"),
         ({"quantizer": "vqq"}, "`quantizer` must be one of"),
         ({"quantizer_kwargs": {"decay_rate": 0.5}}, "decay_rate"),
