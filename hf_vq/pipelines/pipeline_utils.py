@@ -85,6 +85,12 @@ class VQPipeline(DiffusionPipeline):
             raise ValueError(f"`decode_batch_size` must be a positive int, got {decode_batch_size!r}.")
 
 
+def check_single_codes(vqvae):
+    """A ValueError unless the tokenizer `vqvae` has one code at each position of a grid: no prior draws several."""
+    if vqvae.config.quantizer == "residual":
+        raise ValueError("`vqvae` must have one code at each position, got the quantizer 'residual'.")
+
+
 def as_levels(indices) -> tuple[torch.LongTensor, ...]:
     """The codes of each level, from top to bottom, of what a tokenizer calls `indices`."""
     return tuple(indices) if isinstance(indices, (tuple, list)) else (indices,)
@@ -191,6 +197,7 @@ __all__ = [
     "as_levels",
     "changed_by_callback",
     "check_generator",
+    "check_single_codes",
     "draw_codes",
     "images_as",
     "last_steps",

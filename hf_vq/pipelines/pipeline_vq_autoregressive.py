@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from .code_sampling import CodeSamplingMixin
 from .completion import CompletionMixin
 from .pipeline_output import VQPipelineOutput
-from .pipeline_utils import VQPipeline
+from .pipeline_utils import VQPipeline, check_single_codes
 from .rejection_sampling import RejectionSamplingMixin
 
 
@@ -33,8 +33,10 @@ class VQAutoregressivePipeline(CodeSamplingMixin, CompletionMixin, RejectionSamp
                 f"`prior` must have as many codes as `vqvae`: got {prior.config.codebook_size} and "
                 f"{vqvae.config.num_embeddings}."
             )
-        if vqvae is not None and len(vqvae.config.downsample_factors) > 1:
-            raise ValueError("`vqvae` must have one level: several need a prior for each, see `VQVAE2Pipeline`.")
+        if vqvae is not None:
+            check_single_codes(vqvae)
+            if len(vqvae.config.downsample_factors) > 1:
+                raise ValueError("`vqvae` must have one level: several need a prior for each, see `VQVAE2Pipeline`.")
         self.register_modules(vqvae=vqvae, prior=prior)
 
     @property

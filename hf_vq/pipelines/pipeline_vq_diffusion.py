@@ -14,7 +14,15 @@ from .code_conditions import CodeConditionMixin
 from .completion import to_pixel_values
 from .latent_conditions import repeat_inputs, repeat_to, to_mask
 from .pipeline_output import VQPipelineOutput
-from .pipeline_utils import VQPipeline, changed_by_callback, check_generator, images_as, last_steps, onload
+from .pipeline_utils import (
+    VQPipeline,
+    changed_by_callback,
+    check_generator,
+    check_single_codes,
+    images_as,
+    last_steps,
+    onload,
+)
 
 
 class VQDiffusionImagePipeline(CodeConditionMixin, VQPipeline):
@@ -59,12 +67,10 @@ class VQDiffusionImagePipeline(CodeConditionMixin, VQPipeline):
     ):
         super().__init__()
         if vqvae is not None:
+            check_single_codes(vqvae)
             levels = len(vqvae.config.downsample_factors)
-            if levels > 1 or vqvae.config.quantizer == "residual":
-                raise ValueError(
-                    f"`vqvae` must have one code at each position of one grid, got {levels} levels and the quantizer "
-                    f"{vqvae.config.quantizer!r}."
-                )
+            if levels > 1:
+                raise ValueError(f"`vqvae` must have one level, got {levels}.")
         for name, part in (("transformer", transformer), ("scheduler", scheduler)):
             if part is not None and vqvae is not None and part.config.num_embeddings != vqvae.config.num_embeddings:
                 raise ValueError(

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from .code_sampling import CodeSamplingMixin, KnownCodes, repeat_rows
 from .completion import CompletionMixin
 from .pipeline_output import VQPipelineOutput
-from .pipeline_utils import VQPipeline, as_levels
+from .pipeline_utils import VQPipeline, as_levels, check_single_codes
 from .rejection_sampling import RejectionSamplingMixin
 
 
@@ -52,8 +52,7 @@ class VQVAE2Pipeline(CodeSamplingMixin, CompletionMixin, RejectionSamplingMixin,
         levels, num_codes = len(self.vqvae.config.downsample_factors), self.vqvae.config.num_embeddings
         if len(names) != levels:
             raise ValueError(f"`vqvae` must have as many levels as there are priors, got {levels} and {len(names)}.")
-        if self.vqvae.config.quantizer == "residual":
-            raise ValueError("`vqvae` must have one code at each position, got the quantizer 'residual'.")
+        check_single_codes(self.vqvae)
         num_classes = {p.config.condition_vocab_size for p in self.priors if p.config.condition_type == "class"}
         if len(num_classes) > 1:
             raise ValueError(

@@ -9,9 +9,11 @@ import torch
 
 from hf_vq.models.configuration_vq_gpt import VQGPTConfig
 from hf_vq.models.configuration_vqgan import VQGANConfig
+from hf_vq.models.configuration_vqvae import VQVAEConfig
 from hf_vq.models.image_processing_vq import VQImageProcessor
 from hf_vq.models.modeling_vq_gpt import VQGPTForCausalLM
 from hf_vq.models.modeling_vqgan import VQGANModel
+from hf_vq.models.modeling_vqvae import VQVAEModel
 from hf_vq.pipelines.completion import kept_positions, to_pixel_values
 from hf_vq.pipelines.pipeline_utils import draw_codes, numpy_to_pil
 from hf_vq.pipelines.pipeline_vq_autoregressive import VQAutoregressivePipeline
@@ -310,6 +312,14 @@ def test_components_must_have_one_codebook():
         VQAutoregressivePipeline(pipeline.vqvae, prior)
 
 
+def test_a_tokenizer_of_several_codes_a_position_is_refused():
+    pipeline = make_pipeline()
+    sizes = {"hidden_size": 4, "residual_hidden_size": 4, "embed_dim": 4, "num_embeddings": 8}
+    vqvae = VQVAEModel(VQVAEConfig(**sizes, quantizer="residual", quantizer_kwargs={"depth": 2}))
+    with pytest.raises(ValueError, match="`vqvae` must have one code at each position, got the quantizer 'residual'"):
+        VQAutoregressivePipeline(vqvae, pipeline.prior)
+
+
 # ---------------------------------------------------------------------------------------------------- completion
 
 
@@ -420,6 +430,9 @@ def test_pixel_masks_keep_a_code_only_with_all_its_pixels():
         ({"image": torch.zeros(3, 16, 16)}, "image"),
         ({"image": torch.zeros(8, 8)}, "image"),
         ({"image": "picture.png"}, "image"),
+        (
+            r"`image` must be a tensor in \[-1, 1\], got values from 0 to 191",
+        ),
         ({"indices": torch.zeros(1, 4, 4)}, "int64"),
         ({"indices": torch.full((1, 4, 4), 8)}, "0 … 7"),
         ({"indices": random_indices(), "keep": "middle"}, "keep"),

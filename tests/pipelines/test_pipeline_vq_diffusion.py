@@ -337,10 +337,10 @@ def test_errors_of_parts():
     with pytest.raises(ValueError, match="`scheduler` must have as many timesteps as `transformer`: got 11 and 10"):
         make_pipeline(scheduler=MaskReplaceScheduler(CODES, 11))
     residual = make_vqvae(quantizer="residual", quantizer_kwargs={"depth": 2})
-    with pytest.raises(ValueError, match="`vqvae` must have one code at each position .*, got 1 levels .* 'residual'"):
+    with pytest.raises(ValueError, match="`vqvae` must have one code at each position, .* 'residual'"):
         make_pipeline(vqvae=residual)
     levels = VQVAE2Model(VQVAE2Config(num_embeddings=CODES, embed_dim=4, hidden_size=8, residual_hidden_size=4))
-    with pytest.raises(ValueError, match="`vqvae` must have one code at each position .*, got 2 levels"):
+    with pytest.raises(ValueError, match="`vqvae` must have one level, got 2"):
         make_pipeline(vqvae=levels)
 
 
