@@ -82,6 +82,10 @@ def to_pixel_values(image, channels: int) -> torch.FloatTensor:
             )
         if not image.numel() or not image.isfinite().all():
             raise ValueError(f"`image` must be finite and not empty, got a tensor of shape {tuple(image.shape)}.")
+        if image.abs().max() > 2:  # resizing, or a decoder, may leave some pixels a little beyond
+            raise ValueError(
+                f"`image` must be a tensor in [-1, 1], got values from {image.min().item():g} to {image.max().item():g}."
+            )
         return image.float() if image.ndim == 4 else image.float()[None]
     images = image if isinstance(image, (list, tuple)) else [image]
     if not images or not all(isinstance(item, PIL.Image.Image) for item in images):

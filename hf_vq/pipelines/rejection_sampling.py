@@ -99,6 +99,8 @@ class RejectionSamplingMixin:
         rates = acceptance_rates if isinstance(acceptance_rates, (list, tuple)) else [acceptance_rates]
         if not rates or not all(isinstance(rate, (int, float)) and 0 < rate <= 1 for rate in rates):
             raise ValueError(f"`acceptance_rates` must lie in (0, 1], got {acceptance_rates}.")
+        if not callable(classifier):
+            raise ValueError(f"`classifier` must be a function or a model, got a {type(classifier).__name__}.")
         if hasattr(classifier, "config") and image_processor is None:
             raise ValueError("`image_processor` is required for a classifier that is a transformers model.")
         if isinstance(sampling.get("generator"), list):

@@ -431,6 +431,7 @@ def test_pixel_masks_keep_a_code_only_with_all_its_pixels():
         ({"image": torch.zeros(8, 8)}, "image"),
         ({"image": "picture.png"}, "image"),
         (
+            {"image": torch.arange(192.0).view(3, 8, 8)},
             r"`image` must be a tensor in \[-1, 1\], got values from 0 to 191",
         ),
         ({"indices": torch.zeros(1, 4, 4)}, "int64"),
@@ -532,6 +533,7 @@ def test_rejection_by_an_image_classifier():
         ({"classifier": lambda images, class_ids: class_ids * float("nan")}, "`classifier` .* nan"),
         ({"classifier": lambda images, class_ids: images.mean()}, "one score"),
         ({"classifier": make_pipeline().vqvae}, "image_processor"),
+        ({"classifier": "vit"}, "`classifier` must be a function or a model, got a str"),
     ],
 )
 def test_bad_rejections(bad, message):
