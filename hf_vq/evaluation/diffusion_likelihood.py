@@ -79,8 +79,6 @@ class DiffusionLikelihood(nn.Module):
             ValueError: `indices` are no codes, or none.
         """
         check_indices("indices", indices, self.scheduler.mask_index - 1)
-        if not indices.numel():
-            raise ValueError(f"`indices` must hold at least one code, got shape {tuple(indices.shape)}.")
         inputs = {} if condition is None else self._inputs(condition)
         bound = torch.full((len(indices),), -self.scheduler.prior_kl() * indices[0].numel(), device=indices.device)
         source = None if self.generator is None else self.generator.device

@@ -192,7 +192,7 @@ def test_the_number_of_timesteps_must_be_among_those_of_the_chain(chain, number)
 @pytest.mark.parametrize(
     ("indices", "message"),
     [
-        (torch.zeros(0, 2, dtype=torch.int64), r"`indices` must hold at least one code, got shape \(0, 2\)"),
+        (torch.zeros(0, 2, dtype=torch.int64), r"`indices` must hold at least one index, got shape \(0, 2\)"),
         (torch.zeros(1, 2), "`indices` must be an int64 tensor"),
         (torch.full((1, 2), K), "`indices` must hold indices in 0…2, got 3 to 3"),
     ],
