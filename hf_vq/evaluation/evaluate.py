@@ -175,6 +175,7 @@ def _plot_usage(codebooks: list[CodebookCounts], path: Path) -> None:
 
 
 def progress_bar(batches: Iterable, name: str, progress: bool):
+    """`batches`, counted by a bar on the main process that says what is evaluated; without a bar if not `progress`."""
     return tqdm(batches, desc=f"evaluating {name}", unit="batch", disable=not (progress and is_main_process()))
 
 

@@ -46,6 +46,7 @@ def check_timesteps(name: str, timesteps, batch_size: int, lowest: int, highest:
 
 
 def check_rate(truncation_rate: float):
+    """`truncation_rate` must be the mass of a nucleus."""
     if not 0 < truncation_rate <= 1:
         raise ValueError(f"`truncation_rate` must lie in (0, 1], got {truncation_rate!r}.")
 
