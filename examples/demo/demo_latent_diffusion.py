@@ -27,18 +27,26 @@ from hf_vq.training.perceptual import build_perceptual
 
 
 GUIDANCE_SCALE = 2.0
-STEPS = 25
+STEPS = 50
 FEATURE_LAYER = 13  # of MobileNetV2, 96 features: few pictures suffice
 SCHEDULERS = {"DDIM": DDIMScheduler, "DPM-Solver++": DPMSolverMultistepScheduler, "Euler": EulerDiscreteScheduler}
 
 
-def sample(pipe: VQLatentDiffusionPipeline, classes: list[int], per_class: int, steps: int = STEPS, seed: int = 0):
-    """Images in [-1, 1], `per_class` of each class, adjacent."""
+def sample(
+    pipe: VQLatentDiffusionPipeline,
+    classes: list[int],
+    per_class: int,
+    steps: int = STEPS,
+    seed: int = 0,
+    eta: float = 1.0,
+):
+    """Images in [-1, 1], `per_class` of each class, adjacent; with new noise in every step, unless `eta` is 0."""
     output = pipe(
         class_labels=classes,
         num_images_per_prompt=per_class,
         guidance_scale=GUIDANCE_SCALE,
         num_inference_steps=steps,
+        eta=eta,
         generator=torch.Generator(pipe.device).manual_seed(seed),
         output_type="pt",
     )
@@ -64,7 +72,7 @@ def scheduler_sheet(pipe: VQLatentDiffusionPipeline, path: Path) -> None:
     for name, kind in SCHEDULERS.items():
         pipe.scheduler = kind.from_config(own.config)
         for steps in (5, 10, 50):
-            rows.append((f"{name}, {steps} steps", sample(pipe, classes, 1, steps, seed=1)))
+            rows.append((f"{name}, {steps} steps", sample(pipe, classes, 1, steps, seed=1, eta=0.0)))
     pipe.scheduler = own
     labelled_rows(rows, scale=2).save(path)
 
