@@ -30,7 +30,7 @@ from hf_vq.training.perceptual import build_perceptual
 
 
 # the top level decides what is shown, the bottom one fills in what the top leaves open
-SAMPLING = {"guidance_scale": (2.0, 1.0), "temperature": (1.0, 0.8)}
+SAMPLING = {"guidance_scale": (3.0, 1.0), "temperature": (0.9, 0.5), "top_p": (0.95, 0.9)}
 COLUMNS = 12
 ACCEPTANCE_RATES = [1.0, 0.25, 0.0625]
 ACCEPTED = 4  # images of each class at each rate
