@@ -188,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
     run_args, data_args, args = parse_arguments((RunArguments, DataArguments, PriorArguments), argv)
     run = TrainingRun(run_args)
     tokenizer = AutoModel.from_pretrained(args.tokenizer, dtype=torch.float32).to(run.device).eval()
-    codes, class_names = load_code_splits(run, data_args, tokenizer, args.random_flip_codes)
+    codes, class_names = load_code_splits(run, data_args, tokenizer, args.random_flip_codes, several_levels=True)
     level = Level.of(args.level, codes["train"].grids)
 
     num_classes = count_classes(codes, class_names, data_args.label_column)
