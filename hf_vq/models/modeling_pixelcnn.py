@@ -13,17 +13,10 @@ from .configuration_pixelcnn import PixelCNNConfig
 from .incremental_generation import IncrementalCache, IncrementalGenerationMixin
 
 
-GATE_GAIN = 2.5  # of the initial weights before a gate, which halves what is near 0
-
-
 def gate(features: torch.Tensor, dim: int = 1) -> torch.Tensor:
     """`tanh(f) * sigmoid(g)`, with f and g the halves of the channels (van den Oord et al. 2016, equation 2)."""
     filters, gates = features.chunk(2, dim)
     return torch.tanh(filters) * torch.sigmoid(gates)
-
-
-class GateConv(nn.Conv2d):
-    """A convolution whose output goes through `gate`."""
 
 
 class ClassBias(nn.Embedding):
@@ -51,8 +44,8 @@ class GatedLayer(GradientCheckpointingLayer):
         channels, half = config.hidden_size, config.kernel_size // 2
         self.is_first, self.is_last, self.half = is_first, is_last, half
         self.taps = half if is_first else half + 1  # rows, or columns, up to the position's own
-        self.vertical_conv = GateConv(channels, 2 * channels, (self.taps, config.kernel_size))
-        self.horizontal_conv = GateConv(channels, 2 * channels, (1, self.taps))
+        self.vertical_conv = nn.Conv2d(channels, 2 * channels, (self.taps, config.kernel_size))
+        self.horizontal_conv = nn.Conv2d(channels, 2 * channels, (1, self.taps))
         self.vertical_to_horizontal = nn.Conv2d(2 * channels, 2 * channels, 1)
         self.horizontal_out = nn.Conv2d(channels, channels, 1)
         self.dropout = nn.Dropout(config.dropout)
@@ -148,7 +141,7 @@ class PixelCNNHead(nn.Module):
 
 
 class PixelCNNPreTrainedModel(PreTrainedModel):
-    """Weights start as N(0, gain² / fan_in), embeddings of codes as N(0, 1), those of classes and biases as 0."""
+    """Weights start as N(0, 1 / fan_in), embeddings of codes as N(0, 1), those of classes and biases as 0."""
 
     config: PixelCNNConfig
     supports_gradient_checkpointing = True
@@ -164,9 +157,7 @@ class PixelCNNPreTrainedModel(PreTrainedModel):
         elif isinstance(module, (nn.Conv2d, nn.Linear)):
             normed = is_parametrized(module, "weight")
             weight = module.parametrizations.weight.original1 if normed else module.weight
-            # the vertical stack has no skips: with a gain of 1 it would fade with depth
-            gain = GATE_GAIN if isinstance(module, GateConv) else 1.0
-            init.normal_(weight, std=gain / weight[0].numel() ** 0.5)
+            init.normal_(weight, std=weight[0].numel() ** -0.5)
             init.zeros_(module.bias)
             if normed:
                 length = module.parametrizations.weight.original0
