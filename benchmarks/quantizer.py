@@ -25,14 +25,14 @@ GRID = 16  # the latents are pictures of 16 x 16 codes
 
 
 def build_hf_vq(dim: int, num_codes: int) -> tuple[nn.Module, Callable]:
-    from hf_vq.models.quantization import VectorQuantizer
+    from hf_vq.models.quantizers.vector_quantizers import VectorQuantizer
 
     module = VectorQuantizer(num_codes, dim)
     return module, lambda z: (lambda output: (output.quantized, output.loss))(module(z))
 
 
 def build_hf_vq_ema(dim: int, num_codes: int) -> tuple[nn.Module, Callable]:
-    from hf_vq.models.quantization import EMAVectorQuantizer
+    from hf_vq.models.quantizers.vector_quantizers import EMAVectorQuantizer
 
     module = EMAVectorQuantizer(num_codes, dim)
     return module, lambda z: (lambda output: (output.quantized, output.loss))(module(z))

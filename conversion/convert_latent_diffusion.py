@@ -28,7 +28,7 @@ from conversion.ldm_conditioner import convert_conditioner  # noqa: E402
 from conversion.ldm_unet import convert_unet  # noqa: E402
 from conversion.taming_tokenizer import convert_tokenizer  # noqa: E402
 from hf_vq.hub import save_with_code  # noqa: E402
-from hf_vq.models.image_processing_vq import VQImageProcessor  # noqa: E402
+from hf_vq.models.autoencoders.image_processing_vq import VQImageProcessor  # noqa: E402
 from hf_vq.pipelines.pipeline_vq_latent_diffusion import VQLatentDiffusionPipeline  # noqa: E402
 
 

@@ -29,11 +29,11 @@ from conversion.checkpoints import (  # noqa: E402
     push_folder,
 )
 from hf_vq.hub import save_with_code  # noqa: E402
-from hf_vq.models.configuration_pixelsnail import PixelSNAILConfig  # noqa: E402
-from hf_vq.models.configuration_vqvae2 import VQVAE2Config  # noqa: E402
-from hf_vq.models.image_processing_vq import VQImageProcessor  # noqa: E402
-from hf_vq.models.modeling_pixelsnail import PixelSNAILForCausalLM  # noqa: E402
-from hf_vq.models.modeling_vqvae2 import VQVAE2Model  # noqa: E402
+from hf_vq.models.autoencoders.configuration_vqvae2 import VQVAE2Config  # noqa: E402
+from hf_vq.models.autoencoders.image_processing_vq import VQImageProcessor  # noqa: E402
+from hf_vq.models.autoencoders.modeling_vqvae2 import VQVAE2Model  # noqa: E402
+from hf_vq.models.priors.configuration_pixelsnail import PixelSNAILConfig  # noqa: E402
+from hf_vq.models.priors.modeling_pixelsnail import PixelSNAILForCausalLM  # noqa: E402
 from hf_vq.pipelines.pipeline_vqvae2 import VQVAE2Pipeline  # noqa: E402
 
 

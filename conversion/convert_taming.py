@@ -28,10 +28,10 @@ from conversion.checkpoints import (  # noqa: E402
 )
 from conversion.taming_tokenizer import convert_discriminator, convert_tokenizer  # noqa: E402
 from hf_vq.hub import save_with_code  # noqa: E402
-from hf_vq.models.configuration_vq_gpt import VQGPTConfig  # noqa: E402
-from hf_vq.models.image_processing_vq import VQImageProcessor  # noqa: E402
-from hf_vq.models.modeling_vq_gpt import VQGPTForCausalLM  # noqa: E402
-from hf_vq.models.modeling_vqgan import VQGANModel  # noqa: E402
+from hf_vq.models.autoencoders.image_processing_vq import VQImageProcessor  # noqa: E402
+from hf_vq.models.autoencoders.modeling_vqgan import VQGANModel  # noqa: E402
+from hf_vq.models.priors.configuration_vq_gpt import VQGPTConfig  # noqa: E402
+from hf_vq.models.priors.modeling_vq_gpt import VQGPTForCausalLM  # noqa: E402
 from hf_vq.pipelines.pipeline_vq_autoregressive import VQAutoregressivePipeline  # noqa: E402
 
 

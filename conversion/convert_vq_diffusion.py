@@ -27,7 +27,7 @@ from conversion.vq_diffusion_codec import convert_codec  # noqa: E402
 from conversion.vq_diffusion_network import TABLE_REASONS, convert_schedule, convert_transformer  # noqa: E402
 from conversion.vq_diffusion_text import convert_text_encoder, text_options  # noqa: E402
 from hf_vq.hub import save_with_code  # noqa: E402
-from hf_vq.models.image_processing_vq import VQImageProcessor  # noqa: E402
+from hf_vq.models.autoencoders.image_processing_vq import VQImageProcessor  # noqa: E402
 from hf_vq.pipelines.pipeline_vq_diffusion import VQDiffusionImagePipeline  # noqa: E402
 
 

@@ -20,9 +20,9 @@ sys.path.insert(
 
 from conversion.checkpoints import argument_parser, load_exactly, load_state_dict, push_folder  # noqa: E402
 from hf_vq.hub import save_with_code  # noqa: E402
-from hf_vq.models.configuration_vqvae import VQVAEConfig  # noqa: E402
-from hf_vq.models.image_processing_vq import VQImageProcessor  # noqa: E402
-from hf_vq.models.modeling_vqvae import VQVAEModel  # noqa: E402
+from hf_vq.models.autoencoders.configuration_vqvae import VQVAEConfig  # noqa: E402
+from hf_vq.models.autoencoders.image_processing_vq import VQImageProcessor  # noqa: E402
+from hf_vq.models.autoencoders.modeling_vqvae import VQVAEModel  # noqa: E402
 
 
 # Original module → ours; {i} is the number of a residual block.

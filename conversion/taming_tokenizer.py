@@ -3,9 +3,9 @@
 import torch
 
 from conversion.checkpoints import drop_keys, load_exactly
-from hf_vq.models.configuration_vqgan import VQGANConfig
-from hf_vq.models.modeling_vqgan import VQGANModel
-from hf_vq.training.discriminator import PatchDiscriminator
+from hf_vq.models.autoencoders.configuration_vqgan import VQGANConfig
+from hf_vq.models.autoencoders.modeling_vqgan import VQGANModel
+from hf_vq.training.objectives.discriminator import PatchDiscriminator
 
 
 # Name in `ddconfig` → name in `VQGANConfig`. The weights need no table: `VQGANModel` has the original's names.
@@ -40,7 +40,7 @@ DROPPED_KEYS = {
     "loss.discriminator.": "the discriminator, which only training needs; --discriminator saves it",
     "colorize": "random colours for logging segmentation maps",
     "quantize.used": "the table of a renumbering: the model gives the codebook's own indices, and "
-    "hf_vq.models.index_remap.IndexRemap renumbers them",
+    "hf_vq.models.quantizers.index_remap.IndexRemap renumbers them",
 }
 
 

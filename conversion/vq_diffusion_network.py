@@ -5,7 +5,7 @@ import re
 import torch
 
 from conversion.checkpoints import drop_keys, load_exactly
-from hf_vq.models.transformer_vq_diffusion import VQDiffusionTransformer2DModel
+from hf_vq.models.priors.transformer_vq_diffusion import VQDiffusionTransformer2DModel
 from hf_vq.schedulers.scheduling_mask_replace import MaskReplaceScheduler
 
 

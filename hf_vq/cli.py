@@ -153,7 +153,7 @@ def decode(options):
     import torch
     from safetensors import SafetensorError, safe_open
 
-    from .models.image_processing_vq import VQImageProcessor
+    from .models.autoencoders.image_processing_vq import VQImageProcessor
 
     model = load_tokenizer(options)
     levels = level_names(model)
@@ -286,7 +286,7 @@ def read_images(options, model):
     """The images as `pixel_values` (B, 3, H, W) on the model's device, prepared as the model's folder says."""
     from PIL import Image
 
-    from .models.image_processing_vq import VQImageProcessor
+    from .models.autoencoders.image_processing_vq import VQImageProcessor
 
     names = ("preprocessor_config.json", "vqvae/preprocessor_config.json")  # of a tokenizer, of a pipeline
     saved = next(filter(None, (read_json(options.model, name) for name in names)), None)

@@ -59,8 +59,8 @@ def test_every_order_of_two_imports(order):
 def test_in_threads():
     run(
         "import threading, importlib\n"
-        "names = ['hf_vq.models.modeling_vqgan', 'hf_vq.models.modeling_vq_gpt', 'transformers.models.auto.modeling_auto',"
-        " 'hf_vq', 'hf_vq.models.image_processing_vq']\n"
+        "names = ['hf_vq.models.autoencoders.modeling_vqgan', 'hf_vq.models.priors.modeling_vq_gpt', 'transformers.models.auto.modeling_auto',"
+        " 'hf_vq', 'hf_vq.models.autoencoders.image_processing_vq']\n"
         "threads = [threading.Thread(target=importlib.import_module, args=(name,)) for name in names]\n"
         "failures = []\n"
         "threading.excepthook = failures.append\n"

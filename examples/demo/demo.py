@@ -22,9 +22,9 @@ from hf_vq import VQAutoregressivePipeline
 from hf_vq.evaluation.evaluate import evaluate_prior, evaluate_tokenizer
 from hf_vq.evaluation.pictures import reconstruction_grid, samples_by_class
 from hf_vq.training.checkpointing import write_file_atomically
-from hf_vq.training.data import DataArguments, collate, load_image_dataset
-from hf_vq.training.indices_cache import load_indices
-from hf_vq.training.perceptual import build_perceptual
+from hf_vq.training.data.image_datasets import DataArguments, collate, load_image_dataset
+from hf_vq.training.data.indices_cache import load_indices
+from hf_vq.training.objectives.perceptual import build_perceptual
 
 
 ROOT = Path(__file__).resolve().parents[2]

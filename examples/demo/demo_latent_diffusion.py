@@ -22,8 +22,8 @@ from hf_vq.evaluation.features import PooledLayer
 from hf_vq.evaluation.generation import compare_images
 from hf_vq.evaluation.pictures import labelled_rows, samples_by_class
 from hf_vq.training.checkpointing import write_file_atomically
-from hf_vq.training.data import DataArguments, collate, load_image_dataset
-from hf_vq.training.perceptual import build_perceptual
+from hf_vq.training.data.image_datasets import DataArguments, collate, load_image_dataset
+from hf_vq.training.objectives.perceptual import build_perceptual
 
 
 GUIDANCE_SCALE = 2.0

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from hf_vq.evaluation.features import FeatureExtractor, extract_features
-from hf_vq.training.data import collate
+from hf_vq.training.data.image_datasets import collate
 
 
 class LinearClassifier:

@@ -2,8 +2,8 @@
 
 import torch
 
-from ..models.codebook_statistics import CodebookStatistics, codebook_statistics
-from .distributed import all_reduced
+from ..distributed import all_reduced
+from ..models.quantizers.codebook_statistics import CodebookStatistics, codebook_statistics
 
 
 class CodebookCounts:

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..distributed import is_main_process
 from .codebook import CodebookCounts
-from .distributed import is_main_process
 from .features import FeatureCollector, FeatureExtractor
 from .generation import compare_features
 from .likelihood import CodeLikelihood

@@ -7,11 +7,11 @@ from typing import Protocol
 import torch
 from tqdm.auto import tqdm
 
-from .distributed import all_gathered, is_main_process
+from ..distributed import all_gathered, is_main_process
 
 
 class FeatureExtractor(Protocol):
-    """A network that describes each picture by one vector, such as `hf_vq.training.perceptual.MobileNetV2Features`.
+    """A network that describes each picture by one vector, such as `hf_vq.training.objectives.perceptual.MobileNetV2Features`.
 
     Attributes:
         name: of the network and its weights; every figure made with it carries this name.

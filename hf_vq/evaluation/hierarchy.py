@@ -27,7 +27,7 @@ def evaluate_hierarchy(
         priors: from top to bottom, each with `log_likelihood(indices, condition) -> (B,)` in nats, all but the first with
             `condition_indices`, the codes of the level above; put into evaluation mode and back.
         dataloader: yields dicts with `indices_0`, `indices_1`, …, int `(B, h, w)` from top to bottom, as
-            `hf_vq.training.indices_cache` gives them.
+            `hf_vq.training.data.indices_cache` gives them.
         condition_key: the entry that is the condition of every prior that takes classes, such as `label`; without it
             their condition is None.
         pixel_dims: C·H·W of the pictures, for `bits_per_pixel_dim`.

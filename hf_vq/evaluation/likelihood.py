@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from .distributed import all_reduced
+from ..distributed import all_reduced
 
 
 class CodeLikelihood:

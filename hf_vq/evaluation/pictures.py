@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ..models.codebook_statistics import codebook_statistics
+from ..models.quantizers.codebook_statistics import codebook_statistics
 
 
 BACKGROUND = (255, 255, 255)

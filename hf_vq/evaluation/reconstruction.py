@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from .distributed import all_reduced
+from ..distributed import all_reduced
 
 
 DATA_RANGE = 2.0  # the width of [-1, 1]

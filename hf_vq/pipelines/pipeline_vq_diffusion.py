@@ -110,7 +110,7 @@ class VQDiffusionImagePipeline(CodeConditionMixin, VQPipeline):
             ValueError: another pipeline, or a part that has no equivalent here.
         """
         # by its name: a shared folder carries the pipeline's code, and the converter needs all of hf_vq
-        converter = importlib.import_module("hf_vq.pipelines.deprecated_vq_diffusion")
+        converter = importlib.import_module("hf_vq.pipelines.vq_diffusion_from_diffusers")
         return cls(**converter.load_parts(pretrained_model_name_or_path, **options))
 
     @property

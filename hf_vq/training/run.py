@@ -57,13 +57,13 @@ from .checkpointing import (
     set_aside_after,
     set_random_state,
 )
-from .data import collate
+from .data.image_datasets import collate
+from .data.loading import micro_batches, move_to_device
+from .data.samplers import micro_batch_sizes
 from .guards import MetricGuard, TrainingStoppedError
-from .loading import micro_batches, move_to_device
 from .metrics import MetricsFile, MetricWindow, Stopwatch
 from .processes import build_accelerator, from_main_process, prepare_model, seed_process, union_over_processes
 from .run_arguments import RunArguments, learning_rate_factor
-from .samplers import micro_batch_sizes
 from .trackers import start_tracker, track_images
 from .weight_ema import WeightEMA
 

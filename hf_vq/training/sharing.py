@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 
 from ..hub import model_card, push_to_hub, save_for_sharing
 from .checkpointing import atomic_folder
-from .data import DataArguments
+from .data.image_datasets import DataArguments
 
 
 def validation_figures(output_dir: Path) -> dict[str, float]:

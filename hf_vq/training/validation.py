@@ -4,7 +4,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ..evaluation.evaluate import evaluate_tokenizer
-from .data import collate
+from .data.image_datasets import collate
 
 
 @torch.no_grad()
@@ -17,7 +17,7 @@ def validate_tokenizer(run, model, dataset, perceptual=None, num_pictures: int =
         run (`TrainingRun`): writes the picture.
         model: the tokenizer itself, not a distributed wrapper.
         dataset: map-style, with `pixel_values` `(3, H, W)` in [-1, 1].
-        perceptual: a distance with a `name`, see `hf_vq.training.perceptual`.
+        perceptual: a distance with a `name`, see `hf_vq.training.objectives.perceptual`.
         num_pictures: how many images, from the first on, the picture shows.
     """
     images = torch.stack([dataset[i]["pixel_values"] for i in range(min(num_pictures, len(dataset)))]).to(run.device)

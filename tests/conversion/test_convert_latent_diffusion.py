@@ -17,7 +17,7 @@ from conversion.convert_latent_diffusion import convert, convert_model, main
 from conversion.ldm_conditioner import convert_bert_embedder
 from conversion.ldm_unet import unet_config
 from conversion.taming_tokenizer import convert_discriminator, convert_tokenizer
-from hf_vq.models.modeling_vqgan import VQGANModel
+from hf_vq.models.autoencoders.modeling_vqgan import VQGANModel
 from hf_vq.pipelines.pipeline_vq_latent_diffusion import VQLatentDiffusionPipeline
 from tests.conversion.golden import GOLDEN, Golden, published
 

@@ -9,8 +9,8 @@ from transformers import AutoImageProcessor
 import conversion.convert_rosinality
 from conversion.checkpoints import check_keys
 from conversion.convert_rosinality import convert, convert_pixelsnail, convert_vqvae, load, main
-from hf_vq.models.modeling_pixelsnail import PixelSNAILForCausalLM
-from hf_vq.models.modeling_vqvae2 import VQVAE2Model
+from hf_vq.models.autoencoders.modeling_vqvae2 import VQVAE2Model
+from hf_vq.models.priors.modeling_pixelsnail import PixelSNAILForCausalLM
 from hf_vq.pipelines.pipeline_vqvae2 import VQVAE2Pipeline
 from tests.conversion.golden import GOLDEN, Golden, published
 

@@ -9,8 +9,8 @@ import yaml
 from safetensors.torch import load_file
 
 from conversion.convert_taming import convert_gpt_state_dict
-from hf_vq.models.configuration_vq_gpt import VQGPTConfig
-from hf_vq.models.modeling_vq_gpt import VQGPTForCausalLM
+from hf_vq.models.priors.configuration_vq_gpt import VQGPTConfig
+from hf_vq.models.priors.modeling_vq_gpt import VQGPTForCausalLM
 
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"

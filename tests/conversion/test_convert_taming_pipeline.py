@@ -10,7 +10,7 @@ import conversion.convert_taming
 import conversion.taming_tokenizer
 from conversion.checkpoints import check_keys, load_state_dict
 from conversion.convert_taming import convert, convert_net2net, main
-from hf_vq.models.modeling_vqgan import VQGANModel
+from hf_vq.models.autoencoders.modeling_vqgan import VQGANModel
 from hf_vq.pipelines.pipeline_vq_autoregressive import VQAutoregressivePipeline
 from tests.conversion.golden import GOLDEN, Golden, published
 

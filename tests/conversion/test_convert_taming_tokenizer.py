@@ -16,8 +16,8 @@ import conversion.taming_tokenizer
 from conversion.checkpoints import check_keys, load_state_dict
 from conversion.convert_taming import convert, main
 from conversion.taming_tokenizer import convert_discriminator, convert_tokenizer, tokenizer_config
-from hf_vq.models.modeling_vqgan import VQGANModel
-from hf_vq.training.discriminator import PatchDiscriminator
+from hf_vq.models.autoencoders.modeling_vqgan import VQGANModel
+from hf_vq.training.objectives.discriminator import PatchDiscriminator
 from tests.conversion.golden import GOLDEN, Golden, published
 
 

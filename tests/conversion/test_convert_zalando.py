@@ -9,7 +9,7 @@ from transformers import AutoImageProcessor
 import conversion.convert_zalando
 from conversion.checkpoints import check_keys, load_state_dict
 from conversion.convert_zalando import convert, convert_model, main
-from hf_vq.models.modeling_vqvae import VQVAEModel
+from hf_vq.models.autoencoders.modeling_vqvae import VQVAEModel
 from tests.conversion.golden import GOLDEN, Golden, published
 
 

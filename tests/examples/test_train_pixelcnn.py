@@ -21,7 +21,7 @@ from hf_vq import (
     VQVAEConfig,
     VQVAEModel,
 )
-from hf_vq.training.indices_cache import load_indices
+from hf_vq.training.data.indices_cache import load_indices
 from tests.examples.test_killed_runs import COMMON, STEPS, finish, kill_at, rows
 
 

@@ -15,7 +15,7 @@ import torch
 from hf_vq import VQDiffusionImagePipeline, VQVAEConfig, VQVAEModel
 from hf_vq.evaluation.diffusion_likelihood import DiffusionLikelihood
 from hf_vq.pipelines.text_conditioning import encode_text
-from hf_vq.training.indices_cache import load_indices
+from hf_vq.training.data.indices_cache import load_indices
 from tests.examples.test_killed_runs import COMMON, finish, kill_at, rows
 from tests.examples.test_train_vq_latent_diffusion import places_and_length
 

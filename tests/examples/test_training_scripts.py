@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from hf_vq import VQGPTForCausalLM, VQImageProcessor, VQVAEConfig, VQVAEModel
-from hf_vq.training import code_splits
 from hf_vq.training.arguments import parse_arguments
-from hf_vq.training.losses import VQGANLoss
+from hf_vq.training.data import code_splits
+from hf_vq.training.objectives.vqgan_loss import VQGANLoss
 
 
 def script(name):

@@ -28,7 +28,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
 from hf_vq import VQGANConfig, VQGANModel, VQLatentDiffusionPipeline, VQVAE2Config, VQVAE2Model
 from hf_vq.hub import model_card, save_with_code
-from hf_vq.models.image_processing_vq import VQImageProcessor
+from hf_vq.models.autoencoders.image_processing_vq import VQImageProcessor
 
 
 # numpy 2 on how diffusers' schedulers make arrays of tensors

@@ -7,15 +7,15 @@ import torch
 from safetensors.torch import save_file
 
 from hf_vq.hub import model_card, save_with_code
-from hf_vq.models.configuration_pixelsnail import PixelSNAILConfig
-from hf_vq.models.configuration_vq_gpt import VQGPTConfig
-from hf_vq.models.configuration_vqvae import VQVAEConfig
-from hf_vq.models.configuration_vqvae2 import VQVAE2Config
-from hf_vq.models.image_processing_vq import VQImageProcessor
-from hf_vq.models.modeling_pixelsnail import PixelSNAILForCausalLM
-from hf_vq.models.modeling_vq_gpt import VQGPTForCausalLM
-from hf_vq.models.modeling_vqvae import VQVAEModel
-from hf_vq.models.modeling_vqvae2 import VQVAE2Model
+from hf_vq.models.autoencoders.configuration_vqvae import VQVAEConfig
+from hf_vq.models.autoencoders.configuration_vqvae2 import VQVAE2Config
+from hf_vq.models.autoencoders.image_processing_vq import VQImageProcessor
+from hf_vq.models.autoencoders.modeling_vqvae import VQVAEModel
+from hf_vq.models.autoencoders.modeling_vqvae2 import VQVAE2Model
+from hf_vq.models.priors.configuration_pixelsnail import PixelSNAILConfig
+from hf_vq.models.priors.configuration_vq_gpt import VQGPTConfig
+from hf_vq.models.priors.modeling_pixelsnail import PixelSNAILForCausalLM
+from hf_vq.models.priors.modeling_vq_gpt import VQGPTForCausalLM
 from hf_vq.pipelines.completion import kept_at_levels
 from hf_vq.pipelines.pipeline_vq_autoregressive import VQAutoregressivePipeline
 from hf_vq.pipelines.pipeline_vqvae2 import VQVAE2Pipeline

@@ -3,7 +3,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from hf_vq.training.arguments import parse_arguments, parse_mapping
-from hf_vq.training.data import DataArguments
+from hf_vq.training.data.image_datasets import DataArguments
 
 
 @dataclass

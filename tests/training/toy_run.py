@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_vq.models.quantization import EMAVectorQuantizer
+from hf_vq.models.quantizers.vector_quantizers import EMAVectorQuantizer
 from hf_vq.training import run as run_module
 from hf_vq.training.run import RunArguments, TrainingRun
 

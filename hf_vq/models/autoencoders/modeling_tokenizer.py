@@ -1,0 +1,190 @@
+"""What the tokenizers share: encode, decode, the training pass and the weights' initialisation."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+
+from ..modeling_outputs import QuantizerOutput, VQDecoderOutput, VQEncoderOutput, VQModelOutput
+from ..quantizers.codebook_statistics import code_counts, codebook_statistics
+from ..quantizers.vector_quantizers import build_quantizer
+from .tiling import map_tiles
+
+
+def build_quantizer_of(config) -> nn.Module:
+    """The quantizer that a tokenizer's configuration describes."""
+    kwargs = dict(config.quantizer_kwargs)
+    if config.quantizer in ("vq", "ema", "cosine", "lfq", "residual"):
+        kwargs.setdefault("commitment_cost", config.commitment_cost)
+    if config.legacy_beta:
+        kwargs.setdefault("legacy_beta", True)
+    return build_quantizer(config.quantizer, config.num_embeddings, config.embed_dim, **kwargs)
+
+
+class VQTokenizerModel(PreTrainedModel):
+    """An image tokenizer: `encoder → quant_conv → quantize → post_quant_conv → decoder`.
+
+    A subclass sets these five, `quantize` by `build_quantizer_of(config)`, between `super().__init__(config)` and
+    `self.post_init()`. The encoder comes first: `self.dtype` is that of the first parameter, and the quantizer stays in
+    float32.
+    """
+
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    # half-precision codes would move several per cent of the indices
+    _keep_in_fp32_modules_strict = ["quantize.*embed", "quantize.*cluster_size", "quantize.*proj"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """torch's own defaults: transformers' would draw every convolution from N(0, 0.02²)."""
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            if module.bias is not None:
+                bound = 1 / math.sqrt(nn.init._calculate_fan_in_and_fan_out(module.weight)[0])
+                init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, nn.GroupNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif hasattr(module, "indices_to_latents") and hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+    def _check_pixels(self, pixel_values: torch.Tensor) -> None:
+        channels, factor = self.config.in_channels, self.config.downsample_factor
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
+            raise ValueError(f"`pixel_values` must have shape (B, {channels}, H, W), got {tuple(pixel_values.shape)}.")
+        if pixel_values.shape[2] % factor or pixel_values.shape[3] % factor:
+            raise ValueError(
+                f"`pixel_values` must have a height and width that are multiples of {factor} (the downsample factor), "
+                f"got {pixel_values.shape[2]}x{pixel_values.shape[3]}."
+            )
+
+    # set by enable_tiling and enable_slicing; neither is part of the configuration
+    tile_size: int | None = None
+    tile_overlap: int = 0
+    use_slicing: bool = False
+
+    def enable_tiling(self, tile_size: int | None = None, overlap: int | None = None) -> None:
+        """Encode and decode images larger than `tile_size` in overlapping tiles, blended: the memory is that of a tile.
+
+        Codes are still chosen from all latents at once. Tiles are not used in training mode.
+
+        Args:
+            tile_size: side in pixels, a multiple of `downsample_factor`; by default twice the training resolution.
+            overlap: pixels that neighbours share, a multiple of `downsample_factor`; by default a quarter of a tile.
+        """
+        factor = self.config.downsample_factor
+        tile_size = 2 * self.config.resolution if tile_size is None else tile_size
+        overlap = tile_size // 4 // factor * factor if overlap is None else overlap
+        if tile_size < 2 * factor or tile_size % factor:
+            raise ValueError(
+                f"`tile_size` must be a multiple of {factor} (the downsample factor) and at least {2 * factor}, got {tile_size}."
+            )
+        if not 0 <= overlap <= tile_size // 2 or overlap % factor:
+            raise ValueError(
+                f"`overlap` must be a multiple of {factor} (the downsample factor) from 0 to half of "
+                f"tile_size={tile_size}, got {overlap}."
+            )
+        self.tile_size, self.tile_overlap = tile_size, overlap
+
+    def disable_tiling(self) -> None:
+        """Encode and decode images whole again."""
+        self.tile_size = None
+
+    def enable_slicing(self) -> None:
+        """Encode and decode the images of a batch one after the other."""
+        self.use_slicing = True
+
+    def disable_slicing(self) -> None:
+        """Encode and decode whole batches again."""
+        self.use_slicing = False
+
+    def _in_pieces(self, function, inputs: torch.Tensor, tile: int, overlap: int, scale: float) -> torch.Tensor:
+        """`function(inputs)` as slicing and tiling say; `tile` and `overlap` in positions of `inputs`."""
+        if self.training:
+            return function(inputs)
+        if self.use_slicing and inputs.shape[0] > 1:
+            slices = inputs.split(1)
+            return torch.cat([self._in_pieces(function, one, tile, overlap, scale) for one in slices])
+        if self.tile_size is not None and max(inputs.shape[2:]) > tile:
+            return map_tiles(function, inputs, tile, overlap, scale)
+        return function(inputs)
+
+    def _encode_and_quantize(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, QuantizerOutput]:
+        self._check_pixels(pixel_values)
+        latents = self._in_pieces(
+            lambda pixels: self.quant_conv(self.encoder(pixels)),
+            pixel_values,
+            self.tile_size or 0,
+            self.tile_overlap,
+            1 / self.config.downsample_factor,
+        )
+        return latents, self.quantize(latents)
+
+    def _decode_quantized(self, quantized: torch.Tensor) -> torch.Tensor:
+        factor = self.config.downsample_factor
+        return self._in_pieces(
+            lambda codes: self.decoder(self.post_quant_conv(codes)),
+            quantized,
+            (self.tile_size or 0) // factor,
+            self.tile_overlap // factor,
+            factor,
+        )
+
+    def _perplexity(self, indices: torch.LongTensor) -> torch.Tensor:
+        return codebook_statistics(code_counts(indices, self.config.num_embeddings)).perplexity
+
+    def encode(self, pixel_values: torch.Tensor, return_dict: bool = True) -> VQEncoderOutput | tuple:
+        """Images to codes.
+
+        Args:
+            pixel_values: `(B, C, H, W)` in [-1, 1]; H and W multiples of `config.downsample_factor`.
+
+        Returns:
+            `latents` `(B, D, h, w)` before quantization (the name that diffusers' pipelines read), `quantized` of the
+            same shape and `indices` int64 `(B, h, w)`.
+        """
+        latents, output = self._encode_and_quantize(pixel_values)
+        if not return_dict:
+            return latents, output.quantized, output.indices
+        return VQEncoderOutput(latents=latents, quantized=output.quantized, indices=output.indices)
+
+    def decode(
+        self, latents: torch.Tensor, quantize: bool = True, return_dict: bool = True
+    ) -> VQDecoderOutput | tuple[torch.Tensor]:
+        """Latents `(B, D, h, w)` to images `(B, C, H, W)`; `quantize=False` takes them as already quantized."""
+        sample = self._decode_quantized(self.quantize(latents).quantized if quantize else latents)
+        return VQDecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def decode_indices(self, indices: torch.Tensor, return_dict: bool = True) -> VQDecoderOutput | tuple[torch.Tensor]:
+        """Codes, int64 `(B, h, w)` in [0, `config.num_embeddings`), to images `(B, C, H, W)`."""
+        if indices.ndim < 3:
+            raise ValueError(f"`indices` must have shape (B, h, w), got {tuple(indices.shape)}.")
+        quantized = self.quantize.indices_to_latents(indices).to(self.dtype)
+        return self.decode(quantized, quantize=False, return_dict=return_dict)
+
+    def forward(self, pixel_values: torch.Tensor, return_dict: bool = True) -> VQModelOutput | tuple:
+        """Encode, quantize, decode, and the loss of `VQModelOutput`. In training mode, statistics of the codebook are updated."""
+        latents, quantizer_output = self._encode_and_quantize(pixel_values)
+        sample = self._decode_quantized(quantizer_output.quantized)
+        reconstruction_loss = F.mse_loss(sample.float(), pixel_values.float())
+        if self.config.data_variance is not None:
+            reconstruction_loss = reconstruction_loss / self.config.data_variance
+        output = VQModelOutput(
+            loss=reconstruction_loss + quantizer_output.loss,
+            sample=sample,
+            latents=latents,
+            indices=quantizer_output.indices,
+            reconstruction_loss=reconstruction_loss,
+            quantizer_loss=quantizer_output.loss,
+            codebook_loss=quantizer_output.codebook_loss,
+            commitment_loss=quantizer_output.commitment_loss,
+            perplexity=self._perplexity(quantizer_output.indices),
+        )
+        return output if return_dict else output.to_tuple()
+
+
+__all__ = ["VQTokenizerModel", "build_quantizer_of"]

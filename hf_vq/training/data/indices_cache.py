@@ -1,0 +1,446 @@
+"""The indices of a whole data set, computed once, for a prior to train on.
+
+```python
+write_indices(tokenizer, load_image_dataset(data, "train"), "outputs/indices/train", flip=True)
+dataset = load_indices("outputs/indices/train", tokenizer=tokenizer, random_flip=True)
+dataset[0]  # {"indices": int64 (h, w), "label": int}
+```
+
+The folder holds parquet shards, which `datasets.load_dataset("parquet", data_dir=...)` opens as well, and `config.json`.
+Images are read and rows are written shard by shard, so memory does not grow with the data set; under `accelerate launch`
+every process writes its own shards. A shard appears complete or not at all, and a second call goes on with those that are
+missing. `config.json` says which tokenizer and which images the indices belong to: others are refused.
+"""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from ...models.quantizers.codebook_search import is_distributed
+from ..checkpointing import flush_file, preserved_random_state, remove_unfinished, write_file_atomically
+from .streaming import StreamingImageDataset
+
+
+_LAYOUT = 1  # of the folder; raised when it changes
+
+
+class StaleIndicesError(ValueError):
+    """The cached indices belong to another tokenizer or to other images."""
+
+
+def tokenizer_fingerprint(tokenizer: nn.Module) -> str:
+    """A hash of a tokenizer's class, of the fields of its config that matter, and of every weight and buffer."""
+    digest = hashlib.sha256(type(tokenizer).__name__.encode())
+    config = tokenizer.config.to_dict()
+    for name in ("transformers_version", "_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype"):
+        config.pop(name, None)
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(tokenizer.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def images_fingerprint(dataset, samples: int = 16) -> str:
+    """A hash of the pixels and fields of a few images (evenly spaced, or the first of a stream), and of their number."""
+    digest = hashlib.sha256()
+    if isinstance(dataset, StreamingImageDataset):
+        chosen = list(itertools.islice(dataset, samples))
+    else:
+        digest.update(str(len(dataset)).encode())
+        places = np.unique(np.linspace(0, len(dataset) - 1, samples).round().astype(int))
+        chosen = [_read(dataset, int(place)) for place in places]
+    for sample in chosen:
+        for name, value in sorted((sample or {}).items()):
+            digest.update(name.encode())
+            digest.update(value.contiguous().numpy().tobytes() if torch.is_tensor(value) else repr(value).encode())
+    return digest.hexdigest()
+
+
+def write_indices(
+    tokenizer: nn.Module,
+    dataset,
+    path: str | Path,
+    flip: bool = False,
+    batch_size: int = 64,
+    rows_per_shard: int = 16384,
+    num_workers: int = 0,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Writes the indices of every image, or what is missing of them; called by every process.
+
+    Args:
+        tokenizer (`nn.Module`): has `config` and `encode(pixel_values).indices`; it is used in eval mode.
+        dataset: `ImageDataset` or `StreamingImageDataset` (their centre crops are taken), or any map-style data set of
+            dicts with `pixel_values`. Broken images get no row; their number is written in `config.json`.
+        path (`str` or `Path`): the folder.
+        flip (`bool`): also the indices of the mirrored images, in a second column.
+        batch_size (`int`): images that are encoded at a time.
+        rows_per_shard (`int`): images per parquet file.
+        num_workers (`int`): processes that read images ahead (map-style data only).
+        overwrite (`bool`): replace indices of another tokenizer or other images.
+
+    Raises:
+        StaleIndicesError: the folder holds other indices, and `overwrite` is not set.
+    """
+    path = Path(path)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
+    wanted = {
+        "layout": _LAYOUT,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "images": images_fingerprint(dataset),
+        "flip": flip,
+        "rows_per_shard": rows_per_shard,
+    }
+    known = _read_info(path)
+    stale = _differences(known, wanted) if known is not None else []
+    if stale and not overwrite:
+        raise StaleIndicesError(
+            f"the indices in {path} differ in {', '.join(stale)} from what is asked for: give another folder, or "
+            "overwrite=True to replace them."
+        )
+    _barrier()  # all processes have read config.json before the main process changes it
+    if rank == 0:
+        path.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(path)
+        if stale:
+            for shard in _shards(path).values():
+                shard.unlink()
+        if stale or known is None:
+            write_file_atomically(path / "config.json", json.dumps({**wanted, "complete": False}, indent=1))
+    _barrier()
+    if known is not None and not stale and known["complete"]:
+        return path
+
+    mode = tokenizer.training
+    tokenizer.eval()
+    try:
+        writer = _ShardWriter(tokenizer, dataset, path, flip)
+        plan = _Plan(set(_shards(path)), rank, world, rows_per_shard, batch_size)
+        # a run that finds its cache goes on with the same random numbers as one that has to write it
+        with preserved_random_state():
+            writer.write_all(plan, num_workers, show_progress=progress and rank == 0)
+    finally:
+        tokenizer.train(mode)
+    _barrier()
+    if rank == 0:
+        write_file_atomically(path / "config.json", json.dumps({**wanted, **writer.summary()}, indent=1))
+    _barrier()
+    return path
+
+
+@dataclass
+class _Plan:
+    """Which shards one process writes: every `world`-th, without those that are there."""
+
+    finished: set[int]
+    rank: int
+    world: int
+    rows_per_shard: int
+    batch_size: int
+
+    def is_mine(self, shard: int) -> bool:
+        return shard % self.world == self.rank and shard not in self.finished
+
+    def shards(self, rows: int) -> list[int]:
+        return [shard for shard in range(-(-rows // self.rows_per_shard)) if self.is_mine(shard)]
+
+
+class _ShardWriter:
+    """Encodes images and writes parquet shards `indices-<number>.parquet`."""
+
+    def __init__(self, tokenizer: nn.Module, dataset, path: Path, flip: bool):
+        self.tokenizer = tokenizer
+        self.dataset = dataset
+        self.path = path
+        self.flip = flip
+        self.device = next(tokenizer.parameters()).device
+        self.codebook_size = int(tokenizer.config.num_embeddings)
+        self.rows_read: int | None = None
+        first = _first_readable(dataset)
+        encoded = self.encode(first["pixel_values"][None])
+        self.grids = {name: list(indices.shape[1:]) for name, indices in encoded.items()}
+        self.features = self._features(first)
+
+    @torch.no_grad()
+    def encode(self, pixel_values: torch.Tensor) -> dict[str, np.ndarray]:
+        """The columns of a batch: `indices`, or `indices_0`, ... where the tokenizer has levels, top first."""
+        columns = {}
+        for suffix in ("", "_flipped") if self.flip else ("",):
+            images = pixel_values.flip(-1) if suffix else pixel_values
+            indices = self.tokenizer.encode(images.to(self.device)).indices
+            levels = {"indices": indices}
+            if isinstance(indices, (tuple, list)):
+                levels = {f"indices_{level}": values for level, values in enumerate(indices)}
+            for name, values in levels.items():
+                if values.min() < 0 or values.max() >= self.codebook_size:
+                    raise ValueError(
+                        f"the tokenizer gave indices from {values.min()} to {values.max()}, but its config says "
+                        f"num_embeddings={self.codebook_size}."
+                    )
+                columns[name + suffix] = values.cpu().numpy().astype(smallest_dtype(self.codebook_size))
+        return columns
+
+    def _features(self, sample: dict):
+        import datasets
+
+        dtype = smallest_dtype(self.codebook_size).name
+        features = {
+            name: datasets.List(datasets.Value(dtype), length=int(np.prod(grid))) for name, grid in self.grids.items()
+        }
+        known = getattr(getattr(self.dataset, "rows", None), "features", None) or {}
+        for name, value in sample.items():
+            if name in known:
+                features[name] = known[name]
+            elif name != "pixel_values":
+                kind = (
+                    "int64" if isinstance(value, (int, np.integer)) else "string" if isinstance(value, str) else None
+                )
+                if kind is None:
+                    raise ValueError(f"the field {name!r} holds {type(value).__name__}: cached fields are int or str.")
+                features[name] = datasets.Value(kind)
+        return datasets.Features(features)
+
+    def write_all(self, plan: _Plan, num_workers: int, show_progress: bool) -> None:
+        from tqdm.auto import tqdm
+
+        if isinstance(self.dataset, StreamingImageDataset):
+            batches = self._stream_batches(plan)
+            total = None
+        else:
+            self.rows_read = len(self.dataset)
+            batches = _map_batches(self.dataset, plan, num_workers)
+            total = sum(
+                min(plan.rows_per_shard, self.rows_read - shard * plan.rows_per_shard)
+                for shard in plan.shards(self.rows_read)
+            )
+        with tqdm(total=total, unit="image", desc="indices", disable=not show_progress, mininterval=1.0) as bar:
+            for shard, group in itertools.groupby(batches, key=lambda pair: pair[0]):
+                self._write_shard(shard, (batch for _, batch in group), bar)
+
+    def _stream_batches(self, plan: _Plan) -> Iterator[tuple[int, list]]:
+        """Reads the whole stream, but decodes only the rows of this process's shards."""
+        shard, batch = 0, []
+        self.rows_read = 0
+        for row, example in enumerate(self.dataset.rows):
+            self.rows_read += 1
+            if batch and (row % plan.rows_per_shard == 0 or len(batch) == plan.batch_size):
+                yield shard, batch
+                batch = []
+            shard = row // plan.rows_per_shard
+            if plan.is_mine(shard):
+                batch.append((row, self.dataset.read(example, f"row {row}")))
+        if batch:
+            yield shard, batch
+
+    def _write_shard(self, shard: int, batches: Iterator[list], bar) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        columns: dict[str, list] = {name: [] for name in self.features}
+        broken = []
+        for batch in batches:
+            broken += [row for row, sample in batch if sample is None]
+            samples = [sample for _, sample in batch if sample is not None]
+            if samples:
+                for name, values in self.encode(torch.stack([sample["pixel_values"] for sample in samples])).items():
+                    columns[name].append(values.reshape(len(samples), -1))
+                for name in columns.keys() - self.grids.keys():
+                    columns[name] += [sample[name] for sample in samples]
+            bar.update(len(batch))
+        schema = self.features.arrow_schema
+        schema = schema.with_metadata({**schema.metadata, b"broken_rows": json.dumps(broken).encode()})
+        arrays = []
+        for name in self.features:
+            if name in self.grids:
+                length = int(np.prod(self.grids[name]))
+                dtype = smallest_dtype(self.codebook_size)
+                flat = np.concatenate(columns[name]).reshape(-1) if columns[name] else np.empty(0, dtype)
+                arrays.append(pa.FixedSizeListArray.from_arrays(pa.array(flat), length))
+            else:
+                arrays.append(pa.array(columns[name], type=schema.field(name).type))
+        draft = self.path / f".unfinished-{shard:05d}.parquet"
+        pq.write_table(pa.Table.from_arrays(arrays, schema=schema), draft)
+        flush_file(draft)
+        draft.rename(self.path / f"indices-{shard:05d}.parquet")
+        flush_file(self.path)
+
+    def summary(self) -> dict:
+        """What `config.json` says of a complete cache."""
+        import pyarrow.parquet as pq
+
+        shards = _shards(self.path)
+        metadata = [pq.read_metadata(path) for path in shards.values()]
+        broken = [row for item in metadata for row in json.loads(item.metadata[b"broken_rows"])]
+        rows = sum(item.num_rows for item in metadata)
+        if rows + len(broken) != self.rows_read or list(shards) != list(range(len(shards))):
+            raise RuntimeError(
+                f"{self.path} has {rows} rows and {len(broken)} broken images in {len(shards)} shards, but "
+                f"{self.rows_read} images were read: a process has not written its part."
+            )
+        return {
+            "complete": True,
+            "rows": rows,
+            "broken_rows": broken,
+            "grids": self.grids,
+            "codebook_size": self.codebook_size,
+        }
+
+
+def _map_batches(dataset, plan: _Plan, num_workers: int) -> Iterator[tuple[int, list]]:
+    batches = []
+    for shard in plan.shards(len(dataset)):
+        first = shard * plan.rows_per_shard
+        last = min(first + plan.rows_per_shard, len(dataset))
+        batches += [
+            (shard, range(start, min(start + plan.batch_size, last))) for start in range(first, last, plan.batch_size)
+        ]
+    loader = DataLoader(
+        _NumberedRows(dataset), batch_sampler=[rows for _, rows in batches], num_workers=num_workers, collate_fn=list
+    )
+    yield from zip((shard for shard, _ in batches), loader, strict=True)
+
+
+class _NumberedRows(Dataset):
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, row: int) -> tuple[int, dict | None]:
+        return row, _read(self.dataset, row)
+
+
+def _read(dataset, row: int) -> dict | None:
+    return dataset.read(row) if hasattr(dataset, "read") else dataset[row]
+
+
+def _first_readable(dataset) -> dict:
+    samples = (
+        iter(dataset)
+        if isinstance(dataset, StreamingImageDataset)
+        else (_read(dataset, row) for row in range(len(dataset)))
+    )
+    for sample in samples:
+        if sample is not None:
+            return sample
+    raise ValueError("the data set has no image that can be read.")
+
+
+def smallest_dtype(codebook_size: int) -> np.dtype:
+    """The smallest integer type that holds `0 ... codebook_size - 1`."""
+    return np.dtype(
+        next(kind for kind in ("uint8", "uint16", "int32", "int64") if codebook_size - 1 <= np.iinfo(kind).max)
+    )
+
+
+def _shards(path: Path) -> dict[int, Path]:
+    return {int(file.stem.split("-")[1]): file for file in sorted(path.glob("indices-*.parquet"))}
+
+
+def _read_info(path: Path) -> dict | None:
+    file = path / "config.json"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def _differences(known: dict, wanted: dict) -> list[str]:
+    return [name for name, value in wanted.items() if known.get(name) != value]
+
+
+def _barrier() -> None:
+    if is_distributed():
+        dist.barrier()
+
+
+def load_indices(
+    path: str | Path,
+    tokenizer: nn.Module | None = None,
+    random_flip: bool = False,
+    seed: int = 0,
+    in_memory: bool = True,
+) -> "IndicesDataset":
+    """Opens what `write_indices` has written.
+
+    Args:
+        path (`str` or `Path`): the folder.
+        tokenizer (`nn.Module`, *optional*): refuse indices of any other tokenizer.
+        random_flip (`bool`): in half of the cases give the indices of the mirrored image, drawn from
+            `(seed, epoch, row)`; needs a cache written with `flip=True`.
+        in_memory (`bool`): hold the indices in memory, in their small type; otherwise rows are read from the disk.
+
+    Raises:
+        StaleIndicesError: the indices are another tokenizer's.
+        ValueError: there are no indices, or not all of them.
+    """
+    path = Path(path)
+    info = _read_info(path)
+    if info is None:
+        raise ValueError(f"{path} holds no cached indices: write them with write_indices.")
+    if not info["complete"]:
+        raise ValueError(f"the indices in {path} are not complete: call write_indices again, it goes on where it was.")
+    if tokenizer is not None and info["tokenizer"] != tokenizer_fingerprint(tokenizer):
+        raise StaleIndicesError(
+            f"the indices in {path} were computed with another tokenizer than the one given: write them again, with "
+            "overwrite=True or in another folder."
+        )
+    if random_flip and not info["flip"]:
+        raise ValueError(f"random_flip=True needs mirrored indices: {path} was written with flip=False.")
+    return IndicesDataset([str(file) for file in _shards(path).values()], info, random_flip, seed, in_memory)
+
+
+class IndicesDataset(Dataset):
+    """Cached indices. See `load_indices`.
+
+    Attributes:
+        codebook_size (`int`): indices lie below it.
+        grids (`dict[str, list[int]]`): the shape of each column of indices: `{"indices": [h, w]}`.
+        labels (`np.ndarray` or `None`): all labels.
+        class_names (`list[str]` or `None`): names of the labels.
+    """
+
+    def __init__(self, files: list[str], info: dict, random_flip: bool, seed: int, in_memory: bool):
+        import datasets
+
+        rows = datasets.Dataset.from_parquet(files)
+        self.info = info
+        self.codebook_size = info["codebook_size"]
+        self.grids = {name: grid for name, grid in info["grids"].items() if not name.endswith("_flipped")}
+        self.random_flip = random_flip
+        self.seed = seed
+        label = rows.features.get("label")
+        self.labels = np.asarray(rows["label"][:]) if label is not None else None
+        self.class_names = list(label.names) if isinstance(label, datasets.ClassLabel) else None
+        others = [name for name in rows.column_names if name not in info["grids"] and name != "label"]
+        self._others = rows.select_columns(others) if others else None
+        self._length = len(rows)
+        self._rows = rows.select_columns(list(info["grids"])).with_format("numpy")
+        self._arrays = {name: self._rows[name][:] for name in info["grids"]} if in_memory else None
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> dict:
+        return self.sample(index)
+
+    def sample(self, index: int, epoch: int = 0) -> dict:
+        """`indices` (int64, in the shape of the grid), `label` (`int`) if there are labels, and the other columns."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"index={index}: there are the rows 0 to {len(self) - 1}.")
+        mirrored = self.random_flip and np.random.default_rng((self.seed, epoch, index)).random() < 0.5
+        suffix = "_flipped" if mirrored else ""
+        row = self._rows[index] if self._arrays is None else {name: v[index] for name, v in self._arrays.items()}
+        sample = {
+            name: torch.from_numpy(row[name + suffix].astype(np.int64)).reshape(grid)
+            for name, grid in self.grids.items()
+        }
+        if self.labels is not None:
+            sample["label"] = int(self.labels[index])
+        return {**sample, **(self._others[index] if self._others is not None else {})}

@@ -1,0 +1,183 @@
+"""The latents of a whole data set before quantization, computed once, for a denoiser to train on.
+
+```python
+write_latents(tokenizer, load_image_dataset(data, "train"), "outputs/latents/train", flip=True)
+dataset = LatentsDataset("outputs/latents/train", random_flip=True)
+dataset[0]  # {"latents": float32 (D, h, w), "label": int}
+```
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from ..checkpointing import draft_folder, preserved_random_state, publish_folder
+from ..processes import from_main_process
+from .image_datasets import collate
+from .indices_cache import StaleIndicesError, images_fingerprint, tokenizer_fingerprint
+
+
+@torch.no_grad()
+def encode_latents(tokenizer: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Latents `(B, D, h, w)` before quantization, not scaled, float32.
+
+    Raises:
+        ValueError: the tokenizer has several levels.
+    """
+    latents = tokenizer.encode(pixel_values.to(tokenizer.device, tokenizer.dtype)).latents
+    if not isinstance(latents, torch.Tensor):
+        raise ValueError(f"`tokenizer` must have one level of codes, got a {type(tokenizer).__name__}.")
+    return latents.float()
+
+
+def write_latents(
+    tokenizer: nn.Module,
+    dataset,
+    path: str | Path,
+    flip: bool = False,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    is_main_process: bool = True,
+) -> Path:
+    """Writes the latents of every image in float32, with the other fields of its sample; called by every process.
+
+    The folder appears complete or not at all. One that is there already must hold what is asked for.
+
+    Args:
+        tokenizer: used in eval mode.
+        dataset (`ImageDataset`): its centre crops are taken; a broken image is replaced by the next.
+        path: the folder.
+        flip: also the latents of the mirrored images.
+        is_main_process: the process that writes.
+
+    Raises:
+        StaleIndicesError: the folder holds the latents of another tokenizer or of other images.
+        ValueError: the data set is a stream.
+    """
+    path = Path(path)
+    if not hasattr(dataset, "__len__"):
+        raise ValueError("`dataset` must have a length: the latents of a stream are not cached.")
+    error = None
+    if is_main_process:
+        wanted = {
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+            "images": images_fingerprint(dataset),
+            "flip": flip,
+        }
+        file = path / "config.json"
+        known = json.loads(file.read_text()) if file.exists() else None
+        stale = [name for name, value in wanted.items() if known is not None and known[name] != value]
+        if stale:
+            error = f"the latents in {path} differ in {', '.join(stale)} from what is asked for: give another folder."
+        elif known is None:
+            with preserved_random_state():
+                _write(tokenizer.eval(), dataset, path, wanted, batch_size, num_workers)
+    error = from_main_process(error)
+    if error is not None:
+        raise StaleIndicesError(error)
+    return path
+
+
+def _write(tokenizer, dataset, path: Path, wanted: dict, batch_size: int, num_workers: int) -> None:
+    from tqdm.auto import tqdm
+
+    draft = draft_folder(path)
+    loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=collate)
+    arrays, fields, start = {}, {}, 0
+    for batch in tqdm(loader, desc="latents", unit="batch", mininterval=1.0):
+        pixels = batch.pop("pixel_values")
+        batch.pop("broken_images", None)
+        for suffix in ("", "_flipped") if wanted["flip"] else ("",):
+            latents = encode_latents(tokenizer, pixels.flip(-1) if suffix else pixels).cpu().numpy()
+            if start == 0:
+                shape = (len(dataset), *latents.shape[1:])
+                file = draft / f"latents{suffix}.npy"
+                arrays[suffix] = np.lib.format.open_memmap(file, "w+", dtype=np.float32, shape=shape)
+            arrays[suffix][start : start + len(latents)] = latents
+        for name, values in batch.items():
+            fields.setdefault(name, []).extend(values.tolist() if torch.is_tensor(values) else values)
+        start += len(pixels)
+    for array in arrays.values():
+        array.flush()
+    (draft / "fields.json").write_text(json.dumps(fields))
+    (draft / "config.json").write_text(json.dumps(wanted, indent=1))
+    publish_folder(draft, path)
+
+
+class LatentsDataset(Dataset):
+    """What `write_latents` has written, read from the disk as it is needed.
+
+    Args:
+        path: the folder.
+        random_flip: in half of the cases the mirrored image's latents, drawn from `(seed, epoch, row)`.
+
+    Attributes:
+        labels (`np.ndarray` or `None`): all labels.
+    """
+
+    def __init__(self, path: str | Path, random_flip: bool = False, seed: int = 0):
+        path = Path(path)
+        flipped = path / "latents_flipped.npy"
+        if random_flip and not flipped.exists():
+            raise ValueError(f"`random_flip` needs mirrored latents: {path} was written with flip=False.")
+        self.latents = np.load(path / "latents.npy", mmap_mode="r")
+        self.flipped = np.load(flipped, mmap_mode="r") if random_flip else None
+        self.fields = json.loads((path / "fields.json").read_text())
+        self.labels = np.asarray(self.fields["label"]) if "label" in self.fields else None
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.sample(index)
+
+    def sample(self, index: int, epoch: int = 0) -> dict:
+        """`latents` float32 `(D, h, w)`, and the other fields."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"index={index}: there are the rows 0 to {len(self) - 1}.")
+        mirrored = self.flipped is not None and np.random.default_rng((self.seed, epoch, index)).random() < 0.5
+        latents = torch.from_numpy(np.array((self.flipped if mirrored else self.latents)[index]))
+        return {"latents": latents, **{name: values[index] for name, values in self.fields.items()}}
+
+
+class LatentScale:
+    """The factor that gives latents a standard deviation of 1, part of a run's state so that a resumed run keeps it.
+
+    Args:
+        value: a known factor, which a resumed run must have started with.
+    """
+
+    def __init__(self, value: float | None = None):
+        if value is not None and not value > 0:
+            raise ValueError(f"`value` must be positive, got {value}.")
+        self.value = self.given = value
+
+    def measure(self, batches) -> float:
+        """`1 / std` over all values of `batches` of latents (Rombach et al. 2022, appendix G)."""
+        count, total, squares = 0, 0.0, 0.0
+        for latents in batches:
+            latents = latents.double()
+            count += latents.numel()
+            total += float(latents.sum())
+            squares += float(latents.square().sum())
+        variance = squares / count - (total / count) ** 2 if count else 0.0
+        if not variance > 0:
+            raise ValueError("`batches` must hold latents that vary: their standard deviation is 0.")
+        self.value = variance**-0.5
+        return self.value
+
+    def state_dict(self) -> dict:
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict) -> None:
+        if self.given not in (None, state["value"]):
+            raise ValueError(f"`value` must be {state['value']}, with which the run started, got {self.given}.")
+        self.value = state["value"]
+
+
+__all__ = ["LatentScale", "LatentsDataset", "encode_latents", "write_latents"]

@@ -1,0 +1,356 @@
+"""Gradient estimators, and the codebooks trained by gradients and by moving averages."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from hf_vq.models.quantizers.codebook_search import draw_vectors, kmeans
+from hf_vq.models.quantizers.gradient_estimators import rotation_trick, straight_through
+from hf_vq.models.quantizers.vector_quantizers import EMAVectorQuantizer, VectorQuantizer, build_quantizer
+from tests.models.quantizers.brute_force import brute_force, plain_lloyd, randn, rows
+
+
+# -------------------------------------------------------------------------------------------------- gradient estimators
+
+
+@pytest.mark.parametrize("estimator", [straight_through, rotation_trick])
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e6])
+def test_the_value_is_the_quantized_vector_to_the_bit(estimator, scale):
+    latents, quantized = scale * randn(3, 4, 5, 5), randn(3, 4, 5, 5, seed=1)
+    latents[0], latents[1] = -quantized[0] * (1 + 1e-7), 0
+    assert torch.equal(estimator(latents, quantized), quantized)
+
+
+def jacobian(estimator, latent, code):
+    """Of one vector: `(D, D)`."""
+    shape = (1, -1, 1, 1)
+    return torch.autograd.functional.jacobian(
+        lambda z: estimator(z.reshape(shape), code.reshape(shape)).flatten(), latent
+    )
+
+
+def rotation_between(a, b):
+    """The rotation in the plane of two vectors that takes the direction of a to that of b; the identity elsewhere."""
+    u = a / a.norm()
+    v = b - (b @ u) * u
+    v = v / v.norm()
+    cosine = (a @ b) / (a.norm() * b.norm())
+    sine = (1 - cosine**2).sqrt()
+    plane = torch.outer(u, u) + torch.outer(v, v)
+    return torch.eye(len(a), dtype=a.dtype) + (cosine - 1) * plane + sine * (torch.outer(v, u) - torch.outer(u, v))
+
+
+@pytest.mark.parametrize("dim", [2, 3, 8])
+def test_rotation_trick_is_a_rotation_and_a_scaling(dim):
+    for seed in range(5):
+        latent, code = randn(dim, seed=seed, dtype=torch.float64), 3 * randn(dim, seed=seed + 50, dtype=torch.float64)
+        rotation = rotation_between(latent, code)
+        torch.testing.assert_close(rotation @ rotation.T, torch.eye(dim, dtype=torch.float64))
+        assert torch.linalg.det(rotation).item() == pytest.approx(1)
+        expected = code.norm() / latent.norm() * rotation
+        torch.testing.assert_close(expected @ latent, code)
+        torch.testing.assert_close(jacobian(rotation_trick, latent, code), expected)
+
+
+def test_rotation_trick_of_vectors_without_a_rotation():
+    code = randn(4)
+    assert torch.equal(jacobian(rotation_trick, torch.zeros(4), code), torch.eye(4))
+    assert not jacobian(rotation_trick, code, torch.zeros(4)).any()
+    # opposite: lengths are kept, up to |e|/|z|
+    opposite = jacobian(rotation_trick, -2 * code, code)
+    torch.testing.assert_close(opposite @ opposite.T, torch.eye(4) / 4)
+    nearly = jacobian(rotation_trick, -code * (1 + 1e-7) + 1e-7, code)
+    assert torch.linalg.matrix_norm(nearly, 2) <= 3.01
+
+
+def test_straight_through_gradient_is_the_identity():
+    assert torch.equal(jacobian(straight_through, randn(4), randn(4, seed=1)), torch.eye(4))
+
+
+# -------------------------------------------------------------------------------------- a codebook trained by gradients
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_losses_and_their_gradients(legacy):
+    beta, quantizer = 0.3, VectorQuantizer(6, 3, 0.3, legacy_beta=legacy)
+    quantizer.set_codebook(randn(6, 3, seed=1))
+    latents = randn(2, 3, 4, 5).requires_grad_()
+    output = quantizer(latents)
+    output.loss.backward()
+
+    z, e = rows(latents.detach()), quantizer.embedding.weight.detach()
+    nearest = brute_force(z, e)
+    assert torch.equal(output.indices.flatten(), nearest)
+    squared = (z - e[nearest]).square().mean()
+    torch.testing.assert_close(output.codebook_loss, squared)
+    torch.testing.assert_close(output.commitment_loss, squared)
+    torch.testing.assert_close(output.loss, (1 + beta) * squared)
+    # d/dz β·mean|z - e|² = 2β(z - e)/(N·D); a code collects 2(e - z)/(N·D) of its users. The legacy order swaps β.
+    encoder_weight, codebook_weight = (1, beta) if legacy else (beta, 1)
+    torch.testing.assert_close(rows(latents.grad), encoder_weight * 2 * (z - e[nearest]) / z.numel())
+    expected = torch.zeros_like(e)
+    for vector, code in zip(z, nearest, strict=True):
+        expected[code] += codebook_weight * 2 * (e[code] - vector) / z.numel()
+    torch.testing.assert_close(quantizer.embedding.weight.grad, expected)
+
+
+def test_quantized_vectors_give_no_gradient_to_the_codebook():
+    quantizer = VectorQuantizer(6, 3)
+    latents = randn(2, 3, 4, 5).requires_grad_()
+    output = quantizer(latents)
+    assert torch.equal(rows(output.quantized), quantizer.embedding.weight[output.indices.flatten()])
+    output.quantized.backward(randn(2, 3, 4, 5, seed=1))
+    assert quantizer.embedding.weight.grad is None
+    assert torch.equal(latents.grad, randn(2, 3, 4, 5, seed=1))
+
+
+def test_indices_to_latents_and_dtype():
+    quantizer = VectorQuantizer(6, 3)
+    output = quantizer(randn(2, 3, 4, 5).bfloat16())
+    assert output.quantized.dtype == torch.bfloat16 and output.loss.dtype == torch.float32
+    vectors = quantizer.indices_to_latents(output.indices.to(torch.int32))
+    assert torch.equal(vectors.bfloat16(), output.quantized)
+    assert torch.equal(vectors[1, :, 2, 3], quantizer.codebook[output.indices[1, 2, 3]])
+
+
+@pytest.mark.parametrize("estimator", ["straight_through", "rotation"])
+def test_the_memory_layout_is_that_of_the_latents(estimator):
+    quantizer = EMAVectorQuantizer(6, 3, gradient_estimator=estimator).eval()
+    latents = randn(2, 3, 4, 5)
+    expected = quantizer(latents)
+    assert expected.quantized.is_contiguous()
+    assert quantizer.indices_to_latents(expected.indices).is_contiguous()
+    output = quantizer(latents.to(memory_format=torch.channels_last))
+    assert torch.equal(output.indices, expected.indices) and torch.equal(output.quantized, expected.quantized)
+    assert output.quantized.is_contiguous(memory_format=torch.channels_last)
+
+
+# ---------------------------------------------------------------------------------------------- moving-average codebook
+
+
+def run_ema(quantizer, batches):
+    """The indices that each training step gave."""
+    quantizer.train()
+    return [quantizer(batch).indices.flatten() for batch in batches]
+
+
+def plain_ema(codes, batches, steps, decay, zero_debias):
+    """The definition, for every code in float64: counts, sums, vectors."""
+    count, total = [1.0] * len(codes), [code.double() for code in codes]
+    for t, (batch, indices) in enumerate(zip(batches, steps, strict=True), start=1):
+        rate = (1 - decay) / (1 - decay**t) if zero_debias else 1 - decay
+        z = rows(batch).double()
+        for k in range(len(codes)):
+            mine = z[indices == k]
+            count[k] += rate * (len(mine) - count[k])
+            total[k] = total[k] + rate * (mine.sum(0) - total[k])
+    vectors = [total[k] / count[k] if count[k] else codes[k].double() for k in range(len(codes))]
+    return torch.tensor(count, dtype=torch.float64), torch.stack(total), torch.stack(vectors)
+
+
+@pytest.mark.parametrize("zero_debias", [True, False])
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.99])
+def test_ema_update_is_its_definition(zero_debias, decay):
+    quantizer = EMAVectorQuantizer(7, 3, decay=decay, zero_debias=zero_debias, restart_threshold=0)
+    codes = randn(7, 3, seed=9)
+    quantizer.set_codebook(codes)
+    assert torch.equal(quantizer.cluster_size, torch.ones(7)) and torch.equal(quantizer.embed_avg, codes)
+    batches = [randn(2, 3, 3, 3, seed=seed) for seed in range(5)]
+    steps = run_ema(quantizer, batches)
+    assert len(torch.cat(steps).unique()) > 3
+    count, total, vectors = plain_ema(codes, batches, steps, decay, zero_debias)
+    torch.testing.assert_close(quantizer.cluster_size.double(), count, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(quantizer.embed_avg.double(), total, atol=1e-5, rtol=1e-5)
+    if decay:  # without memory, an unused code has a count of 0 and the vector it had, which this definition forgets
+        torch.testing.assert_close(quantizer.embedding.double(), vectors, atol=1e-5, rtol=1e-5)
+    assert quantizer.num_updates == 5
+
+
+def test_a_new_codebook_has_counts_of_one():
+    quantizer = EMAVectorQuantizer(7, 3)
+    assert torch.equal(quantizer.cluster_size, torch.ones(7))
+    assert torch.equal(quantizer.embed_avg, quantizer.embedding)
+    assert quantizer.num_updates == 0
+
+
+def test_zero_debiased_codes_are_weighted_means_of_the_data_alone():
+    quantizer = EMAVectorQuantizer(2, 3, decay=0.9, restart_threshold=0)
+    quantizer.set_codebook(torch.stack([torch.full((3,), 5.0), torch.full((3,), -500.0)]))
+    batches = [randn(1, 3, 2, 2 + seed, seed=seed) for seed in range(6)]
+    run_ema(quantizer, batches)
+    weights = torch.cat([torch.full((len(rows(b)),), 0.9 ** (5 - t)) for t, b in enumerate(batches)]).double()
+    z = torch.cat([rows(b) for b in batches]).double()
+    expected = (weights[:, None] * z).sum(0) / weights.sum()
+    torch.testing.assert_close(quantizer.embedding[0].double(), expected, atol=1e-6, rtol=1e-6)
+    assert torch.equal(quantizer.embedding[1], torch.full((3,), -500.0))
+
+
+@pytest.mark.parametrize("zero_debias", [True, False])
+def test_an_unused_code_keeps_its_vector_to_the_bit(zero_debias):
+    quantizer = EMAVectorQuantizer(3, 2, decay=0.9, zero_debias=zero_debias, restart_threshold=0)
+    never = torch.tensor([777.7, 0.1])
+    quantizer.set_codebook(torch.stack([torch.zeros(2), never, torch.tensor([99.0, 99.0])]))
+    # the third code is used once, then left for so long that its count has only few bits
+    run_ema(quantizer, [torch.cat([randn(1, 2, 3, 3), 100 + randn(1, 2, 3, 3, seed=1)])])
+    used_once = quantizer.embedding[2].clone()
+    assert not torch.equal(used_once, torch.tensor([99.0, 99.0]))
+    run_ema(quantizer, [randn(1, 2, 3, 3, seed=seed) for seed in range(1200)])
+    assert quantizer.cluster_size[2] < 1e-43
+    assert torch.equal(quantizer.embedding[1], never) and torch.equal(quantizer.embedding[2], used_once)
+
+
+def test_laplace_smoothing_is_sonnets():
+    latents, codes = randn(2, 2, 4, 4), randn(5, 2, seed=3)
+    for smoothing in ("laplace", "laplace_stored"):
+        quantizer = EMAVectorQuantizer(
+            5, 2, decay=0.8, zero_debias=False, restart_threshold=0, count_smoothing=smoothing, epsilon=0.1
+        )
+        quantizer.set_codebook(codes)
+        steps = run_ema(quantizer, [latents])
+        count, total, _ = plain_ema(codes, [latents], steps, 0.8, False)
+        smoothed = (count + 0.1) / (count.sum() + 5 * 0.1) * count.sum()
+        torch.testing.assert_close(quantizer.embedding.double(), total / smoothed[:, None], atol=1e-6, rtol=1e-6)
+        stored = smoothed if smoothing == "laplace_stored" else count
+        torch.testing.assert_close(quantizer.cluster_size.double(), stored, atol=1e-6, rtol=1e-6)
+
+
+def test_smoothing_does_not_send_a_code_without_count_away():
+    quantizer = EMAVectorQuantizer(2, 2, count_smoothing="laplace", restart_threshold=0)
+    quantizer.set_codebook(torch.tensor([[0.0, 0.0], [50.0, 50.0]]))
+    run_ema(quantizer, [randn(2, 2, 4, 4)])
+    assert torch.equal(quantizer.embedding[1], torch.tensor([50.0, 50.0]))
+
+
+def test_dead_codes_restart_at_latents_of_the_batch():
+    torch.manual_seed(0)
+    latents = torch.cat([randn(1, 2, 4, 4), 20 + randn(1, 2, 4, 4, seed=1)])
+    codes = torch.tensor([[0.0, 0.0], [20.0, 20.0], [900.0, 0.0], [0.0, 900.0]])
+    kept, restarted = (EMAVectorQuantizer(4, 2, restart_threshold=threshold) for threshold in (0, 0.02))
+    for quantizer in (kept, restarted):
+        quantizer.set_codebook(codes)
+        run_ema(quantizer, [latents])
+    assert torch.equal(kept.embedding[2:], codes[2:])
+    for name in ("embedding", "embed_avg", "cluster_size"):
+        assert torch.equal(getattr(restarted, name)[:2], getattr(kept, name)[:2]), name
+    for code in restarted.embedding[2:]:
+        assert (rows(latents) == code).all(dim=1).any()
+    # 32 latents over 4 codes
+    assert restarted.cluster_size.tolist() == [16, 16, 8, 8]
+    torch.testing.assert_close(restarted.embed_avg[2:], 8 * restarted.embedding[2:])
+    used = {tuple(code.tolist()) for code in restarted.embedding[2:]}
+    for row in range(1, 4):
+        # the same positions are drawn, of a batch in another order
+        restarted.set_codebook(codes)
+        run_ema(restarted, [latents.roll(row, dims=2)])
+        used |= {tuple(code.tolist()) for code in restarted.embedding[2:]}
+    assert len(used) == 8
+
+
+@pytest.mark.parametrize(("threshold", "restarts"), [(0.1, False), (0.2, True)])
+def test_restart_threshold_is_relative_to_the_mean_count(threshold, restarts):
+    quantizer = EMAVectorQuantizer(2, 1, restart_threshold=threshold)
+    quantizer.set_codebook(torch.tensor([[0.0], [10.0]]))
+    latents = torch.zeros(1, 1, 1, 16)
+    latents[..., 0] = 10.5
+    # counts 15 and 1, their mean 8: the rare code has 0.125 of it
+    run_ema(quantizer, [latents])
+    assert quantizer.cluster_size.tolist() == ([15.0, 8.0] if restarts else [15.0, 1.0])
+
+
+def test_only_the_commitment_term_has_a_gradient_and_evaluation_updates_nothing():
+    quantizer = EMAVectorQuantizer(6, 3, commitment_cost=0.7).eval()
+    before = {name: buffer.clone() for name, buffer in quantizer.named_buffers()}
+    latents = randn(2, 3, 4, 5).requires_grad_()
+    output = quantizer(latents)
+    output.loss.backward()
+    difference = latents.detach() - quantizer.indices_to_latents(output.indices)
+    torch.testing.assert_close(latents.grad, 0.7 * 2 * difference / difference.numel())
+    torch.testing.assert_close(output.loss, 0.7 * difference.square().mean())
+    assert output.codebook_loss is None
+    for name, buffer in quantizer.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+
+
+def test_a_training_step_quantizes_with_the_codes_before_its_update():
+    quantizer = EMAVectorQuantizer(6, 3)
+    before, latents = quantizer.embedding.clone(), randn(2, 3, 4, 5)
+    output = quantizer.train()(latents)
+    assert torch.equal(rows(output.quantized), before[output.indices.flatten()])
+    assert not torch.equal(quantizer.embedding, before)
+
+
+# ---------------------------------------------------------------------------------------------------------- distributed
+
+
+def latents_of(rank, step):
+    # processes hold batches of different sizes
+    return randn(1 + rank, 3, 4, 4, seed=10 * step + rank)
+
+
+def train_on_one_of_two(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.manual_seed(rank)
+    state = {}
+    for name, kwargs in {
+        "plain": {"restart_threshold": 0},
+        "restarts": {"restart_threshold": 0.5},
+        "kmeans": {"kmeans_init": True},
+    }.items():
+        quantizer = EMAVectorQuantizer(8, 3, decay=0.9, **kwargs)
+        if name != "kmeans":
+            quantizer.set_codebook(randn(8, 3, seed=99))
+        run_ema(quantizer, [latents_of(rank, step) for step in range(4)])
+        state[name] = quantizer.state_dict()
+    torch.manual_seed(rank)
+    state["centres"] = {"": kmeans(rows(latents_of(rank, 0)), 6, 3)}
+    torch.save(state, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_end_with_the_same_codebook(tmp_path):
+    mp.spawn(train_on_one_of_two, args=(str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    for name in first:
+        for key, value in first[name].items():
+            assert torch.equal(value, second[name][key]), (name, key)
+    assert not torch.equal(first["plain"]["embedding"], first["restarts"]["embedding"])
+
+    both = rows(torch.cat([latents_of(0, 0), latents_of(1, 0)]))
+    centres = plain_lloyd(both, draw_vectors(both, 6, seed=0, distinct=True), 3)
+    torch.testing.assert_close(first["centres"][""].double(), centres, atol=1e-5, rtol=1e-5)
+
+    # one process with the batches of both ends with the same codes, those that restarted among them
+    for name, threshold in (("plain", 0), ("restarts", 0.5)):
+        alone = EMAVectorQuantizer(8, 3, decay=0.9, restart_threshold=threshold)
+        alone.set_codebook(randn(8, 3, seed=99))
+        run_ema(alone, [torch.cat([latents_of(0, step), latents_of(1, step)]) for step in range(4)])
+        for key, value in alone.state_dict().items():
+            torch.testing.assert_close(first[name][key], value, atol=1e-5, rtol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: VectorQuantizer(0, 4), "`num_embeddings` and `embed_dim` must be positive, got 0 and 4"),
+        (lambda: VectorQuantizer(4, 4, gradient_estimator="none"), "`gradient_estimator` must be one of"),
+        (lambda: VectorQuantizer(4, 3)(torch.zeros(1, 4, 2, 2)), r"`latents` must have shape \(B, 3, h, w\), got \(1, 4"),
+        (lambda: VectorQuantizer(4, 3).set_codebook(torch.zeros(4, 2)), r"`codes` must have shape \(4, 3\)"),
+        (lambda: VectorQuantizer(4, 3).indices_to_latents(torch.tensor([[[4]]])), r"\[0, 4\), got values from 4 to 4"),
+        (lambda: VectorQuantizer(4, 3).indices_to_latents(torch.tensor([[[0.0]]])), "must be an integer tensor"),
+        (lambda: EMAVectorQuantizer(4, 3, decay=1.0), r"`decay` must lie in \[0, 1\), got 1.0"),
+        (lambda: EMAVectorQuantizer(4, 3, restart_threshold=-0.1), r"`restart_threshold` must lie in \[0, 1\)"),
+        (lambda: EMAVectorQuantizer(4, 3, count_smoothing="add"), "`count_smoothing` must be None, 'laplace'"),
+        (lambda: build_quantizer("vqvae", 4, 3), "`quantizer` must be one of"),
+        (lambda: build_quantizer("ema", 4, 3, beta=1), r"`quantizer_kwargs` of 'ema' have no \['beta'\]"),
+        (lambda: build_quantizer("ema", 4, 3, legacy_beta=True), r"have no \['legacy_beta'\]"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

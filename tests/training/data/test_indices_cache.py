@@ -1,0 +1,225 @@
+import itertools
+import json
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hf_vq.training.data import indices_cache
+from hf_vq.training.data.image_datasets import load_image_dataset
+from hf_vq.training.data.indices_cache import (
+    StaleIndicesError,
+    images_fingerprint,
+    load_indices,
+    smallest_dtype,
+    tokenizer_fingerprint,
+    write_indices,
+)
+from tests.training.data.test_image_datasets import arguments, make_rows
+
+
+class ToyTokenizer(nn.Module):
+    """Grey levels of the 2×2 patches as codes; `levels` makes it a hierarchy."""
+
+    def __init__(self, num_embeddings=300, levels=1):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor((num_embeddings - 1) / 2.0))
+        self.register_buffer("used", torch.zeros(3, dtype=torch.bfloat16))
+        self.levels = levels
+        self.num_embeddings = num_embeddings
+        self.config = SimpleNamespace(
+            num_embeddings=num_embeddings, to_dict=lambda: {"num_embeddings": num_embeddings}
+        )
+        self.images = 0
+
+    def encode(self, pixel_values):
+        assert not self.training and not torch.is_grad_enabled()
+        self.images += len(pixel_values)
+        grids = [((nn.functional.avg_pool2d(pixel_values.mean(1), side) + 1) * self.scale).long() for side in (4, 2)]
+        return SimpleNamespace(indices=tuple(grids) if self.levels > 1 else grids[1])
+
+
+@pytest.fixture
+def source(tmp_path):
+    make_rows(23, broken=(4, 22)).to_parquet(tmp_path / "data" / "train.parquet")
+    return str(tmp_path / "data")
+
+
+def open_images(source, **options):
+    return load_image_dataset(arguments(source, label_column="animal", extra_columns=["text"], **options))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_cache_holds_what_the_tokenizer_gives(source, tmp_path, streaming):
+    tokenizer, images = ToyTokenizer().train(), open_images(source, streaming=streaming)
+    path = write_indices(tokenizer, images, tmp_path / "cache", flip=True, batch_size=4, rows_per_shard=10)
+    assert tokenizer.training
+    dataset = load_indices(path, tokenizer)
+    readable = [row for row in range(23) if row not in (4, 22)]
+    assert len(dataset) == 21 and dataset.class_names == ["cat", "dog"] and dataset.grids == {"indices": [4, 4]}
+    assert dataset.codebook_size == 300
+    tokenizer.eval()
+    flipped = 0
+    augmented = load_indices(path, random_flip=True, seed=1)
+    plain = open_images(source)
+    for row, number in enumerate(readable):
+        pixels = plain.read(number)["pixel_values"][None]
+        sample = dataset[row]
+        with torch.no_grad():
+            own, mirrored = (tokenizer.encode(x).indices[0] for x in (pixels, pixels.flip(-1)))
+        assert sample["indices"].dtype == torch.int64 and torch.equal(sample["indices"], own)
+        assert (sample["label"], sample["text"]) == (number % 2, f"text {number % 3}")
+        views = [augmented.sample(row, epoch)["indices"] for epoch in range(20)]
+        assert all(torch.equal(view, own) or torch.equal(view, mirrored) for view in views)
+        flipped += sum(torch.equal(view, mirrored) for view in views)
+        assert torch.equal(views[3], augmented.sample(row, 3)["indices"])
+    assert 130 < flipped < 290  # half of 420
+    info = json.loads((path / "config.json").read_text())
+    assert info["broken_rows"] == [4, 22] and info["rows"] == 21
+    from_disk = load_indices(path, in_memory=False)
+    assert all(torch.equal(from_disk[row]["indices"], dataset[row]["indices"]) for row in range(21))
+
+
+def test_datasets_opens_the_folder(source, tmp_path):
+    write_indices(ToyTokenizer(), open_images(source), tmp_path / "cache", rows_per_shard=10)
+    rows = datasets.load_dataset("parquet", data_dir=str(tmp_path / "cache"), split="train")
+    assert rows.features["indices"] == datasets.List(datasets.Value("uint16"), length=16)
+    assert rows.features["label"].names == ["cat", "dog"] and len(rows) == 21
+
+
+def test_levels_give_a_column_each(source, tmp_path):
+    path = write_indices(ToyTokenizer(levels=2), open_images(source), tmp_path / "cache")
+    sample = load_indices(path)[0]
+    assert sample["indices_0"].shape == (2, 2) and sample["indices_1"].shape == (4, 4) and "indices" not in sample
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_interrupted_cache_is_continued(source, tmp_path, monkeypatch, streaming):
+    tokenizer, images = ToyTokenizer(), open_images(source, streaming=streaming)
+    whole = write_indices(tokenizer, images, tmp_path / "whole", rows_per_shard=5, batch_size=2)
+
+    import pyarrow.parquet as pq
+
+    real, written = pq.write_table, []
+
+    def write_then_die(table, path):
+        if len(written) == 2:
+            path.write_bytes(b"half a shard")
+            raise OSError("No space left on device")
+        written.append(path)
+        real(table, path)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(pq, "write_table", write_then_die)
+        write_indices(tokenizer, images, tmp_path / "cache", rows_per_shard=5, batch_size=2)
+    with pytest.raises(ValueError, match="not complete: call write_indices again"):
+        load_indices(tmp_path / "cache")
+    before = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "cache").glob("indices-*.parquet")}
+    assert len(before) == 2
+
+    tokenizer.images = 0
+    path = write_indices(tokenizer, images, tmp_path / "cache", rows_per_shard=5, batch_size=2)
+    assert tokenizer.images == 1 + 13 - 1  # one to learn the shape; 3 of 5 shards, 13 images, one of them broken
+    assert all((path / name).stat().st_mtime_ns == time for name, time in before.items())
+    assert sorted(file.name for file in path.iterdir()) == sorted(file.name for file in whole.iterdir())
+    for file in whole.iterdir():
+        assert (path / file.name).read_bytes() == file.read_bytes(), file.name
+
+    tokenizer.images = 0
+    write_indices(tokenizer, images, tmp_path / "cache", rows_per_shard=5, batch_size=2)
+    assert tokenizer.images == 0
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_processes_write_their_own_shards(source, tmp_path, monkeypatch, streaming):
+    """Two processes, one after the other: the barriers are those of `torch.distributed`."""
+    images = open_images(source, streaming=streaming)
+    tokenizer = ToyTokenizer()
+    whole = write_indices(tokenizer, images, tmp_path / "whole", rows_per_shard=5)
+    monkeypatch.setattr(indices_cache, "is_distributed", lambda: True)
+    monkeypatch.setattr(indices_cache.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(indices_cache, "_barrier", lambda: None)
+    for rank, expected in ((1, {1, 3}), (0, {0, 1, 2, 3, 4})):
+        monkeypatch.setattr(indices_cache.dist, "get_rank", lambda rank=rank: rank)
+        tokenizer.images = 0
+        (tmp_path / "cache").mkdir(exist_ok=True)
+        write_indices(tokenizer, images, tmp_path / "cache", rows_per_shard=5)
+        assert set(indices_cache._shards(tmp_path / "cache")) == expected
+    for file in whole.iterdir():
+        assert (tmp_path / "cache" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_stale_indices_are_refused(source, tmp_path):
+    tokenizer, images = ToyTokenizer(), open_images(source)
+    path = write_indices(tokenizer, images, tmp_path / "cache", rows_per_shard=10)
+    other = ToyTokenizer()
+    with torch.no_grad():
+        other.scale.add_(0.001)
+    with pytest.raises(StaleIndicesError, match="another tokenizer"):
+        load_indices(path, other)
+    for call, what in (
+        ((other, images), "tokenizer"),
+        ((tokenizer, open_images(source, resolution=6)), "images"),
+        ((tokenizer, open_images(source, max_samples=20)), "images"),
+    ):
+        with pytest.raises(StaleIndicesError, match=f"differ in {what} from"):
+            write_indices(*call, path, rows_per_shard=10)
+    with pytest.raises(StaleIndicesError, match="differ in flip, rows_per_shard"):
+        write_indices(tokenizer, images, path, rows_per_shard=5, flip=True)
+    write_indices(other, images, path, rows_per_shard=100, overwrite=True)
+    assert len(list(path.glob("*.parquet"))) == 1 and len(load_indices(path, other)) == 21
+
+
+def test_fingerprints():
+    first, second = ToyTokenizer(), ToyTokenizer()
+    assert tokenizer_fingerprint(first) == tokenizer_fingerprint(second)
+    prints = {tokenizer_fingerprint(first), tokenizer_fingerprint(ToyTokenizer(301))}
+    second.used[1] = 1
+    prints.add(tokenizer_fingerprint(second))
+    prints.add(tokenizer_fingerprint(first.to(torch.bfloat16)))
+    assert len(prints) == 4
+
+    class Images:
+        def __init__(self, change=None):
+            self.change = change
+
+        def __len__(self):
+            return 40
+
+        def __getitem__(self, index):
+            return {"pixel_values": torch.full((3, 2, 2), float(index == self.change)), "label": 0}
+
+    assert images_fingerprint(Images()) == images_fingerprint(Images())
+    assert images_fingerprint(Images()) != images_fingerprint(Images(39))
+
+
+def test_bad_use(source, tmp_path):
+    with pytest.raises(ValueError, match="holds no cached indices"):
+        load_indices(tmp_path)
+    path = write_indices(ToyTokenizer(), open_images(source), tmp_path / "cache")
+    with pytest.raises(ValueError, match="was written with flip=False"):
+        load_indices(path, random_flip=True)
+    wrong = ToyTokenizer(300)
+    wrong.config.num_embeddings = 10
+    with pytest.raises(ValueError, match="num_embeddings=10"):
+        write_indices(wrong, open_images(source), tmp_path / "wrong")
+    make_rows(2, broken=(0, 1)).to_parquet(tmp_path / "bad" / "train.parquet")
+    with pytest.raises(ValueError, match="no image that can be read"):
+        write_indices(ToyTokenizer(), open_images(str(tmp_path / "bad")), tmp_path / "c")
+
+
+def test_smallest_dtype():
+    for size, name in ((2, "uint8"), (256, "uint8"), (257, "uint16"), (65536, "uint16"), (65537, "int32")):
+        assert smallest_dtype(size) == np.dtype(name)
+
+
+def test_workers_change_nothing(source, tmp_path):
+    paths = [
+        write_indices(ToyTokenizer(), open_images(source), tmp_path / str(workers), num_workers=workers, batch_size=3)
+        for workers in (0, 2)
+    ]
+    first, second = (load_indices(path) for path in paths)
+    assert all(torch.equal(a["indices"], b["indices"]) for a, b in itertools.zip_longest(iter(first), iter(second)))

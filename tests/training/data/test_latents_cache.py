@@ -1,0 +1,109 @@
+"""Latents that are computed once."""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from hf_vq import VQVAE2Config, VQVAE2Model, VQVAEConfig, VQVAEModel
+from hf_vq.training.data.indices_cache import StaleIndicesError
+from hf_vq.training.data.latents_cache import LatentScale, LatentsDataset, encode_latents, write_latents
+
+
+class Images(Dataset):
+    def __init__(self, count=5, seed=0):
+        self.pixels = torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+    def __len__(self):
+        return len(self.pixels)
+
+    def __getitem__(self, index):
+        if index >= len(self):
+            raise IndexError
+        return {"pixel_values": self.pixels[index], "label": index % 3, "caption": f"image {index}"}
+
+
+def make_tokenizer(seed=0):
+    torch.manual_seed(seed)
+    config = VQVAEConfig(
+        resolution=8, hidden_size=8, residual_hidden_size=4, num_residual_layers=1, embed_dim=4, num_embeddings=8
+    )
+    return VQVAEModel(config).eval()
+
+
+def test_written_and_read(tmp_path):
+    tokenizer, images = make_tokenizer(), Images()
+    write_latents(tokenizer, images, tmp_path / "latents", flip=True, batch_size=2)
+    dataset = LatentsDataset(tmp_path / "latents")
+    with torch.no_grad():
+        expected = tokenizer.encode(images.pixels).latents
+        mirrored = tokenizer.encode(images.pixels.flip(-1)).latents
+    assert len(dataset) == 5 and dataset.labels.tolist() == [0, 1, 2, 0, 1]
+    for i in range(5):
+        sample = dataset[i]
+        torch.testing.assert_close(sample["latents"], expected[i])
+        assert (sample["label"], sample["caption"]) == (i % 3, f"image {i}")
+    flipping, seen = LatentsDataset(tmp_path / "latents", random_flip=True, seed=1), []
+    for epoch in range(20):
+        for i in range(5):
+            latents = flipping.sample(i, epoch)["latents"]
+            assert torch.equal(latents, flipping.sample(i, epoch)["latents"])
+            is_mirrored = torch.allclose(latents, mirrored[i], atol=1e-5)
+            assert is_mirrored or torch.allclose(latents, expected[i], atol=1e-5)
+            seen.append(is_mirrored)
+    assert 30 < sum(seen) < 70
+    with pytest.raises(IndexError):
+        dataset[5]
+
+
+def test_a_second_call_writes_nothing_and_others_are_refused(tmp_path):
+    tokenizer, images, folder = make_tokenizer(), Images(), tmp_path / "latents"
+    write_latents(tokenizer, images, folder)
+    changed = (folder / "latents.npy").stat().st_mtime_ns
+    write_latents(tokenizer, images, folder)
+    assert (folder / "latents.npy").stat().st_mtime_ns == changed
+    for other, why in (((make_tokenizer(1), images), "tokenizer"), ((tokenizer, Images(seed=1)), "images")):
+        with pytest.raises(StaleIndicesError, match=f"differ in {why}"):
+            write_latents(*other, folder)
+    with pytest.raises(StaleIndicesError, match="differ in flip"):
+        write_latents(tokenizer, images, folder, flip=True)
+    with pytest.raises(ValueError, match="`random_flip` needs mirrored latents"):
+        LatentsDataset(folder, random_flip=True)
+    with pytest.raises(ValueError, match="must have a length"):
+        write_latents(tokenizer, iter([]), tmp_path / "stream")
+
+
+def test_a_tokenizer_of_several_levels_is_refused():
+    model = VQVAE2Model(VQVAE2Config(resolution=8, downsample_factor=4, hidden_size=8, embed_dim=4, num_embeddings=8))
+    with pytest.raises(ValueError, match="`tokenizer` must have one level of codes, got a VQVAE2Model"):
+        encode_latents(model.eval(), Images().pixels)
+
+
+def test_an_interrupted_write_leaves_no_folder(tmp_path):
+    class Broken(Images):
+        def __getitem__(self, index):
+            if index == 4:  # not one of the 16 that the fingerprint reads
+                raise KeyboardInterrupt
+            return super().__getitem__(index)
+
+    images = Broken(count=40)
+    with pytest.raises(KeyboardInterrupt):
+        write_latents(make_tokenizer(), images, tmp_path / "latents", batch_size=2)
+    assert not (tmp_path / "latents").exists()
+
+
+def test_the_scale():
+    values = torch.randn(3, 7, 4, 2, 2, generator=torch.Generator().manual_seed(0)) * 3 + 5
+    scale = LatentScale()
+    scale.measure(iter(values))
+    assert abs(scale.value - 1 / np.std(values.numpy())) < 1e-6
+    for other in (LatentScale(), LatentScale(scale.value)):
+        other.load_state_dict(scale.state_dict())
+        assert other.value == scale.value
+    with pytest.raises(ValueError, match="with which the run started, got 2.0"):
+        LatentScale(2.0).load_state_dict(scale.state_dict())
+    with pytest.raises(ValueError, match="`value` must be positive"):
+        LatentScale(0.0)
+    with pytest.raises(ValueError, match="their standard deviation is 0"):
+        LatentScale().measure([torch.ones(2, 2)])
+    assert encode_latents(make_tokenizer(), torch.zeros(1, 3, 8, 8)).dtype == torch.float32

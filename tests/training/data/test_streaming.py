@@ -1,0 +1,113 @@
+import itertools
+import json
+import logging
+
+import pytest
+import torch
+
+from hf_vq.training.data.image_datasets import collate, load_image_dataset
+from hf_vq.training.data.loading import micro_batches
+from tests.training.data.test_image_datasets import arguments, expected_pixels, make_rows
+
+
+def write_shards(folder, count=3, rows=25, broken=()):
+    folder.mkdir(parents=True)
+    whole = make_rows(rows, broken)
+    for index in range(count):
+        whole.shard(count, index).to_parquet(folder / f"train-{index:05d}-of-{count:05d}.parquet")
+    return str(folder)
+
+
+def open_stream(source, **options):
+    options = {"streaming": True, "shuffle_block": 4, "label_column": "number", **options}
+    return load_image_dataset(arguments(source, **options), augment=True, seed=3)
+
+
+def read(dataset, batches, state=None, **plan):
+    """The first batches as `(labels, bytes of the pixels)`, and the states."""
+    found = list(itertools.islice(dataset.read_batches(state, **{"batch_size": 4, **plan}), batches))
+    contents = [
+        [(sample["label"], sample["pixel_values"].numpy().tobytes()) for sample in samples] for samples, _ in found
+    ]
+    return contents, [state for _, state in found]
+
+
+@pytest.fixture(scope="module", params=["shards", "one file", "saved", "limited"])
+def source(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stream") / "data"
+    if request.param == "saved":
+        make_rows(25).save_to_disk(folder)
+        return str(folder), {}
+    if request.param == "limited":
+        return write_shards(folder, 2, 40), {"max_samples": 25}
+    return write_shards(folder, 1 if request.param == "one file" else 3), {}
+
+
+def test_every_epoch_has_every_sample_in_another_order(source):
+    contents, _ = read(open_stream(source[0], **source[1]), 25)  # 100 samples: 4 epochs
+    labels = [label for batch in contents for label, _ in batch]
+    epochs = [labels[start : start + 25] for start in range(0, 100, 25)]
+    assert all(sorted(epoch) == sorted(epochs[0]) and len(set(epoch)) == 25 for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_a_stream_continues_from_any_batch(source):
+    """Also across the end of an epoch, and from a state that went through JSON, as in a checkpoint."""
+    options = {"crop": "random", "random_flip": True, **source[1]}
+    contents, states = read(open_stream(source[0], **options), 24)
+    for stop in range(0, 20, 3):
+        state = json.loads(json.dumps(states[stop]))
+        assert read(open_stream(source[0], **options), 4, state)[0] == contents[stop + 1 : stop + 5]
+
+
+def test_processes_and_micro_batches_share_a_batch(tmp_path):
+    options = {"crop": "random", "random_flip": True}
+    folder = write_shards(tmp_path / "data")
+    expected, states = read(open_stream(folder, **options), 12)
+    plan = {"micro_batches": 2, "num_processes": 2, "num_threads": 3}
+    shares = [read(open_stream(folder, **options), 24, process_index=process, **plan) for process in range(2)]
+    for step, whole in enumerate(expected):
+        parts = [shares[process][0][2 * step + micro] for micro in range(2) for process in range(2)]
+        assert sum(parts, []) == whole
+        assert shares[0][1][2 * step + 1] == shares[1][1][2 * step + 1] == states[step]
+
+
+def test_a_worker_gives_the_same_batches_and_states(tmp_path):
+    folder = write_shards(tmp_path / "data")
+
+    def load(workers):
+        plan = {"batch_size": 4, "micro_batches": 1, "process_index": 0, "num_processes": 1}
+        batches = micro_batches(
+            open_stream(folder), collate, plan, 0, 100, 0, True, None, num_workers=workers, pin_memory=False
+        )
+        return [(batch["label"].tolist(), state) for batch, state in itertools.islice(batches, 9)]
+
+    assert load(0) == load(2)
+
+
+def test_broken_images_in_a_stream(tmp_path, caplog):
+    folder = write_shards(tmp_path / "data", 1, 8, broken=(1, 6))
+    dataset = open_stream(folder)
+    with caplog.at_level(logging.WARNING):
+        contents, _ = read(dataset, 4)
+    assert all(len(batch) == 4 for batch in contents)
+    assert {label for batch in contents for label, _ in batch} == {0, 2, 3, 4, 5, 7}
+    assert set(dataset.broken) == {"img-1.png (row 1 of shard 0)", "img-6.png (row 6 of shard 0)"}
+    assert sum("Skipped the broken image" in record.getMessage() for record in caplog.records) == 2
+    samples = next(iter(open_stream(folder, shuffle_block=8).read_batches(None, 8)))[0]
+    assert sorted(name for sample in samples for name in sample.get("broken_images", ())) == sorted(dataset.broken)
+    assert [sample["label"] for sample in open_stream(folder)] == [0, 2, 3, 4, 5, 7]
+    with pytest.raises(ValueError, match="none of 4 consecutive images"):
+        read(open_stream(write_shards(tmp_path / "bad", 1, 8, broken=(0, 1, 2, 3))), 2)
+
+
+def test_iterating_gives_centre_crops_in_order(tmp_path):
+    samples = list(open_stream(write_shards(tmp_path / "data", 1), crop="random", random_flip=True))
+    assert [sample["label"] for sample in samples] == list(range(25))
+    torch.testing.assert_close(samples[7]["pixel_values"], expected_pixels(7))
+
+
+def test_an_empty_stream(tmp_path):
+    make_rows(1).select([]).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match="the stream is empty"):
+        read(open_stream(str(tmp_path)), 1)

@@ -1,0 +1,117 @@
+"""The training loss of VQ-Diffusion, against the original program and by hand."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from conversion.checkpoints import load_pickle
+from conversion.convert_vq_diffusion import convert_model, read_model
+from hf_vq.schedulers.scheduling_mask_replace import MaskReplaceScheduler
+from hf_vq.training.objectives.mask_replace_objective import MaskReplaceObjective
+from tests.conversion.golden import Golden
+
+
+def original_noise(golden):
+    """x_t as the original draws it: the largest of log q(x_t | x_0) with Gumbel noise from the uniforms `u`."""
+    t, x0 = golden["train_t"], golden["x0"]
+    alpha, beta, gamma = (golden[f"tab.log_cumprod_{name}"].exp()[t][:, None, None] for name in ("at", "bt", "ct"))
+    codes = golden["u"].shape[1] - 1
+    probabilities = alpha * F.one_hot(x0, codes).mT + beta
+    probabilities = torch.cat([probabilities, gamma.expand(-1, 1, x0.shape[1])], dim=1)
+    return (probabilities.log() - (-golden["u"].log()).log()).argmax(dim=1)
+
+
+def original_model(golden):
+    """The transformer, the scheduler and the weight of the auxiliary loss."""
+    config = read_model(golden.folder / "config.yaml", "config")
+    codec = read_model(golden.folder / "codec_config.yaml", "codec_config")
+    mapping = golden.folder / "codec_mapping.pt"
+    mapping = load_pickle(mapping) if mapping.exists() else None
+    pipe, _ = convert_model(config, load_pickle(golden.folder / "checkpoint.ckpt"), codec, mapping)
+    weight = config["params"]["diffusion_config"]["params"]["auxiliary_loss_weight"]
+    return pipe.transformer, pipe.scheduler, weight
+
+
+def loss_of(golden, transformer, scheduler, weight, **condition):
+    side = (4, 4)
+    original, noised = (x.unflatten(1, side) for x in (golden["x0"], original_noise(golden)))
+    logits = transformer(noised, golden["train_t"], **condition).sample
+    objective = MaskReplaceObjective(scheduler, weight)
+    return objective(logits, original, noised, golden["train_t"], golden["train_pt"])
+
+
+@pytest.mark.parametrize("name", ["vqdiff_uncond", "vqdiff_class", "vqdiff_text_ithq"])
+def test_the_loss_and_its_gradient_are_the_original_s(name):
+    golden = Golden(name)
+    transformer, scheduler, weight = original_model(golden)
+    condition = {"vqdiff_class": {"class_labels": "label"}, "vqdiff_text_ithq": {"encoder_hidden_states": "cond_emb"}}
+    condition = {key: golden[entry] for key, entry in condition.get(name, {}).items()}
+    result = loss_of(golden, transformer, scheduler, weight, **condition)
+    golden.compare("train.loss_mean", result.loss)
+    result.loss.backward()
+    golden.compare("train.grad_to_logits_weight", transformer.out.weight.grad)
+    golden.compare("train.vb_loss_noaux", result.terms / golden["train_pt"])
+    assert float(result.bits_per_index) == pytest.approx(
+        float(golden["train.vb_loss_noaux"].sum()) / (golden["x0"].numel() * math.log(2)), rel=1e-4
+    )
+    without = loss_of(golden, transformer, scheduler, 0.0, **condition)
+    assert float(without.loss.detach()) == pytest.approx(
+        float(golden["train.vb_loss_noaux"].sum()) / golden["x0"].numel(), rel=1e-4
+    )
+
+
+def test_the_learned_null_embedding_trains_as_in_the_original():
+    golden = Golden("vqdiff_text_ithq")
+    transformer, scheduler, weight = original_model(golden)
+    dropped = golden["cf.is_empty"].bool()[:, None, None]
+    assert dropped.any()
+    states = torch.where(dropped, transformer.null_embedding, golden["cond_emb"])
+    result = loss_of(golden, transformer, scheduler, weight, encoder_hidden_states=states)
+    golden.compare("cf.loss", result.loss)
+    result.loss.backward()
+    golden.compare("cf.grad_empty_text_embed", transformer.null_embedding.grad)
+
+
+def test_the_expected_loss_does_not_depend_on_how_timesteps_are_drawn():
+    generator = torch.Generator().manual_seed(0)
+    scheduler = MaskReplaceScheduler(5, 4)
+    original = torch.randint(5, (4, 3, 2), generator=generator)
+    timesteps = torch.arange(4)
+    noised = scheduler.add_noise(original, timesteps, generator)
+    logits = torch.randn(4, 3, 2, 5, generator=generator)
+    objective = MaskReplaceObjective(scheduler, 0.3)
+
+    def parts(probabilities):
+        one_by_one = [
+            objective(
+                logits[i : i + 1],
+                original[i : i + 1],
+                noised[i : i + 1],
+                timesteps[i : i + 1],
+                probabilities[i : i + 1],
+            )
+            for i in range(4)
+        ]
+        return torch.stack([p * one.loss for p, one in zip(probabilities, one_by_one, strict=True)])
+
+    uniform, skewed = parts(torch.full((4,), 0.25)), parts(torch.tensor([0.1, 0.5, 0.3, 0.1]))
+    torch.testing.assert_close(uniform, skewed)
+    # at t = 0 both parts are -log p(x_0 | x_t), the second with the weight 0.3 · 2
+    nll = F.cross_entropy(logits[0].flatten(0, 1), original[0].flatten())
+    torch.testing.assert_close(uniform[0], 1.6 * nll)
+
+
+def test_what_is_refused():
+    scheduler = MaskReplaceScheduler(5, 4)
+    with pytest.raises(ValueError, match="`auxiliary_weight` must be at least 0, got -1"):
+        MaskReplaceObjective(scheduler, -1)
+    x0 = torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"`probabilities` must have the shape of `timesteps` \(2,\), got \(1,\)"):
+        MaskReplaceObjective(scheduler)(torch.zeros(2, 3, 5), x0, x0, torch.tensor([0, 1]), torch.ones(1))
+    for wrong in (0.0, -0.5, torch.nan):
+        with pytest.raises(ValueError, match="`probabilities` must be positive, got"):
+            MaskReplaceObjective(scheduler)(
+                torch.zeros(2, 3, 5), x0, x0, torch.tensor([0, 1]), torch.tensor([0.5, wrong])
+            )
