@@ -43,7 +43,8 @@ def test_imports_become_source_in_the_order_of_need(tmp_path):
         ),
         ({"top": "from .base import x\n\n\ndef x():\n    pass\n", "base": "x = 1\n"}, None),
         ({"top": "from . import base\n", "base": ""}, "top.py, line 1"),
-        ({"top": "from ..base import x\n", "base": ""}, "top.py, line 1"),
+        ({"top": "from ..base import x\n"}, "top.py, line 1"),
+        ({"top": "from .base.x import y\n", "base": "x = 1\n"}, "top.py, line 1"),
         ({"top": "from .base import *\n", "base": ""}, "top.py, line 1"),
         ({"top": "import hf_vq.models\n"}, "top.py, line 1"),
         ({"top": "from hf_vq import VQGANModel\n"}, "top.py, line 1"),
@@ -53,6 +54,31 @@ def test_imports_become_source_in_the_order_of_need(tmp_path):
 def test_what_cannot_share_a_file(tmp_path, sources, message):
     top = write(tmp_path, **sources)
     with pytest.raises(ValueError, match=message or "`x` has two meanings"):
+        bundle(top)
+
+
+def test_imports_of_other_folders_are_followed(tmp_path):
+    for name in ("priors", "quantizers"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "outputs.py").write_text("class Output:\n    pass\n")
+    (tmp_path / "quantizers" / "search.py").write_text("from ..outputs import Output\n\nLIMIT = 3\n")
+    write(
+        tmp_path / "priors",
+        base="BASE = 'priors'\n",
+        top="from ..outputs import Output\nfrom ..quantizers.search import LIMIT\nfrom .base import BASE\n\n"
+        "value = (Output().__class__, LIMIT, BASE)\n",
+    )
+    source = bundle(tmp_path / "priors" / "top.py")
+    names = execute(source)
+    assert names["value"] == (names["Output"], 3, "priors") and source.count("class Output") == 1
+
+
+def test_a_name_of_two_folders_has_two_meanings(tmp_path):
+    for name in ("priors", "quantizers"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "check.py").write_text(f"def check():\n    return {name!r}\n")
+    top = write(tmp_path / "priors", top="from .check import check\nfrom ..quantizers.check import check as other\n")
+    with pytest.raises(ValueError, match="`check` has two meanings: priors/check.py and quantizers/check.py"):
         bundle(top)
 
 
