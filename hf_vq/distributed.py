@@ -5,8 +5,8 @@ import torch.distributed as dist
 
 
 def is_distributed() -> bool:
-    """Whether there is a process group, of one process or more."""
-    return dist.is_available() and dist.is_initialized()
+    """Whether there are several processes; a process group of one changes nothing."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def is_main_process() -> bool:
@@ -17,8 +17,8 @@ def is_main_process() -> bool:
 def all_reduced(values: torch.Tensor) -> torch.Tensor:
     """The sum of `values` over all processes, as a new tensor on the device of `values`.
 
-    `values` itself stays as it is, so that asking twice gives the same answer twice. Without a process group this
-    is a copy.
+    `values` itself stays as it is, so that asking twice gives the same answer twice. With one process this is a
+    copy.
     """
     total = values.clone()
     if not is_distributed():

@@ -8,19 +8,12 @@ from collections.abc import Sequence
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from ..images import to_pil
 from ..models.quantizers.codebook_statistics import codebook_statistics
 
 
 BACKGROUND = (255, 255, 255)
 TEXT = (40, 40, 40)
-
-
-def to_pil(images: torch.Tensor) -> list[Image.Image]:
-    """Pictures of `images` `(B, 1 or 3, H, W)`; [-1, 1] becomes [0, 255], and what lies outside is clamped."""
-    if images.ndim != 4 or images.shape[1] not in (1, 3):
-        raise ValueError(f"`images` must have shape (B, 1 or 3, H, W), got {tuple(images.shape)}")
-    pixels = ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
-    return [Image.fromarray(pixel.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()) for pixel in pixels]
 
 
 def labelled_rows(
@@ -164,4 +157,4 @@ def _text_width(text: str, font: ImageFont.FreeTypeFont) -> int:
     return int(font.getlength(text)) + 1 if text else 0
 
 
-__all__ = ["labelled_rows", "plot_codebook_usage", "reconstruction_grid", "samples_by_class", "to_pil"]
+__all__ = ["labelled_rows", "plot_codebook_usage", "reconstruction_grid", "samples_by_class"]

@@ -1,10 +1,9 @@
 """Completion: part of an image is kept, an autoregressive prior samples the rest."""
 
 import numpy as np
-import PIL.Image
-import PIL.ImageOps
 import torch
 
+from ..images import to_pixel_values
 from .code_sampling import KnownCodes, repeat_rows
 from .pipeline_output import VQPipelineOutput
 from .pipeline_utils import as_levels, of_levels, onload
@@ -68,55 +67,6 @@ def kept_at_levels(keep, grid_sizes, downsample_factors) -> list[torch.BoolTenso
         else:
             kept.append(kept_positions(keep, grid_size, factor))
     return kept
-
-
-def to_pixel_values(image, channels: int) -> torch.FloatTensor:
-    """
-    PIL images, or a tensor `(C, H, W)` or `(B, C, H, W)` in [-1, 1], as a float32 tensor `(B, C, H, W)` in [-1, 1]. PIL
-    images are turned as their EXIF orientation says, and transparency is laid on white.
-    """
-    if isinstance(image, torch.Tensor):
-        if not image.is_floating_point() or image.ndim not in (3, 4):
-            raise ValueError(
-                f"`image` must be a float tensor (B, C, H, W) in [-1, 1], got {image.dtype} of shape {tuple(image.shape)}."
-            )
-        if not image.numel() or not image.isfinite().all():
-            raise ValueError(f"`image` must be finite and not empty, got a tensor of shape {tuple(image.shape)}.")
-        if image.abs().max() > 2:  # resizing, or a decoder, may leave some pixels a little beyond
-            raise ValueError(
-                f"`image` must be a tensor in [-1, 1], got values from {image.min().item():g} to {image.max().item():g}."
-            )
-        return image.float() if image.ndim == 4 else image.float()[None]
-    images = image if isinstance(image, (list, tuple)) else [image]
-    if not images or not all(isinstance(item, PIL.Image.Image) for item in images):
-        raise ValueError("`image` must be a PIL image, a list of them, or a tensor in [-1, 1].")
-    images = [PIL.ImageOps.exif_transpose(item) for item in images]
-    if len({item.size for item in images}) > 1:
-        raise ValueError(f"`image` must hold images of one size, got {sorted({item.size for item in images})}.")
-    if channels not in (1, 3):
-        raise ValueError(f"`image` must be a tensor for a tokenizer of {channels} channels.")
-    mode = "RGB" if channels == 3 else "L"
-    arrays = [np.array(to_rgb(item).convert(mode), dtype=np.float32) for item in images]
-    pixels = torch.from_numpy(np.stack(arrays)).reshape(len(arrays), *arrays[0].shape[:2], channels)
-    return pixels.permute(0, 3, 1, 2) / 127.5 - 1
-
-
-def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """
-    As `to_rgb` of `VQImageProcessor`, which this cannot import: a folder that carries its code has the pipeline in one
-    file, made of the modules beside this one.
-    """
-    if image.mode == "F":
-        raise ValueError("`image` must not be a floating-point image: it has no fixed range; use 8 or 16 bits.")
-    if image.mode.startswith("I"):  # 16-bit greyscale, which Pillow would clip at 255
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"`image` must have values that fit in 16 bits, got {values.min()} to {values.max()}.")
-        image = PIL.Image.fromarray(np.rint(values / 257).astype(np.uint8))
-    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
 
 
 class CompletionMixin:
@@ -211,4 +161,4 @@ class CompletionMixin:
         return codes.to(self._execution_device)
 
 
-__all__ = ["CompletionMixin", "kept_at_levels", "kept_positions", "to_pixel_values"]
+__all__ = ["CompletionMixin", "kept_at_levels", "kept_positions"]

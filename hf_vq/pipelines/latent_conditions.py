@@ -4,8 +4,8 @@ import PIL.Image
 import torch
 import torch.nn.functional as F
 
+from ..images import to_pixel_values
 from .class_conditioning import class_ids
-from .completion import to_pixel_values
 from .pipeline_utils import onload
 from .text_conditioning import TextConditionMixin
 

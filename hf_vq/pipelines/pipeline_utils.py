@@ -4,9 +4,10 @@ import json
 import sys
 from pathlib import Path
 
-import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
+
+from ..images import images_as
 
 
 PREPROCESSOR = "preprocessor_config.json"
@@ -149,20 +150,6 @@ def changed_by_callback(changed, name: str, value: torch.Tensor) -> torch.Tensor
     return result
 
 
-def images_as(images: torch.FloatTensor, output_type: str):
-    """Images `(B, C, H, W)` in [0, 1] as `output_type`: "pil", "np" or "pt", see [`VQPipelineOutput`]."""
-    if output_type == "pt":
-        return images
-    images = images.permute(0, 2, 3, 1).cpu().numpy()
-    return images if output_type == "np" else numpy_to_pil(images)
-
-
-def numpy_to_pil(images) -> list[PIL.Image.Image]:
-    """An array `(B, H, W, 1 or 3)` in [0, 1] as PIL images."""
-    pixels = (images * 255).round().astype("uint8")
-    return [PIL.Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in pixels]
-
-
 def draw_codes(log_probs: torch.FloatTensor, generator=None) -> torch.LongTensor:
     """
     One sample of each row's categorical distribution.
@@ -199,9 +186,7 @@ __all__ = [
     "check_generator",
     "check_single_codes",
     "draw_codes",
-    "images_as",
     "last_steps",
-    "numpy_to_pil",
     "of_levels",
     "onload",
 ]

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from diffusers import ModelMixin, SchedulerMixin
 from transformers import PreTrainedModel
 
+from ..images import images_as, to_pixel_values
 from .class_conditioning import class_names
 from .code_conditions import CodeConditionMixin
-from .completion import to_pixel_values
 from .latent_conditions import repeat_inputs, repeat_to, to_mask
 from .pipeline_output import VQPipelineOutput
 from .pipeline_utils import (
@@ -19,7 +19,6 @@ from .pipeline_utils import (
     changed_by_callback,
     check_generator,
     check_single_codes,
-    images_as,
     last_steps,
     onload,
 )

@@ -12,10 +12,10 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedModel
 
+from ..images import images_as, to_pixel_values
 from .class_conditioning import class_names
-from .completion import to_pixel_values
 from .latent_conditions import LatentConditionMixin, repeat_inputs, repeat_to, to_map, to_mask
-from .pipeline_utils import VQPipeline, changed_by_callback, check_generator, images_as, last_steps, onload
+from .pipeline_utils import VQPipeline, changed_by_callback, check_generator, last_steps, onload
 
 
 LATENT_OUTPUT_TYPES = ("pil", "np", "pt", "latent")

@@ -8,7 +8,8 @@ import PIL.Image
 import torch
 from diffusers.utils import BaseOutput
 
-from .pipeline_utils import numpy_to_pil, of_levels
+from ..images import numpy_to_pil
+from .pipeline_utils import of_levels
 
 
 @dataclass

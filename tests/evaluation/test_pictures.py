@@ -8,8 +8,8 @@ from hf_vq.evaluation.pictures import (
     plot_codebook_usage,
     reconstruction_grid,
     samples_by_class,
-    to_pil,
 )
+from hf_vq.images import to_pil
 
 
 def solid(*values, size=(6, 8)):

@@ -7,6 +7,7 @@ import PIL.Image
 import pytest
 import torch
 
+from hf_vq.images import numpy_to_pil, to_pixel_values
 from hf_vq.models.autoencoders.configuration_vqgan import VQGANConfig
 from hf_vq.models.autoencoders.configuration_vqvae import VQVAEConfig
 from hf_vq.models.autoencoders.image_processing_vq import VQImageProcessor
@@ -14,8 +15,8 @@ from hf_vq.models.autoencoders.modeling_vqgan import VQGANModel
 from hf_vq.models.autoencoders.modeling_vqvae import VQVAEModel
 from hf_vq.models.priors.configuration_vq_gpt import VQGPTConfig
 from hf_vq.models.priors.modeling_vq_gpt import VQGPTForCausalLM
-from hf_vq.pipelines.completion import kept_positions, to_pixel_values
-from hf_vq.pipelines.pipeline_utils import draw_codes, numpy_to_pil
+from hf_vq.pipelines.completion import kept_positions
+from hf_vq.pipelines.pipeline_utils import draw_codes
 from hf_vq.pipelines.pipeline_vq_autoregressive import VQAutoregressivePipeline
 
 

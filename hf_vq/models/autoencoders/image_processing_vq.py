@@ -7,10 +7,10 @@ from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import (
     IMAGENET_STANDARD_MEAN,
     IMAGENET_STANDARD_STD,
-    ChannelDimension,
     PILImageResampling,
-    infer_channel_dimension_format,
 )
+
+from ...images import array_to_pil, to_rgb
 
 
 class VQImageProcessor(PilBackend):
@@ -50,7 +50,7 @@ class VQImageProcessor(PilBackend):
     def process_image(self, image, do_convert_rgb=True, input_data_format=None, **kwargs):
         """One input to uint8 `(channels, height, width)`, three channels with `do_convert_rgb`."""
         if not isinstance(image, Image.Image):
-            image = _array_to_pil(image, input_data_format)
+            image = array_to_pil(image, input_data_format)
         image = ImageOps.exif_transpose(image)
         pixels = np.asarray(to_rgb(image) if do_convert_rgb else image)
         return np.moveaxis(pixels if pixels.ndim == 3 else pixels[..., None], -1, 0)
@@ -96,43 +96,6 @@ def _with_crop_size(kwargs: dict) -> dict:
             f'`size` must be an int or {{"shortest_edge": int}} unless `crop_size` is given, got {size!r}.'
         )
     return {**kwargs, "crop_size": {"height": side, "width": side}}
-
-
-def _array_to_pil(image, input_data_format) -> Image.Image:
-    pixels = image.detach().cpu().numpy() if torch.is_tensor(image) else np.asarray(image)
-    if pixels.ndim == 3:
-        layout = input_data_format or infer_channel_dimension_format(pixels, num_channels=(1, 3, 4))
-        if layout == ChannelDimension.FIRST:
-            pixels = np.moveaxis(pixels, 0, -1)
-        pixels = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
-    if np.issubdtype(pixels.dtype, np.floating):
-        if not (pixels.min() >= 0 and pixels.max() <= 1):
-            raise ValueError(
-                f"`images` of floating-point values must lie in [0, 1], got {pixels.min()} to {pixels.max()}."
-            )
-        pixels = np.rint(pixels * 255).astype(np.uint8)
-    if pixels.dtype != np.uint8:
-        raise ValueError(f"`images` must hold uint8 or floating-point values, got {pixels.dtype}.")
-    return Image.fromarray(np.ascontiguousarray(pixels))
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow image as RGB: transparency laid on white, 16-bit values scaled to 8.
-
-    Raises:
-        ValueError: for values that do not fit in 16 bits, and floating-point ones, which have no fixed range.
-    """
-    if image.mode == "F":
-        raise ValueError("floating-point images have no fixed range; store 8 or 16 bits")
-    if image.mode.startswith("I"):  # 16-bit greyscale, which Pillow would clip at 255
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"values {values.min()} to {values.max()} do not fit in 16 bits")
-        image = Image.fromarray(np.rint(values / 257).astype(np.uint8))
-    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
 
 
 __all__ = ["VQImageProcessor"]

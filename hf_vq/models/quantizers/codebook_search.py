@@ -5,6 +5,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
+from ...distributed import is_distributed
 from .codebook_statistics import code_counts
 
 
@@ -61,11 +62,6 @@ def nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor, chunk_bytes: in
             torch.addmm(bias, chunk, codebook.t(), out=scores[: chunk.shape[0]])
             torch.argmax(scores[: chunk.shape[0]], dim=1, out=indices[start : start + rows])
     return indices
-
-
-def is_distributed() -> bool:
-    """Whether several processes train together."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _hash(numbers: torch.Tensor) -> torch.Tensor:
@@ -134,4 +130,4 @@ def kmeans(vectors: torch.Tensor, num_clusters: int, iterations: int = 10, seed:
     return centres
 
 
-__all__ = ["draw_vectors", "is_distributed", "kmeans", "nearest_codes"]
+__all__ = ["draw_vectors", "kmeans", "nearest_codes"]

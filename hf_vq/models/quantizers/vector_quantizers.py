@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 
+from ...distributed import is_distributed
 from ..modeling_outputs import QuantizerOutput
-from .codebook_search import draw_vectors, is_distributed, kmeans, nearest_codes
+from .codebook_search import draw_vectors, kmeans, nearest_codes
 from .codebook_statistics import check_indices, code_counts
 from .gradient_estimators import GRADIENT_ESTIMATORS, straight_through
 

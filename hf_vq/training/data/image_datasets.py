@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .image_decoding import BrokenImageError, crop_and_flip, decode_image, resize_shorter_side, to_pixel_values
+from ...images import pixels_to_tensor
+from .image_decoding import BrokenImageError, crop_and_flip, decode_image, resize_shorter_side
 
 
 if TYPE_CHECKING:
@@ -329,7 +330,7 @@ class ImageDataset(Dataset):
         is_random = self.crop == "random" or self.random_flip
         generator = np.random.default_rng((self.seed, epoch, index)) if is_random else None
         pixels = crop_and_flip(pixels, self.resolution, self.crop, self.random_flip, generator)
-        sample = {"pixel_values": to_pixel_values(pixels), **self._fields(candidate)}
+        sample = {"pixel_values": pixels_to_tensor(pixels), **self._fields(candidate)}
         if passed:
             sample["broken_images"] = tuple(passed)
         return sample
@@ -340,7 +341,7 @@ class ImageDataset(Dataset):
         if pixels is None:
             return None
         pixels = crop_and_flip(pixels, self.resolution, "center", False, None)
-        return {"pixel_values": to_pixel_values(pixels), **self._fields(index)}
+        return {"pixel_values": pixels_to_tensor(pixels), **self._fields(index)}
 
     def _pixels(self, index: int) -> np.ndarray | None:
         return self._cache[index] if self._cache is not None else self._decode(index)

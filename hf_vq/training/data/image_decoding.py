@@ -4,10 +4,9 @@ import io
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ...models.autoencoders.image_processing_vq import to_rgb
+from ...images import to_rgb
 
 
 class BrokenImageError(ValueError):
@@ -73,8 +72,3 @@ def crop_and_flip(
         left = int(generator.integers(width - resolution + 1))
     pixels = pixels[top : top + resolution, left : left + resolution]
     return pixels[:, ::-1] if flip and generator.random() < 0.5 else pixels
-
-
-def to_pixel_values(pixels: np.ndarray) -> torch.Tensor:
-    """uint8 `(height, width, 3)` to float32 `(3, height, width)` in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))).float().div_(127.5).sub_(1.0)

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from ...models.quantizers.codebook_search import is_distributed
+from ...distributed import is_distributed
 from ..checkpointing import flush_file, preserved_random_state, remove_unfinished, write_file_atomically
 from .streaming import StreamingImageDataset
 

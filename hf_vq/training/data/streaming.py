@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ...images import pixels_to_tensor
 from .image_datasets import BrokenImages
-from .image_decoding import BrokenImageError, crop_and_flip, decode_image, resize_shorter_side, to_pixel_values
+from .image_decoding import BrokenImageError, crop_and_flip, decode_image, resize_shorter_side
 from .samplers import micro_batch_sizes, process_slice
 
 
@@ -91,7 +92,7 @@ class StreamingImageDataset:
         if pixels is None:
             return None
         pixels = crop_and_flip(pixels, self.resolution, "center", False, None)
-        return {"pixel_values": to_pixel_values(pixels), **_fields(example)}
+        return {"pixel_values": pixels_to_tensor(pixels), **_fields(example)}
 
     def read_batches(
         self,
@@ -185,7 +186,7 @@ class StreamingImageDataset:
         row = block.start["row"] + int(block.order[offset])
         generator = np.random.default_rng((self.seed, block.start["epoch"], row))
         pixels = crop_and_flip(pixels, self.resolution, self.crop, self.random_flip, generator)
-        sample = {"pixel_values": to_pixel_values(pixels), **_fields(example)}
+        sample = {"pixel_values": pixels_to_tensor(pixels), **_fields(example)}
         if passed:
             sample["broken_images"] = tuple(passed)
         return sample

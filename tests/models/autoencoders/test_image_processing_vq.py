@@ -7,7 +7,8 @@ from PIL import Image
 from transformers import AutoImageProcessor
 
 import hf_vq
-from hf_vq.training.data.image_decoding import crop_and_flip, decode_image, resize_shorter_side, to_pixel_values
+from hf_vq.images import pixels_to_tensor
+from hf_vq.training.data.image_decoding import crop_and_flip, decode_image, resize_shorter_side
 
 
 def picture(width, height, mode="RGB", seed=0):
@@ -28,7 +29,7 @@ def test_equals_the_preprocessing_of_training(processor, mode, width, height):
     pixels = crop_and_flip(resize_shorter_side(decode_image(image), 32), 32, "center", False, None)
     values = processor(image, return_tensors="pt").pixel_values
     assert values.shape == (1, 3, 32, 32) and values.dtype == torch.float32
-    torch.testing.assert_close(values[0], to_pixel_values(pixels), rtol=0, atol=1e-6)
+    torch.testing.assert_close(values[0], pixels_to_tensor(pixels), rtol=0, atol=1e-6)
 
 
 def test_black_and_white_are_minus_one_and_one(processor):

@@ -5,12 +5,12 @@ import pytest
 import torch
 from PIL import Image
 
+from hf_vq.images import pixels_to_tensor
 from hf_vq.training.data.image_decoding import (
     BrokenImageError,
     crop_and_flip,
     decode_image,
     resize_shorter_side,
-    to_pixel_values,
 )
 
 
@@ -121,6 +121,6 @@ def test_crops_and_flip():
 
 
 def test_pixel_values():
-    values = to_pixel_values(np.array([[[0, 127, 255]]], np.uint8))
+    values = pixels_to_tensor(np.array([[[0, 127, 255]]], np.uint8))
     assert values.shape == (3, 1, 1) and values.dtype == torch.float32
     assert values.flatten().tolist() == pytest.approx([-1.0, 127 / 127.5 - 1, 1.0])

@@ -1,0 +1,163 @@
+"""Images in and out: Pillow images, numpy arrays and tensors to pixel values in [-1, 1], and back."""
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers.image_utils import ChannelDimension, infer_channel_dimension_format
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow image as RGB: transparency laid on white, 16-bit values scaled to 8.
+
+    Raises:
+        ValueError: for values that do not fit in 16 bits, and floating-point ones, which have no fixed range.
+    """
+    if image.mode == "F":
+        raise ValueError("floating-point images have no fixed range; store 8 or 16 bits")
+    if image.mode.startswith("I"):  # 16-bit greyscale, which Pillow would clip at 255
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"values {values.min()} to {values.max()} do not fit in 16 bits")
+        image = Image.fromarray(np.rint(values / 257).astype(np.uint8))
+    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def array_to_pil(image: np.ndarray | torch.Tensor, input_data_format: str | None = None) -> Image.Image:
+    """One image of uint8, or floating-point values in [0, 1], `(H, W)` or with 1, 3 or 4 channels first or last.
+
+    Args:
+        image: the array or tensor.
+        input_data_format: "channels_first" or "channels_last"; inferred where it is None.
+
+    Raises:
+        ValueError: values of another type or range.
+    """
+    pixels = image.detach().cpu().numpy() if torch.is_tensor(image) else np.asarray(image)
+    if pixels.ndim == 3:
+        layout = input_data_format or infer_channel_dimension_format(pixels, num_channels=(1, 3, 4))
+        if layout == ChannelDimension.FIRST:
+            pixels = np.moveaxis(pixels, 0, -1)
+        pixels = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
+    if np.issubdtype(pixels.dtype, np.floating):
+        if not (pixels.min() >= 0 and pixels.max() <= 1):
+            raise ValueError(
+                f"`images` of floating-point values must lie in [0, 1], got {pixels.min()} to {pixels.max()}."
+            )
+        pixels = np.rint(pixels * 255).astype(np.uint8)
+    if pixels.dtype != np.uint8:
+        raise ValueError(f"`images` must hold uint8 or floating-point values, got {pixels.dtype}.")
+    return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+def pixels_to_tensor(pixels: np.ndarray) -> torch.FloatTensor:
+    """uint8 `(H, W, C)` to float32 `(C, H, W)` in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))).float().div_(127.5).sub_(1.0)
+
+
+def to_pixel_values(image, channels: int, name: str = "image") -> torch.FloatTensor:
+    """What a pipeline is given as an image, as pixel values `(B, channels, H, W)`, float32 in [-1, 1].
+
+    Args:
+        image: a Pillow image of any mode, an array `(H, W)`, `(H, W, C)` or `(B, H, W, C)`, uint8 or floating-point in
+            [0, 1], or a list of either, all of one size; or a floating-point tensor `(C, H, W)` or `(B, C, H, W)` in
+            [-1, 1]. EXIF orientation is applied, and transparency is laid on white.
+        channels: of the result; Pillow images and arrays need 1 or 3.
+        name: of the argument, for error messages.
+
+    Raises:
+        ValueError: anything else; the message names the argument.
+    """
+    if isinstance(image, torch.Tensor):
+        return _tensor_to_pixel_values(image, name)
+    if isinstance(image, np.ndarray) and image.ndim == 4:
+        image = list(image)
+    images = list(image) if isinstance(image, (list, tuple)) else [image]
+    if not images or not all(isinstance(item, (Image.Image, np.ndarray)) for item in images):
+        got = type(next((item for item in images if not isinstance(item, Image.Image)), image)).__name__
+        raise ValueError(
+            f"`{name}` must be a PIL image, an array, a list of either, or a tensor in [-1, 1], got "
+            f"{'an empty list' if not images else got}."
+        )
+    if channels not in (1, 3):
+        raise ValueError(f"`{name}` must be a tensor of {channels} channels for this tokenizer.")
+    arrays = [_pixels_of(item, channels, name) for item in images]
+    sizes = sorted({(pixels.shape[1], pixels.shape[0]) for pixels in arrays})
+    if len(sizes) > 1:
+        raise ValueError(f"`{name}` must hold images of one size, got {sizes}.")
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).mul(2).sub(1).contiguous()
+
+
+def _tensor_to_pixel_values(image: torch.Tensor, name: str) -> torch.FloatTensor:
+    if not image.is_floating_point() or image.ndim not in (3, 4):
+        raise ValueError(
+            f"`{name}` must be a float tensor (B, C, H, W) in [-1, 1], got {image.dtype} of shape {tuple(image.shape)}."
+        )
+    if not image.numel() or not image.isfinite().all():
+        raise ValueError(f"`{name}` must be finite and not empty, got a tensor of shape {tuple(image.shape)}.")
+    if image.abs().max() > 2:  # resizing, or a decoder, may leave some pixels a little beyond
+        raise ValueError(
+            f"`{name}` must be a tensor in [-1, 1], got values from {image.min().item():g} to {image.max().item():g}."
+        )
+    return image.float() if image.ndim == 4 else image.float()[None]
+
+
+def _pixels_of(image: Image.Image | np.ndarray, channels: int, name: str) -> np.ndarray:
+    """float32 `(H, W, channels)` in [0, 1]."""
+    mode = "RGB" if channels == 3 else "L"
+    try:
+        if isinstance(image, np.ndarray):
+            if np.issubdtype(image.dtype, np.floating) and (image.ndim, *image.shape[2:]) in ((2,), (3, 1), (3, 3)):
+                return _floats(image, mode)
+            image = array_to_pil(image, "channels_last")
+        pixels = np.array(to_rgb(ImageOps.exif_transpose(image)).convert(mode), dtype=np.float32) / 255
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"`{name}` cannot be read as an image: {error}") from error
+    return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def _floats(image: np.ndarray, mode: str) -> np.ndarray:
+    """As `_pixels_of`, for values that need no rounding to 8 bits."""
+    if not image.size or not (image.min() >= 0 and image.max() <= 1):
+        got = f"{image.min():g} to {image.max():g}" if image.size else "none"
+        raise ValueError(f"floating-point values must lie in [0, 1], got {got}")
+    image = image.reshape(*image.shape[:2], -1).astype(np.float32)
+    if mode == "RGB":
+        return np.broadcast_to(image, (*image.shape[:2], 3))
+    luma = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R 601-2, as Pillow's conversion to "L"
+    return image if image.shape[2] == 1 else (image @ luma)[..., None]
+
+
+def images_as(images: torch.FloatTensor, output_type: str) -> torch.FloatTensor | np.ndarray | list[Image.Image]:
+    """Images `(B, C, H, W)` in [0, 1] as `output_type`: "pil", "np" or "pt", see [`VQPipelineOutput`]."""
+    if output_type == "pt":
+        return images
+    images = images.permute(0, 2, 3, 1).cpu().numpy()
+    return images if output_type == "np" else numpy_to_pil(images)
+
+
+def numpy_to_pil(images: np.ndarray) -> list[Image.Image]:
+    """An array `(B, H, W, 1 or 3)` in [0, 1] as Pillow images."""
+    pixels = (images * 255).round().astype("uint8")
+    return [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in pixels]
+
+
+def to_pil(images: torch.Tensor) -> list[Image.Image]:
+    """RGB pictures of pixel values `(B, 1 or 3, H, W)`; [-1, 1] becomes [0, 255], and what lies outside is clamped."""
+    if images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise ValueError(f"`images` must have shape (B, 1 or 3, H, W), got {tuple(images.shape)}.")
+    pixels = ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
+    return [Image.fromarray(pixel.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()) for pixel in pixels]
+
+
+__all__ = [
+    "array_to_pil",
+    "images_as",
+    "numpy_to_pil",
+    "pixels_to_tensor",
+    "to_pil",
+    "to_pixel_values",
+    "to_rgb",
+]
