@@ -18,9 +18,8 @@ from hf_vq.evaluation.diffusion_likelihood import DiffusionLikelihood
 from hf_vq.evaluation.evaluate import evaluate_prior
 from hf_vq.pipelines.text_conditioning import TextCondition, text_length
 from hf_vq.training.arguments import parse_arguments
-from hf_vq.training.data.code_splits import load_code_splits
+from hf_vq.training.data.code_splits import count_classes, load_code_splits
 from hf_vq.training.data.image_datasets import DataArguments, collate, load_image_dataset
-from hf_vq.training.data.labels import count_classes
 from hf_vq.training.objectives.mask_replace_objective import MaskReplaceObjective
 from hf_vq.training.objectives.timestep_sampler import ImportanceTimestepSampler
 from hf_vq.training.run import RunArguments, TrainingRun

@@ -10,7 +10,6 @@ dataset.sample(0, epoch=3)  # with the augmentation of epoch 3: a function of (s
 An image that cannot be read is replaced by the next one that can, named in a warning, and listed in `dataset.broken`.
 """
 
-import logging
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,13 +20,11 @@ import torch
 from torch.utils.data import Dataset
 
 from ...images import pixels_to_tensor
-from .image_decoding import BrokenImageError, crop_and_flip, decode_image, resize_shorter_side
+from .image_decoding import BrokenImageError, BrokenImages, crop_and_flip, decode_image, resize_shorter_side
 
 
 if TYPE_CHECKING:
     import datasets
-
-logger = logging.getLogger(__name__)
 
 _STREAMED_VALIDATION_ROWS = 1000
 
@@ -252,15 +249,6 @@ def _integer_labels(rows, column: str, feature, class_names: list[str] | None):
     raise ValueError(
         f"label_column={column!r} holds {feature}: it must hold ClassLabel, bool, integers, or strings when not streaming."
     )
-
-
-class BrokenImages(dict):
-    """The images that could not be read: name → reason. Each is named in one warning when it is first met."""
-
-    def add(self, name: str, error: BrokenImageError) -> None:
-        if name not in self:
-            logger.warning("Skipped the broken image %s (%s).", name, error)
-            self[name] = str(error)
 
 
 class ImageDataset(Dataset):

@@ -1,6 +1,7 @@
 """Encoded images to uint8 RGB arrays of one size, with Pillow."""
 
 import io
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,20 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ...images import to_rgb
 
 
+logger = logging.getLogger(__name__)
+
+
 class BrokenImageError(ValueError):
     """An image that cannot be read; the message says why."""
+
+
+class BrokenImages(dict):
+    """The images that could not be read: name → reason. Each is named in one warning when it is first met."""
+
+    def add(self, name: str, error: BrokenImageError) -> None:
+        if name not in self:
+            logger.warning("Skipped the broken image %s (%s).", name, error)
+            self[name] = str(error)
 
 
 def decode_image(source) -> Image.Image:

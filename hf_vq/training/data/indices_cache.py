@@ -12,7 +12,6 @@ every process writes its own shards. A shard appears complete or not at all, and
 missing. `config.json` says which tokenizer and which images the indices belong to: others are refused.
 """
 
-import hashlib
 import itertools
 import json
 from collections.abc import Iterator
@@ -27,43 +26,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from ...distributed import is_distributed
 from ..checkpointing import flush_file, preserved_random_state, remove_unfinished, write_file_atomically
+from .cache_identity import StaleIndicesError, images_fingerprint, read_sample, tokenizer_fingerprint
 from .streaming import StreamingImageDataset
 
 
 _LAYOUT = 1  # of the folder; raised when it changes
-
-
-class StaleIndicesError(ValueError):
-    """The cached indices belong to another tokenizer or to other images."""
-
-
-def tokenizer_fingerprint(tokenizer: nn.Module) -> str:
-    """A hash of a tokenizer's class, of the fields of its config that matter, and of every weight and buffer."""
-    digest = hashlib.sha256(type(tokenizer).__name__.encode())
-    config = tokenizer.config.to_dict()
-    for name in ("transformers_version", "_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype"):
-        config.pop(name, None)
-    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(tokenizer.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def images_fingerprint(dataset, samples: int = 16) -> str:
-    """A hash of the pixels and fields of a few images (evenly spaced, or the first of a stream), and of their number."""
-    digest = hashlib.sha256()
-    if isinstance(dataset, StreamingImageDataset):
-        chosen = list(itertools.islice(dataset, samples))
-    else:
-        digest.update(str(len(dataset)).encode())
-        places = np.unique(np.linspace(0, len(dataset) - 1, samples).round().astype(int))
-        chosen = [_read(dataset, int(place)) for place in places]
-    for sample in chosen:
-        for name, value in sorted((sample or {}).items()):
-            digest.update(name.encode())
-            digest.update(value.contiguous().numpy().tobytes() if torch.is_tensor(value) else repr(value).encode())
-    return digest.hexdigest()
 
 
 def write_indices(
@@ -316,18 +283,14 @@ class _NumberedRows(Dataset):
         self.dataset = dataset
 
     def __getitem__(self, row: int) -> tuple[int, dict | None]:
-        return row, _read(self.dataset, row)
-
-
-def _read(dataset, row: int) -> dict | None:
-    return dataset.read(row) if hasattr(dataset, "read") else dataset[row]
+        return row, read_sample(self.dataset, row)
 
 
 def _first_readable(dataset) -> dict:
     samples = (
         iter(dataset)
         if isinstance(dataset, StreamingImageDataset)
-        else (_read(dataset, row) for row in range(len(dataset)))
+        else (read_sample(dataset, row) for row in range(len(dataset)))
     )
     for sample in samples:
         if sample is not None:

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...images import pixels_to_tensor
-from .image_datasets import BrokenImages
-from .image_decoding import BrokenImageError, crop_and_flip, decode_image, resize_shorter_side
+from .image_decoding import BrokenImageError, BrokenImages, crop_and_flip, decode_image, resize_shorter_side
 from .samplers import micro_batch_sizes, process_slice
 
 

@@ -1,4 +1,4 @@
-"""What a denoiser of continuous latents is trained on: noise, targets, and the weight of each noise level."""
+"""What a denoiser of continuous latents is trained on: scaled latents, noise, targets, and weights of noise levels."""
 
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
@@ -105,4 +105,39 @@ class DiffusionObjective:
         return (self.weight(timesteps) * errors).mean()
 
 
-__all__ = ["PREDICTION_TYPES", "DiffusionObjective"]
+class LatentScale:
+    """The factor that gives latents a standard deviation of 1, part of a run's state so that a resumed run keeps it.
+
+    Args:
+        value: a known factor, which a resumed run must have started with.
+    """
+
+    def __init__(self, value: float | None = None):
+        if value is not None and not value > 0:
+            raise ValueError(f"`value` must be positive, got {value}.")
+        self.value = self.given = value
+
+    def measure(self, batches) -> float:
+        """`1 / std` over all values of `batches` of latents (Rombach et al. 2022, appendix G)."""
+        count, total, squares = 0, 0.0, 0.0
+        for latents in batches:
+            latents = latents.double()
+            count += latents.numel()
+            total += float(latents.sum())
+            squares += float(latents.square().sum())
+        variance = squares / count - (total / count) ** 2 if count else 0.0
+        if not variance > 0:
+            raise ValueError("`batches` must hold latents that vary: their standard deviation is 0.")
+        self.value = variance**-0.5
+        return self.value
+
+    def state_dict(self) -> dict:
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict) -> None:
+        if self.given not in (None, state["value"]):
+            raise ValueError(f"`value` must be {state['value']}, with which the run started, got {self.given}.")
+        self.value = state["value"]
+
+
+__all__ = ["PREDICTION_TYPES", "DiffusionObjective", "LatentScale"]

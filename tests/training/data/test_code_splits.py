@@ -1,9 +1,12 @@
-"""What the codes of a data set cannot be made of."""
+"""What the codes of a data set cannot be made of, and how many classes they have."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 
 from hf_vq import VQVAE2Config, VQVAE2Model
-from hf_vq.training.data.code_splits import load_code_splits
+from hf_vq.training.data.code_splits import count_classes, load_code_splits
 from hf_vq.training.data.image_datasets import DataArguments
 from hf_vq.training.run import RunArguments, TrainingRun
 
@@ -26,3 +29,29 @@ def test_augmentations_that_change_the_codes_are_refused(run, tmp_path):
     data = DataArguments(str(tmp_path), random_flip=True)
     with pytest.raises(ValueError, match="random_flip_codes=True"):
         load_code_splits(run, data, make_tokenizer(), random_flip=False, several_levels=True)
+
+
+def splits(train, validation):
+    arrays = {"train": train, "validation": validation}
+    return {name: SimpleNamespace(labels=v if v is None else np.array(v)) for name, v in arrays.items()}
+
+
+def test_as_many_as_names_or_as_labels():
+    assert count_classes(splits([0, 2, 2], [1]), None, "number") == 3
+    assert count_classes(splits([0, 1], [1]), ["a", "b", "c", "d"], "name") == 4
+    assert count_classes({"train": object(), "validation": object()}, ["a", "b"], "name") == 2  # a stream
+    assert count_classes(splits(None, None), None, None) == 0
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "message"),
+    [
+        (([0, 1], [2]), None, "the validation labels are 2 to 2, not within 0 to 1"),
+        (([-1, 1], [0]), None, "the train labels are -1 to 1, not within 0 to 1"),
+        (([0, 1], [1]), ["a"], "the train labels are 0 to 1, not within 0 to 0"),
+        ((None, None), None, "label_column='number': the classes of a stream need names"),
+    ],
+)
+def test_what_is_refused(labels, names, message):
+    with pytest.raises(ValueError, match=message):
+        count_classes(splits(*labels), names, "number")

@@ -9,15 +9,9 @@ import torch
 from torch import nn
 
 from hf_vq.training.data import indices_cache
+from hf_vq.training.data.cache_identity import StaleIndicesError, images_fingerprint, tokenizer_fingerprint
 from hf_vq.training.data.image_datasets import load_image_dataset
-from hf_vq.training.data.indices_cache import (
-    StaleIndicesError,
-    images_fingerprint,
-    load_indices,
-    smallest_dtype,
-    tokenizer_fingerprint,
-    write_indices,
-)
+from hf_vq.training.data.indices_cache import load_indices, smallest_dtype, write_indices
 from tests.training.data.test_image_datasets import arguments, make_rows
 
 

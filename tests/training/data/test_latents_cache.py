@@ -1,13 +1,12 @@
 """Latents that are computed once."""
 
-import numpy as np
 import pytest
 import torch
 from torch.utils.data import Dataset
 
 from hf_vq import VQVAE2Config, VQVAE2Model, VQVAEConfig, VQVAEModel
-from hf_vq.training.data.indices_cache import StaleIndicesError
-from hf_vq.training.data.latents_cache import LatentScale, LatentsDataset, encode_latents, write_latents
+from hf_vq.training.data.cache_identity import StaleIndicesError
+from hf_vq.training.data.latents_cache import LatentsDataset, encode_latents, write_latents
 
 
 class Images(Dataset):
@@ -92,18 +91,5 @@ def test_an_interrupted_write_leaves_no_folder(tmp_path):
     assert not (tmp_path / "latents").exists()
 
 
-def test_the_scale():
-    values = torch.randn(3, 7, 4, 2, 2, generator=torch.Generator().manual_seed(0)) * 3 + 5
-    scale = LatentScale()
-    scale.measure(iter(values))
-    assert abs(scale.value - 1 / np.std(values.numpy())) < 1e-6
-    for other in (LatentScale(), LatentScale(scale.value)):
-        other.load_state_dict(scale.state_dict())
-        assert other.value == scale.value
-    with pytest.raises(ValueError, match="with which the run started, got 2.0"):
-        LatentScale(2.0).load_state_dict(scale.state_dict())
-    with pytest.raises(ValueError, match="`value` must be positive"):
-        LatentScale(0.0)
-    with pytest.raises(ValueError, match="their standard deviation is 0"):
-        LatentScale().measure([torch.ones(2, 2)])
+def test_latents_are_float32():
     assert encode_latents(make_tokenizer(), torch.zeros(1, 3, 8, 8)).dtype == torch.float32

@@ -2,11 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-from hf_vq.training.objectives.diffusion_objective import DiffusionObjective
+from hf_vq.training.objectives.diffusion_objective import DiffusionObjective, LatentScale
 
 
 def seeded(seed=0):
@@ -124,3 +125,19 @@ def test_errors():
         DiffusionObjective("noise")
     with pytest.raises(ValueError, match="`min_snr_gamma` must be positive"):
         DiffusionObjective("epsilon", min_snr_gamma=0)
+
+
+def test_the_scale():
+    values = torch.randn(3, 7, 4, 2, 2, generator=torch.Generator().manual_seed(0)) * 3 + 5
+    scale = LatentScale()
+    scale.measure(iter(values))
+    assert abs(scale.value - 1 / np.std(values.numpy())) < 1e-6
+    for other in (LatentScale(), LatentScale(scale.value)):
+        other.load_state_dict(scale.state_dict())
+        assert other.value == scale.value
+    with pytest.raises(ValueError, match="with which the run started, got 2.0"):
+        LatentScale(2.0).load_state_dict(scale.state_dict())
+    with pytest.raises(ValueError, match="`value` must be positive"):
+        LatentScale(0.0)
+    with pytest.raises(ValueError, match="their standard deviation is 0"):
+        LatentScale().measure([torch.ones(2, 2)])

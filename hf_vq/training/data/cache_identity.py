@@ -1,0 +1,52 @@
+"""Which tokenizer and which images a cache of codes or latents belongs to."""
+
+import hashlib
+import itertools
+import json
+
+import numpy as np
+import torch
+from torch import nn
+
+from .streaming import StreamingImageDataset
+
+
+class StaleIndicesError(ValueError):
+    """The cached indices belong to another tokenizer or to other images."""
+
+
+def tokenizer_fingerprint(tokenizer: nn.Module) -> str:
+    """A hash of a tokenizer's class, of the fields of its config that matter, and of every weight and buffer."""
+    digest = hashlib.sha256(type(tokenizer).__name__.encode())
+    config = tokenizer.config.to_dict()
+    for name in ("transformers_version", "_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype"):
+        config.pop(name, None)
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(tokenizer.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def images_fingerprint(dataset, samples: int = 16) -> str:
+    """A hash of the pixels and fields of a few images (evenly spaced, or the first of a stream), and of their number."""
+    digest = hashlib.sha256()
+    if isinstance(dataset, StreamingImageDataset):
+        chosen = list(itertools.islice(dataset, samples))
+    else:
+        digest.update(str(len(dataset)).encode())
+        places = np.unique(np.linspace(0, len(dataset) - 1, samples).round().astype(int))
+        chosen = [read_sample(dataset, int(place)) for place in places]
+    for sample in chosen:
+        for name, value in sorted((sample or {}).items()):
+            digest.update(name.encode())
+            digest.update(value.contiguous().numpy().tobytes() if torch.is_tensor(value) else repr(value).encode())
+    return digest.hexdigest()
+
+
+def read_sample(dataset, row: int) -> dict | None:
+    """One sample without augmentation, or None where its image is broken."""
+    return dataset.read(row) if hasattr(dataset, "read") else dataset[row]
+
+
+__all__ = ["StaleIndicesError", "images_fingerprint", "read_sample", "tokenizer_fingerprint"]
