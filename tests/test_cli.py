@@ -273,3 +273,10 @@ def test_wrong_usage_exits_with_2(capsys):
 def test_version():
     done = subprocess.run([sys.executable, "-m", "hf_vq.cli", "--version"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip() == f"hf-vq {hf_vq.__version__}"
+
+
+@pytest.mark.parametrize("command", [None, "info", "reconstruct", "encode", "decode", "sample"])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit, match="^0$"):
+        main([command, "--help"] if command else ["--help"])
+    assert "usage: hf-vq" in capsys.readouterr().out

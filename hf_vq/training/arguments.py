@@ -9,6 +9,15 @@ import yaml
 from transformers import HfArgumentParser
 
 
+class _ArgumentParser(HfArgumentParser):
+    """Takes the help of a dataclass's field as it is written, where argparse would see a format in "5%"."""
+
+    def add_argument(self, *names, **options):
+        if isinstance(options.get("help"), str):
+            options["help"] = options["help"].replace("%", "%%")
+        return super().add_argument(*names, **options)
+
+
 def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None = None) -> tuple:
     """One instance of each dataclass.
 
@@ -22,7 +31,7 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None 
         ValueError: the file has a key that no dataclass has, or is not a mapping.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(tuple(dataclass_types))
+    parser = _ArgumentParser(tuple(dataclass_types))
     if argv and argv[0].endswith((".yaml", ".yml", ".json")):
         file = Path(argv.pop(0))
         text = file.read_text()

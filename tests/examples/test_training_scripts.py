@@ -14,8 +14,11 @@ from hf_vq.training.data import code_splits
 from hf_vq.training.objectives.vqgan_loss import VQGANLoss
 
 
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
 def script(name):
-    path = Path(__file__).resolve().parents[2] / "examples" / name / f"train_{name}.py"
+    path = EXAMPLES / name / f"train_{name}.py"
     spec = importlib.util.spec_from_file_location(f"train_{name}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -26,6 +29,18 @@ def tokenizer_arguments(name, *argv):
     module = script(name)
     kind = module.VQGANArguments if name == "vqgan" else module.VQVAEArguments
     return parse_arguments((kind,), list(argv))[0]
+
+
+SCRIPTS = sorted(path.parent.name for path in EXAMPLES.glob("*/train_*.py"))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help(name, capsys):
+    assert len(SCRIPTS) == 7
+    with pytest.raises(SystemExit, match="^0$"):
+        script(name).main(["--help"])
+    text = capsys.readouterr().out
+    assert '"train[5%:]"' in " ".join(text.split()) and "--max_train_steps" in text
 
 
 @pytest.mark.parametrize("name", ["vqgan", "vqvae"])

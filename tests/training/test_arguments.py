@@ -12,6 +12,19 @@ class Numbers:
     rate: float = field(default=0.5)
 
 
+@dataclass
+class Share:
+    share: str = field(default="5%", metadata={"help": 'Such as "train[5%:]", 100 %(all) or %s.'})
+    on: bool = field(default=True, metadata={"help": "At 100%."})
+
+
+def test_help_shows_percent_signs_as_they_are_written(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        parse_arguments((Share,), ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert 'Such as "train[5%:]", 100 %(all) or %s. (default: 5%)' in text and text.count("At 100%.") == 2
+
+
 @pytest.mark.parametrize("text", ["", "# nothing but a comment\n"])
 def test_an_empty_file_changes_nothing(tmp_path, text):
     (tmp_path / "empty.yaml").write_text(text)
