@@ -1,5 +1,7 @@
 """Images in and out: Pillow images, numpy arrays and tensors to pixel values in [-1, 1], and back."""
 
+import warnings
+
 import numpy as np
 import torch
 from PIL import Image, ImageOps
@@ -130,6 +132,35 @@ def _floats(image: np.ndarray, mode: str) -> np.ndarray:
     return image if image.shape[2] == 1 else (image @ luma)[..., None]
 
 
+def check_pixel_range(name: str, images: torch.Tensor) -> None:
+    """Whether `images`, of any shape, are pixel values in [-1, 1], which figures of images are defined on.
+
+    Values that all lie in [0, 1], the range of most files and of `output_type="pt"`, may be right for bright images and
+    are warned about.
+
+    Raises:
+        ValueError: integers, values that are not finite, or values beyond [-1, 1]; the message says how to convert.
+    """
+    if not images.is_floating_point():
+        raise ValueError(
+            f"`{name}` must be floating-point values in [-1, 1], got {images.dtype}: convert 0…255 by "
+            "`images / 127.5 - 1`."
+        )
+    if images.numel() == 0:
+        raise ValueError(f"`{name}` must hold at least one value, got shape {tuple(images.shape)}.")
+    low, high = (float(value) for value in images.detach().aminmax())
+    if not (-1.001 <= low and high <= 1.001):  # a rounding beyond is none of the caller's doing
+        raise ValueError(
+            f"`{name}` must lie in [-1, 1], got {low:g} to {high:g}: clamp, or convert, before measuring."
+        )
+    if low >= 0 and high > 0:
+        warnings.warn(
+            f"`{name}` is expected in [-1, 1], and no value lies below 0 ({low:g} to {high:g}): convert images in "
+            "[0, 1] by `2 * images - 1`.",
+            stacklevel=3,
+        )
+
+
 def images_as(images: torch.FloatTensor, output_type: str) -> torch.FloatTensor | np.ndarray | list[Image.Image]:
     """Images `(B, C, H, W)` in [0, 1] as `output_type`: "pil", "np" or "pt", see [`VQPipelineOutput`]."""
     if output_type == "pt":
@@ -154,6 +185,7 @@ def to_pil(images: torch.Tensor) -> list[Image.Image]:
 
 __all__ = [
     "array_to_pil",
+    "check_pixel_range",
     "images_as",
     "numpy_to_pil",
     "pixels_to_tensor",

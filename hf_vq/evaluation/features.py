@@ -8,6 +8,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..distributed import all_gathered, is_main_process
+from ..images import check_pixel_range
 
 
 class FeatureExtractor(Protocol):
@@ -76,7 +77,8 @@ class FeatureCollector:
     def update(self, images: torch.Tensor) -> None:
         """Add a batch `(B, 3, H, W)` in [-1, 1], on the extractor's device."""
         if images.ndim != 4:
-            raise ValueError(f"`images` must have shape (B, 3, H, W), got {tuple(images.shape)}")
+            raise ValueError(f"`images` must have shape (B, 3, H, W), got {tuple(images.shape)}.")
+        check_pixel_range("images", images)
         with torch.autocast(images.device.type, enabled=False):
             features = self.extractor.pooled(images.float())
         if features.ndim != 2 or len(features) != len(images):

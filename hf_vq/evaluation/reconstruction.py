@@ -1,7 +1,7 @@
 """How close a reconstruction is to its original, pixel by pixel: PSNR, SSIM and L1, each per image.
 
-All functions take images in [-1, 1] and do not clamp: clamp a decoder's output before measuring it, as saving it as a
-picture would.
+All functions take images in [-1, 1]. A decoder's output goes beyond and is refused: clamp it before measuring it, as
+saving it as a picture would.
 """
 
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ..distributed import all_reduced
+from ..images import check_pixel_range
 
 
 DATA_RANGE = 2.0  # the width of [-1, 1]
@@ -39,7 +40,9 @@ def ssim(images: torch.Tensor, references: torch.Tensor, window_size: int = 11, 
     """Structural similarity (Wang et al. 2004, equation 13) of each image, the mean over positions and channels.
 
     Means, variances and covariance are weighted by a Gaussian window, at the positions where the window lies wholly
-    inside the image; `C1 = (0.01 range)²`, `C2 = (0.03 range)²`. Colour channels are compared one by one.
+    inside the image; `C1 = (0.01 range)²`, `C2 = (0.03 range)²`. Colour channels are compared one by one. The luminance
+    term depends on where zero lies: as in every published figure it is that of [0, 1], range 1, which [-1, 1] is
+    mapped to.
 
     Args:
         images, references (`(B, C, H, W)` in [-1, 1]): H and W at least `window_size`.
@@ -54,7 +57,7 @@ def ssim(images: torch.Tensor, references: torch.Tensor, window_size: int = 11, 
         raise ValueError(f"`window_size` must be odd and positive, got {window_size}")
     if min(images.shape[-2:]) < window_size:
         raise ValueError(f"`images` must be at least {window_size} pixels high and wide, got {tuple(images.shape)}")
-    x, y = _floating(images), _floating(references)
+    x, y = _floating(images) / 2, _floating(references) / 2  # [0, 1] less a half: variances lose fewer digits
     offsets = torch.arange(window_size, dtype=x.dtype, device=x.device) - window_size // 2
     window = torch.exp(-offsets.square() / (2 * sigma**2))
     window = window / window.sum()
@@ -69,7 +72,8 @@ def ssim(images: torch.Tensor, references: torch.Tensor, window_size: int = 11, 
     variance_x = local_mean(x * x) - mean_x * mean_x
     variance_y = local_mean(y * y) - mean_y * mean_y
     covariance = local_mean(x * y) - mean_x * mean_y
-    c1, c2 = (0.01 * DATA_RANGE) ** 2, (0.03 * DATA_RANGE) ** 2
+    c1, c2 = 0.01**2, 0.03**2
+    mean_x, mean_y = mean_x + 0.5, mean_y + 0.5
     luminance = (2 * mean_x * mean_y + c1) / (mean_x.square() + mean_y.square() + c1)
     contrast_structure = (2 * covariance + c2) / (variance_x + variance_y + c2)
     return (luminance * contrast_structure).flatten(1).mean(1)
@@ -109,8 +113,10 @@ def _check_pair(images: torch.Tensor, references: torch.Tensor) -> None:
     if images.ndim != 4 or images.shape != references.shape:
         raise ValueError(
             "`images` and `references` must have one shape (B, C, H, W), "
-            f"got {tuple(images.shape)} and {tuple(references.shape)}"
+            f"got {tuple(images.shape)} and {tuple(references.shape)}."
         )
+    check_pixel_range("images", images)
+    check_pixel_range("references", references)
 
 
 def _floating(images: torch.Tensor) -> torch.Tensor:

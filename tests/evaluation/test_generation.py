@@ -194,10 +194,15 @@ def test_compare_images_takes_the_features_of_all_batches():
             assert len(images) <= 4
             return images.mean((2, 3))
 
-    real, generated = torch.rand(2, 10, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    real, generated = torch.rand(2, 10, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
     found = compare_images(real, generated[:9], Means(), batch_size=4, metrics=("frechet_distance",))
     means = [FeatureSet(images.flatten(2).mean(-1), "means") for images in (real, generated[:9])]
     assert found == compare_features(*means, metrics=("frechet_distance",)) and found[0].num_generated == 9
+
+    with pytest.warns(UserWarning, match=r"`images` is expected in \[-1, 1\]"):
+        compare_images(real, generated / 2 + 0.5, Means(), batch_size=4)
+    with pytest.raises(ValueError, match="`images` must be floating-point values"):
+        compare_images(real, (generated * 127.5 + 127.5).to(torch.uint8), Means(), batch_size=4)
 
 
 def test_features_that_cannot_be_compared_are_refused():

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import pytorch_msssim
 import torch
 from scipy.ndimage import gaussian_filter
 
@@ -24,7 +25,7 @@ def ssim_by_scipy(x, y):
 
     mx, my = blur(x), blur(y)
     vx, vy, cov = blur(x * x) - mx**2, blur(y * y) - my**2, blur(x * y) - mx * my
-    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
+    c1, c2 = 0.01**2, 0.03**2
     return np.mean((2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2)))
 
 
@@ -40,7 +41,7 @@ def ssim_by_definition(x, y):
             ma, mb = (window * a).sum(), (window * b).sum()
             va, vb = (window * (a - ma) ** 2).sum(), (window * (b - mb) ** 2).sum()
             cov = (window * (a - ma) * (b - mb)).sum()
-            c1, c2 = 0.02**2, 0.06**2
+            c1, c2 = 0.01**2, 0.03**2
             values.append((2 * ma * mb + c1) * (2 * cov + c2) / ((ma**2 + mb**2 + c1) * (va + vb + c2)))
     return np.mean(values)
 
@@ -51,7 +52,9 @@ def test_ssim_agrees_with_numpy(reference, amount):
     x = images()
     y = noisy(x, amount)
     expected = [
-        np.mean([reference(a.double().numpy(), b.double().numpy()) for a, b in zip(p, q, strict=True)])
+        np.mean(
+            [reference(a.double().numpy() / 2 + 0.5, b.double().numpy() / 2 + 0.5) for a, b in zip(p, q, strict=True)]
+        )
         for p, q in zip(x, y, strict=True)
     ]
     np.testing.assert_allclose(ssim(x, y).numpy(), expected, atol=2e-6)
@@ -62,14 +65,22 @@ def test_ssim_of_equal_and_of_constant_images():
     x = images()
     torch.testing.assert_close(ssim(x, x), torch.ones(3))
     # Constant images have no variance: only the luminance term is left.
-    a, b = torch.full((1, 1, 11, 11), 0.5), torch.full((1, 1, 11, 11), -0.25)
-    c1 = 0.02**2
-    expected = (2 * 0.5 * -0.25 + c1) / (0.5**2 + 0.25**2 + c1)
+    a, b = torch.full((1, 1, 11, 11), -0.5), torch.full((1, 1, 11, 11), -0.25)  # 0.25 and 0.375 of [0, 1]
+    c1 = 0.01**2
+    expected = (2 * 0.25 * 0.375 + c1) / (0.25**2 + 0.375**2 + c1)
     torch.testing.assert_close(ssim(a, b), torch.tensor([expected]), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("size", [(17, 23), (64, 64)])
+def test_ssim_is_the_one_that_others_publish(size):
+    x = images(size=size)
+    y = noisy(x, 0.3)
+    expected = pytorch_msssim.ssim(x / 2 + 0.5, y / 2 + 0.5, data_range=1.0, size_average=False)
+    torch.testing.assert_close(ssim(x, y), expected, atol=1e-5, rtol=0)
+
+
 def test_psnr_and_l1_closed_forms():
-    x = torch.zeros(2, 3, 4, 4)
+    x = torch.full((2, 3, 4, 4), -0.5)
     y = x.clone()
     y[0] += 0.2  # MSE 0.04: 10 log10(4 / 0.04) = 20 dB
     torch.testing.assert_close(psnr(x, y), torch.tensor([20.0, float("inf")]))
@@ -94,6 +105,29 @@ def test_shapes_are_checked(function):
         function(images(), images(batch=1))
     with pytest.raises(ValueError, match="one shape"):
         function(images()[0], images()[0])
+
+
+@pytest.mark.parametrize("function", [psnr, l1, ssim])
+@pytest.mark.parametrize("side", ["images", "references"])
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (lambda x: (x * 127.5 + 127.5).to(torch.uint8), r"got torch.uint8: convert 0…255"),
+        (lambda x: x * 127.5 + 127.5, "got .* to 25.*: clamp"),
+        (lambda x: x * 1.5, "lie in .*: clamp"),
+        (lambda x: x.where(x > 0, torch.nan), "got nan to nan"),
+    ],
+)
+def test_images_of_another_range_are_refused(function, side, wrong, message):
+    arguments = {"images": images(), "references": images(seed=1)}
+    with pytest.raises(ValueError, match=f"`{side}` must .*{message}"):
+        function(**arguments | {side: wrong(arguments[side])})
+
+
+@pytest.mark.parametrize("function", [psnr, l1, ssim])
+def test_images_without_a_value_below_0_are_warned_about(function):
+    with pytest.warns(UserWarning, match=r"`references` is expected in \[-1, 1\]"):
+        function(images(), images(seed=1) / 2 + 0.5)
 
 
 def test_ssim_arguments_are_checked():
