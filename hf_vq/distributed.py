@@ -1,4 +1,7 @@
-"""Sums and concatenations over the processes of a distributed run."""
+"""The one meaning of several processes: sums, concatenations and agreements over a distributed run."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -47,4 +50,40 @@ def all_gathered(rows: torch.Tensor | None) -> torch.Tensor:
     return torch.cat(parts)
 
 
-__all__ = ["all_gathered", "all_reduced", "is_distributed", "is_main_process"]
+def from_main_process(value: Any) -> Any:
+    """The value that process 0 has, on every process; picklable, and called by all of them."""
+    if not is_distributed():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def union_over_processes(names: set[str]) -> set[str]:
+    """The names that any process has, on every process; called by all of them."""
+    if not is_distributed():
+        return names
+    parts = [set()] * dist.get_world_size()
+    dist.all_gather_object(parts, names)
+    return set().union(*parts)
+
+
+def share_of_process(rows: Sequence) -> Sequence:
+    """The rows that this process takes of `rows`, every N-th from its own rank on.
+
+    Together the processes take every row once; shares differ in length by at most one, and may be empty.
+    """
+    if not is_distributed():
+        return rows
+    return rows[dist.get_rank() :: dist.get_world_size()]
+
+
+__all__ = [
+    "all_gathered",
+    "all_reduced",
+    "from_main_process",
+    "is_distributed",
+    "is_main_process",
+    "share_of_process",
+    "union_over_processes",
+]

@@ -23,10 +23,10 @@ from hf_vq import (
 )
 from hf_vq.evaluation.evaluate import evaluate_prior
 from hf_vq.pipelines.code_sampling import LevelSampling, sample_level
-from hf_vq.training.arguments import parse_arguments, parse_mapping
 from hf_vq.training.data.code_splits import count_classes, load_code_splits
 from hf_vq.training.data.image_datasets import DataArguments, collate
 from hf_vq.training.run import RunArguments, TrainingRun
+from hf_vq.training.run_arguments import parse_arguments, parse_mapping
 from hf_vq.training.sharing import save_trained
 
 

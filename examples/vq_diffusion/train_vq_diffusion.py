@@ -17,12 +17,12 @@ from hf_vq import MaskReplaceScheduler, VQDiffusionImagePipeline, VQDiffusionTra
 from hf_vq.evaluation.diffusion_likelihood import DiffusionLikelihood
 from hf_vq.evaluation.evaluate import evaluate_prior
 from hf_vq.pipelines.text_conditioning import TextCondition, text_length
-from hf_vq.training.arguments import parse_arguments
 from hf_vq.training.data.code_splits import count_classes, load_code_splits
 from hf_vq.training.data.image_datasets import DataArguments, collate, load_image_dataset
 from hf_vq.training.objectives.mask_replace_objective import MaskReplaceObjective
 from hf_vq.training.objectives.timestep_sampler import ImportanceTimestepSampler
 from hf_vq.training.run import RunArguments, TrainingRun
+from hf_vq.training.run_arguments import parse_arguments
 from hf_vq.training.sharing import save_trained
 
 

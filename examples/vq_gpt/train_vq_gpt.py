@@ -14,10 +14,10 @@ from transformers import AutoImageProcessor, AutoModel
 
 from hf_vq import VQAutoregressivePipeline, VQGPTConfig, VQGPTForCausalLM
 from hf_vq.evaluation.evaluate import evaluate_prior
-from hf_vq.training.arguments import parse_arguments
 from hf_vq.training.data.code_splits import count_classes, load_code_splits
 from hf_vq.training.data.image_datasets import DataArguments, collate
 from hf_vq.training.run import RunArguments, TrainingRun
+from hf_vq.training.run_arguments import parse_arguments
 from hf_vq.training.sharing import save_trained
 
 

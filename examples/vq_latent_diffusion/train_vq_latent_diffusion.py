@@ -16,12 +16,12 @@ from transformers import AutoImageProcessor, AutoModel
 
 from hf_vq import VQLatentDiffusionPipeline
 from hf_vq.pipelines.text_conditioning import encode_text
-from hf_vq.training.arguments import parse_arguments
 from hf_vq.training.data.code_splits import count_classes
 from hf_vq.training.data.image_datasets import DataArguments, collate, load_image_dataset
 from hf_vq.training.data.latents_cache import LatentsDataset, encode_latents, write_latents
 from hf_vq.training.objectives.diffusion_objective import PREDICTION_TYPES, DiffusionObjective, LatentScale
 from hf_vq.training.run import RunArguments, TrainingRun
+from hf_vq.training.run_arguments import parse_arguments
 from hf_vq.training.sharing import save_trained
 from hf_vq.training.text_encoder import load_text_encoder
 

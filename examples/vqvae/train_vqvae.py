@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 import torch
 
 from hf_vq import VQImageProcessor, VQVAEConfig, VQVAEModel
-from hf_vq.training.arguments import parse_arguments, parse_mapping
 from hf_vq.training.data.image_datasets import DataArguments, load_image_dataset, pixel_variance
 from hf_vq.training.objectives.perceptual import build_perceptual
 from hf_vq.training.objectives.vqgan_loss import cosine_temperature
 from hf_vq.training.run import RunArguments, TrainingRun
+from hf_vq.training.run_arguments import parse_arguments, parse_mapping
 from hf_vq.training.sharing import save_trained
 from hf_vq.training.validation import validate_tokenizer
 

@@ -84,19 +84,3 @@ def seed_process(accelerator: "Accelerator", seed: int) -> None:
     from accelerate.utils import set_seed
 
     set_seed(seed + accelerator.process_index)
-
-
-def from_main_process(value):
-    """The value that the main process has; called by every process."""
-    from accelerate.utils import broadcast_object_list
-
-    return broadcast_object_list([value])[0]
-
-
-def union_over_processes(accelerator: "Accelerator", names: set[str]) -> set[str]:
-    """The names that any process has; called by every process."""
-    if accelerator.num_processes == 1:
-        return names
-    from accelerate.utils import gather_object
-
-    return set(gather_object(sorted(names)))

@@ -42,6 +42,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..distributed import from_main_process, union_over_processes
 from ..evaluation.evaluate import evaluation_mode
 from .checkpointing import (
     draft_folder,
@@ -60,9 +61,8 @@ from .checkpointing import (
 from .data.image_datasets import collate
 from .data.loading import micro_batches, move_to_device
 from .data.samplers import micro_batch_sizes
-from .guards import MetricGuard, TrainingStoppedError
-from .metrics import MetricsFile, MetricWindow, Stopwatch
-from .processes import build_accelerator, from_main_process, prepare_model, seed_process, union_over_processes
+from .metrics import MetricGuard, MetricsFile, MetricWindow, Stopwatch, TrainingStoppedError
+from .processes import build_accelerator, prepare_model, seed_process
 from .run_arguments import RunArguments, learning_rate_factor
 from .trackers import start_tracker, track_images
 from .weight_ema import WeightEMA
@@ -373,7 +373,7 @@ class TrainingRun:
         row.update(self._window.take(lambda sums: self.accelerator.reduce(sums, "sum")))
         row["images_per_second"] = self._clock.take_speed()
         row["seconds"] = self._clock.elapsed()
-        self.broken_images = union_over_processes(self.accelerator, self.broken_images)
+        self.broken_images = union_over_processes(self.broken_images)
         row["broken_images"] = len(self.broken_images)
         self._write_row(row)
         if self._progress_bar is not None:
@@ -430,7 +430,7 @@ class TrainingRun:
         Called by every process; all of them, on all machines, must see the same `output_dir`.
         """
         path = Path(path) if path is not None else self.output_dir / f"checkpoint-{self.global_step}"
-        self.broken_images = union_over_processes(self.accelerator, self.broken_images)
+        self.broken_images = union_over_processes(self.broken_images)
         draft = from_main_process(draft_folder(path) if self.is_main_process else None)
         # The main process's buffers are with its models; BatchNorm's statistics, for one, are each process's own.
         buffers = {} if self.is_main_process else get_buffers(self.models)

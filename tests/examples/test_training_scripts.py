@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from hf_vq import VQGPTForCausalLM, VQImageProcessor, VQVAEConfig, VQVAEModel
-from hf_vq.training.arguments import parse_arguments
 from hf_vq.training.data import code_splits
 from hf_vq.training.objectives.vqgan_loss import VQGANLoss
+from hf_vq.training.run_arguments import parse_arguments
 
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"

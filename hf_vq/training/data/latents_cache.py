@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from ...distributed import from_main_process
 from ..checkpointing import draft_folder, preserved_random_state, publish_folder
-from ..processes import from_main_process
 from .cache_identity import StaleIndicesError, images_fingerprint, tokenizer_fingerprint
 from .image_datasets import collate
 

@@ -2,8 +2,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from hf_vq.training.arguments import parse_arguments, parse_mapping
 from hf_vq.training.data.image_datasets import DataArguments
+from hf_vq.training.run_arguments import parse_arguments, parse_mapping
 
 
 @dataclass
