@@ -1,3 +1,6 @@
+import argparse
+import io
+import json
 import subprocess
 import sys
 
@@ -10,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import hf_vq
-from hf_vq.cli import main
+from hf_vq.cli import build_parser, main
 from hf_vq.evaluation.pictures import labelled_rows
 from tests.pipelines import test_pipeline_vq_latent_diffusion, test_pipeline_vqvae2, vq_diffusion_parts
 
@@ -26,6 +29,9 @@ CONFIG = {
     "num_embeddings": 16,
     "resolution": 8,
 }
+SUBCOMMANDS = next(
+    action.choices for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction)
+)
 
 
 @pytest.fixture(scope="module")
@@ -158,8 +164,79 @@ def test_a_folder_that_does_not_exist_while_the_hub_cannot_be_reached(capsys, mo
 def test_reconstruct(folder, tmp_path, capsys):
     output = tmp_path / "both.png"
     assert run("reconstruct", folder / "vqgan", folder / "a.png", folder / "b.png", "--output", output) == 0
-    assert capsys.readouterr().out.count("PSNR") == 2
+    assert capsys.readouterr().out.count(".png: PSNR") == 2
     assert Image.open(output).width > 16
+
+
+def test_folders_patterns_and_lists_in_batches(folder, tmp_path, capsys, monkeypatch):
+    photos = tmp_path / "photos" / "more"
+    photos.mkdir(parents=True)
+    for number in range(5):
+        Image.radial_gradient("L").rotate(20 * number).resize((13, 9)).save(photos / f"{number}.png")
+    (photos / "notes.txt").write_text("no image")
+    output = tmp_path / "indices.safetensors"
+
+    def encode(*images):
+        code = run("encode", folder / "vqgan", *images, "--batch-size", 2, "--output", output)
+        with safe_open(output, "pt") as file:
+            return code, file.get_tensor("indices"), json.loads(file.metadata()["images"])
+
+    code, indices, names = encode(tmp_path / "photos")
+    assert code == 0 and [name[-5:] for name in names] == [f"{i}.png" for i in range(5)]
+    for number in range(5):
+        assert torch.equal(encode(photos / f"{number}.png")[1][0], indices[number])
+    assert torch.equal(encode(photos / "[1-3].png")[1], indices[1:4])
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{photos / '4.png'}\n{photos / '0.png'}\n"))
+    assert torch.equal(encode("-")[1], indices[[4, 0]])
+
+    (photos / "2.png").write_bytes(b"no image")
+    capsys.readouterr()
+    code, without, names = encode(tmp_path / "photos", tmp_path / "missing.png")
+    assert code == 1 and torch.equal(without, indices[[0, 1, 3, 4]]) and len(names) == 4
+    error = capsys.readouterr().err
+    assert f"{photos / '2.png'}: skipped" in error and "missing.png: skipped, not a readable image (no such" in error
+    assert "skipped 2 of 6 images" in error
+
+
+def test_the_sheet_is_limited_and_all_are_measured(folder, tmp_path, capsys):
+    images = [folder / "a.png", folder / "b.png"] * 3
+    output = tmp_path / "both.png"
+    options = ("--output", output, "--batch-size", 4, "--max-pictures", 5, "--json")
+    assert run("reconstruct", folder / "vqgan", *images, *options) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert [figure["image"] for figure in figures["images"]] == [str(image) for image in images]
+    values = [figure["psnr"] for figure in figures["images"]]
+    assert values[2:] == pytest.approx(values[:4]) and figures["mean_psnr"] == pytest.approx(sum(values) / 6)
+    assert figures["skipped"] == 0
+    assert run("reconstruct", folder / "vqgan", *images, *options[:-1]) == 0
+    assert "the sheet shows the first 5 of 6 images" in capsys.readouterr().out
+
+
+def test_classes_of_several_options_are_all_drawn(folder, tmp_path):
+    common = ("--num-images", 2, "--seed", 4, "--output")
+    assert run("sample", folder / "pipeline", "--class-label", "dog", "2", *common, tmp_path / "a.png") == 0
+    assert (
+        run(
+            "sample",
+            folder / "pipeline",
+            *("--class-label", "dog") * 1,
+            "--class-label",
+            2,
+            *common,
+            tmp_path / "b.png",
+        )
+        == 0
+    )
+    np.testing.assert_array_equal(np.array(Image.open(tmp_path / "a.png")), np.array(Image.open(tmp_path / "b.png")))
+
+
+@pytest.mark.parametrize("command", ["", *SUBCOMMANDS])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*command.split(), "--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert "exit codes" in printed and (not command or f"hf-vq {command} " in printed.split("examples:")[1])
 
 
 def test_sample(folder, tmp_path):
@@ -241,7 +318,12 @@ def test_options_that_a_pipeline_does_not_have(folder, diffusion, capsys):
     [
         (("info", "."), "model_index.json or a config.json"),
         (("encode", "prior", "a.png"), "must be a tokenizer"),
-        (("encode", "vqgan", "missing.png"), "missing.png"),
+        (("encode", "vqgan", "missing.png"), "None of 1 images could be read"),
+        (("encode", "vqgan", "prior"), "The folder `prior` must hold images"),
+        (("encode", "vqgan", "*.tif"), "The pattern `*.tif` must match a file"),
+        (("reconstruct", "vqgan", "a.png", "--output", "sheet.xyz"), "`--output` must end as an image file does"),
+        (("info", "broken"), "broken/config.json` must be a JSON file"),
+        (("sample", "pipeline", "--image", "pipeline/model_index.json"), "`--image` "),
         (("sample", "vqgan"), "is not a pipeline"),
         (("sample", "pipeline", "--class-label", "cow"), "cow"),
         (("decode", "vqgan", "outside.safetensors"), "below 16"),
@@ -257,6 +339,8 @@ def test_errors_a_user_can_mend(folder, arguments, message, capsys, monkeypatch)
     save_file({"indices": torch.full((1, 4, 4), 16)}, folder / "outside.safetensors")
     save_file({"codes": torch.zeros(1, 4, 4)}, folder / "other.safetensors")
     save_file({"indices": torch.zeros(1, 4, dtype=torch.int64)}, folder / "flat.safetensors")
+    (folder / "broken").mkdir(exist_ok=True)
+    (folder / "broken" / "config.json").write_text('{"architectures": ["VQGANM')
     monkeypatch.chdir(folder)
     assert run(*arguments) == 1
     error = capsys.readouterr().err.splitlines()[-1]
@@ -273,10 +357,3 @@ def test_wrong_usage_exits_with_2(capsys):
 def test_version():
     done = subprocess.run([sys.executable, "-m", "hf_vq.cli", "--version"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip() == f"hf-vq {hf_vq.__version__}"
-
-
-@pytest.mark.parametrize("command", [None, "info", "reconstruct", "encode", "decode", "sample"])
-def test_help(command, capsys):
-    with pytest.raises(SystemExit, match="^0$"):
-        main([command, "--help"] if command else ["--help"])
-    assert "usage: hf-vq" in capsys.readouterr().out

@@ -1,0 +1,192 @@
+"""What the subcommands are given: models, image files, devices."""
+
+import glob
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def load(source: str):
+    """The model or pipeline of hf_vq in a folder or Hub repository."""
+    import hf_vq
+
+    index = read_json(source, "model_index.json")
+    if index is None:
+        config = read_json(source, "config.json", needed=True)
+        if config is None:
+            raise ValueError(f"`{source}` must hold a model_index.json or a config.json.")
+        name = (config.get("architectures") or [config.get("_class_name")])[0]
+    else:
+        name = index.get("_class_name")
+        name = name[-1] if isinstance(name, list) and name else name
+    if name not in hf_vq.__all__:
+        raise ValueError(f"`{source}` must be a model or pipeline of hf_vq, got a {name}.")
+    return getattr(hf_vq, name).from_pretrained(source)
+
+
+def read_json(source: str, name: str, needed: bool = False) -> dict | None:
+    """A JSON file of a folder or Hub repository; None if it is not there.
+
+    Without the Hub its cache is read; whether a file that is not in it exists is then unknown, an error if it is `needed`.
+    """
+    if Path(source).is_dir():
+        path = Path(source) / name
+    else:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+
+        try:
+            path = Path(hf_hub_download(source, name))
+        except HFValidationError as error:
+            raise ValueError(
+                f"The folder `{source}` does not exist, and it is not the name of a repository."
+            ) from error
+        except LocalEntryNotFoundError as error:
+            if needed:
+                raise ValueError(f"The folder `{source}` does not exist, and the Hub could not be reached.") from error
+            return None
+        except EntryNotFoundError:
+            return None
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of the decoding or of the JSON
+        raise ValueError(
+            f"`{path}` must be a JSON file, got {path.stat().st_size} bytes that are not: {error}"
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"`{path}` must hold a JSON object, got a {type(content).__name__}.")
+    return content
+
+
+def load_tokenizer(options):
+    """The tokenizer `options.model`, or that of the pipeline `options.model`, on the device."""
+    model = load(options.model)
+    model = getattr(model, "vqvae", model)
+    if not hasattr(model, "decode_indices"):
+        raise ValueError(
+            f"`{options.model}` must be a tokenizer or a pipeline that has one, got {type(model).__name__}."
+        )
+    return model.to(device(options)).eval()
+
+
+def device(options) -> str:
+    """`--device`, once something was placed on it, or else a GPU if there is one."""
+    import torch
+
+    if options.device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=options.device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without the device
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"`--device` must be one that torch can use here, got {options.device!r}: {reason}"
+        ) from error
+    return options.device
+
+
+def image_files(given: list[str]) -> list[Path]:
+    """The image files that arguments name: themselves, those in folders, matches of patterns, or a list by ``-``.
+
+    Raises:
+        ValueError: a folder without an image, a pattern without a match, or nothing at all.
+    """
+    from PIL import Image
+
+    endings = Image.registered_extensions()  # imports Pillow's formats
+    found = []
+    for name in [line for item in given for line in (sys.stdin.read().splitlines() if item == "-" else [item])]:
+        path = Path(name)
+        if path.is_dir():
+            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in endings and file.is_file())
+            if not inside:
+                raise ValueError(f"The folder `{path}` must hold images, got none with an ending that Pillow knows.")
+            found += inside
+        elif not path.exists() and glob.has_magic(name):
+            matches = sorted(Path(match) for match in glob.glob(name, recursive=True) if Path(match).is_file())
+            if not matches:
+                raise ValueError(f"The pattern `{name}` must match a file, got no match.")
+            found += matches
+        elif name.strip():
+            found.append(path)
+    if not found:
+        raise ValueError("`IMAGE` must name at least one file, got none.")
+    return found
+
+
+class ImageBatches:
+    """The image files in batches of `pixel_values` `(B, C, H, W)` on the model's device, prepared as its folder says.
+
+    A file that cannot be read is named on standard error and left out.
+
+    Args:
+        options: `images`, `size`, `batch_size` and `model` of the command.
+        model: the tokenizer.
+
+    Attributes:
+        skipped: how many files could not be read so far.
+    """
+
+    def __init__(self, options, model):
+        from ..models.autoencoders.image_processing_vq import VQImageProcessor
+
+        names = ("preprocessor_config.json", "vqvae/preprocessor_config.json")  # of a tokenizer, of a pipeline
+        saved = next(filter(None, (read_json(options.model, name) for name in names)), None)
+        self.processor = VQImageProcessor.from_dict(saved) if saved else VQImageProcessor(size=model.config.resolution)
+        self.size = {} if options.size is None else {"size": options.size}
+        self.files, self.batch_size, self.model = image_files(options.images), options.batch_size, model
+        self.skipped = 0
+
+    def __iter__(self) -> Iterator[tuple[list[Path], object]]:
+        """Pairs of the files of a batch and their pixel values."""
+        import torch
+        from tqdm.auto import tqdm
+
+        paths, values = [], []
+        for path in tqdm(self.files, unit="image", disable=len(self.files) <= self.batch_size):
+            pixel_values = self._read(path)
+            if pixel_values is None:
+                self.skipped += 1
+                continue
+            if values and pixel_values.shape != values[0].shape:  # without a crop, images keep their sizes
+                yield paths, self._on_device(torch.stack(values))
+                paths, values = [], []
+            paths.append(path)
+            values.append(pixel_values)
+            if len(values) == self.batch_size:
+                yield paths, self._on_device(torch.stack(values))
+                paths, values = [], []
+        if values:
+            yield paths, self._on_device(torch.stack(values))
+        if self.skipped == len(self.files):
+            raise ValueError(f"None of {len(self.files)} images could be read.")
+        if self.skipped:
+            print(f"skipped {self.skipped} of {len(self.files)} images that could not be read", file=sys.stderr)
+
+    def _read(self, path: Path):
+        from PIL import Image
+
+        try:
+            with Image.open(path) as image:
+                return self.processor(image, return_tensors="pt", **self.size).pixel_values[0]
+        except Exception as error:  # decoders fail in many ways; each is named, counted, and ends in exit code 1
+            reason = "no such file" if isinstance(error, FileNotFoundError) else f"{type(error).__name__}: {error}"
+            print(f"{path}: skipped, not a readable image ({reason})", file=sys.stderr)
+            return None
+
+    def _on_device(self, pixel_values):
+        return pixel_values.to(self.model.device, self.model.dtype)
+
+
+def write_image(image, path: Path, announce: bool = True) -> None:
+    """Saves a PIL image, with the folders above it, and prints where."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        image.save(path)
+    except ValueError as error:  # Pillow's "unknown file extension"
+        raise ValueError(f"`--output` must end as an image file does, such as .png, got {str(path)!r}.") from error
+    if announce:
+        print(path)
