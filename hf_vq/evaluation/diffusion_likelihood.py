@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from ..schedulers.argument_checks import check_indices
+from ..schedulers.sample_checks import check_indices
 from ..schedulers.scheduling_mask_replace import MaskReplaceScheduler
 
 

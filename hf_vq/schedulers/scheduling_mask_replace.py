@@ -8,10 +8,10 @@ from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 
-from .argument_checks import check_generators, check_indices, check_predictions, check_rate, check_timesteps
 from .categorical_draws import nucleus, uniform, uniform_positions
 from .posterior import posterior_kl, posterior_probs
 from .reverse_steps import posterior_step, purity_step
+from .sample_checks import check_generators, check_indices, check_predictions, check_rate, check_timesteps
 from .transition_tables import Transition, cumulative_tables
 
 
