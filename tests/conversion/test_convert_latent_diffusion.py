@@ -9,14 +9,14 @@ import torch.nn.functional as F
 import yaml
 from diffusers import DDIMScheduler, UNet2DConditionModel, UNet2DModel
 
-import conversion.ldm_conditioner
-import conversion.ldm_unet
-import conversion.taming_tokenizer
-from conversion.checkpoints import check_keys, load_state_dict
-from conversion.convert_latent_diffusion import convert, convert_model, main
-from conversion.ldm_conditioner import convert_bert_embedder
-from conversion.ldm_unet import unet_config
-from conversion.taming_tokenizer import convert_discriminator, convert_tokenizer
+import hf_vq.conversion.ldm_conditioner
+import hf_vq.conversion.ldm_unet
+import hf_vq.conversion.taming_tokenizer
+from hf_vq.conversion.checkpoints import check_keys, load_state_dict
+from hf_vq.conversion.convert_latent_diffusion import convert, convert_model, main
+from hf_vq.conversion.ldm_conditioner import convert_bert_embedder
+from hf_vq.conversion.ldm_unet import unet_config
+from hf_vq.conversion.taming_tokenizer import convert_discriminator, convert_tokenizer
 from hf_vq.models.autoencoders.modeling_vqgan import VQGANModel
 from hf_vq.pipelines.pipeline_vq_latent_diffusion import VQLatentDiffusionPipeline
 from tests.conversion.golden import GOLDEN, Golden, published
@@ -188,7 +188,7 @@ def test_first_stage_alone(tmp_path):
 
 @pytest.fixture
 def only_keys(monkeypatch):
-    for module in (conversion.ldm_unet, conversion.taming_tokenizer, conversion.ldm_conditioner):
+    for module in (hf_vq.conversion.ldm_unet, hf_vq.conversion.taming_tokenizer, hf_vq.conversion.ldm_conditioner):
         monkeypatch.setattr(module, "load_exactly", check_keys)
 
 

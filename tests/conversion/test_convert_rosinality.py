@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoImageProcessor
 
-import conversion.convert_rosinality
-from conversion.checkpoints import check_keys
-from conversion.convert_rosinality import convert, convert_pixelsnail, convert_vqvae, load, main
+import hf_vq.conversion.convert_rosinality
+from hf_vq.conversion.checkpoints import check_keys
+from hf_vq.conversion.convert_rosinality import convert, convert_pixelsnail, convert_vqvae, load, main
 from hf_vq.models.autoencoders.modeling_vqvae2 import VQVAE2Model
 from hf_vq.models.priors.modeling_pixelsnail import PixelSNAILForCausalLM
 from hf_vq.pipelines.pipeline_vqvae2 import VQVAE2Pipeline
@@ -178,7 +178,7 @@ def test_what_does_not_belong_together(tmp_path):
 
 
 def test_every_published_key_has_its_place(monkeypatch):
-    monkeypatch.setattr(conversion.convert_rosinality, "load_exactly", check_keys)
+    monkeypatch.setattr(hf_vq.conversion.convert_rosinality, "load_exactly", check_keys)
     config = convert_vqvae(published("rosinality__vqvae")[1]).config
     assert (config.hidden_size, config.residual_hidden_size, config.num_residual_layers) == (128, 32, 2)
     assert (config.num_embeddings, config.embed_dim, config.resolution) == (512, 64, 256)

@@ -8,7 +8,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from conversion.convert_taming import convert_gpt_state_dict
+from hf_vq.conversion.convert_taming import convert_gpt_state_dict
 from hf_vq.models.priors.configuration_vq_gpt import VQGPTConfig
 from hf_vq.models.priors.modeling_vq_gpt import VQGPTForCausalLM
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 import yaml
 
-import conversion.convert_taming
-import conversion.taming_tokenizer
-from conversion.checkpoints import check_keys, load_state_dict
-from conversion.convert_taming import convert, convert_net2net, main
+import hf_vq.conversion.convert_taming
+import hf_vq.conversion.taming_tokenizer
+from hf_vq.conversion.checkpoints import check_keys, load_state_dict
+from hf_vq.conversion.convert_taming import convert, convert_net2net, main
 from hf_vq.models.autoencoders.modeling_vqgan import VQGANModel
 from hf_vq.pipelines.pipeline_vq_autoregressive import VQAutoregressivePipeline
 from tests.conversion.golden import GOLDEN, Golden, published
@@ -98,7 +98,7 @@ def test_dropped_keys_and_configuration(case):
     ],
 )
 def test_every_published_key_has_its_place(name, length, vocab_size, monkeypatch):
-    for module in (conversion.convert_taming, conversion.taming_tokenizer):
+    for module in (hf_vq.conversion.convert_taming, hf_vq.conversion.taming_tokenizer):
         monkeypatch.setattr(module, "load_exactly", check_keys)
     model, state_dict = published(name)
     pipeline, condition_tokenizer, dropped = convert_net2net(model, state_dict)

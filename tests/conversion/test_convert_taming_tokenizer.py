@@ -12,13 +12,16 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor
 
-import conversion.taming_tokenizer
-from conversion.checkpoints import check_keys, load_state_dict
-from conversion.convert_taming import convert, main
-from conversion.taming_tokenizer import convert_discriminator, convert_tokenizer, tokenizer_config
+import hf_vq.conversion.taming_tokenizer
+from hf_vq.conversion.checkpoints import check_keys, load_state_dict
+from hf_vq.conversion.convert_taming import convert, main
+from hf_vq.conversion.taming_tokenizer import convert_discriminator, convert_tokenizer, tokenizer_config
 from hf_vq.models.autoencoders.modeling_vqgan import VQGANModel
 from hf_vq.training.objectives.discriminator import PatchDiscriminator
 from tests.conversion.golden import GOLDEN, Golden, published
+
+
+SCRIPTS = Path(__file__).parents[2] / "conversion"
 
 
 def read(case):
@@ -127,7 +130,7 @@ def test_gumbel_computes_the_same(tmp_path):
     ],
 )
 def test_every_published_key_has_its_place(name, dropped, monkeypatch):
-    monkeypatch.setattr(conversion.taming_tokenizer, "load_exactly", check_keys)
+    monkeypatch.setattr(hf_vq.conversion.taming_tokenizer, "load_exactly", check_keys)
     model, state_dict = published(name)
     # published checkpoints hold LPIPS also, under this name
     state_dict["loss.perceptual_loss.lin0.model.1.weight"] = torch.empty(1, 64, 1, 1, device="meta")
@@ -167,7 +170,10 @@ def test_trainer_classes_in_the_pickle_are_not_needed():
 @pytest.mark.slow
 def test_push(hub, tmp_path):
     folder = GOLDEN / "taming_vqmodel_f2_plcallback"
-    script, output = Path(conversion.taming_tokenizer.__file__).with_name("convert_taming.py"), tmp_path / "output"
+    script, output = (
+        Path(hf_vq.conversion.taming_tokenizer.__file__).with_name("convert_taming.py"),
+        tmp_path / "output",
+    )
     arguments = [str(script), "--checkpoint", f"{folder}/checkpoint.ckpt", "--config", f"{folder}/config.yaml"]
     arguments += ["--output", str(output), "--push_to_hub", "tester/f2"]
     hub.run(f"import runpy, sys\nsys.argv = {arguments}\nrunpy.run_path({str(script)!r}, run_name='__main__')")
@@ -179,7 +185,7 @@ def test_push(hub, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("converter", ["convert_taming", "convert_zalando"])
 def test_runs_as_a_script_from_anywhere(converter, tmp_path):
-    script = Path(conversion.taming_tokenizer.__file__).with_name(f"{converter}.py")
+    script = SCRIPTS / f"{converter}.py"
     result = subprocess.run([sys.executable, script, "--help"], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0 and "--checkpoint" in result.stdout, result.stderr
 

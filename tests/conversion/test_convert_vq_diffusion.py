@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from conversion.checkpoints import load_pickle
-from conversion.convert_vq_diffusion import convert, convert_model, main, read_model
-from conversion.vq_diffusion_codec import convert_codec
+from hf_vq.conversion.checkpoints import load_pickle
+from hf_vq.conversion.convert_vq_diffusion import convert, convert_model, main, read_model
+from hf_vq.conversion.vq_diffusion_codec import convert_codec
 from hf_vq.pipelines.pipeline_vq_diffusion import VQDiffusionImagePipeline
 from tests.conversion.golden import Golden
 

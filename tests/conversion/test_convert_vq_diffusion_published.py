@@ -8,12 +8,12 @@ import torch
 from transformers import CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-import conversion.vq_diffusion_codec
-import conversion.vq_diffusion_network
-import conversion.vq_diffusion_text
-from conversion.checkpoints import check_keys, load_pickle
-from conversion.convert_vq_diffusion import convert, convert_model, read_model
-from conversion.vq_diffusion_codec import first_codes
+import hf_vq.conversion.vq_diffusion_codec
+import hf_vq.conversion.vq_diffusion_network
+import hf_vq.conversion.vq_diffusion_text
+from hf_vq.conversion.checkpoints import check_keys, load_pickle
+from hf_vq.conversion.convert_vq_diffusion import convert, convert_model, read_model
+from hf_vq.conversion.vq_diffusion_codec import first_codes
 from hf_vq.pipelines.pipeline_vq_diffusion import VQDiffusionImagePipeline
 from tests.conversion.golden import GOLDEN, Golden, published
 
@@ -44,7 +44,11 @@ CODECS |= dict.fromkeys(["config_imagenet", "imagenet", "imagenet_cf1001"], IMAG
 
 @pytest.fixture
 def only_keys(monkeypatch):
-    for module in (conversion.vq_diffusion_codec, conversion.vq_diffusion_network, conversion.vq_diffusion_text):
+    for module in (
+        hf_vq.conversion.vq_diffusion_codec,
+        hf_vq.conversion.vq_diffusion_network,
+        hf_vq.conversion.vq_diffusion_text,
+    ):
         monkeypatch.setattr(module, "load_exactly", check_keys)
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoImageProcessor
 
-import conversion.convert_zalando
-from conversion.checkpoints import check_keys, load_state_dict
-from conversion.convert_zalando import convert, convert_model, main
+import hf_vq.conversion.convert_zalando
+from hf_vq.conversion.checkpoints import check_keys, load_state_dict
+from hf_vq.conversion.convert_zalando import convert, convert_model, main
 from hf_vq.models.autoencoders.modeling_vqvae import VQVAEModel
 from tests.conversion.golden import GOLDEN, Golden, published
 
@@ -64,7 +64,7 @@ def test_ema_codebook_computes_and_learns_the_same(tmp_path):
 
 
 def test_every_published_key_has_its_place(monkeypatch):
-    monkeypatch.setattr(conversion.convert_zalando, "load_exactly", check_keys)
+    monkeypatch.setattr(hf_vq.conversion.convert_zalando, "load_exactly", check_keys)
     _, state_dict = published("zalando__ema")
     config = convert_model(state_dict).config
     assert (config.hidden_size, config.residual_hidden_size, config.num_residual_layers) == (128, 32, 2)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from conversion.checkpoints import load_pickle
-from conversion.convert_vq_diffusion import read_model
-from conversion.vq_diffusion_network import convert_transformer
+from hf_vq.conversion.checkpoints import load_pickle
+from hf_vq.conversion.convert_vq_diffusion import read_model
+from hf_vq.conversion.vq_diffusion_network import convert_transformer
 from hf_vq.schedulers.reverse_steps import purity
 from hf_vq.schedulers.scheduling_mask_replace import MaskReplaceScheduler
 from hf_vq.schedulers.transition_tables import Transition

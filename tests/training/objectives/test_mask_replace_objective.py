@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conversion.checkpoints import load_pickle
-from conversion.convert_vq_diffusion import convert_model, read_model
+from hf_vq.conversion.checkpoints import load_pickle
+from hf_vq.conversion.convert_vq_diffusion import convert_model, read_model
 from hf_vq.schedulers.scheduling_mask_replace import MaskReplaceScheduler
 from hf_vq.training.objectives.mask_replace_objective import MaskReplaceObjective
 from tests.conversion.golden import Golden

@@ -2,10 +2,10 @@
 
 import torch
 
-from conversion.checkpoints import load_exactly, split_by_prefix
-from conversion.taming_tokenizer import NETWORK_FIELDS, tokenizer_config
-from hf_vq.models.autoencoders.configuration_vqgan import VQGANConfig
-from hf_vq.models.autoencoders.modeling_vqgan import VQGANModel
+from ..models.autoencoders.configuration_vqgan import VQGANConfig
+from ..models.autoencoders.modeling_vqgan import VQGANModel
+from .checkpoints import load_exactly, split_by_prefix
+from .taming_tokenizer import NETWORK_FIELDS, tokenizer_config
 
 
 # Arguments of PatchVQGAN, and of its encoder and decoder, that do not change what a trained one computes.

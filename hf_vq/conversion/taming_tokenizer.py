@@ -2,10 +2,10 @@
 
 import torch
 
-from conversion.checkpoints import drop_keys, load_exactly
-from hf_vq.models.autoencoders.configuration_vqgan import VQGANConfig
-from hf_vq.models.autoencoders.modeling_vqgan import VQGANModel
-from hf_vq.training.objectives.discriminator import PatchDiscriminator
+from ..models.autoencoders.configuration_vqgan import VQGANConfig
+from ..models.autoencoders.modeling_vqgan import VQGANModel
+from ..training.objectives.discriminator import PatchDiscriminator
+from .checkpoints import drop_keys, load_exactly
 
 
 # Name in `ddconfig` → name in `VQGANConfig`. The weights need no table: `VQGANModel` has the original's names.

@@ -4,9 +4,9 @@ import re
 
 import torch
 
-from conversion.checkpoints import drop_keys, load_exactly
-from hf_vq.models.priors.transformer_vq_diffusion import VQDiffusionTransformer2DModel
-from hf_vq.schedulers.scheduling_mask_replace import MaskReplaceScheduler
+from ..models.priors.transformer_vq_diffusion import VQDiffusionTransformer2DModel
+from ..schedulers.scheduling_mask_replace import MaskReplaceScheduler
+from .checkpoints import drop_keys, load_exactly
 
 
 # Arguments of the original's transformers that do not change what they compute, or are read elsewhere.

@@ -5,7 +5,7 @@ import re
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 
-from conversion.checkpoints import load_exactly
+from .checkpoints import load_exactly
 
 
 # Arguments of `UNetModel` that do not change what it computes, or are read elsewhere.

@@ -5,7 +5,7 @@ import re
 import torch
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
 
-from conversion.checkpoints import load_exactly
+from .checkpoints import load_exactly
 
 
 BERT_KEYS = {

@@ -5,7 +5,7 @@ import re
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from conversion.checkpoints import drop_keys, load_exactly
+from .checkpoints import drop_keys, load_exactly
 
 
 OUTER_KEYS = {

@@ -1,0 +1,320 @@
+"""Checkpoints of rosinality/vq-vae-2-pytorch to hf_vq.
+
+    hf-vq convert rosinality --checkpoint vqvae.pt --output folder
+    hf-vq convert rosinality --checkpoint pixelsnail_top.pt --output folder
+    hf-vq convert rosinality --checkpoint vqvae.pt --top top.pt --bottom bottom.pt --output folder
+
+A VQVAE becomes a `VQVAE2Model`, a PixelSNAIL a `PixelSNAILForCausalLM`, and all three together a `VQVAE2Pipeline`.
+"""
+
+import argparse
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from ..hub import save_with_code
+from ..models.autoencoders.configuration_vqvae2 import VQVAE2Config
+from ..models.autoencoders.image_processing_vq import VQImageProcessor
+from ..models.autoencoders.modeling_vqvae2 import VQVAE2Model
+from ..models.priors.configuration_pixelsnail import PixelSNAILConfig
+from ..models.priors.modeling_pixelsnail import PixelSNAILForCausalLM
+from ..pipelines.pipeline_vqvae2 import VQVAE2Pipeline
+from .checkpoints import (
+    argument_parser,
+    drop_keys,
+    load_exactly,
+    load_pickle,
+    print_dropped,
+    push_folder,
+)
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def load(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """The weights of a checkpoint, without the prefix of distributed training, and the arguments of the training script.
+
+    Raises:
+        ValueError: if the file holds no dict, or anything but tensors, plain containers and an `argparse.Namespace`.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        checkpoint = load_file(path)
+    else:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # it holds its attributes, and runs nothing
+            checkpoint = load_pickle(path)
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"`checkpoint` {path} must hold a dict of weights, got {type(checkpoint).__name__}.")
+    arguments = checkpoint.get("args", {})
+    arguments = arguments if isinstance(arguments, dict) else vars(arguments)
+    state_dict = checkpoint.get("model", checkpoint)
+    return {key.removeprefix("module."): value for key, value in state_dict.items()}, arguments
+
+
+def is_pixelsnail(state_dict: dict) -> bool:
+    return "background" in state_dict
+
+
+def _shape(state_dict: dict, key: str) -> torch.Size:
+    if key not in state_dict:
+        raise ValueError(f"`checkpoint` lacks the key {key}.")
+    return state_dict[key].shape
+
+
+def _count(state_dict: dict, pattern: str) -> int:
+    """How many numbers the group of `pattern` takes in the keys that it matches."""
+    return len({match[1] for match in (re.match(pattern, key) for key in state_dict) if match})
+
+
+# ------------------------------------------------------------------------------------------------ the tokenizer
+
+
+def vqvae_modules(num_residual_layers: int) -> dict[str, str]:
+    """Original module → ours. The layers are numbered along with the activations between them."""
+    modules = {
+        "enc_b.blocks.0": "encoder.1.down.0",
+        "enc_b.blocks.2": "encoder.1.down.1",
+        "enc_b.blocks.4": "encoder.1.conv_out",
+        "enc_t.blocks.0": "encoder.0.down.0",
+        "enc_t.blocks.2": "encoder.0.conv_out",
+        "quantize_conv_t": "quant_conv.0",
+        "quantize_conv_b": "quant_conv.1",
+        "dec_t.blocks.0": "conditioner.0.conv_in",
+        f"dec_t.blocks.{num_residual_layers + 2}": "conditioner.0.up.0",
+        "upsample_t": "upsample.0",
+        "dec.blocks.0": "decoder.conv_in",
+        f"dec.blocks.{num_residual_layers + 2}": "decoder.up.0",
+        f"dec.blocks.{num_residual_layers + 4}": "decoder.up.1",
+    }
+    stacks = {
+        "enc_b": ("encoder.1", 5),
+        "enc_t": ("encoder.0", 3),
+        "dec_t": ("conditioner.0", 1),
+        "dec": ("decoder", 1),
+    }
+    for source, (target, first) in stacks.items():
+        for i in range(num_residual_layers):
+            layer = f"{target}.residual_stack.layers.{i}"
+            modules[f"{source}.blocks.{first + i}.conv.1"] = f"{layer}.conv1"
+            modules[f"{source}.blocks.{first + i}.conv.3"] = f"{layer}.conv2"
+    return modules
+
+
+CODEBOOK = {"embed": "embedding", "embed_avg": "embed_avg", "cluster_size": "cluster_size"}
+
+
+def convert_vqvae(state_dict: dict, resolution: int = 256) -> VQVAE2Model:
+    """
+    The original's `VQVAE`. Its codebooks go on learning as they did: decay 0.99 whatever the arguments of its training said,
+    and smoothed counts (`count_smoothing="laplace"`). A code whose count is 0 keeps its vector, which the original divides by
+    almost 0.
+
+    Args:
+        state_dict (`dict`): the original's `model.state_dict()`.
+        resolution (`int`): side of the images it was trained on, in pixels, which the checkpoint does not hold.
+
+    Raises:
+        ValueError: for a key that is missing or unknown.
+    """
+    depth = _count(state_dict, r"enc_b\.blocks\.(\d+)\.conv\.1\.weight")
+    modules = vqvae_modules(depth)
+    new = {}
+    for key, value in state_dict.items():
+        module, _, name = key.rpartition(".")
+        if module in ("quantize_t", "quantize_b") and name in CODEBOOK:
+            # the original keeps a codebook as (D, K)
+            new[f"quantize.{'tb'.index(module[-1])}.{CODEBOOK[name]}"] = value.t() if value.ndim == 2 else value
+        elif module in modules:
+            new[f"{modules[module]}.{name}"] = value
+        else:
+            raise ValueError(f"`checkpoint` has the key {key}, which no VQVAE of the original has.")
+    for level in range(2):
+        new[f"quantize.{level}.num_updates"] = torch.zeros(
+            (), dtype=torch.int64
+        )  # only zero-debiased codebooks read it
+    hidden_size, in_channels = (
+        _shape(state_dict, "enc_b.blocks.4.weight")[0],
+        _shape(state_dict, "enc_b.blocks.0.weight")[1],
+    )
+    embed_dim, num_embeddings = _shape(state_dict, "quantize_t.embed")
+    config = VQVAE2Config(
+        hidden_size=hidden_size,
+        residual_hidden_size=_shape(state_dict, "enc_b.blocks.5.conv.1.weight")[0],
+        num_residual_layers=depth,
+        in_channels=in_channels,
+        embed_dim=embed_dim,
+        num_embeddings=num_embeddings,
+        resolution=resolution,
+        quantizer_kwargs={"decay": 0.99, "zero_debias": False, "restart_threshold": 0.0, "count_smoothing": "laplace"},
+    )
+    with torch.device("meta"):
+        model = VQVAE2Model(config)
+    load_exactly(model, new)
+    return model.eval()
+
+
+# ------------------------------------------------------------------------------------------------ the priors
+
+
+def _as_linear(weight: torch.Tensor) -> torch.Tensor:
+    return weight.flatten(1)
+
+
+def _as_taps(weight: torch.Tensor) -> torch.Tensor:
+    return weight.flatten(2)
+
+
+def _as_causal_taps(weight: torch.Tensor) -> torch.Tensor:
+    """Without the taps from the middle of the last row on, which the original sets to 0 whenever it uses the weight."""
+    k = weight.shape[-1]
+    return weight.flatten(2)[..., : (k - 1) * k + k // 2]
+
+
+def _as_is(weight: torch.Tensor) -> torch.Tensor:
+    return weight
+
+
+def _conditioning_block(match: re.Match) -> str:
+    """The original numbers the first convolution along with the blocks."""
+    return f"conditioning.residual_blocks.{int(match[1]) - 1}.{match[2]}"
+
+
+# A pattern of the original's modules, ours, and how the direction of the weight is laid out here.
+PIXELSNAIL_MODULES = (
+    (r"horizontal\.conv\.conv", r"stem.above", _as_taps),
+    (r"vertical\.conv\.conv", r"stem.left", _as_taps),
+    (
+        r"blocks\.(\d+)\.resblocks\.(\d+)\.(conv[12])\.conv\.conv",
+        r"blocks.\1.residual_blocks.\2.\3",
+        _as_causal_taps,
+    ),
+    (r"blocks\.(\d+)\.resblocks\.(\d+)\.condition\.conv", r"blocks.\1.residual_blocks.\2.condition", _as_linear),
+    (r"blocks\.(\d+)\.(key|query|out)_resblock\.(conv[12])\.conv", r"blocks.\1.\2_block.\3", _as_linear),
+    (r"blocks\.(\d+)\.out_resblock\.aux_conv\.conv", r"blocks.\1.out_block.auxiliary", _as_linear),
+    (r"blocks\.(\d+)\.causal_attention\.(query|key|value)", r"blocks.\1.attention.\2", _as_linear),
+    (r"blocks\.(\d+)\.out\.conv", r"blocks.\1.out", _as_linear),
+    (r"cond_resnet\.blocks\.0\.conv", r"conditioning.codes", _as_taps),
+    (r"cond_resnet\.blocks\.(\d+)\.(conv[12])\.conv", _conditioning_block, _as_is),
+    (r"out\.(\d+)\.(conv[12])\.conv", r"output_blocks.\1.\2", _as_linear),
+    (r"out\.\d+\.conv", r"head.out", _as_linear),
+)
+
+
+def convert_pixelsnail_key(key: str, value: torch.Tensor) -> tuple[str, torch.Tensor]:
+    """Our name and layout of a weight of the original; an unknown one is a `ValueError`."""
+    module, _, name = key.rpartition(".")
+    for pattern, target, layout in PIXELSNAIL_MODULES:
+        if re.fullmatch(pattern, module) and name in ("weight_g", "weight_v", "bias"):
+            value = layout(value) if name == "weight_v" else value.flatten()
+            return f"{re.sub(pattern, target, module)}.{name}", value
+    raise ValueError(f"`checkpoint` has the key {key}, which no PixelSNAIL of the original has.")
+
+
+def convert_pixelsnail(state_dict: dict, dropout: float = 0.1) -> tuple[PixelSNAILForCausalLM, dict[str, str]]:
+    """
+    The original's `PixelSNAIL`, of which all but the dropout and the 8 heads follows from the weights.
+
+    Args:
+        state_dict (`dict`): the original's `model.state_dict()`.
+        dropout (`float`): that of its training, which goes on with it.
+
+    Returns:
+        the model, and for each key that is not used, why.
+
+    Raises:
+        ValueError: for a key that is missing or unknown.
+    """
+    weights, dropped = drop_keys(state_dict, {"background": "the positions on the grid, which are computed"})
+    grid_size = tuple(_shape(state_dict, "background")[2:])
+    hidden_size, codebook_size, _, kernel_size = _shape(state_dict, "horizontal.conv.conv.weight_v")
+    above = {}
+    if "cond_resnet.blocks.0.conv.weight_v" in state_dict:
+        channels, codes = _shape(state_dict, "cond_resnet.blocks.0.conv.weight_v")[:2]
+        above = {
+            "conditioning_codebook_size": codes,
+            "conditioning_grid_size": tuple(side // 2 for side in grid_size),
+            "num_conditioning_res_blocks": _count(state_dict, r"cond_resnet\.blocks\.(\d+)\.conv1\."),
+            "conditioning_channels": channels,
+        }
+    config = PixelSNAILConfig(
+        codebook_size=codebook_size,
+        grid_size=grid_size,
+        hidden_size=hidden_size,
+        kernel_size=kernel_size,
+        num_blocks=_count(state_dict, r"blocks\.(\d+)\."),
+        num_res_blocks=_count(state_dict, r"blocks\.0\.resblocks\.(\d+)\."),
+        res_channels=_shape(state_dict, "blocks.0.resblocks.0.conv1.conv.conv.weight_v")[0],
+        attention="blocks.0.causal_attention.query.weight_v" in state_dict,
+        num_output_res_blocks=_count(state_dict, r"out\.(\d+)\.conv1\."),
+        dropout=dropout,
+        **above,
+    )
+    with torch.device("meta"):
+        model = PixelSNAILForCausalLM(config)
+    load_exactly(model, dict(convert_pixelsnail_key(key, value) for key, value in weights.items()))
+    return model.eval(), dropped
+
+
+# ------------------------------------------------------------------------------------------------ all together
+
+
+def _load_pixelsnail(path, name: str) -> tuple[PixelSNAILForCausalLM, dict[str, str]]:
+    state_dict, arguments = load(path)
+    if not is_pixelsnail(state_dict):
+        raise ValueError(f"`{name}` {path} holds no PixelSNAIL: it lacks the key background.")
+    model, dropped = convert_pixelsnail(state_dict, arguments.get("dropout", 0.1))
+    return model, {f"{name}: {key}": why for key, why in dropped.items()}
+
+
+def convert(checkpoint, output, top=None, bottom=None, resolution: int | None = None) -> dict[str, str]:
+    """
+    Writes the folder `output`: a model, or with `top` and `bottom` a pipeline.
+
+    Args:
+        checkpoint, output (`str` or `Path`): the original's file, and the folder.
+        top, bottom (`str` or `Path`, *optional*): the files of the priors that belong to a VQVAE.
+        resolution (`int`, *optional*): side of the VQVAE's images in pixels; by default that of the priors, or 256.
+
+    Returns:
+        for each key that is not used, why.
+
+    Raises:
+        ValueError: one of the priors without the other or without a VQVAE, keys that are missing or unknown, or models that
+            do not fit together.
+    """
+    if (top is None) != (bottom is None):
+        raise ValueError("`top` and `bottom` must be given together.")
+    if resolution is not None and resolution < 1:
+        raise ValueError(f"`resolution` must be positive, got {resolution}.")
+    state_dict, _ = load(checkpoint)
+    if is_pixelsnail(state_dict):
+        if top is not None or resolution is not None:
+            raise ValueError("`checkpoint` must hold a VQVAE where `top`, `bottom` or `resolution` are given.")
+        model, dropped = _load_pixelsnail(checkpoint, "checkpoint")
+        save_with_code(model, output)
+        return dropped
+    if top is None:
+        vqvae = convert_vqvae(state_dict, resolution or 256)
+        save_with_code(vqvae, output)
+        save_with_code(VQImageProcessor(size=vqvae.config.resolution), output)
+        return {}
+    top_prior, dropped = _load_pixelsnail(top, "top")
+    bottom_prior, dropped_too = _load_pixelsnail(bottom, "bottom")
+    vqvae = convert_vqvae(state_dict, resolution or 8 * top_prior.config.grid_size[0])
+    save_with_code(VQVAE2Pipeline(vqvae=vqvae, top_prior=top_prior, bottom_prior=bottom_prior), output)
+    save_with_code(VQImageProcessor(size=vqvae.config.resolution), Path(output) / "vqvae")
+    return dropped | dropped_too
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argument_parser("A VQVAE, a PixelSNAIL or both of rosinality/vq-vae-2-pytorch to hf_vq.")
+    parser.add_argument("--top", help="the top prior of a VQVAE")
+    parser.add_argument("--bottom", help="its bottom prior")
+    parser.add_argument("--resolution", type=int, help="of the VQVAE's images; by default that of the priors, or 256")
+    options = parser.parse_args(arguments)
+    print_dropped(convert(options.checkpoint, options.output, options.top, options.bottom, options.resolution))
+    if options.push_to_hub:
+        print(push_folder(options.output, options.push_to_hub))
