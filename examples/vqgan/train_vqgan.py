@@ -12,7 +12,7 @@ from hf_vq import VQGANConfig, VQGANModel, VQImageProcessor
 from hf_vq.training.data.image_datasets import DataArguments, load_image_dataset
 from hf_vq.training.objectives.discriminator import PatchDiscriminator
 from hf_vq.training.objectives.perceptual import build_perceptual
-from hf_vq.training.objectives.vqgan_loss import VQGANLoss, cosine_temperature
+from hf_vq.training.objectives.vqgan_loss import VQGANLoss
 from hf_vq.training.run import RunArguments, TrainingRun
 from hf_vq.training.run_arguments import parse_arguments, parse_mapping
 from hf_vq.training.sharing import save_trained
@@ -116,8 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     total = run_args.max_train_steps
     for batch in run.batches(dataset):
         images = batch["pixel_values"].contiguous(memory_format=torch.channels_last)
-        if tokenizer.config.quantizer == "gumbel":
-            tokenizer.quantize.temperature = cosine_temperature(run.global_step, total_steps=total)
+        tokenizer.set_training_step(run.global_step, total)
         with run.accumulate(model, discriminator):
             output = model(images)
             loss, metrics = losses.generator_loss(

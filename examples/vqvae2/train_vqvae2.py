@@ -12,7 +12,6 @@ from hf_vq import VQImageProcessor, VQVAE2Config, VQVAE2Model
 from hf_vq.evaluation.hierarchy import reconstruct_by_levels
 from hf_vq.training.data.image_datasets import DataArguments, load_image_dataset, pixel_variance
 from hf_vq.training.objectives.perceptual import build_perceptual
-from hf_vq.training.objectives.vqgan_loss import cosine_temperature
 from hf_vq.training.run import RunArguments, TrainingRun
 from hf_vq.training.run_arguments import parse_arguments, parse_mapping
 from hf_vq.training.sharing import save_trained
@@ -98,9 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     run.on_validation(lambda: validate(run, tokenizer, validation, perceptual))
     run.start()
     for batch in run.batches(dataset):
-        if tokenizer.config.quantizer == "gumbel":
-            for level in tokenizer.quantize:
-                level.temperature = cosine_temperature(run.global_step, total_steps=run_args.max_train_steps)
+        tokenizer.set_training_step(run.global_step, run_args.max_train_steps)
         with run.accumulate(model):
             output = model(batch["pixel_values"].contiguous(memory_format=torch.channels_last))
             run.backward(output.loss)

@@ -1,4 +1,4 @@
-"""What the tokenizers share: encode, decode, the training pass and the weights' initialisation."""
+"""What the tokenizers share: `encode`, `decode`, `forward`, the training loss and the weights' initialisation."""
 
 import math
 
@@ -9,8 +9,9 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from ..modeling_outputs import QuantizerOutput, VQDecoderOutput, VQEncoderOutput, VQModelOutput
+from ..quantizers.build import build_quantizer
 from ..quantizers.codebook_statistics import code_counts, codebook_statistics
-from ..quantizers.vector_quantizers import build_quantizer
+from ..quantizers.quantizer import Quantizer
 from .tiling import map_tiles
 
 
@@ -49,8 +50,19 @@ class VQTokenizerModel(PreTrainedModel):
         elif isinstance(module, nn.GroupNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-        elif hasattr(module, "indices_to_latents") and hasattr(module, "reset_parameters"):
+        elif isinstance(module, Quantizer):
             module.reset_parameters()
+
+    def set_training_step(self, step: int, total_steps: int) -> None:
+        """Move the schedules of the quantizers that have one (Gumbel's temperature); call it before each training step.
+
+        Args:
+            step: steps done so far, from 0.
+            total_steps: steps of the whole run.
+        """
+        for module in self.modules():
+            if isinstance(module, Quantizer):
+                module.set_training_step(step, total_steps)
 
     def _check_pixels(self, pixel_values: torch.Tensor) -> None:
         channels, factor = self.config.in_channels, self.config.downsample_factor

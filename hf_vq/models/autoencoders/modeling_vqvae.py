@@ -1,4 +1,7 @@
-"""The VQ-VAE tokenizer (van den Oord, Vinyals and Kavukcuoglu 2017, "Neural Discrete Representation Learning")."""
+"""The VQ-VAE tokenizer; `encode`, `decode` and `forward` are those of `modeling_tokenizer.VQTokenizerModel`.
+
+Van den Oord, Vinyals and Kavukcuoglu 2017, "Neural Discrete Representation Learning".
+"""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,7 @@
-"""The hierarchical tokenizer of VQ-VAE-2 (Razavi, van den Oord and Vinyals 2019)."""
+"""The hierarchical tokenizer of VQ-VAE-2; `encode` and `forward` are those of `modeling_tokenizer.VQTokenizerModel`.
+
+Razavi, van den Oord and Vinyals 2019, "Generating Diverse High-Fidelity Images with VQ-VAE-2".
+"""
 
 from collections.abc import Sequence
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from ...distributed import is_distributed
+from ...distributed import all_reduced, is_distributed
 from .codebook_statistics import code_counts
 
 
@@ -37,6 +37,7 @@ def nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor, chunk_bytes: in
     Args:
         vectors: `(N, D)`.
         codebook: `(K, D)`.
+        chunk_bytes: of one chunk of scores; None for the defaults above.
 
     Returns:
         int64 `(N,)`.
@@ -71,53 +72,86 @@ def _hash(numbers: torch.Tensor) -> torch.Tensor:
     return numbers ^ (numbers >> 16)
 
 
+def _finite_rows(vectors: torch.Tensor) -> torch.Tensor:
+    """Which of the vectors `(N, D)` have a finite sum, bool `(N,)`: no other may enter a codebook."""
+    return vectors.sum(dim=1).isfinite()
+
+
+def has_finite_vectors(vectors: torch.Tensor) -> bool:
+    """Whether any of the vectors `(N, D)` of all processes is finite."""
+    return all_reduced(_finite_rows(vectors).sum()).item() > 0
+
+
 def _rows_of_all(vectors: torch.Tensor, position: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
-    """Rows `position` of the vectors of all processes put one after the other; `sizes` says how many each has."""
-    if not is_distributed():
-        return vectors[position]
-    local = position - sizes[: dist.get_rank()].sum()
-    mine = (local >= 0) & (local < vectors.shape[0])
-    rows = torch.where(mine.unsqueeze(1), vectors[local.clamp(0, vectors.shape[0] - 1)], 0)
-    dist.all_reduce(rows)
+    """Finite rows `position` of the vectors of all processes put one after the other; `sizes` says how many each has."""
+    rank = dist.get_rank() if is_distributed() else 0
+    local = position - sizes[:rank].sum()
+    mine = (local >= 0) & (local < sizes[rank])
+    if vectors.shape[0] == 0:
+        rows = vectors.new_zeros(position.shape[0], vectors.shape[1])
+    else:
+        # the n-th finite row is the first with n finite ones up to it
+        row = torch.searchsorted(_finite_rows(vectors).cumsum(0), local + 1)
+        rows = torch.where(mine.unsqueeze(1), vectors[row.clamp_max(vectors.shape[0] - 1)], 0)
+    if is_distributed():
+        dist.all_reduce(rows)
     return rows
 
 
 @torch.no_grad()
 def draw_vectors(vectors: torch.Tensor, count: int, seed: torch.Tensor | int, distinct: bool = False) -> torch.Tensor:
-    """`count` pseudo-random rows of the vectors `(N, D)` of all processes, the same on every process.
+    """`count` pseudo-random finite rows of the vectors `(N, D)` of all processes, the same on every process.
 
-    Which rows are drawn is a function of `seed` and the total number of vectors alone: not of the global generator,
-    so that a resumed run draws the same, and not of the number of processes among which the same vectors are divided.
-    A `seed` that lies on the device is not read from there.
+    Which rows are drawn is a function of `seed` and the total number of finite vectors alone: not of the global
+    generator, so that a resumed run draws the same, and not of the number of processes among which the same vectors are
+    divided. A `seed` that lies on the device is not read from there.
 
     Args:
+        vectors: `(N, D)`, each process its own.
+        count: how many to draw.
+        seed: an integer.
         distinct: draw no row twice while there are enough (this sorts all rows' numbers, and waits for the device).
 
     Returns:
-        `(count, D)`.
+        `(count, D)`; zeros if no vector is finite.
     """
     device = vectors.device
-    sizes = torch.tensor([vectors.shape[0]], device=device)
+    sizes = _finite_rows(vectors).sum().view(1)
     if is_distributed():
-        sizes = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
-        sizes[dist.get_rank()] = vectors.shape[0]
+        own, sizes = sizes, torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
+        sizes[dist.get_rank()] = own[0]
         dist.all_reduce(sizes)
     seed = torch.as_tensor(seed, device=device)
+    total = sizes.sum().clamp_min(1)
     if not distinct:
-        return _rows_of_all(vectors, _hash(torch.arange(count, device=device) + count * seed) % sizes.sum(), sizes)
-    total = int(sizes.sum())
+        return _rows_of_all(vectors, _hash(torch.arange(count, device=device) + count * seed) % total, sizes)
+    total = int(total)
     order = _hash(torch.arange(total, device=device) + total * seed).argsort(stable=True)
     return _rows_of_all(vectors, order[torch.arange(count, device=device) % total], sizes)
 
 
 @torch.no_grad()
 def kmeans(vectors: torch.Tensor, num_clusters: int, iterations: int = 10, seed: int = 0) -> torch.Tensor:
-    """Lloyd's algorithm on the vectors `(N, D)` of all processes; the same centres `(K, D)` on every process.
+    """Lloyd's algorithm on the finite ones of the vectors `(N, D)` of all processes, whose result is the same on each.
 
-    Starts from vectors drawn by `draw_vectors`, with repeats only where there are fewer than K. A cluster that loses all its members keeps its centre.
+    Starts from vectors drawn by `draw_vectors`, with repeats only where there are fewer than K. A cluster that loses all
+    its members keeps its centre.
+
+    Args:
+        vectors: `(N, D)`, each process its own.
+        num_clusters: K.
+        iterations: of Lloyd's algorithm; 0 gives the vectors that it starts from.
+        seed: of the draw.
+
+    Returns:
+        The centres `(K, D)`.
+
+    Raises:
+        ValueError: no process has a finite vector.
     """
-    if vectors.shape[0] == 0:
-        raise ValueError("`vectors` must hold at least one vector, got none.")
+    if not has_finite_vectors(vectors):
+        raise ValueError(f"`vectors` must hold at least one finite vector, got none among {vectors.shape[0]}.")
+    vectors = vectors[_finite_rows(vectors)]
     centres = draw_vectors(vectors, num_clusters, seed, distinct=True)
     for _ in range(iterations):
         nearest = nearest_codes(vectors, centres)
@@ -130,4 +164,4 @@ def kmeans(vectors: torch.Tensor, num_clusters: int, iterations: int = 10, seed:
     return centres
 
 
-__all__ = ["draw_vectors", "kmeans", "nearest_codes"]
+__all__ = ["draw_vectors", "has_finite_vectors", "kmeans", "nearest_codes"]

@@ -26,12 +26,23 @@ def codebook_statistics(counts: torch.Tensor) -> CodebookStatistics:
     return CodebookStatistics(entropy.exp().float(), used.float().mean(), (~used).sum())
 
 
-def code_counts(indices: torch.Tensor, num_embeddings: int) -> torch.Tensor:
-    """How often each of the `num_embeddings` codes occurs in `indices` (any shape): float32 `(K,)`."""
+def code_counts(indices: torch.Tensor, num_embeddings: int, counted: torch.Tensor | None = None) -> torch.Tensor:
+    """How often each code occurs in `indices`.
+
+    Args:
+        indices: any shape, in [0, K).
+        num_embeddings: K.
+        counted: bool, of a shape that broadcasts to that of `indices`: only these are counted.
+
+    Returns:
+        float32 `(K,)`.
+    """
     flat = indices.reshape(-1)
-    return torch.zeros(num_embeddings, device=flat.device).index_add_(
-        0, flat, torch.ones(flat.shape, dtype=torch.float32, device=flat.device)
-    )
+    if counted is None:
+        weights = torch.ones(flat.shape, dtype=torch.float32, device=flat.device)
+    else:
+        weights = counted.expand(indices.shape).reshape(-1).float()
+    return torch.zeros(num_embeddings, device=flat.device).index_add_(0, flat, weights)
 
 
 def check_indices(indices: torch.Tensor, num_embeddings: int) -> None:

@@ -1,6 +1,5 @@
 """Losses of the image tokenizers: reconstruction, adversarial, and their balance in VQGAN training."""
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -269,24 +268,6 @@ class VQGANLoss(nn.Module):
             "logits_fake": logits_fake.detach().mean(),
         }
         return loss, metrics
-
-
-def cosine_temperature(step: int, start: float = 0.9, end: float = 1e-6, total_steps: int = 1_000_001) -> float:
-    """Gumbel-softmax temperature: half a cosine from `start` at step 0 to `end` at `total_steps` and after.
-
-    The defaults are the original VQGAN's for its Gumbel tokenizer.
-
-    Raises:
-        ValueError: if `step` is negative, `total_steps` below 1 or a temperature not positive.
-    """
-    if step < 0:
-        raise ValueError(f"`step` must not be negative, got {step}.")
-    if total_steps < 1:
-        raise ValueError(f"`total_steps` must be at least 1, got {total_steps}.")
-    if not (start > 0 and end > 0):
-        raise ValueError(f"`start` and `end` must be positive, got {start} and {end}.")
-    progress = min(step / total_steps, 1.0)
-    return end + 0.5 * (start - end) * (1.0 + math.cos(math.pi * progress))
 
 
 @contextmanager

@@ -8,10 +8,9 @@ import torch
 from diffusers import DDIMScheduler, LDMPipeline, UNet2DModel
 from torch import nn
 
-from hf_vq.models.autoencoders.autoencoder_blocks import AttnBlock, ResnetBlock
 from hf_vq.models.autoencoders.configuration_vqgan import VQGANConfig
 from hf_vq.models.autoencoders.configuration_vqvae import VQVAEConfig
-from hf_vq.models.autoencoders.modeling_vqgan import VQGANModel
+from hf_vq.models.autoencoders.modeling_vqgan import AttnBlock, ResnetBlock, VQGANModel
 from hf_vq.models.autoencoders.modeling_vqvae import VQVAEModel, VQVAEResidualBlock
 from tests.models.model_testing import ModelCase, ModelTests
 

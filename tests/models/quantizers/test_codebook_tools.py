@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hf_vq.models.quantizers.build import build_quantizer
 from hf_vq.models.quantizers.codebook_search import draw_vectors, kmeans, nearest_codes
 from hf_vq.models.quantizers.codebook_statistics import code_counts, codebook_statistics
 from hf_vq.models.quantizers.index_remap import IndexRemap
-from hf_vq.models.quantizers.vector_quantizers import build_quantizer
 from tests.models.quantizers.brute_force import brute_force, plain_lloyd, randn
 
 
@@ -210,7 +210,7 @@ def test_statistics_hold_for_a_geometric_distribution():
     ("call", "message"),
     [
         (lambda: codebook_statistics(torch.ones(2, 2)), r"`counts` must have shape \(num_embeddings,\), got \(2, 2\)"),
-        (lambda: kmeans(torch.zeros(0, 3), 4), "`vectors` must hold at least one vector"),
+        (lambda: kmeans(torch.zeros(0, 3), 4), "`vectors` must hold at least one finite vector"),
         (lambda: IndexRemap(torch.tensor([1, 1]), 4), "`used` must be a non-empty list of distinct codes"),
         (lambda: IndexRemap(torch.tensor([], dtype=torch.int64), 4), "`used` must be a non-empty list"),
         (lambda: IndexRemap(torch.tensor([4]), 4), r"`indices` must lie in \[0, 4\)"),

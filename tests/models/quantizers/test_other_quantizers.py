@@ -2,20 +2,21 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from hf_vq.models.quantizers.gradient_estimators import rotation_trick
-from hf_vq.models.quantizers.vector_quantizers import (
-    CosineVectorQuantizer,
-    FSQuantizer,
-    GumbelQuantizer,
-    LFQuantizer,
-    ResidualQuantizer,
-    VectorQuantizer,
-)
+from hf_vq.models.quantizers.gumbel_quantizer import GumbelQuantizer
+from hf_vq.models.quantizers.residual_quantizer import ResidualQuantizer
+from hf_vq.models.quantizers.scalar_quantizers import FSQuantizer, LFQuantizer
+from hf_vq.models.quantizers.vector_quantizers import CosineVectorQuantizer, VectorQuantizer
 from tests.models.quantizers.brute_force import brute_force, randn, rows
+
+
+GOLDEN = Path(__file__).parents[2] / "fixtures/golden"
 
 
 # ------------------------------------------------------------------------------------------------------------- Gumbel
@@ -96,6 +97,29 @@ def test_gumbel_noise_is_given_in_evaluation_also():
     quantizer, latents, noise = make_gumbel().eval(), randn(2, 3, 4, 5), 5 * randn(2, 5, 4, 5, seed=1)
     indices = quantizer(latents, noise=noise).indices
     assert torch.equal(indices.flatten(), (logits_of(quantizer, latents) + rows(noise)).argmax(1))
+
+
+def test_gumbel_temperature_is_the_original_schedule():
+    folder = GOLDEN / "taming_gumbel"
+    golden = load_file(folder / "io.safetensors")
+    quantizer = make_gumbel(temperature=0.9, temperature_end=1e-6, decay_steps=1_000_001)
+    temperatures = torch.tensor([quantizer.temperature_at(step, 7) for step in golden["scheduler_steps"].tolist()])
+    # far below the suggested 9e-6 at the end of the schedule, where the temperature itself is 1e-6
+    torch.testing.assert_close(temperatures, golden["temperatures"], atol=1e-7, rtol=1e-6)
+
+
+def test_gumbel_warms_up_linearly_and_cools_along_a_cosine():
+    quantizer = make_gumbel(temperature=2.0, temperature_start=1.0, temperature_end=0.5, warmup_steps=4)
+    assert quantizer.temperature == 2.0
+    seen = []
+    for step in range(16):
+        quantizer.set_training_step(step, 14)
+        seen.append(quantizer.temperature)
+    assert seen[:5] == pytest.approx([1, 1.25, 1.5, 1.75, 2])
+    assert seen[4 + 5] == pytest.approx(1.25)
+    assert seen[4 + 2] == pytest.approx(0.5 + 0.75 * (1 + math.cos(math.pi / 5)))
+    assert seen[14] == seen[15] == pytest.approx(0.5)
+    assert seen[4:15] == sorted(seen[4:15], reverse=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- cosine
@@ -328,8 +352,15 @@ def test_residual_moving_averages_see_what_is_left():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: GumbelQuantizer(0, 3), "`num_embeddings` and `embed_dim` must be positive, got 0 and 3"),
-        (lambda: make_gumbel(temperature=0.0)(torch.zeros(1, 3, 2, 2)), "`temperature` must be positive, got 0.0"),
+        (lambda: GumbelQuantizer(0, 3), "`num_embeddings` must be an int of at least 1, got 0"),
+        (lambda: make_gumbel(temperature=0.0)(torch.zeros(1, 3, 2, 2)), "`temperature` must be a finite number above 0, got 0.0"),
+        (lambda: make_gumbel(temperature=math.nan), "`temperature` must be a finite number above 0, got nan"),
+        (lambda: make_gumbel(temperature_start=0), "`temperature_start` must be a finite number above 0, got 0"),
+        (lambda: make_gumbel(temperature_end=-1.0), "`temperature_end` must be a finite number above 0, got -1.0"),
+        (lambda: make_gumbel(warmup_steps=5, decay_steps=5), "`decay_steps` must be an int of at least 6, got 5"),
+        (lambda: make_gumbel(kl_weight=math.inf), "`kl_weight` must be a finite number of at least 0, got inf"),
+        (lambda: make_gumbel().set_training_step(-1, 5), "`step` must be an int of at least 0, got -1"),
+        (lambda: make_gumbel().set_training_step(0, 0), "`total_steps` must be an int of at least 1, got 0"),
         (lambda: make_gumbel()(torch.zeros(1, 2, 2, 2)), r"`latents` must have shape \(B, 3, h, w\)"),
         (lambda: make_gumbel().indices_to_latents(torch.tensor([[[5]]])), r"`indices` must lie in \[0, 5\)"),
         (lambda: CosineVectorQuantizer(4, 3)(torch.zeros(1, 2, 2, 2)), r"`latents` must have shape \(B, 3, h, w\)"),
@@ -341,9 +372,9 @@ def test_residual_moving_averages_see_what_is_left():
         (lambda: FSQuantizer(9, 2, (3, 3)).indices_to_latents(torch.tensor([[[9]]])), r"`indices` must lie in \[0, 9\)"),
         (lambda: FSQuantizer(9, 2, (3, 3))(torch.zeros(1, 3, 2, 2)), r"`latents` must have shape \(B, 2, h, w\)"),
         (lambda: LFQuantizer(31, 5), r"must be 2 \*\* embed_dim = 32 .* got 31"),
-        (lambda: LFQuantizer(32, 5, bits_per_group=0), "`bits_per_group` must be at least 1, got 0"),
+        (lambda: LFQuantizer(32, 5, bits_per_group=0), "`bits_per_group` must be an int of at least 1, got 0"),
         (lambda: LFQuantizer(32, 5).indices_to_latents(torch.tensor([[[32]]])), r"`indices` must lie in \[0, 32\)"),
-        (lambda: ResidualQuantizer(4, 3, depth=0), "`depth` must be at least 1, got 0"),
+        (lambda: ResidualQuantizer(4, 3, depth=0), "`depth` must be an int of at least 1, got 0"),
         (lambda: ResidualQuantizer(4, 3, base="gumbel"), "`base` must be 'vq' or 'ema', got 'gumbel'"),
         (lambda: ResidualQuantizer(4, 3, base="vq", decay=0.9), r"have no \['decay'\]"),
         (lambda: make_residual().indices_to_latents(torch.zeros(1, 2, 2, 4, dtype=torch.int64)), "d from 1 to 3"),

@@ -5,9 +5,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from hf_vq.models.quantizers.build import build_quantizer
 from hf_vq.models.quantizers.codebook_search import draw_vectors, kmeans
 from hf_vq.models.quantizers.gradient_estimators import rotation_trick, straight_through
-from hf_vq.models.quantizers.vector_quantizers import EMAVectorQuantizer, VectorQuantizer, build_quantizer
+from hf_vq.models.quantizers.vector_quantizers import EMAVectorQuantizer, VectorQuantizer
 from tests.models.quantizers.brute_force import brute_force, plain_lloyd, randn, rows
 
 
@@ -337,14 +338,14 @@ def test_two_processes_end_with_the_same_codebook(tmp_path):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: VectorQuantizer(0, 4), "`num_embeddings` and `embed_dim` must be positive, got 0 and 4"),
+        (lambda: VectorQuantizer(0, 4), "`num_embeddings` must be an int of at least 1, got 0"),
         (lambda: VectorQuantizer(4, 4, gradient_estimator="none"), "`gradient_estimator` must be one of"),
         (lambda: VectorQuantizer(4, 3)(torch.zeros(1, 4, 2, 2)), r"`latents` must have shape \(B, 3, h, w\), got \(1, 4"),
         (lambda: VectorQuantizer(4, 3).set_codebook(torch.zeros(4, 2)), r"`codes` must have shape \(4, 3\)"),
         (lambda: VectorQuantizer(4, 3).indices_to_latents(torch.tensor([[[4]]])), r"\[0, 4\), got values from 4 to 4"),
         (lambda: VectorQuantizer(4, 3).indices_to_latents(torch.tensor([[[0.0]]])), "must be an integer tensor"),
-        (lambda: EMAVectorQuantizer(4, 3, decay=1.0), r"`decay` must lie in \[0, 1\), got 1.0"),
-        (lambda: EMAVectorQuantizer(4, 3, restart_threshold=-0.1), r"`restart_threshold` must lie in \[0, 1\)"),
+        (lambda: EMAVectorQuantizer(4, 3, decay=1.0), r"`decay` must be a number in \[0, 1\), got 1.0"),
+        (lambda: EMAVectorQuantizer(4, 3, restart_threshold=-0.1), r"`restart_threshold` must be a number in \[0, 1\)"),
         (lambda: EMAVectorQuantizer(4, 3, count_smoothing="add"), "`count_smoothing` must be None, 'laplace'"),
         (lambda: build_quantizer("vqvae", 4, 3), "`quantizer` must be one of"),
         (lambda: build_quantizer("ema", 4, 3, beta=1), r"`quantizer_kwargs` of 'ema' have no \['beta'\]"),

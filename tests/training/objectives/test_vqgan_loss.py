@@ -1,5 +1,4 @@
 import json
-import math
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from hf_vq.training.objectives.vqgan_loss import (
     GENERATOR_LOSSES,
     VQGANLoss,
     adaptive_weight,
-    cosine_temperature,
     l1_loss,
     l2_loss,
 )
@@ -125,15 +123,6 @@ def test_golden_discriminator_losses(golden, kind):
     torch.testing.assert_close(value, tensors[kind], atol=manifest[kind]["suggested_atol"], rtol=0)
 
 
-def test_golden_cosine_temperature():
-    folder = GOLDEN / "taming_gumbel"
-    tensors = load_file(folder / "io.safetensors")
-    atol = json.loads((folder / "manifest.json").read_text())["tensors"]["temperatures"]["suggested_atol"]
-    temperatures = torch.tensor([cosine_temperature(step) for step in tensors["scheduler_steps"].tolist()])
-    # far below the suggested 9e-6 at the end of the schedule, where the temperature itself is 1e-6
-    torch.testing.assert_close(temperatures, tensors["temperatures"], atol=min(atol, 1e-7), rtol=1e-6)
-
-
 # ---- closed forms
 
 
@@ -191,24 +180,6 @@ def test_adaptive_weight_raises_for_an_unused_layer():
     last_layer, other = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)
     with pytest.raises(RuntimeError):
         adaptive_weight(last_layer.sum(), other.sum(), last_layer)
-
-
-def test_cosine_temperature():
-    assert cosine_temperature(0, 2.0, 0.5, 10) == 2.0
-    assert cosine_temperature(5, 2.0, 0.5, 10) == pytest.approx(1.25)
-    assert cosine_temperature(10, 2.0, 0.5, 10) == pytest.approx(0.5)
-    assert cosine_temperature(11, 2.0, 0.5, 10) == pytest.approx(0.5)
-    values = [cosine_temperature(step, 2.0, 0.5, 10) for step in range(11)]
-    assert values == sorted(values, reverse=True)
-    assert values[2] == pytest.approx(0.5 + 0.75 * (1 + math.cos(math.pi / 5)))
-
-
-@pytest.mark.parametrize(
-    "arguments", [{"step": -1}, {"step": 0, "total_steps": 0}, {"step": 0, "start": 0.0}, {"step": 0, "end": 0.0}]
-)
-def test_cosine_temperature_bad_arguments(arguments):
-    with pytest.raises(ValueError, match=list(arguments)[-1]):
-        cosine_temperature(**arguments)
 
 
 # ---- the schedule
