@@ -115,6 +115,49 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, help="(default: a new one each time)")
     add_output(command, "samples.png", "the sheet")
     add_device(command)
+    command = add(
+        "evaluate",
+        "evaluate.evaluate",
+        "measure a tokenizer or a pipeline over a data set",
+        "user/pipeline --data user/images --label-column label",
+        "outputs/vqgan/tokenizer --data photos/ --split train --metrics reconstruction codebook",
+        "outputs/vq_gpt/pipeline --data photos/ --sampling guidance_scale=2 --output figures.json --update-card",
+    )
+    add_tokenizer(command)
+    command.add_argument("--data", required=True, help="data set of the Hub, or a folder of images")
+    command.add_argument("--split", default="validation", help="(default: %(default)s)")
+    command.add_argument("--image-column", default="image", help="(default: %(default)s)")
+    command.add_argument("--label-column", help="the classes, for conditional priors")
+    command.add_argument("--caption-column", help="the prompts, for conditional priors")
+    command.add_argument("--size", type=positive, help="side of the images (default: the one it was trained at)")
+    command.add_argument("--max-images", type=positive, help="only the first so many")
+    command.add_argument("--num-samples", type=positive, help="images that are drawn (default: as many as there are)")
+    command.add_argument(
+        "--metrics",
+        nargs="+",
+        choices=["reconstruction", "codebook", "likelihood", "generation"],
+        help="(default: all that apply)",
+    )
+    command.add_argument(
+        "--perceptual", default="mobilenet_v2", help="lpips, mobilenet_v2, none or a file (default: %(default)s)"
+    )
+    command.add_argument(
+        "--features",
+        default="mobilenet_v2",
+        help="network of the distances; none: no distances (default: %(default)s)",
+    )
+    command.add_argument(
+        "--features-layer", type=int, default=13, help="of the network, few channels for few images (default: 13)"
+    )
+    command.add_argument("--num-timesteps", type=positive, help="of a diffusion bound (default: all)")
+    command.add_argument(
+        "--sampling", nargs="+", default=[], metavar="NAME=VALUE", help="arguments of the pipeline's call"
+    )
+    command.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    command.add_argument("--output", type=Path, help="JSON file of the figures")
+    command.add_argument("--update-card", action="store_true", help="write the figures into the README.md of a folder")
+    add_batches(command)
+    add_json(command)
     return parser
 
 

@@ -1,13 +1,16 @@
 import argparse
 import io
 import json
+import shutil
 import subprocess
 import sys
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -15,6 +18,7 @@ from safetensors.torch import save_file
 import hf_vq
 from hf_vq.cli import build_parser, main
 from hf_vq.evaluation.pictures import labelled_rows
+from hf_vq.hub import model_card
 from tests.pipelines import test_pipeline_vq_latent_diffusion, test_pipeline_vqvae2, vq_diffusion_parts
 
 
@@ -357,3 +361,37 @@ def test_wrong_usage_exits_with_2(capsys):
 def test_version():
     done = subprocess.run([sys.executable, "-m", "hf_vq.cli", "--version"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip() == f"hf-vq {hf_vq.__version__}"
+
+
+def test_evaluate(folder, tmp_path, capsys):
+    rows = [
+        {
+            "image": Image.radial_gradient("L").rotate(30 * number).resize((16, 16)),
+            "kind": ["cat", "dog", "owl"][number % 3],
+        }
+        for number in range(6)
+    ]
+    features = datasets.Features({"image": datasets.Image(), "kind": datasets.ClassLabel(names=["cat", "dog", "owl"])})
+    data = tmp_path / "data"
+    data.mkdir()
+    datasets.Dataset.from_list(rows, features=features).to_parquet(str(data / "validation.parquet"))
+    shutil.copytree(folder / "pipeline", tmp_path / "pipeline")
+    model_card(
+        hf_vq.VQAutoregressivePipeline.from_pretrained(tmp_path / "pipeline"), "user/name", "mit", "gradients"
+    ).save(tmp_path / "pipeline" / "README.md")
+    arguments = ("--data", data, "--label-column", "kind", "--perceptual", "none", "--features", "none")
+    output = tmp_path / "figures.json"
+    options = (*arguments, "--metrics", "likelihood", "--output", output, "--update-card", "--batch-size", 4)
+    assert run("evaluate", tmp_path / "pipeline", *options) == 0
+    printed = capsys.readouterr().out
+    figures = json.loads(output.read_text())
+    assert figures["num_images"] == 6 and figures["data"] == "data, split validation"
+    assert f"{figures['bits_per_index']:.6g}" in printed and str(tmp_path) not in figures["data"]
+    results = ModelCard.load(tmp_path / "pipeline" / "README.md").data.eval_results
+    assert {result.metric_type: result.metric_value for result in results}["bits_per_index"] == figures[
+        "bits_per_index"
+    ]
+    assert run("evaluate", folder / "vqgan", *arguments, "--size", 12, "--json") == 0
+    assert json.loads(capsys.readouterr().out).keys() >= {"psnr", "ssim", "codebook_entropy_per_position"}
+    assert run("evaluate", folder / "prior", *arguments) == 1
+    assert "give the pipeline that has it" in capsys.readouterr().err

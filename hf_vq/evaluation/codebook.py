@@ -1,5 +1,7 @@
 """Codebook health over a data set: how often each code is used."""
 
+import math
+
 import torch
 
 from ..distributed import all_reduced
@@ -46,4 +48,34 @@ class CodebookCounts:
         return codebook_statistics(total)
 
 
-__all__ = ["CodebookCounts"]
+class PositionCounts:
+    """Counts the codes at each position of the grid, batch by batch and over processes.
+
+    Args:
+        num_embeddings: K, the number of codes.
+    """
+
+    def __init__(self, num_embeddings: int):
+        self.num_embeddings = num_embeddings
+        self.counts: torch.Tensor | None = None
+
+    def update(self, indices: torch.Tensor) -> None:
+        """Count a batch of grids `(B, h, w)`, all batches of one size."""
+        rows = indices.detach().flatten(1).to("cpu", torch.int64)
+        if self.counts is None:
+            self.counts = torch.zeros(rows.shape[1], self.num_embeddings, dtype=torch.int64)
+        if rows.shape[1] != self.counts.shape[0]:
+            raise ValueError(f"`indices` must have {self.counts.shape[0]} positions as before, got {rows.shape[1]}.")
+        places = torch.arange(rows.shape[1]) * self.num_embeddings
+        self.counts += torch.bincount((rows + places).flatten(), minlength=self.counts.numel()).view_as(self.counts)
+
+    def entropy(self) -> torch.Tensor:
+        """float64 `(h·w,)`: the entropy of the codes at each position, in bits, from 0 to log2 K."""
+        if self.counts is None:
+            raise ValueError("no code has been counted: call `update(indices)` before `entropy()`")
+        counts = all_reduced(self.counts).double()
+        probabilities = counts / counts.sum(1, keepdim=True)
+        return torch.special.entr(probabilities).sum(1) / math.log(2)
+
+
+__all__ = ["CodebookCounts", "PositionCounts"]

@@ -1,0 +1,177 @@
+"""``hf-vq evaluate``: the figures of a tokenizer or a pipeline over a data set, as a table, JSON and in its card."""
+
+import json
+import sys
+from pathlib import Path
+
+from .sources import device, load
+
+
+def evaluate(options) -> None:
+    """Prints the figures; writes them to `--output` and into the card of a local folder by `--update-card`."""
+    import torch
+
+    from ..distributed import is_main_process
+    from ..evaluation.evaluate_pipeline import applicable_metrics, evaluate_model
+    from ..evaluation.features import PooledLayer
+    from ..training.data.image_datasets import DataArguments, load_image_dataset
+    from ..training.objectives.perceptual import build_perceptual
+
+    _join_processes()
+    where = device(options)
+    model = load(options.model)
+    if not hasattr(model, "decode_indices") and not hasattr(model, "vqvae"):
+        raise ValueError(
+            f"`MODEL` must be a tokenizer or a pipeline, got a {type(model).__name__}: give the pipeline that has it."
+        )
+    model = model.to(where)
+    resolution = options.size or getattr(model, "vqvae", model).config.resolution
+    data = DataArguments(
+        options.data,
+        image_column=options.image_column,
+        label_column=options.label_column,
+        extra_columns=[options.caption_column] if options.caption_column else [],
+        resolution=resolution,
+        max_samples=options.max_images,
+    )
+    dataset = load_image_dataset(data, options.split)
+    perceptual = build_perceptual(options.perceptual)
+    network = build_perceptual(options.features)
+    extractor = None if network is None else network.to(where)
+    if extractor is not None and options.features_layer is not None:
+        extractor = PooledLayer(extractor, options.features_layer)
+    sampling = dict(_pair(pair) for pair in options.sampling)
+    metrics = options.metrics or applicable_metrics(model)
+    figures = evaluate_model(
+        model,
+        dataset,
+        metrics,
+        perceptual=None if perceptual is None else perceptual.to(where),
+        extractor=extractor,
+        num_samples=options.num_samples,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        label_key="label" if options.label_column else None,
+        caption_key=options.caption_column,
+        num_timesteps=options.num_timesteps,
+        progress=not options.json,
+        **sampling,
+    )
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        if not is_main_process():
+            return
+    figures = {
+        "model": options.model,
+        "data": f"{Path(options.data).name if Path(options.data).exists() else options.data}, split {options.split}",
+        "image_size": f"{resolution}, the shorter side by bicubic resizing with antialiasing, centre crop",
+        **figures,
+    }
+    if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if options.update_card:
+        update_card(Path(options.model), flat_figures(figures), options)
+    print(json.dumps(figures, indent=2, ensure_ascii=False) if options.json else table(figures))
+
+
+def _join_processes() -> None:
+    """Joins the processes that a launcher such as `torchrun` started."""
+    import os
+
+    import torch
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def _pair(text: str) -> tuple[str, object]:
+    """`name=value`, the value as JSON where it is some."""
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise ValueError(f"`--sampling` must be of the form name=value, got {text!r}.")
+    try:
+        return name.replace("-", "_"), json.loads(value)
+    except json.JSONDecodeError:
+        return name.replace("-", "_"), value
+
+
+def flat_figures(figures: dict) -> dict[str, float]:
+    """The numbers among the figures, distances under their labels with the number of images."""
+    flat = {}
+    for name, value in figures.items():
+        if name.endswith("distances"):
+            prefix = "reconstruction " if name.startswith("reconstruction") else ""
+            for one in value:
+                label = f"{prefix}{one['label']} ({one['num_generated']} against {one['num_real']} images)"
+                flat[label] = one["value"]
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            flat[name] = value
+    return flat
+
+
+def table(figures: dict) -> str:
+    """The figures in two columns, for a terminal."""
+    rows = [(name, value) for name, value in figures.items() if isinstance(value, str)]
+    rows += [
+        (name, f"{value:.6g}" if isinstance(value, float) else str(value))
+        for name, value in flat_figures(figures).items()
+    ]
+    for number, level in enumerate(figures.get("levels", [])):
+        rows.append((f"bits_per_index of level {number}", f"{level['bits_per_index']:.6g}"))
+    floors = [one for name in figures if name.endswith("distances") for one in figures[name]]
+    for one in {one["label"]: one for one in floors}.values():
+        rows.append((f"{one['label']}, half of the real images against half", f"{one['real_split']:.6g}"))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
+
+
+def update_card(folder: Path, figures: dict[str, float], options) -> None:
+    """Writes the figures into the `model-index` of the folder's README.md, and a benchmark's into `.eval_results/`.
+
+    Raises:
+        ValueError: the folder has no card.
+    """
+    from huggingface_hub import EvalResult, ModelCard
+
+    path = folder / "README.md"
+    if not path.is_file():
+        raise ValueError(f"`--update-card` needs a local folder with a README.md, got {str(folder)!r}.")
+    card = ModelCard.load(path)
+    is_hub_id = not Path(options.data).exists()
+    name = options.data if is_hub_id else Path(options.data).name
+    new = [
+        EvalResult(
+            task_type=card.data.pipeline_tag or "image-feature-extraction",
+            dataset_type=options.data if is_hub_id else "custom",
+            dataset_name=name,
+            dataset_split=options.split,
+            metric_type=metric,
+            metric_value=value,
+        )
+        for metric, value in figures.items()
+    ]
+    replaced = {(result.dataset_name, result.metric_type) for result in new}
+    kept = [r for r in card.data.eval_results or [] if (r.dataset_name, r.metric_type) not in replaced]
+    card.data.eval_results = [*kept, *new]
+    card.data.model_name = card.data.model_name or folder.name
+    card.save(path)
+    if is_hub_id:
+        _write_eval_results(folder, figures, options)
+    print(f"{path}: {len(new)} figures", file=sys.stderr)
+
+
+def _write_eval_results(folder: Path, figures: dict[str, float], options) -> None:
+    """The Hub's newer form: entries that link to a data set of the Hub, one file a data set."""
+    import yaml
+    from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
+
+    entries = [
+        EvalResultEntry(dataset_id=options.data, task_id=metric, value=value, notes=f"split {options.split}")
+        for metric, value in figures.items()
+    ]
+    path = folder / ".eval_results" / f"{options.data.replace('/', '--')}.yaml"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False), encoding="utf-8")

@@ -1,0 +1,267 @@
+"""Any tokenizer or pipeline, measured over a data set: what `hf-vq evaluate` prints."""
+
+import inspect
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from ..argument_checks import check_integer
+from ..distributed import all_gathered, share_of_process
+from .codebook import PositionCounts
+from .diffusion_likelihood import DiffusionLikelihood
+from .evaluate import evaluate_prior, evaluate_tokenizer, evaluation_mode, progress_bar
+from .features import FeatureCollector, FeatureExtractor
+from .generation import classifier_score, compare_features
+from .hierarchy import evaluate_hierarchy
+
+
+METRICS = ("reconstruction", "codebook", "likelihood", "generation")
+DISTANCES = ("frechet_distance", "kernel_distance", "precision", "recall")
+
+
+def applicable_metrics(model) -> list[str]:
+    """Those of `METRICS` that a tokenizer or a pipeline has."""
+    if not hasattr(model, "components"):
+        return ["reconstruction", "codebook"]
+    has_likelihood = hasattr(model, "prior") or hasattr(model, "priors") or hasattr(model, "transformer")
+    return [name for name in METRICS if name != "likelihood" or has_likelihood]
+
+
+@torch.no_grad()
+def evaluate_model(
+    model,
+    dataset: Dataset,
+    metrics: Sequence[str] | None = None,
+    perceptual: nn.Module | None = None,
+    extractor: FeatureExtractor | None = None,
+    classifier: nn.Module | None = None,
+    num_samples: int | None = None,
+    batch_size: int = 32,
+    seed: int = 0,
+    label_key: str | None = None,
+    caption_key: str | None = None,
+    num_timesteps: int | None = None,
+    progress: bool = True,
+    **sampling,
+) -> dict:
+    """The figures of a tokenizer or of a pipeline over a data set.
+
+    In a distributed run every process calls this with the whole data set, measures its own part, and gets the figures of
+    the whole. Images that are drawn have a generator each, so that they depend neither on the batch size nor on the
+    number of processes.
+
+    Args:
+        model: a tokenizer, or a pipeline of hf_vq that has one, on its device.
+        dataset: map-style, with `pixel_values` `(C, H, W)` in [-1, 1] and the entries `label_key` and `caption_key`.
+        metrics: among `METRICS`; by default all that apply (`applicable_metrics`).
+        perceptual: a distance `(images, references) -> (B,)` with a `name`.
+        extractor: the network of the distances between drawn and real images, and of rFID-like distances between
+            reconstructions and originals; without it neither is measured.
+        classifier: from images `(B, C, H, W)` in [-1, 1] to logits, for `classifier_score`.
+        num_samples: images that are drawn; by default as many as the data set has. Their classes and prompts are those of
+            the data set's rows, in their order and from the beginning again where it is exhausted.
+        batch_size: images at a time.
+        seed: of the drawn images and of the bound's noise.
+        label_key, caption_key: the entries that hold the classes and the prompts of conditional priors.
+        num_timesteps: of the diffusion bound, see `DiffusionLikelihood`.
+        progress: show progress bars.
+        sampling: further arguments of the pipeline's call, such as `guidance_scale`.
+
+    Returns:
+        Figures by name; `distances` is a list of `Measurement.to_dict()`.
+
+    Raises:
+        ValueError: a metric that does not exist or does not apply, or data without what it needs.
+    """
+    possible = applicable_metrics(model)
+    metrics = possible if metrics is None else list(metrics)
+    for name in metrics:
+        if name not in possible:
+            raise ValueError(f"`metrics` must be among {possible} for a {type(model).__name__}, got {name!r}.")
+    batch_size = check_integer("batch_size", batch_size, 1)
+    tokenizer = getattr(model, "vqvae", model)
+    result = {}
+    if "reconstruction" in metrics or "codebook" in metrics:
+        extractors = [] if extractor is None else [extractor]
+        loader = _loader(dataset, batch_size)
+        figures = evaluate_tokenizer(tokenizer, loader, perceptual, extractors, progress=progress)
+        if "distances" in figures:
+            figures["reconstruction_distances"] = figures.pop("distances")
+        for name, value in figures.items():
+            if ("codebook" if name.startswith("codebook") else "reconstruction") in metrics:
+                result[name] = value
+        if "codebook" in metrics:
+            result["codebook_entropy_per_position"] = entropy_per_position(tokenizer, dataset, batch_size, progress)
+    if "likelihood" in metrics:
+        result |= evaluate_likelihood(
+            model, dataset, batch_size, seed, label_key, caption_key, num_timesteps, progress=progress
+        )
+    if "generation" in metrics:
+        if extractor is None and classifier is None:
+            raise ValueError("`extractor` or `classifier` must be given to measure drawn images, got None.")
+        count = len(dataset) if num_samples is None else check_integer("num_samples", num_samples, 1)
+        draws = draw_images(model, dataset, count, batch_size, seed, label_key, caption_key, progress, **sampling)
+        result |= _measure_drawn(draws, dataset, extractor, classifier, batch_size, progress)
+        result["num_samples"] = count
+    return result
+
+
+@torch.no_grad()
+def entropy_per_position(tokenizer, dataset: Dataset, batch_size: int = 32, progress: bool = True) -> float | list:
+    """The mean over positions of the entropy of the codes at that position, in bits; of each level of a hierarchy.
+
+    Few bits at a position mean that the code there is nearly always the same.
+    """
+    counts: list[PositionCounts] = []
+    with evaluation_mode(tokenizer):
+        for batch in progress_bar(_loader(dataset, batch_size), "positions", progress):
+            indices = tokenizer.encode(batch["pixel_values"].to(tokenizer.device, tokenizer.dtype)).indices
+            levels = indices if isinstance(indices, tuple) else (indices,)
+            counts = counts or [PositionCounts(tokenizer.config.num_embeddings) for _ in levels]
+            for level, own in zip(levels, counts, strict=True):
+                own.update(level)
+    entropies = [float(own.entropy().mean()) for own in counts]
+    return entropies[0] if len(entropies) == 1 else entropies
+
+
+def evaluate_likelihood(
+    pipeline,
+    dataset: Dataset,
+    batch_size: int = 32,
+    seed: int = 0,
+    label_key: str | None = None,
+    caption_key: str | None = None,
+    num_timesteps: int | None = None,
+    progress: bool = True,
+) -> dict:
+    """Bits per index and per pixel dimension of a pipeline's prior (an upper bound for VQ-Diffusion).
+
+    Args, Raises: as in `evaluate_model`.
+    """
+    height, width = dataset[0]["pixel_values"].shape[-2:]
+    pixel_dims = dataset[0]["pixel_values"].shape[0] * height * width
+    priors = getattr(pipeline, "priors", None)
+    codes = _codes(pipeline.vqvae, _loader(dataset, batch_size))
+    if hasattr(pipeline, "transformer"):
+        condition_type = pipeline.transformer.config.condition_type
+        key = _condition_key(condition_type, label_key, caption_key)
+        prepare = None
+        if condition_type == "text":
+
+            def prepare(prompts):
+                return pipeline.prepare_condition(len(prompts), prompt=list(prompts))
+
+        generator = torch.Generator().manual_seed(seed)
+        prior = DiffusionLikelihood(pipeline.transformer, pipeline.scheduler, prepare, num_timesteps, generator)
+        return evaluate_prior(prior, codes, key, pixel_dims, progress)
+    key = _condition_key(priors[0].config.condition_type, label_key, caption_key)
+    if len(priors) > 1:
+        return evaluate_hierarchy(priors, codes, key, pixel_dims, progress)
+    return evaluate_prior(priors[0], codes, key, pixel_dims, progress)
+
+
+@torch.no_grad()
+def draw_images(
+    pipeline,
+    dataset: Dataset,
+    num_samples: int,
+    batch_size: int = 32,
+    seed: int = 0,
+    label_key: str | None = None,
+    caption_key: str | None = None,
+    progress: bool = True,
+    **sampling,
+) -> Iterator[torch.FloatTensor]:
+    """Images `(B, C, H, W)` in [-1, 1] of the classes or prompts of the data set's rows; this process's part of them."""
+    pipeline.set_progress_bar_config(disable=True)
+    parameters = inspect.signature(type(pipeline).__call__).parameters
+    name, key = None, None
+    if label_key is not None and "class_labels" in parameters and _takes(pipeline, "class"):
+        name, key = "class_labels", label_key
+    elif caption_key is not None and "prompt" in parameters:
+        name, key = "prompt", caption_key
+    numbers = share_of_process(range(num_samples))
+    for start in progress_bar(range(0, len(numbers), batch_size), "samples", progress):
+        batch = numbers[start : start + batch_size]
+        generators = [torch.Generator().manual_seed(seed * 1_000_003 + number) for number in batch]
+        if name is None:
+            given = {"num_images_per_prompt": len(batch)}
+        else:
+            values = [dataset[number % len(dataset)][key] for number in batch]
+            given = {name: [int(value) for value in values] if name == "class_labels" else values}
+        yield pipeline(**given, generator=generators, output_type="pt", **sampling).images.float().cpu() * 2 - 1
+
+
+def _measure_drawn(draws, dataset, extractor, classifier, batch_size: int, progress: bool) -> dict:
+    generated = None if extractor is None else FeatureCollector(extractor)
+    logits = []
+    for images in draws:
+        if generated is not None:
+            generated.update(images.to(_device_of(extractor)))
+        if classifier is not None:
+            logits.append(classifier(images.to(_device_of(classifier))).float().cpu())
+    result = {}
+    if generated is not None:
+        real = FeatureCollector(extractor)
+        for batch in progress_bar(_loader(dataset, batch_size), "real images", progress):
+            real.update(batch["pixel_values"].to(_device_of(extractor)))
+        result["distances"] = [m.to_dict() for m in compare_features(real.compute(), generated.compute(), DISTANCES)]
+    if classifier is not None:
+        scores = all_gathered(torch.cat(logits) if logits else None)
+        result["classifier_score"], result["classifier_score_deviation"] = classifier_score(
+            scores, min(10, len(scores))
+        )
+    return result
+
+
+def _device_of(network) -> torch.device:
+    module = getattr(network, "network", network)
+    return next(module.parameters()).device if isinstance(module, nn.Module) else torch.device("cpu")
+
+
+def _codes(vqvae, batches: Iterable[dict]) -> Iterator[dict]:
+    """The batches with the indices of their images, under the names that the likelihoods read."""
+    for batch in batches:
+        indices = vqvae.encode(batch["pixel_values"].to(vqvae.device, vqvae.dtype)).indices
+        if isinstance(indices, tuple):
+            yield {**batch, **{f"indices_{level}": codes for level, codes in enumerate(indices)}}
+        else:
+            yield {**batch, "indices": indices}
+
+
+def _condition_key(condition_type: str | None, label_key: str | None, caption_key: str | None) -> str | None:
+    wanted = {"class": ("label_key", label_key), "text": ("caption_key", caption_key)}.get(condition_type)
+    if wanted is None:
+        return None
+    if wanted[1] is None:
+        raise ValueError(f"`{wanted[0]}` must name the entry that holds the {condition_type} of each image, got None.")
+    return wanted[1]
+
+
+def _takes(pipeline, condition_type: str) -> bool:
+    """Whether any part of the pipeline is conditioned in this way."""
+    parts = [*getattr(pipeline, "priors", ()), getattr(pipeline, "transformer", None)]
+    types = [getattr(part.config, "condition_type", None) for part in parts if part is not None]
+    return condition_type in types or not types
+
+
+def _loader(dataset: Dataset, batch_size: int) -> DataLoader:
+    """This process's part of a data set, in order."""
+    from ..training.data.image_datasets import collate
+
+    return DataLoader(
+        Subset(dataset, share_of_process(range(len(dataset)))), batch_size=batch_size, collate_fn=collate
+    )
+
+
+__all__ = [
+    "DISTANCES",
+    "METRICS",
+    "applicable_metrics",
+    "draw_images",
+    "entropy_per_position",
+    "evaluate_likelihood",
+    "evaluate_model",
+]

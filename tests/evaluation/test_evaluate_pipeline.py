@@ -1,0 +1,128 @@
+import math
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+import hf_vq
+from hf_vq.evaluation.codebook import PositionCounts
+from hf_vq.evaluation.evaluate import evaluate_prior, evaluate_tokenizer
+from hf_vq.evaluation.evaluate_pipeline import applicable_metrics, draw_images, evaluate_model
+from hf_vq.training.data.image_datasets import collate
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    torch.manual_seed(0)
+    vqvae = hf_vq.VQGANModel(
+        hf_vq.VQGANConfig(
+            base_channels=8,
+            norm_num_groups=4,
+            channel_multiplier=[1, 2],
+            num_res_blocks=1,
+            attn_resolutions=[],
+            latent_channels=4,
+            embed_dim=4,
+            num_embeddings=16,
+            resolution=12,
+        )
+    )
+    prior = hf_vq.VQGPTForCausalLM(
+        hf_vq.VQGPTConfig(
+            codebook_size=16,
+            grid_size=6,
+            n_embd=16,
+            n_layer=1,
+            n_head=2,
+            condition_type="class",
+            condition_vocab_size=3,
+        )
+    )
+    return hf_vq.VQAutoregressivePipeline(vqvae=vqvae.eval(), prior=prior.eval())
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    values = torch.rand(20, 3, 12, 12, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    return [{"pixel_values": image, "label": torch.tensor(number % 3)} for number, image in enumerate(values)]
+
+
+class Means:
+    name = "means"
+
+    def pooled(self, images):
+        return images.mean((2, 3))
+
+
+def test_the_figures_are_those_of_each_evaluation_alone(pipeline, dataset):
+    found = evaluate_model(
+        pipeline,
+        dataset,
+        ["reconstruction", "codebook", "likelihood"],
+        batch_size=7,
+        label_key="label",
+        progress=False,
+    )
+    tokenizer = evaluate_tokenizer(pipeline.vqvae, DataLoader(dataset, 20, collate_fn=collate), progress=False)
+    for name in ("psnr", "ssim", "l1", "codebook_perplexity", "codebook_usage", "codebook_dead_codes"):
+        assert found[name] == pytest.approx(tokenizer[name], rel=1e-5)
+    with torch.no_grad():
+        indices = torch.cat([pipeline.vqvae.encode(row["pixel_values"][None]).indices for row in dataset])
+    labels = torch.stack([row["label"] for row in dataset])
+    batch = {"indices": indices, "label": labels}
+    prior = evaluate_prior(pipeline.prior, [batch], "label", pixel_dims=3 * 12 * 12, progress=False)
+    for name, value in prior.items():
+        assert found[name] == pytest.approx(value, rel=1e-5)
+    columns = indices.flatten(1).T.tolist()
+    entropies = [-sum(n / 20 * math.log2(n / 20) for n in Counter(column).values()) for column in columns]
+    assert found["codebook_entropy_per_position"] == pytest.approx(sum(entropies) / 36, rel=1e-6)
+
+
+def test_drawn_images_do_not_depend_on_the_batch(pipeline, dataset):
+    draws = [
+        torch.cat(list(draw_images(pipeline, dataset, 7, size, label_key="label", progress=False))) for size in (2, 7)
+    ]
+    torch.testing.assert_close(*draws, atol=1e-5, rtol=0)
+    labels = [int(dataset[number]["label"]) for number in range(7)]
+    generators = [torch.Generator().manual_seed(number) for number in range(7)]
+    expected = pipeline(class_labels=labels, generator=generators, output_type="pt").images * 2 - 1
+    torch.testing.assert_close(draws[0], expected, atol=1e-5, rtol=0)
+
+
+def test_generation_is_compared_with_the_data(pipeline, dataset):
+    def classifier(images):
+        return images.mean((2, 3))
+
+    found = evaluate_model(
+        pipeline,
+        dataset,
+        ["generation"],
+        extractor=Means(),
+        classifier=classifier,
+        num_samples=9,
+        label_key="label",
+        progress=False,
+    )
+    assert [figure["metric"] for figure in found["distances"]][0] == "frechet_distance"
+    assert found["distances"][0]["num_generated"] == 9 and found["distances"][0]["num_real"] == 20
+    assert found["num_samples"] == 9 and 1 <= found["classifier_score"] < 3 and "psnr" not in found
+
+
+def test_what_does_not_apply_is_refused(pipeline, dataset):
+    assert applicable_metrics(pipeline.vqvae) == ["reconstruction", "codebook"]
+    with pytest.raises(ValueError, match="`metrics` must be among .* for a VQGANModel, got 'likelihood'"):
+        evaluate_model(pipeline.vqvae, dataset, ["likelihood"])
+    with pytest.raises(ValueError, match="`label_key` must name the entry that holds the class"):
+        evaluate_model(pipeline, dataset, ["likelihood"], progress=False)
+    with pytest.raises(ValueError, match="`extractor` or `classifier` must be given"):
+        evaluate_model(pipeline, dataset, ["generation"], progress=False)
+
+
+def test_entropy_of_each_position():
+    counts = PositionCounts(4)
+    counts.update(torch.tensor([[[0, 0], [0, 1]], [[0, 1], [1, 2]]]))
+    counts.update(torch.tensor([[[0, 0], [2, 3]], [[0, 1], [3, 0]]]))
+    torch.testing.assert_close(counts.entropy(), torch.tensor([0.0, 1.0, 2.0, 2.0]).double())
+    with pytest.raises(ValueError, match="4 positions as before, got 9"):
+        counts.update(torch.zeros(1, 3, 3, dtype=torch.int64))
