@@ -69,13 +69,16 @@ def union_over_processes(names: set[str]) -> set[str]:
 
 
 def share_of_process(rows: Sequence) -> Sequence:
-    """The rows that this process takes of `rows`, every N-th from its own rank on.
+    """The run of rows that this process takes of `rows`, in order of the ranks.
 
-    Together the processes take every row once; shares differ in length by at most one, and may be empty.
+    Together the processes take every row once, and what they find, concatenated by rank, is in the order of `rows`. The
+    shares differ in length by at most one, the first is the longest, and some may be empty.
     """
     if not is_distributed():
         return rows
-    return rows[dist.get_rank() :: dist.get_world_size()]
+    rank, count = dist.get_rank(), dist.get_world_size()
+    first, end = (-(-len(rows) * index // count) for index in (rank, rank + 1))
+    return rows[first:end]
 
 
 __all__ = [

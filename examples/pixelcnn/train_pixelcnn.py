@@ -11,7 +11,6 @@ a hierarchical tokenizer the prior alone, OUTPUT_DIR/prior; the priors of all it
 from dataclasses import dataclass, field, fields
 
 import torch
-from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, AutoModel
 
 from hf_vq import (
@@ -28,6 +27,7 @@ from hf_vq.training.data.image_datasets import DataArguments, collate
 from hf_vq.training.run import RunArguments, TrainingRun
 from hf_vq.training.run_arguments import parse_arguments, parse_mapping
 from hf_vq.training.sharing import save_trained
+from hf_vq.training.validation import validation_loader
 
 
 PRIORS = {
@@ -143,7 +143,7 @@ def validate(run: TrainingRun, prior, tokenizer, codes, level: Level, args: Prio
     factor = tokenizer.config.downsample_factors[len(level.columns) - 1]
     figures = evaluate_prior(
         prior,
-        DataLoader(codes, batch_size=64, collate_fn=collate),
+        validation_loader(codes),
         condition_key="label" if conditional else None,
         pixel_dims=tokenizer.config.in_channels * height * width * factor**2,
         indices_key=level.columns[-1],

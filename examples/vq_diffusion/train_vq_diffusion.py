@@ -8,12 +8,14 @@ The data set is encoded once, into OUTPUT_DIR/indices, or in every step. The res
 """
 
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch.utils.data import DataLoader, Subset
 from transformers import AutoImageProcessor, AutoModel, AutoModelForTextEncoding, AutoTokenizer
 
 from hf_vq import MaskReplaceScheduler, VQDiffusionImagePipeline, VQDiffusionTransformer2DModel
+from hf_vq.distributed import share_of_process
 from hf_vq.evaluation.diffusion_likelihood import DiffusionLikelihood
 from hf_vq.evaluation.evaluate import evaluate_prior
 from hf_vq.pipelines.text_conditioning import TextCondition, text_length
@@ -23,6 +25,7 @@ from hf_vq.training.objectives.mask_replace_objective import MaskReplaceObjectiv
 from hf_vq.training.objectives.timestep_sampler import ImportanceTimestepSampler
 from hf_vq.training.run import RunArguments, TrainingRun
 from hf_vq.training.run_arguments import parse_arguments
+from hf_vq.training.sample_generators import rand_of_samples, sample_generators
 from hf_vq.training.sharing import save_trained
 
 
@@ -117,9 +120,8 @@ class Codes:
 
     def validation_batches(self, batch_size: int = 64):
         """Batches of up to 1024 validation samples at even distances, of which each process has its share."""
-        dataset, accelerator = self.splits["validation"], self.run.accelerator
-        rows = torch.linspace(0, len(dataset) - 1, min(1024, len(dataset))).round().long().tolist()
-        rows = rows[accelerator.process_index :: accelerator.num_processes]
+        dataset = self.splits["validation"]
+        rows = share_of_process(torch.linspace(0, len(dataset) - 1, min(1024, len(dataset))).round().long().tolist())
         for batch in DataLoader(Subset(dataset, rows), batch_size=batch_size, collate_fn=collate):
             yield {**batch, "indices": self.indices(batch)}
 
@@ -132,12 +134,18 @@ class Condition:
         self.key = {"class": "label", "text": caption_column}.get(self.kind)  # of a batch
         self.encode = pipe.encode_prompt if captions is None else CaptionTable(pipe, captions)
 
-    def inputs(self, values, dropout: float = 0.0) -> dict[str, torch.Tensor]:
-        """The transformer's keyword arguments for labels or captions, a share `dropout` of which is the null condition."""
+    def inputs(
+        self, values, dropout: float = 0.0, generators: list[torch.Generator] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """The transformer's keyword arguments for labels or captions.
+
+        A share `dropout` of them becomes the null condition, by one of `generators` for each.
+        """
         if self.kind == "unconditional":
             return {}
         transformer, device = self.pipe.transformer, self.pipe.device
-        dropped = torch.rand(len(values), device=device) < dropout
+        numbers = torch.rand(len(values)) if generators is None else rand_of_samples(generators)
+        dropped = (numbers < dropout).to(device)
         if self.kind == "class":
             return {"class_labels": torch.where(dropped, transformer.null_class_id, values.to(device))}
         null = transformer.null_embedding
@@ -217,9 +225,13 @@ def validate(
     run: TrainingRun, pipe, codes: Codes, condition: Condition, args: VQDiffusionArguments
 ) -> dict[str, float]:
     """The bound in bits per index on validation codes, with the same noise every time, and a picture of samples."""
-    generator = torch.Generator().manual_seed(0)
+    positions = iter(share_of_process(range(min(1024, len(codes.splits["validation"])))))
     bound = DiffusionLikelihood(
-        pipe.transformer, pipe.scheduler, condition.inputs, args.validation_timesteps, generator
+        pipe.transformer,
+        pipe.scheduler,
+        condition.inputs,
+        args.validation_timesteps,
+        generator=lambda batch_size: sample_generators(0, islice(positions, batch_size)),
     )
     figures = evaluate_prior(bound, codes.validation_batches(), condition.key, progress=False)
     if run.is_main_process:
@@ -227,7 +239,8 @@ def validate(
         if condition.kind == "class":
             arguments = {"class_labels": list(range(min(args.sample_classes, codes.num_classes)))}
         elif condition.kind == "text":
-            captions = next(iter(codes.validation_batches()))[condition.key]
+            validation = codes.splits["validation"]
+            captions = [validation[i][condition.key] for i in range(min(64, len(validation)))]
             arguments = {"prompt": list(dict.fromkeys(captions))[: args.sample_classes]}
         if condition.kind != "unconditional":
             arguments |= {"guidance_scale": args.guidance_scale, "num_images_per_prompt": 8}
@@ -271,9 +284,10 @@ def main(argv: list[str] | None = None) -> None:
     for batch in run.batches(codes.splits["train"]):
         with run.accumulate(model):
             indices = codes.indices(batch)
-            timesteps, probabilities = sampler.sample(len(indices), run.device)
-            noised = pipe.scheduler.add_noise(indices, timesteps)
-            inputs = condition.inputs(batch.get(condition.key), args.condition_dropout)
+            generators = run.sample_generators()
+            timesteps, probabilities = sampler.sample(len(indices), run.device, generators)
+            noised = pipe.scheduler.add_noise(indices, timesteps, generators)
+            inputs = condition.inputs(batch.get(condition.key), args.condition_dropout, generators)
             output = objective(model(noised, timesteps, **inputs).sample, indices, noised, timesteps, probabilities)
             run.backward(output.loss)
             run.step(optimizer)

@@ -9,16 +9,16 @@ The data set is encoded once, into OUTPUT_DIR/indices. The result is a pipeline 
 from dataclasses import dataclass, field
 
 import torch
-from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, AutoModel
 
 from hf_vq import VQAutoregressivePipeline, VQGPTConfig, VQGPTForCausalLM
 from hf_vq.evaluation.evaluate import evaluate_prior
 from hf_vq.training.data.code_splits import count_classes, load_code_splits
-from hf_vq.training.data.image_datasets import DataArguments, collate
+from hf_vq.training.data.image_datasets import DataArguments
 from hf_vq.training.run import RunArguments, TrainingRun
 from hf_vq.training.run_arguments import parse_arguments
 from hf_vq.training.sharing import save_trained
+from hf_vq.training.validation import validation_loader
 
 
 @dataclass
@@ -81,9 +81,10 @@ def weight_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
 @torch.no_grad()
 def validate(run: TrainingRun, prior, tokenizer, codes, args: VQGPTArguments) -> dict[str, float]:
     """Bits per index on the validation codes, and a picture with a row of samples for each class."""
-    loader = DataLoader(codes, batch_size=64, collate_fn=collate)
     conditional = prior.config.condition_type == "class"
-    figures = evaluate_prior(prior, loader, condition_key="label" if conditional else None, progress=False)
+    figures = evaluate_prior(
+        prior, validation_loader(codes), condition_key="label" if conditional else None, progress=False
+    )
     if run.is_main_process:
         pipe = VQAutoregressivePipeline(vqvae=tokenizer, prior=prior)
         pipe.set_progress_bar_config(disable=True)

@@ -7,14 +7,16 @@
 The latents are computed once, into OUTPUT_DIR/latents, or on the fly. The result is a pipeline folder, OUTPUT_DIR/pipeline.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import AutoImageProcessor, AutoModel
 
 from hf_vq import VQLatentDiffusionPipeline
+from hf_vq.distributed import all_reduced, share_of_process
 from hf_vq.pipelines.text_conditioning import encode_text
 from hf_vq.training.data.code_splits import count_classes
 from hf_vq.training.data.image_datasets import DataArguments, collate, load_image_dataset
@@ -22,6 +24,7 @@ from hf_vq.training.data.latents_cache import LatentsDataset, encode_latents, wr
 from hf_vq.training.objectives.diffusion_objective import PREDICTION_TYPES, DiffusionObjective, LatentScale
 from hf_vq.training.run import RunArguments, TrainingRun
 from hf_vq.training.run_arguments import parse_arguments
+from hf_vq.training.sample_generators import rand_of_samples, randn_of_samples, sample_generators
 from hf_vq.training.sharing import save_trained
 from hf_vq.training.text_encoder import load_text_encoder
 
@@ -116,8 +119,8 @@ class Data:
         found = batch.get("latents")
         return encode_latents(self.tokenizer, batch["pixel_values"]) if found is None else found.to(self.run.device)
 
-    def even_batches(self, split: str, count: int, batch_size: int):
-        """Batches of up to `count` samples at even distances, the same in every call."""
+    def even_samples(self, split: str, count: int) -> Dataset:
+        """Up to `count` samples at even distances, the same in every call."""
         dataset = self.splits[split]
         if not hasattr(dataset, "__len__"):
             samples = []
@@ -125,7 +128,17 @@ class Data:
                 samples.append(sample)
             dataset = samples
         rows = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().long().tolist()
-        return DataLoader(Subset(dataset, rows), batch_size=batch_size, collate_fn=collate)
+        return Subset(dataset, rows)
+
+    def even_batches(self, split: str, count: int, batch_size: int) -> DataLoader:
+        return DataLoader(self.even_samples(split, count), batch_size=batch_size, collate_fn=collate)
+
+    def validation_batches(self, batch_size: int) -> Iterator[tuple[list[int], dict]]:
+        """This process's share of up to 1024 validation samples, in batches, each with their numbers among all."""
+        samples = self.even_samples("validation", 1024)
+        numbers = share_of_process(range(len(samples)))
+        for number, batch in enumerate(DataLoader(Subset(samples, numbers), batch_size, collate_fn=collate)):
+            yield list(numbers[number * batch_size : (number + 1) * batch_size]), batch
 
 
 class Condition:
@@ -141,12 +154,16 @@ class Condition:
     def kind(self) -> str | None:
         return "text" if self.encoder is not None else "class" if self.num_classes else None
 
-    def inputs(self, batch: dict, dropout: float = 0.0) -> dict:
-        """The denoiser's keyword arguments, where a share `dropout` of the images has the null condition."""
+    def inputs(self, batch: dict, dropout: float = 0.0, generators: list[torch.Generator] | None = None) -> dict:
+        """The denoiser's keyword arguments.
+
+        A share `dropout` of the images has the null condition, by one of `generators` for each.
+        """
         if self.kind is None:
             return {}
         size = len(batch["label" if self.kind == "class" else self.args.caption_column])
-        dropped = torch.rand(size, device=self.device) < dropout
+        numbers = torch.rand(size) if generators is None else rand_of_samples(generators)
+        dropped = (numbers < dropout).to(self.device)
         if self.kind == "class":
             labels = batch["label"].to(self.device)
             return {"class_labels": torch.where(dropped, self.num_classes, labels)}
@@ -191,10 +208,8 @@ def build_unet(args: LatentDiffusionArguments, condition: Condition, channels: i
 
 
 def train_loss(
-    model, objective: DiffusionObjective, latents, inputs: dict, noise=None, timesteps=None
+    model, objective: DiffusionObjective, latents: torch.Tensor, inputs: dict, noise: torch.Tensor, timesteps
 ) -> torch.Tensor:
-    noise = torch.randn_like(latents) if noise is None else noise
-    timesteps = objective.draw_timesteps(len(latents), latents.device) if timesteps is None else timesteps
     prediction = model(objective.add_noise(latents, noise, timesteps), timesteps, **inputs).sample
     return objective.loss(prediction, latents, noise, timesteps)
 
@@ -204,21 +219,23 @@ def validate(
     run, pipe, data: Data, condition: Condition, objective, args: LatentDiffusionArguments
 ) -> dict[str, float]:
     """The loss on validation images with the same noise every time, and a picture of samples."""
-    generator = torch.Generator().manual_seed(0)
-    total, count, batch = 0.0, 0, None
-    for batch in data.even_batches("validation", 1024, 64):
+    sums = torch.zeros(2, dtype=torch.float64)  # of the loss, and of the images
+    spread = objective.even_timesteps(64, run.device)
+    for numbers, batch in data.validation_batches(64):
         latents = data.latents(batch) * pipe.vqvae.config.scaling_factor
-        noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-        timesteps = objective.even_timesteps(len(latents), latents.device)
+        noise = randn_of_samples(sample_generators(0, numbers), *latents.shape[1:]).to(latents.device)
+        timesteps = spread[torch.tensor(numbers, device=spread.device) % len(spread)]
         loss = train_loss(pipe.unet, objective, latents, condition.inputs(batch), noise, timesteps)
-        total, count = total + float(loss) * len(latents), count + len(latents)
+        sums += torch.tensor([float(loss) * len(latents), len(latents)])
+    total, count = all_reduced(sums).tolist()
     if run.is_main_process:
         arguments = {"num_images_per_prompt": 64}
         if condition.kind == "class":
             classes = list(range(min(args.sample_classes, condition.num_classes)))
             arguments = {"class_labels": classes, "num_images_per_prompt": 8}
         elif condition.kind == "text":
-            arguments = {"prompt": batch[args.caption_column][: args.sample_classes], "num_images_per_prompt": 8}
+            shown = next(iter(data.even_batches("validation", args.sample_classes, args.sample_classes)))
+            arguments = {"prompt": shown[args.caption_column], "num_images_per_prompt": 8}
         if condition.kind is not None:
             arguments["guidance_scale"] = args.guidance_scale
         images = pipe(
@@ -265,7 +282,11 @@ def main(argv: list[str] | None = None) -> None:
     for batch in run.batches(data.splits["train"]):
         with run.accumulate(model):
             latents = data.latents(batch) * scale.value
-            loss = train_loss(model, objective, latents, condition.inputs(batch, args.condition_dropout))
+            generators = run.sample_generators()
+            noise = randn_of_samples(generators, *latents.shape[1:]).to(latents.device)
+            timesteps = objective.draw_timesteps(len(latents), latents.device, generators)
+            inputs = condition.inputs(batch, args.condition_dropout, generators)
+            loss = train_loss(model, objective, latents, inputs, noise, timesteps)
             run.backward(loss)
             run.step(optimizer)
             run.log({"loss": loss.detach()})

@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
             )
             run.backward(loss)
             run.step(optimizer)
-            metrics["codebook_perplexity"] = output.perplexity
+            run.log_codes(output.indices, tokenizer.config.num_embeddings)
             if losses.discriminator_active(run.global_step, total):
                 d_loss, d_metrics = losses.discriminator_loss(
                     images, output.sample.float(), run.global_step, total, discriminator

@@ -107,9 +107,9 @@ def main(argv: list[str] | None = None) -> None:
                     "loss": output.loss.detach(),
                     "reconstruction_loss": output.reconstruction_loss.detach(),
                     "quantizer_loss": output.quantizer_loss.detach(),
-                    **{f"codebook_perplexity_{level}": value for level, value in enumerate(output.perplexity)},
                 }
             )
+            run.log_codes(output.indices, tokenizer.config.num_embeddings)
         run.finish_step()
 
     if run.is_main_process:

@@ -29,7 +29,8 @@ class DiffusionLikelihood(nn.Module):
             int64 `(B,)`.
         num_timesteps (*optional*): evaluate the transformer at so many timesteps of each image in place of all T: one drawn
             from each of as many parts of 0…T-1, and weighted by the part's length. An unbiased estimate.
-        generator (*optional*): of these draws and of the noise, by default torch's global randomness. A bound is the mean
+        generator (*optional*): of these draws and of the noise, by default torch's global randomness; or a function of the
+            batch size B, called once for a batch, that gives a list with one generator for each sample. A bound is the mean
             over this noise; each timestep has one draw of it.
     """
 
@@ -39,7 +40,7 @@ class DiffusionLikelihood(nn.Module):
         scheduler: MaskReplaceScheduler,
         prepare_condition: Callable[..., dict] | None = None,
         num_timesteps: int | None = None,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Callable[[int], list[torch.Generator]] | None = None,
     ):
         super().__init__()
         steps = scheduler.config.num_train_timesteps
@@ -81,10 +82,10 @@ class DiffusionLikelihood(nn.Module):
         check_indices("indices", indices, self.scheduler.mask_index - 1)
         inputs = {} if condition is None else self._inputs(condition)
         bound = torch.full((len(indices),), -self.scheduler.prior_kl() * indices[0].numel(), device=indices.device)
-        source = None if self.generator is None else self.generator.device
+        generator = self.generator(len(indices)) if callable(self.generator) else self.generator
         for first, end in zip(self.edges[:-1].tolist(), self.edges[1:].tolist(), strict=True):
-            timesteps = torch.randint(first, end, (len(indices),), generator=self.generator, device=source)
-            noised = self.scheduler.add_noise(indices, timesteps, self.generator)
+            timesteps = _draw_integers(first, end, len(indices), generator)
+            noised = self.scheduler.add_noise(indices, timesteps, generator)
             logits = self.transformer(noised, timesteps.to(indices.device), **inputs).sample
             terms = self.scheduler.vlb_terms(logits, indices, noised, timesteps)
             bound -= (end - first) * terms.flatten(1).sum(dim=1)
@@ -92,6 +93,16 @@ class DiffusionLikelihood(nn.Module):
 
     def _inputs(self, condition) -> dict:
         return {"class_labels": condition} if self.prepare_condition is None else self.prepare_condition(condition)
+
+
+def _draw_integers(
+    first: int, end: int, count: int, generator: torch.Generator | list[torch.Generator] | None
+) -> torch.LongTensor:
+    """`count` integers in first…end-1; with a list of generators, the i-th by the i-th of them."""
+    if isinstance(generator, list):
+        return torch.stack([torch.randint(first, end, (), generator=source) for source in generator])
+    device = None if generator is None else generator.device
+    return torch.randint(first, end, (count,), generator=generator, device=device)
 
 
 __all__ = ["DiffusionLikelihood"]

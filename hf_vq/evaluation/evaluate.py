@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..distributed import is_main_process
+from ..distributed import is_main_process, union_over_processes
 from .codebook import CodebookCounts
 from .features import FeatureCollector, FeatureExtractor
 from .generation import compare_features
@@ -69,21 +69,22 @@ def evaluate_tokenizer(
             if perceptual is not None:
                 values["perceptual"] = perceptual(sample, pixel_values)
             means.update(**values)
-            levels = _codebook_levels(encoded.indices)
+            levels = codebook_levels(encoded.indices)
             codebooks = codebooks or [CodebookCounts(model.config.num_embeddings) for _ in levels]
             for counts, indices in zip(codebooks, levels, strict=True):
                 counts.update(indices)
             for original, reconstructed in collectors:
                 original.update(pixel_values)
                 reconstructed.update(sample)
-    if images == 0:
+    found = union_over_processes({len(codebooks)} - {0})  # a process may have no image of its own
+    if not found:
         raise ValueError("`dataloader` must yield at least one batch, got none")
-
+    codebooks = codebooks or [CodebookCounts(model.config.num_embeddings) for _ in range(*found)]
     result = means.compute()
     if perceptual is not None:
         result["perceptual_network"] = perceptual.name
     result |= _codebook_results(codebooks)
-    result["images_per_second"] = images / seconds
+    result["images_per_second"] = images / seconds if images else 0.0
     if collectors:
         pairs = [(original.compute(), reconstructed.compute()) for original, reconstructed in collectors]
         result["distances"] = [measured.to_dict() for pair in pairs for measured in compare_features(*pair)]
@@ -141,7 +142,7 @@ def evaluation_mode(model: nn.Module):
             module.training = training
 
 
-def _codebook_levels(indices: torch.Tensor | tuple) -> list[torch.Tensor]:
+def codebook_levels(indices: torch.Tensor | tuple) -> list[torch.Tensor]:
     """The indices of each codebook: of each level of a hierarchy, and of each depth `(B, h, w, depth)` of a residual."""
     levels = indices if isinstance(indices, (tuple, list)) else (indices,)
     return [part for level in levels for part in (level.unbind(-1) if level.ndim == 4 else (level,))]
@@ -185,4 +186,4 @@ def _clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-__all__ = ["evaluate_prior", "evaluate_tokenizer", "evaluation_mode", "progress_bar"]
+__all__ = ["codebook_levels", "evaluate_prior", "evaluate_tokenizer", "evaluation_mode", "progress_bar"]

@@ -19,7 +19,8 @@ for batch in run.batches(dataset):                      # micro-batches of this 
         run.step(optimizer)                             # unscale, clip, update; nothing while gradients accumulate
         run.backward(discriminator_loss)
         run.step(d_optimizer)
-        run.log({"loss": output.loss, "codebook_perplexity": output.perplexity})
+        run.log({"loss": output.loss})
+        run.log_codes(output.indices, config.num_embeddings)
     run.finish_step()                                   # schedules, EMA, metrics, guards, validation, checkpoint
 if run.is_main_process:
     with run.ema_weights("model"), atomic_folder(run.output_dir / "tokenizer") as folder:
@@ -42,8 +43,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..distributed import from_main_process, union_over_processes
-from ..evaluation.evaluate import evaluation_mode
+from ..distributed import all_reduced, from_main_process, union_over_processes
+from ..evaluation.evaluate import codebook_levels, evaluation_mode
+from ..models.quantizers.codebook_statistics import code_counts, codebook_statistics
 from .checkpointing import (
     draft_folder,
     find_checkpoints,
@@ -60,10 +62,11 @@ from .checkpointing import (
 )
 from .data.image_datasets import collate
 from .data.loading import micro_batches, move_to_device
-from .data.samplers import micro_batch_sizes
+from .data.samplers import micro_batch_sizes, process_slice
 from .metrics import MetricGuard, MetricsFile, MetricWindow, Stopwatch, TrainingStoppedError
 from .processes import build_accelerator, prepare_model, seed_process
 from .run_arguments import RunArguments, learning_rate_factor
+from .sample_generators import sample_generators
 from .trackers import start_tracker, track_images
 from .weight_ema import WeightEMA
 
@@ -116,6 +119,8 @@ class TrainingRun:
         self._started = False
         self._metrics_file = MetricsFile(self.output_dir / "metrics.jsonl")
         self._window = MetricWindow(self.device)
+        self._code_counts: list[torch.Tensor] = []
+        self._positions = range(0)
         self._guard = MetricGuard(arguments.min_codebook_perplexity, arguments.codebook_patience)
         self._progress_bar = None
         self._clock = Stopwatch()
@@ -230,15 +235,16 @@ class TrainingRun:
 
         self._check_dataset_size(dataset)
         arguments = self.arguments
+        plan = {
+            "batch_size": arguments.train_batch_size,
+            "micro_batches": arguments.gradient_accumulation_steps,
+            "process_index": self.accelerator.process_index,
+            "num_processes": self.accelerator.num_processes,
+        }
         loader = micro_batches(
             dataset,
             collate_fn,
-            plan={
-                "batch_size": arguments.train_batch_size,
-                "micro_batches": arguments.gradient_accumulation_steps,
-                "process_index": self.accelerator.process_index,
-                "num_processes": self.accelerator.num_processes,
-            },
+            plan=plan,
             position=self.samples_seen,
             steps=arguments.max_train_steps - self.global_step,
             seed=arguments.seed,
@@ -255,7 +261,8 @@ class TrainingRun:
             disable=not self.is_main_process,
         )
         with self._progress_bar:
-            for batch, self._stream_state in loader:
+            for number, (batch, self._stream_state) in enumerate(loader):
+                self._positions = process_slice(self.samples_seen, **plan)[number % plan["micro_batches"]]
                 if isinstance(batch, dict):
                     self.broken_images.update(batch.pop("broken_images", ()))
                 yield move_to_device(batch, self.device)
@@ -310,6 +317,28 @@ class TrainingRun:
         """Adds the scalars of one micro-batch to the means that are written every `logging_steps`."""
         self._window.add(metrics)
 
+    def log_codes(self, indices: torch.Tensor | tuple[torch.Tensor, ...], num_embeddings: int) -> None:
+        """Counts the codes of one micro-batch, for the metric `codebook_perplexity`.
+
+        The metric is the perplexity of the codes of a whole step, over its micro-batches and processes, so that it does
+        not depend on their number; with several codebooks it is `codebook_perplexity_0`, `codebook_perplexity_1`, ….
+
+        Args:
+            indices: int `(B, h, w)`; a tuple of such for the levels of a hierarchy, `(B, h, w, depth)` for residuals.
+            num_embeddings: codes of each codebook.
+        """
+        counts = [code_counts(level, num_embeddings) for level in codebook_levels(indices)]
+        before = self._code_counts or [0.0] * len(counts)
+        self._code_counts = [old + new for old, new in zip(before, counts, strict=True)]
+
+    def sample_generators(self) -> list[torch.Generator]:
+        """A generator on the CPU for each sample of the present micro-batch, seeded by its position in the data.
+
+        What they draw does not depend on the number of processes. Every call returns new ones, with the same seeds: call it
+        once for a micro-batch.
+        """
+        return sample_generators(self.arguments.seed, self._positions)
+
     def finish_step(self) -> None:
         """Ends a micro-batch; after the last of a step: schedule, averages, metrics, guards, validation, checkpoint."""
         if not self.accelerator.sync_gradients:
@@ -319,6 +348,7 @@ class TrainingRun:
             self.accelerator.scaler.update()
         for ema in self.emas.values():
             ema.update()
+        self._take_codes()
         self.global_step += 1
         self.samples_seen += arguments.train_batch_size
         self._clock.samples += arguments.train_batch_size
@@ -364,6 +394,15 @@ class TrainingRun:
         return from_main_process(self._clock.elapsed() >= 60 * self.arguments.max_train_minutes)
 
     # Metrics
+
+    def _take_codes(self) -> None:
+        if not self._code_counts:
+            return
+        totals = all_reduced(torch.stack(self._code_counts))
+        self._code_counts = []
+        for level, counts in enumerate(totals):
+            name = "codebook_perplexity" if len(totals) == 1 else f"codebook_perplexity_{level}"
+            self._window.add({name: codebook_statistics(counts).perplexity})
 
     def _report(self) -> None:
         row = {"step": self.global_step}

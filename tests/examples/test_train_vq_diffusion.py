@@ -16,6 +16,7 @@ from hf_vq import VQDiffusionImagePipeline, VQVAEConfig, VQVAEModel
 from hf_vq.evaluation.diffusion_likelihood import DiffusionLikelihood
 from hf_vq.pipelines.text_conditioning import encode_text
 from hf_vq.training.data.indices_cache import load_indices
+from hf_vq.training.sample_generators import sample_generators
 from tests.examples.test_killed_runs import COMMON, finish, kill_at, rows
 from tests.examples.test_train_vq_latent_diffusion import places_and_length
 
@@ -129,7 +130,9 @@ def test_the_bound_of_a_validation_is_that_of_the_saved_pipeline(inputs, tmp_pat
     options = ["--label_column", "number", "--validation_timesteps", "10", "--ema_decay", "0.5"]
     pipe = train(inputs, tmp_path, *options, steps=4)
     codes = load_indices(tmp_path / "indices/validation")
-    bound = DiffusionLikelihood(pipe.transformer, pipe.scheduler, generator=torch.Generator().manual_seed(0))
+    bound = DiffusionLikelihood(
+        pipe.transformer, pipe.scheduler, generator=lambda batch_size: sample_generators(0, range(batch_size))
+    )
     batch = [codes[i] for i in range(3)]
     indices, labels = torch.stack([b["indices"] for b in batch]), torch.tensor([b["label"] for b in batch])
     bits = -bound.log_likelihood(indices, labels).mean() / indices[0].numel() / np.log(2)

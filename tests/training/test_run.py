@@ -528,5 +528,7 @@ def test_two_processes_train_as_one_does(tmp_path):
     done = launch({**options, "output_dir": str(tmp_path / "two")}, 2)
     assert done.returncode == 0, done.stderr
     train(tmp_path / "one", **options)
-    one, two = (torch.tensor([row["loss"] for row in rows(tmp_path / name)]) for name in ("one", "two"))
-    assert one.shape == (8,) and (one - two).abs().max() < 1e-6
+    for metric in ("loss", "codebook_perplexity"):
+        one, two = (torch.tensor([row[metric] for row in rows(tmp_path / name)]) for name in ("one", "two"))
+        assert one.shape == (8,) and (one - two).abs().max() < 1e-6
+    assert len(set(one.tolist())) > 2

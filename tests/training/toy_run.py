@@ -45,7 +45,7 @@ class ToyTokenizer(nn.Module):
 
     def forward(self, images):
         output = self.quantize(self.encoder(images))
-        return self.decoder(output.quantized), output.loss
+        return self.decoder(output.quantized), output.loss, output.indices
 
 
 class Interrupted(Exception):
@@ -112,7 +112,7 @@ def train(
             spy.append((run.global_step, batch["epoch"].tolist(), batch["index"].tolist()))
         images = batch["pixel_values"]
         with run.accumulate(model, critic):
-            reconstructions, commitment = model(images)
+            reconstructions, commitment, indices = model(images)
             loss = F.mse_loss(reconstructions, images) + commitment
             loss = loss if loss_hook is None else loss_hook(run, loss)
             run.backward(loss)
@@ -128,6 +128,8 @@ def train(
             run.log({"loss": loss, "c_loss": c_loss})
             if metrics_hook is not None:
                 run.log(metrics_hook(run))
+            else:
+                run.log_codes(indices, 8)
         run.finish_step()
     return run
 

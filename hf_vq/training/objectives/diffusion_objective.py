@@ -51,11 +51,20 @@ class DiffusionObjective:
                 timestep_spacing="trailing",
             )
 
-    def draw_timesteps(self, batch_size: int, device: torch.device) -> torch.Tensor:
+    def draw_timesteps(
+        self, batch_size: int, device: torch.device, generators: list[torch.Generator] | None = None
+    ) -> torch.Tensor:
         """
         Random timesteps `(B,)`: int64, uniform in [0, T), or for a flow float32 in (0, T), the logistic function of a
-        normal variable (Esser et al. 2024, section 3.1).
+        normal variable (Esser et al. 2024, section 3.1). With `generators` on the CPU, one for each sample, a sample's
+        timestep does not depend on the others.
         """
+        if generators is not None:
+            if self.prediction_type == "flow":
+                normal = torch.stack([torch.randn((), generator=source) for source in generators])
+                return (torch.sigmoid(normal) * self.num_train_timesteps).to(device)
+            draws = [torch.randint(self.num_train_timesteps, (), generator=source) for source in generators]
+            return torch.stack(draws).to(device)
         if self.prediction_type == "flow":
             return torch.sigmoid(torch.randn(batch_size, device=device)) * self.num_train_timesteps
         return torch.randint(self.num_train_timesteps, (batch_size,), device=device)

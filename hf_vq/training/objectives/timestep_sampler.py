@@ -17,8 +17,7 @@ class ImportanceTimestepSampler:
     E[L_t²] is a moving average. Until every timestep has been met more than 10 times, the draws are uniform. Timestep 0, whose
     term is a likelihood and not a divergence, is drawn as often as timestep 1.
 
-    Its state is on the CPU in float64. Each process draws by its own randomness; the history is of all processes and the
-    same in each.
+    Its state is on the CPU in float64. The history is of all processes and the same in each.
 
     Args:
         num_train_timesteps: T, at least 2.
@@ -45,7 +44,10 @@ class ImportanceTimestepSampler:
         return weights / weights.sum()
 
     def sample(
-        self, batch_size: int, device: torch.device | None = None, generator: torch.Generator | None = None
+        self,
+        batch_size: int,
+        device: torch.device | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> tuple[torch.LongTensor, torch.FloatTensor]:
         """
         Draws timesteps.
@@ -53,7 +55,8 @@ class ImportanceTimestepSampler:
         Args:
             batch_size: B.
             device: of what is returned.
-            generator: on the CPU; by default torch's global randomness.
+            generator: on the CPU, or a list with one for each sample, whose timesteps then do not depend on the other
+                samples; by default torch's global randomness.
 
         Returns:
             Timesteps, int64 `(B,)` in 0…T-1, and their probabilities, float32 `(B,)`, which losses are to be divided by.
@@ -61,7 +64,13 @@ class ImportanceTimestepSampler:
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be positive, got {batch_size}.")
         probabilities = self.probabilities
-        timesteps = torch.multinomial(probabilities, batch_size, replacement=True, generator=generator)
+        if isinstance(generator, list):
+            if len(generator) != batch_size:
+                raise ValueError(f"`generator` must hold one for each of {batch_size} samples, got {len(generator)}.")
+            draws = [torch.multinomial(probabilities, 1, generator=source) for source in generator]
+            timesteps = torch.cat(draws)
+        else:
+            timesteps = torch.multinomial(probabilities, batch_size, replacement=True, generator=generator)
         return timesteps.to(device), probabilities[timesteps].float().to(device)
 
     def update(self, timesteps: torch.LongTensor, losses: torch.Tensor) -> None:

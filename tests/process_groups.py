@@ -1,0 +1,48 @@
+"""A function in several real processes: forks of this one, joined by gloo."""
+
+import multiprocessing
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+
+def in_processes(count: int, folder: Path, function: Callable, *arguments) -> list:
+    """What `function(*arguments)` returns in each of `count` processes, by rank; each may read its rank from torch.
+
+    Raises:
+        AssertionError: a process raised, or did not end in time.
+    """
+    context = multiprocessing.get_context("fork")
+    rendezvous = folder / f"rendezvous-{len(list(folder.iterdir()))}"
+    pipes = [context.Pipe(duplex=False) for _ in range(count)]
+    processes = [
+        context.Process(target=_run, args=(rank, count, rendezvous, pipe[1], function, arguments))
+        for rank, pipe in enumerate(pipes)
+    ]
+    for process in processes:
+        process.start()
+    results = []
+    try:
+        for receiver, _ in pipes:
+            assert receiver.poll(60), "a process gave no answer in a minute"
+            value, error = receiver.recv()
+            assert error is None, error
+            results.append(value)
+    finally:
+        for process in processes:
+            process.join(5)
+            process.kill()
+    return results
+
+
+def _run(rank: int, count: int, rendezvous: Path, pipe, function: Callable, arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=count)
+        pipe.send((function(*arguments), None))
+        dist.destroy_process_group()
+    except BaseException:
+        pipe.send((None, traceback.format_exc()))
