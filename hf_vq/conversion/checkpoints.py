@@ -1,71 +1,14 @@
-"""Reading original checkpoints safely and strictly, and writing what they become."""
+"""Original weights under our names: splitting, dropping with a reason, strict loading; and what every converter's command has."""
 
 import argparse
-import pickle
-import re
 from collections import Counter
 from pathlib import Path
 
-import torch
 from huggingface_hub import HfApi
-from safetensors.torch import load_file
 from torch import nn
 
-
-# Classes of trainers that old checkpoints name beside their weights. Each becomes an empty stand-in: the trainer need not
-# be installed, and none of its code runs.
-TRAINER_CLASSES = (
-    "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
-    "pytorch_lightning.callbacks.gpu_stats_monitor.GPUStatsMonitor",
-    "pytorch_lightning.callbacks.lr_monitor.LearningRateMonitor",
-    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
-)
-
-
-class _StandIn:
-    def __new__(cls, *args, **kwargs):
-        return super().__new__(cls)
-
-    def __setstate__(self, state):
-        """Its state is of no use."""
-
-
-def _stand_in(name: str) -> type:
-    module, _, class_name = name.rpartition(".")
-    return type(class_name, (_StandIn,), {"__module__": module})
-
-
-def load_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
-    """The weights of a checkpoint: a safetensors file, or a pickle with or without a `state_dict` entry.
-
-    Raises:
-        ValueError: as `load_pickle`.
-    """
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    checkpoint = load_pickle(path)
-    state_dict = checkpoint.get("state_dict", checkpoint)
-    return {name: value for name, value in state_dict.items() if isinstance(value, torch.Tensor)}
-
-
-def load_pickle(path: str | Path):
-    """What a file of `torch.save` holds.
-
-    Raises:
-        ValueError: if it holds anything but tensors, plain containers and `TRAINER_CLASSES`; no code from it runs.
-    """
-    with torch.serialization.safe_globals([_stand_in(name) for name in TRAINER_CLASSES]):
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            found = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
-            if found is None:
-                raise
-            raise ValueError(
-                f"`checkpoint` {path} holds an object of the class {found[1]}, which is not on the list that is safe to "
-                "read; save its state_dict alone."
-            ) from error
+from ..hub import save_with_code
+from ..models.autoencoders.image_processing_vq import VQImageProcessor
 
 
 def split_by_prefix(state_dict: dict, prefixes: tuple[str, ...]) -> dict[str, dict]:
@@ -104,13 +47,34 @@ def check_keys(model: nn.Module, state_dict: dict) -> None:
         raise ValueError(f"`checkpoint` does not fit {type(model).__name__}: it {'; it '.join(problems[:5])}{more}.")
 
 
+def check_agrees(name: str, configured, found) -> None:
+    """A `ValueError` if an option of the configuration contradicts the weights."""
+    if configured != found:
+        raise ValueError(f"`config` has {name}={configured!r}, but the weights in `checkpoint` are of {found!r}.")
+
+
 def load_exactly(model: nn.Module, state_dict: dict) -> None:
-    """Load `state_dict`, which must pass `check_keys`, into `model`, which may be on the meta device."""
+    """Load `state_dict`, which must pass `check_keys` and be finite, into `model`, which may be on the meta device."""
     check_keys(model, state_dict)
+    for key, value in state_dict.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"`checkpoint` has values that are not finite in {key} of {type(model).__name__}.")
     model.load_state_dict({key: value.contiguous() for key, value in state_dict.items()}, assign=True)
     still_empty = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if still_empty:
         raise RuntimeError(f"{type(model).__name__} has tensors that no checkpoint holds: {still_empty[:5]}.")
+
+
+def save_tokenizer(tokenizer, folder: str | Path) -> None:
+    """Writes a tokenizer with its image processor, if it has one."""
+    save_with_code(tokenizer, folder)
+    save_image_processor(tokenizer, folder)
+
+
+def save_image_processor(tokenizer, folder: str | Path) -> None:
+    """Writes the image processor of a tokenizer of colour images, which is what an image processor makes."""
+    if tokenizer.config.in_channels == 3:
+        save_with_code(VQImageProcessor(size=tokenizer.config.resolution), folder)
 
 
 def print_dropped(dropped: dict[str, str]) -> None:

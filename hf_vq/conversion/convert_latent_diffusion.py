@@ -8,21 +8,15 @@ A whole model (LatentDiffusion) becomes a `VQLatentDiffusionPipeline`, a first s
 from pathlib import Path
 
 import torch
-import yaml
 from diffusers import DDIMScheduler
 
 from ..hub import save_with_code
 from ..models.autoencoders.image_processing_vq import VQImageProcessor
 from ..pipelines.pipeline_vq_latent_diffusion import VQLatentDiffusionPipeline
-from .checkpoints import (
-    argument_parser,
-    load_state_dict,
-    print_dropped,
-    push_folder,
-    split_by_prefix,
-)
+from .checkpoints import argument_parser, print_dropped, push_folder, split_by_prefix
 from .ldm_conditioner import convert_conditioner
 from .ldm_unet import convert_unet
+from .reading import load_state_dict, read_model
 from .taming_tokenizer import convert_tokenizer
 
 
@@ -152,7 +146,7 @@ def convert(checkpoint, config, output, use_ema: bool = True, null_class_id: int
         for each key that is not used, why.
     """
     output = Path(output)
-    model = yaml.safe_load(Path(config).read_text())["model"]
+    model = read_model(config)
     state_dict = load_state_dict(checkpoint)
     if model["target"].rpartition(".")[2] == "LatentDiffusion":
         pipeline, dropped = convert_model(model, state_dict, use_ema, null_class_id)

@@ -7,16 +7,13 @@
 A VQVAE becomes a `VQVAE2Model`, a PixelSNAIL a `PixelSNAILForCausalLM`, and all three together a `VQVAE2Pipeline`.
 """
 
-import argparse
 import re
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from ..hub import save_with_code
 from ..models.autoencoders.configuration_vqvae2 import VQVAE2Config
-from ..models.autoencoders.image_processing_vq import VQImageProcessor
 from ..models.autoencoders.modeling_vqvae2 import VQVAE2Model
 from ..models.priors.configuration_pixelsnail import PixelSNAILConfig
 from ..models.priors.modeling_pixelsnail import PixelSNAILForCausalLM
@@ -25,32 +22,27 @@ from .checkpoints import (
     argument_parser,
     drop_keys,
     load_exactly,
-    load_pickle,
     print_dropped,
     push_folder,
+    save_image_processor,
+    save_tokenizer,
 )
+from .reading import load_checkpoint, tensors_of
 
 
 # ------------------------------------------------------------------------------------------------ reading
 
 
-def load(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
+def load(path: str | Path, name: str = "checkpoint") -> tuple[dict[str, torch.Tensor], dict]:
     """The weights of a checkpoint, without the prefix of distributed training, and the arguments of the training script.
 
     Raises:
-        ValueError: if the file holds no dict, or anything but tensors, plain containers and an `argparse.Namespace`.
+        ValueError: naming the argument `name`, as `load_state_dict`.
     """
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        checkpoint = load_file(path)
-    else:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # it holds its attributes, and runs nothing
-            checkpoint = load_pickle(path)
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f"`checkpoint` {path} must hold a dict of weights, got {type(checkpoint).__name__}.")
+    checkpoint = load_checkpoint(path, name)
+    state_dict = tensors_of(checkpoint, path, name, entries=("model",))
     arguments = checkpoint.get("args", {})
     arguments = arguments if isinstance(arguments, dict) else vars(arguments)
-    state_dict = checkpoint.get("model", checkpoint)
     return {key.removeprefix("module."): value for key, value in state_dict.items()}, arguments
 
 
@@ -142,8 +134,8 @@ def convert_vqvae(state_dict: dict, resolution: int = 256) -> VQVAE2Model:
     embed_dim, num_embeddings = _shape(state_dict, "quantize_t.embed")
     config = VQVAE2Config(
         hidden_size=hidden_size,
-        residual_hidden_size=_shape(state_dict, "enc_b.blocks.5.conv.1.weight")[0],
         num_residual_layers=depth,
+        **({"residual_hidden_size": _shape(state_dict, "enc_b.blocks.5.conv.1.weight")[0]} if depth else {}),
         in_channels=in_channels,
         embed_dim=embed_dim,
         num_embeddings=num_embeddings,
@@ -262,7 +254,7 @@ def convert_pixelsnail(state_dict: dict, dropout: float = 0.1) -> tuple[PixelSNA
 
 
 def _load_pixelsnail(path, name: str) -> tuple[PixelSNAILForCausalLM, dict[str, str]]:
-    state_dict, arguments = load(path)
+    state_dict, arguments = load(path, name)
     if not is_pixelsnail(state_dict):
         raise ValueError(f"`{name}` {path} holds no PixelSNAIL: it lacks the key background.")
     model, dropped = convert_pixelsnail(state_dict, arguments.get("dropout", 0.1))
@@ -298,14 +290,13 @@ def convert(checkpoint, output, top=None, bottom=None, resolution: int | None = 
         return dropped
     if top is None:
         vqvae = convert_vqvae(state_dict, resolution or 256)
-        save_with_code(vqvae, output)
-        save_with_code(VQImageProcessor(size=vqvae.config.resolution), output)
+        save_tokenizer(vqvae, output)
         return {}
     top_prior, dropped = _load_pixelsnail(top, "top")
     bottom_prior, dropped_too = _load_pixelsnail(bottom, "bottom")
     vqvae = convert_vqvae(state_dict, resolution or 8 * top_prior.config.grid_size[0])
     save_with_code(VQVAE2Pipeline(vqvae=vqvae, top_prior=top_prior, bottom_prior=bottom_prior), output)
-    save_with_code(VQImageProcessor(size=vqvae.config.resolution), Path(output) / "vqvae")
+    save_image_processor(vqvae, Path(output) / "vqvae")
     return dropped | dropped_too
 
 

@@ -9,11 +9,9 @@ import json
 from pathlib import Path
 
 import torch
-import yaml
 from safetensors.torch import save_file
 
 from ..hub import save_with_code
-from ..models.autoencoders.image_processing_vq import VQImageProcessor
 from ..models.autoencoders.modeling_vqgan import VQGANModel
 from ..models.priors.configuration_vq_gpt import VQGPTConfig
 from ..models.priors.modeling_vq_gpt import VQGPTForCausalLM
@@ -21,11 +19,13 @@ from ..pipelines.pipeline_vq_autoregressive import VQAutoregressivePipeline
 from .checkpoints import (
     argument_parser,
     load_exactly,
-    load_state_dict,
     print_dropped,
     push_folder,
+    save_image_processor,
+    save_tokenizer,
     split_by_prefix,
 )
+from .reading import load_state_dict, read_model
 from .taming_tokenizer import convert_discriminator, convert_tokenizer
 
 
@@ -247,7 +247,7 @@ def convert(checkpoint, config, output, discriminator: bool = False) -> dict[str
         for each key that is not used, why.
     """
     output = Path(output)
-    model = yaml.safe_load(Path(config).read_text())["model"]
+    model = read_model(config)
     state_dict = load_state_dict(checkpoint)
     if model["target"].rpartition(".")[2] == "Net2NetTransformer":
         if discriminator:
@@ -255,12 +255,11 @@ def convert(checkpoint, config, output, discriminator: bool = False) -> dict[str
         pipeline, condition_tokenizer, dropped = convert_net2net(model, state_dict)
         save_with_code(pipeline, output)
         if condition_tokenizer is not None:
-            save_with_code(condition_tokenizer, output / "condition_tokenizer")
+            save_tokenizer(condition_tokenizer, output / "condition_tokenizer")
+        save_image_processor(pipeline.vqvae, output / "vqvae")
         return dropped
     tokenizer, dropped = convert_tokenizer(model, state_dict)
-    save_with_code(tokenizer, output)
-    if tokenizer.config.in_channels == 3:
-        save_with_code(VQImageProcessor(size=tokenizer.config.resolution), output)
+    save_tokenizer(tokenizer, output)
     if discriminator:
         network, arguments = convert_discriminator(model, state_dict)
         folder = output / "discriminator"

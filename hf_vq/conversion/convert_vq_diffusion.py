@@ -7,46 +7,16 @@
 from pathlib import Path
 
 import torch
-import yaml
 from transformers import CLIPTokenizer
 
 from ..hub import save_with_code
 from ..models.autoencoders.image_processing_vq import VQImageProcessor
 from ..pipelines.pipeline_vq_diffusion import VQDiffusionImagePipeline
-from .checkpoints import (
-    argument_parser,
-    load_pickle,
-    print_dropped,
-    push_folder,
-    split_by_prefix,
-)
+from .checkpoints import argument_parser, print_dropped, push_folder, split_by_prefix
+from .reading import load_checkpoint, read_model
 from .vq_diffusion_codec import convert_codec
 from .vq_diffusion_network import TABLE_REASONS, convert_schedule, convert_transformer
 from .vq_diffusion_text import convert_text_encoder, text_options
-
-
-class ConfigLoader(yaml.SafeLoader):
-    """Plain data, and tuples, which the original's configurations are written with."""
-
-
-ConfigLoader.add_constructor(
-    "tag:yaml.org,2002:python/tuple", lambda loader, node: tuple(loader.construct_sequence(node))
-)
-
-
-def read_model(path: str | Path, name: str) -> dict:
-    """The `model` section of a YAML file.
-
-    Raises:
-        ValueError: naming the argument `name`, if the file holds other objects than plain data, or no such section.
-    """
-    try:
-        content = yaml.load(Path(path).read_text(), ConfigLoader)
-    except yaml.constructor.ConstructorError as error:
-        raise ValueError(f"`{name}` {path} holds what is not plain data: {error.problem}.") from error
-    if not isinstance(content, dict) or "model" not in content:
-        raise ValueError(f"`{name}` {path} must have the section `model`.")
-    return content["model"]
 
 
 def chosen_weights(checkpoint: dict, use_ema: bool) -> tuple[dict, dict, dict[str, str]]:
@@ -181,9 +151,9 @@ def convert(
     output = Path(output)
     pipeline, dropped = convert_model(
         read_model(config, "config"),
-        load_pickle(checkpoint),
+        load_checkpoint(checkpoint),
         read_model(codec_config, "codec_config"),
-        None if mapping is None else load_pickle(mapping),
+        None if mapping is None else load_checkpoint(mapping),
         None if tokenizer is None else CLIPTokenizer.from_pretrained(tokenizer),
         use_ema,
     )

@@ -6,17 +6,15 @@ The file is the notebook's `model.state_dict()`. Its images lie in [-0.5, 0.5], 
 the last convolution take up the factor of 2, which is exact, and the squared errors and `data_variance` grow by 4.
 """
 
-import json
 import re
 from pathlib import Path
 
 import torch
 
-from ..hub import save_with_code
 from ..models.autoencoders.configuration_vqvae import VQVAEConfig
-from ..models.autoencoders.image_processing_vq import VQImageProcessor
 from ..models.autoencoders.modeling_vqvae import VQVAEModel
-from .checkpoints import argument_parser, load_exactly, load_state_dict, push_folder
+from .checkpoints import argument_parser, check_agrees, load_exactly, push_folder, save_tokenizer
+from .reading import Options, load_state_dict, read_config
 
 
 # Original module → ours; {i} is the number of a residual block.
@@ -67,15 +65,16 @@ def convert_state_dict(state_dict: dict) -> tuple[dict, dict]:
     codebook = EMA_CODEBOOK if is_ema else GRADIENT_CODEBOOK
     new = {rename(key, codebook): value for key, value in state_dict.items()}
     needed = ["encoder.down.0.weight", "encoder.conv_out.weight", "decoder.up.1.weight", "decoder.up.1.bias"]
-    needed += ["encoder.residual_stack.layers.0.conv1.weight", *codebook.values()]
+    needed += codebook.values()
     missing = [key for key in needed if key not in new]
     if missing:
         raise ValueError(f"`checkpoint` lacks the weights of {missing[0]}.")
     codes = new[codebook["_vq_vae._embedding.weight"]]
     layers = [key for key in new if re.fullmatch(r"encoder\.residual_stack\.layers\.\d+\.conv1\.weight", key)]
+    inner = {"residual_hidden_size": new[layers[0]].shape[0]} if layers else {}
     arguments = {
         "hidden_size": new["encoder.conv_out.weight"].shape[0],
-        "residual_hidden_size": new["encoder.residual_stack.layers.0.conv1.weight"].shape[0],
+        **inner,
         "num_residual_layers": len(layers),
         "in_channels": new["encoder.down.0.weight"].shape[1],
         "num_embeddings": codes.shape[0],
@@ -119,21 +118,56 @@ def convert_model(
     return model.eval()
 
 
+# Arguments of the notebook's `Model` that follow from its weights → the field of `VQVAEConfig` that must agree.
+ARGUMENT_FIELDS = {
+    "num_hiddens": "hidden_size",
+    "num_residual_layers": "num_residual_layers",
+    "num_residual_hiddens": "residual_hidden_size",
+    "num_embeddings": "num_embeddings",
+    "embedding_dim": "embed_dim",
+}
+
+
+def read_arguments(path: str | Path | None) -> tuple[dict, dict]:
+    """The training arguments, and those that must agree with the weights, in a JSON or YAML file of the notebook's arguments.
+
+    Raises:
+        ValueError: as `read_config`, or for an argument that the notebook's `Model` does not have.
+    """
+    if path is None:
+        return {}, {}
+    content = read_config(path)
+    options = Options(content.get("params", content), "the arguments of Model")
+    if "params" not in content:
+        options.training_only("target")
+    training = {name: options.take(name) for name in ("decay", "commitment_cost") if name in options.values}
+    agreeing = {name: options.take(name) for name in ARGUMENT_FIELDS if name in options.values}
+    options.finish()
+    return training, agreeing
+
+
 def convert(checkpoint, output, config=None, data_variance: float | None = None) -> None:
     """
     Writes the folder `output`: the model and its image processor.
 
     Args:
         checkpoint, output, config (`str` or `Path`): the original's file, the folder, and optionally a JSON file with the
-            arguments of the notebook's `Model`, of which `decay` and `commitment_cost` are read.
+            arguments of the notebook's `Model`, of which `decay` and `commitment_cost` are not in the weights.
         data_variance (`float`, *optional*): see `convert_model`.
+
+    Raises:
+        ValueError: if a file cannot be read, or the arguments contradict the weights.
     """
-    params = json.loads(Path(config).read_text()) if config else {}
-    params = params.get("params", params)
-    training = {name: params[name] for name in ("decay", "commitment_cost") if name in params}
+    training, agreeing = read_arguments(config)
     model = convert_model(load_state_dict(checkpoint), **training, data_variance=data_variance)
-    save_with_code(model, output)
-    save_with_code(VQImageProcessor(size=model.config.resolution), output)
+    for name, value in agreeing.items():
+        check_agrees(name, value, getattr(model.config, ARGUMENT_FIELDS[name]))
+    if "decay" in training and (training["decay"] > 0) != (model.config.quantizer == "ema"):
+        raise ValueError(
+            f"`config` has decay={training['decay']}, but the weights are of a codebook that is "
+            f"{'a moving average' if model.config.quantizer == 'ema' else 'trained by gradients'}."
+        )
+    save_tokenizer(model, output)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -12,10 +12,11 @@ from diffusers import DDIMScheduler, UNet2DConditionModel, UNet2DModel
 import hf_vq.conversion.ldm_conditioner
 import hf_vq.conversion.ldm_unet
 import hf_vq.conversion.taming_tokenizer
-from hf_vq.conversion.checkpoints import check_keys, load_state_dict
+from hf_vq.conversion.checkpoints import check_keys
 from hf_vq.conversion.convert_latent_diffusion import convert, convert_model, main
 from hf_vq.conversion.ldm_conditioner import convert_bert_embedder
 from hf_vq.conversion.ldm_unet import unet_config
+from hf_vq.conversion.reading import load_state_dict
 from hf_vq.conversion.taming_tokenizer import convert_discriminator, convert_tokenizer
 from hf_vq.models.autoencoders.modeling_vqgan import VQGANModel
 from hf_vq.pipelines.pipeline_vq_latent_diffusion import VQLatentDiffusionPipeline

@@ -231,8 +231,22 @@ def test_containers(tmp_path):
         torch.save({"model": weights, "args": args}, tmp_path / f"{number}.pt")
         assert load(tmp_path / f"{number}.pt") == ({"background": weights["module.background"]}, {"dropout": 0.2})
     torch.save([torch.zeros(1)], tmp_path / "list.pt")
-    with pytest.raises(ValueError, match="must hold a dict of weights, got list"):
+    with pytest.raises(ValueError, match="must hold a dict of weights, got a list"):
         load(tmp_path / "list.pt")
+
+
+def test_greyscale(tmp_path):
+    """Only colour images have an image processor."""
+    state_dict, _ = load(CHECKPOINTS["vqvae"])
+    first, last = "enc_b.blocks.0.weight", "dec.blocks.6"
+    state_dict[first] = state_dict[first][:, :1].clone()
+    state_dict[f"{last}.weight"] = state_dict[f"{last}.weight"][:, :1].clone()
+    state_dict[f"{last}.bias"] = state_dict[f"{last}.bias"][:1].clone()
+    torch.save(state_dict, tmp_path / "vqvae.pt")
+    convert(tmp_path / "vqvae.pt", tmp_path / "output", resolution=32)
+    model = VQVAE2Model.from_pretrained(tmp_path / "output")
+    assert model(torch.randn(1, 1, 32, 32)).sample.shape == (1, 1, 32, 32)
+    assert not (tmp_path / "output" / "preprocessor_config.json").exists()
 
 
 class Other:

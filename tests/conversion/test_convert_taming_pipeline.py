@@ -8,8 +8,9 @@ import yaml
 
 import hf_vq.conversion.convert_taming
 import hf_vq.conversion.taming_tokenizer
-from hf_vq.conversion.checkpoints import check_keys, load_state_dict
+from hf_vq.conversion.checkpoints import check_keys
 from hf_vq.conversion.convert_taming import convert, convert_net2net, main
+from hf_vq.conversion.reading import load_state_dict
 from hf_vq.models.autoencoders.modeling_vqgan import VQGANModel
 from hf_vq.pipelines.pipeline_vq_autoregressive import VQAutoregressivePipeline
 from tests.conversion.golden import GOLDEN, Golden, published

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor
 
 import hf_vq.conversion.taming_tokenizer
-from hf_vq.conversion.checkpoints import check_keys, load_state_dict
+from hf_vq.conversion.checkpoints import check_keys
 from hf_vq.conversion.convert_taming import convert, main
+from hf_vq.conversion.reading import load_state_dict
 from hf_vq.conversion.taming_tokenizer import convert_discriminator, convert_tokenizer, tokenizer_config
 from hf_vq.models.autoencoders.modeling_vqgan import VQGANModel
 from hf_vq.training.objectives.discriminator import PatchDiscriminator

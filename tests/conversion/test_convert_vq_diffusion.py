@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hf_vq.conversion.checkpoints import load_pickle
 from hf_vq.conversion.convert_vq_diffusion import convert, convert_model, main, read_model
+from hf_vq.conversion.reading import load_checkpoint
 from hf_vq.conversion.vq_diffusion_codec import convert_codec
 from hf_vq.pipelines.pipeline_vq_diffusion import VQDiffusionImagePipeline
 from tests.conversion.golden import Golden
@@ -46,9 +46,9 @@ def pieces(golden):
     mapping = found.get("mapping")
     return {
         "model": read_model(found["config"], "config"),
-        "checkpoint": load_pickle(found["checkpoint"]),
+        "checkpoint": load_checkpoint(found["checkpoint"]),
         "codec": read_model(found["codec_config"], "codec_config"),
-        "mapping": None if mapping is None else load_pickle(mapping),
+        "mapping": None if mapping is None else load_checkpoint(mapping),
     }
 
 

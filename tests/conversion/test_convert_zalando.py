@@ -7,8 +7,9 @@ import torch
 from transformers import AutoImageProcessor
 
 import hf_vq.conversion.convert_zalando
-from hf_vq.conversion.checkpoints import check_keys, load_state_dict
+from hf_vq.conversion.checkpoints import check_keys
 from hf_vq.conversion.convert_zalando import convert, convert_model, main
+from hf_vq.conversion.reading import load_state_dict
 from hf_vq.models.autoencoders.modeling_vqvae import VQVAEModel
 from tests.conversion.golden import GOLDEN, Golden, published
 
@@ -94,3 +95,41 @@ def test_every_key_counts():
     for key in ("_pre_vq_conv.bias", "_vq_vae._embedding.weight", "_decoder._conv_trans_2.bias"):
         with pytest.raises(ValueError, match="lacks"):
             convert_model({name: value for name, value in state_dict.items() if name != key})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hiddens": 64}, "num_hiddens=64, but the weights in `checkpoint` are of 32"),
+        ({"num_residual_layers": 3}, "num_residual_layers=3, but .* of 2"),
+        ({"embedding_dim": 8}, "embedding_dim=8"),
+        ({"decay": 0.0}, "decay=0.0, but the weights are of a codebook that is a moving average"),
+        ({"learning_rate": 1e-3}, r"not known: \['learning_rate'\]"),
+    ],
+)
+def test_arguments_that_contradict_the_weights(changes, message, tmp_path):
+    folder = GOLDEN / "zalando_ema"
+    config = json.loads((folder / "config.json").read_text())["params"] | changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        convert(folder / "checkpoint.pt", tmp_path / "output", tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+def test_any_number_of_channels(channels, tmp_path):
+    """Only colour images have an image processor."""
+    state_dict = load_state_dict(GOLDEN / "zalando_noema" / "checkpoint.pt")
+    state_dict["_encoder._conv_1.weight"] = torch.randn(16, channels, 4, 4)
+    state_dict["_decoder._conv_trans_2.weight"] = torch.randn(16, channels, 4, 4)
+    state_dict["_decoder._conv_trans_2.bias"] = torch.randn(channels)
+    torch.save(state_dict, tmp_path / "model.pt")
+    convert(tmp_path / "model.pt", tmp_path / "output")
+    model = VQVAEModel.from_pretrained(tmp_path / "output")
+    assert model(torch.randn(1, channels, 8, 8)).sample.shape == (1, channels, 8, 8)
+    assert not (tmp_path / "output" / "preprocessor_config.json").exists()
+
+
+def test_no_residual_blocks():
+    state_dict = load_state_dict(GOLDEN / "zalando_noema" / "checkpoint.pt")
+    model = convert_model({key: value for key, value in state_dict.items() if "_layers" not in key})
+    assert model.config.num_residual_layers == 0

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hf_vq.conversion.checkpoints import load_pickle
 from hf_vq.conversion.convert_vq_diffusion import read_model
+from hf_vq.conversion.reading import load_checkpoint
 from hf_vq.conversion.vq_diffusion_network import convert_transformer
 from hf_vq.schedulers.reverse_steps import purity
 from hf_vq.schedulers.scheduling_mask_replace import MaskReplaceScheduler
@@ -47,7 +47,7 @@ def scheduler(golden):
 
 def load_transformer(golden: Golden):
     params = read_model(golden.folder / "config.yaml", "config")["params"]
-    checkpoint = load_pickle(golden.folder / "checkpoint.ckpt")
+    checkpoint = load_checkpoint(golden.folder / "checkpoint.ckpt")
     weights = checkpoint.get("ema") or {
         key.removeprefix("transformer."): value for key, value in checkpoint["model"].items()
     }

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_vq.conversion.checkpoints import load_pickle
 from hf_vq.conversion.convert_vq_diffusion import convert_model, read_model
+from hf_vq.conversion.reading import load_checkpoint
 from hf_vq.schedulers.scheduling_mask_replace import MaskReplaceScheduler
 from hf_vq.training.objectives.mask_replace_objective import MaskReplaceObjective
 from tests.conversion.golden import Golden
@@ -28,8 +28,8 @@ def original_model(golden):
     config = read_model(golden.folder / "config.yaml", "config")
     codec = read_model(golden.folder / "codec_config.yaml", "codec_config")
     mapping = golden.folder / "codec_mapping.pt"
-    mapping = load_pickle(mapping) if mapping.exists() else None
-    pipe, _ = convert_model(config, load_pickle(golden.folder / "checkpoint.ckpt"), codec, mapping)
+    mapping = load_checkpoint(mapping) if mapping.exists() else None
+    pipe, _ = convert_model(config, load_checkpoint(golden.folder / "checkpoint.ckpt"), codec, mapping)
     weight = config["params"]["diffusion_config"]["params"]["auxiliary_loss_weight"]
     return pipe.transformer, pipe.scheduler, weight
 

@@ -1,0 +1,367 @@
+"""Reading the files of strangers: checkpoints and configurations, of which no code runs.
+
+Whatever is wrong with a file is one `ValueError` that says which file, what it is and what to do.
+"""
+
+import argparse
+import json
+import pickle
+import re
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+
+
+# Classes of trainers that old checkpoints name beside their weights. Each becomes an empty stand-in: the trainer need not
+# be installed, and none of its code runs.
+TRAINER_CLASSES = (
+    "omegaconf.base.ContainerMetadata",
+    "omegaconf.base.Metadata",
+    "omegaconf.dictconfig.DictConfig",
+    "omegaconf.listconfig.ListConfig",
+    "omegaconf.nodes.AnyNode",
+    "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
+    "pytorch_lightning.callbacks.gpu_stats_monitor.GPUStatsMonitor",
+    "pytorch_lightning.callbacks.lr_monitor.LearningRateMonitor",
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+)
+# Plain data that trainers save beside the weights: the arguments of a script, and numbers of numpy.
+PLAIN_CLASSES = (
+    argparse.Namespace,
+    np.dtype,
+    type(np.dtype(np.float64)),
+    type(np.dtype(np.float32)),
+    type(np.dtype(np.int64)),
+    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+)
+
+
+class _StandIn:
+    def __new__(cls, *args, **kwargs):
+        return super().__new__(cls)
+
+    def __setstate__(self, state):
+        """Its state is of no use."""
+
+
+def _stand_in(name: str) -> type:
+    module, _, class_name = name.rpartition(".")
+    return type(class_name, (_StandIn,), {"__module__": module})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a file is
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def file_format(path: str | Path, name: str = "checkpoint") -> str:
+    """ "safetensors", "zip" (`torch.save`), "pickle" (`torch.save` before PyTorch 1.6) or "msgpack" (Flax), by the content.
+
+    Args:
+        path: the file.
+        name: the argument that an error is about.
+
+    Raises:
+        ValueError: for a file that is missing, empty, or something else.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"`{name}` {path} is a folder; give the file in it that holds the weights.")
+    if not path.is_file():
+        raise ValueError(f"`{name}` {path} does not exist.")
+    with path.open("rb") as file:
+        start = file.read(512)
+    text = start.lstrip().lower()
+    if not start:
+        raise ValueError(f"`{name}` {path} is empty (0 bytes); get it again.")
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError(f"`{name}` {path} is a Git LFS pointer, not the file itself; get that by `git lfs pull`.")
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        raise ValueError(
+            f"`{name}` {path} is an HTML page, not a checkpoint; download the file that the page is about."
+        )
+    if start.startswith(b"PK\x03\x04"):
+        return _zip_format(path, name)
+    if len(start) > 8 and start[8:9] == b"{" or path.suffix == ".safetensors":
+        return "safetensors"
+    if start.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")) and path.suffix != ".msgpack":
+        return "pickle"
+    if path.suffix == ".msgpack":
+        return "msgpack"
+    kind = next((kind for magic, kind in OTHER_FORMATS if start.startswith(magic)), "a file of an unknown format")
+    raise ValueError(
+        f"`{name}` {path} is {kind}; it must be a safetensors file, or one that `torch.save` wrote, and whole."
+    )
+
+
+OTHER_FORMATS = (
+    (b"\x1f\x8b", "a gzip archive, to be unpacked first"),
+    (b"7z\xbc\xaf", "a 7z archive, to be unpacked first"),
+    (b"Rar!", "a rar archive, to be unpacked first"),
+    (b"\x89HDF", "an HDF5 file"),
+    (b"GGUF", "a GGUF file"),
+    (b"{", "a JSON file"),
+)
+
+
+def _zip_format(path: Path, name: str) -> str:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.namelist()
+    except zipfile.BadZipFile as error:
+        raise ValueError(
+            f"`{name}` {path} is the beginning of a file of `torch.save` ({path.stat().st_size} bytes): it was cut off; get "
+            "it again."
+        ) from error
+    if any(member.endswith("/constants.pkl") or "/code/" in member for member in members):
+        raise ValueError(
+            f"`{name}` {path} is a TorchScript archive, which is code and cannot be converted; save its weights "
+            "(`module.state_dict()`) and the configuration."
+        )
+    if not any(member.endswith("/data.pkl") for member in members):
+        raise ValueError(f"`{name}` {path} is a zip archive, not a checkpoint; unpack it, and give the file in it.")
+    return "zip"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_checkpoint(path: str | Path, name: str = "checkpoint"):
+    """What a safetensors file, or a file of `torch.save`, holds. Weights stay on the disk until they are used.
+
+    Raises:
+        ValueError: as `file_format`; for a damaged file; if a pickle holds anything but tensors, plain containers,
+            `PLAIN_CLASSES` and `TRAINER_CLASSES`.
+    """
+    path, kind = Path(path), file_format(path, name)
+    if kind == "msgpack":
+        raise ValueError(f"`{name}` {path} is a Flax checkpoint; `hf_vq.load_tokenizer` reads the ones it knows.")
+    if kind == "safetensors":
+        return _load_safetensors(path, name)
+    allowed = [*PLAIN_CLASSES, *map(_stand_in, TRAINER_CLASSES)]
+    with torch.serialization.safe_globals(allowed):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "zip")
+        except Exception as error:  # a damaged pickle can raise anything
+            raise ValueError(_what_is_wrong(path, name, error)) from error
+
+
+def _what_is_wrong(path: Path, name: str, error: Exception) -> str:
+    found = re.search(r"GLOBAL (\S+)|Unsupported class (\S+)|instantiate (\S+)|with builtin type (\S+)", str(error))
+    if isinstance(error, pickle.UnpicklingError) and found is not None:
+        culprit = next(filter(None, found.groups())).rstrip(".,")
+        return (
+            f"`{name}` {path} holds an object of the class {culprit}, which is not on the list that is safe to read; save "
+            "its state_dict alone."
+        )
+    return (
+        f"`{name}` {path} is damaged or was cut off: `torch.save` wrote it, but it cannot be read to its end "
+        f"({type(error).__name__}); get it again."
+    )
+
+
+def _load_safetensors(path: Path, name: str) -> dict[str, torch.Tensor]:
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(
+            f"`{name}` {path} is not a whole safetensors file ({path.stat().st_size} bytes; {error}); get it again."
+        ) from error
+
+
+def load_state_dict(
+    path: str | Path, name: str = "checkpoint", entries: tuple[str, ...] = ("state_dict",)
+) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint: all that is in it, or in the first of `entries` that it has.
+
+    Raises:
+        ValueError: as `load_checkpoint`; if it holds no dict of tensors; for a weight that is NaN.
+    """
+    return tensors_of(load_checkpoint(path, name), path, name, entries)
+
+
+def tensors_of(
+    checkpoint, path: str | Path, name: str = "checkpoint", entries: tuple[str, ...] = ("state_dict",)
+) -> dict[str, torch.Tensor]:
+    """The weights in what `load_checkpoint` read; see `load_state_dict`."""
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"`{name}` {path} must hold a dict of weights, got {_described(checkpoint)}.")
+    entry = next((entry for entry in entries if entry in checkpoint), None)
+    state_dict = checkpoint if entry is None else checkpoint[entry]
+    where = f"`{name}` {path}" if entry is None else f"`{name}` {path}, entry {entry!r},"
+    if not isinstance(state_dict, dict):
+        raise ValueError(f"{where} must hold a dict of weights, got {_described(state_dict)}.")
+    others = [key for key, value in state_dict.items() if not isinstance(value, torch.Tensor)]
+    if others or not state_dict:
+        has = f"{others[0]!r} is {_described(state_dict[others[0]])}" if others else "it is empty"
+        raise ValueError(f"{where} must hold weights by name, and nothing else: {has}.")
+    check_not_nan(state_dict, where)
+    return state_dict
+
+
+def _described(value) -> str:
+    return f"a {type(value).__name__}"
+
+
+def check_not_nan(state_dict: dict[str, torch.Tensor], where: str = "`checkpoint`") -> None:
+    """A `ValueError` that names the first weight which is NaN, of all that are in a file, used or not."""
+    for key, value in state_dict.items():
+        if not value.is_meta and value.is_floating_point() and value.isnan().any():
+            raise ValueError(f"{where} has NaN in {key}: its training failed, or the file is damaged.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configurations
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ConfigLoader(yaml.SafeLoader):
+    """Plain data, and tuples, which some of the originals' configurations are written with."""
+
+
+ConfigLoader.add_constructor(
+    "tag:yaml.org,2002:python/tuple", lambda loader, node: tuple(loader.construct_sequence(node))
+)
+
+
+def read_config(path: str | Path, name: str = "config") -> dict:
+    """A YAML or JSON file that holds a mapping.
+
+    Raises:
+        ValueError: naming the argument `name`, for a file that is missing, no text, no mapping, or holds other objects
+            than plain data.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"`{name}` {path} does not exist.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"`{name}` {path} must be a YAML or JSON file, but it is not text.") from error
+    if text.lstrip().lower().startswith(("<!doctype", "<html", "<?xml")):
+        raise ValueError(f"`{name}` {path} is an HTML page, not a configuration; download the file itself.")
+    if text.startswith("version https://git-lfs"):
+        raise ValueError(f"`{name}` {path} is a Git LFS pointer, not the file itself; get that by `git lfs pull`.")
+    try:
+        content = json.loads(text) if path.suffix == ".json" else yaml.load(text, ConfigLoader)
+    except yaml.constructor.ConstructorError as error:
+        raise ValueError(f"`{name}` {path} holds what is not plain data: {error.problem}.") from error
+    except (yaml.YAMLError, ValueError) as error:
+        line = getattr(getattr(error, "problem_mark", None), "line", getattr(error, "lineno", 1) - 1) + 1
+        raise ValueError(f"`{name}` {path} is no YAML or JSON that can be read: line {line} is wrong.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"`{name}` {path} must hold a mapping of names to values, got {_described(content)}.")
+    return content
+
+
+def read_model(path: str | Path, name: str = "config") -> dict:
+    """The section `model` of a configuration, with its `target` and `params`.
+
+    Raises:
+        ValueError: as `read_config`, or if the section, or one of the two in it, is not there.
+    """
+    content = read_config(path, name)
+    model = content.get("model")
+    if not isinstance(model, dict):
+        raise ValueError(f"`{name}` {path} must have the section `model`, got {sorted(map(str, content))[:8]}.")
+    if not isinstance(model.get("target"), str) or not isinstance(model.get("params", {}), dict):
+        raise ValueError(
+            f"`{name}` {path} must have `target` and `params` in its section `model`, got {sorted(model)}."
+        )
+    return {**model, "params": model.get("params") or {}}
+
+
+_REQUIRED = object()
+
+
+class Options:
+    """A section of an original's configuration that remembers what was read of it, so that nothing is ignored unsaid.
+
+        options = Options(model["params"], "model.params")
+        depth = options.take("n_layer")                  # must be there
+        dropout = options.take("dropout", 0.0)           # the original's default
+        options.only("double_z", False, default=True)    # an option of which one value is known
+        options.training_only("monitor", "ckpt_path")    # nothing of what a trained model computes
+        options.finish()                                 # a ValueError for whatever is left
+
+    Args:
+        values: the section.
+        where: its place in the configuration, for errors.
+        argument: the argument that the configuration is.
+    """
+
+    def __init__(self, values: dict | None, where: str, argument: str = "config"):
+        if not isinstance(values, dict) and values is not None:
+            raise ValueError(f"`{argument}` must have a section {where}, got {values!r}.")
+        self.values, self.where, self.argument = dict(values or {}), where, argument
+        self._left = set(self.values)
+
+    def take(self, name: str, default=_REQUIRED):
+        """The value of an option, or its default.
+
+        Raises:
+            ValueError: it is not there, and there is no default.
+        """
+        self._left.discard(name)
+        if name in self.values:
+            return self.values[name]
+        if default is _REQUIRED:
+            raise ValueError(f"`{self.argument}` lacks {name} in {self.where}; it has {sorted(self.values)}.")
+        return default
+
+    def only(self, name: str, *known, default=_REQUIRED):
+        """`take`, of an option of which only the values `known` have an equivalent here.
+
+        Raises:
+            ValueError: it has another value.
+        """
+        value = self.take(name, default)
+        if value not in known:
+            raise ValueError(
+                f"`{self.argument}` must have {name}={' or '.join(map(str, known))} in {self.where}, got {value!r}: hf_vq has "
+                "no other."
+            )
+        return value
+
+    def section(self, name: str, default=_REQUIRED) -> "Options":
+        """A mapping inside this one."""
+        return Options(self.take(name, default), f"{self.where}.{name}", self.argument)
+
+    def node(self, name: str, default=_REQUIRED) -> tuple[str, "Options"]:
+        """The class that a `target` names, without its module, and its `params`."""
+        value = self.section(name, default)
+        target = str(value.take("target"))
+        params = value.section("params", {})
+        value.finish()
+        return target.rpartition(".")[2], params
+
+    def training_only(self, *names: str) -> None:
+        """Options that change nothing of what a trained model computes."""
+        self._left.difference_update(names)
+
+    def finish(self) -> None:
+        """A `ValueError` that names the options that nothing has read."""
+        if self._left:
+            raise ValueError(
+                f"`{self.argument}` has options in {self.where} that are not known: {sorted(map(str, self._left))}."
+            )
+
+
+__all__ = [
+    "ConfigLoader",
+    "Options",
+    "check_not_nan",
+    "file_format",
+    "load_checkpoint",
+    "load_state_dict",
+    "read_config",
+    "read_model",
+    "tensors_of",
+]
