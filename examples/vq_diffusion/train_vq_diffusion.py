@@ -199,7 +199,7 @@ def build_pipeline(args: VQDiffusionArguments, tokenizer, codes: Codes) -> VQDif
         }
     elif codes.num_classes:
         options = {"id2label": None if codes.class_names is None else dict(enumerate(codes.class_names))}
-        condition = {"condition_type": "class", "num_classes": codes.num_classes + 1, "null_class": True}
+        condition = {"condition_type": "class", "num_classes": codes.num_classes, "null_class": True}
     transformer = VQDiffusionTransformer2DModel(
         num_embeddings=tokenizer.config.num_embeddings,
         sample_size=codes.grid_size,

@@ -165,7 +165,7 @@ def _with_null_class(weights: dict) -> dict:
         table = weights[name]
         if len(table) != NULL_CLASS + 1:
             weights[name] = torch.cat([table, table.mean(dim=0, keepdim=True)])
-    return {"num_classes": len(weights[names[0]]), "null_class": True}
+    return {"num_classes": len(weights[names[0]]) - 1, "null_class": True}
 
 
 def convert_schedule(diffusion: dict, state_dict: dict) -> MaskReplaceScheduler:

@@ -24,7 +24,7 @@ class CodeConditionMixin(TextConditionMixin):
             raise ValueError(
                 f"`class_labels` needs a transformer whose condition_type is 'class', got {config.condition_type!r}."
             )
-        return class_ids(class_labels, config.num_classes, self.id2label)
+        return class_ids(class_labels, config.num_classes + config.null_class, self.id2label)
 
     def prepare_condition(
         self,

@@ -75,7 +75,7 @@ def test_every_key_of_a_published_model(name, only_keys):
     assert pipe.image_size == (256, 256)
     assert set(dropped) <= {*weights, *(f"ema.{key}" for key in averages)}
     if "imagenet" in name:
-        assert transformer.config.num_classes == 1001 and transformer.null_class_id == 1000
+        assert transformer.config.num_classes == 1000 and transformer.null_class_id == 1000
     else:
         assert transformer.null_class_id is None
     assert (pipe.text_encoder is not None) == (transformer.config.condition_type == "text")

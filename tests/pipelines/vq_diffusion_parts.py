@@ -12,7 +12,7 @@ MASK = CODES
 NAMES = {0: "cat", 1: "dog"}
 KINDS = {
     "unconditional": {},
-    "class": {"condition_type": "class", "num_classes": 3, "null_class": True, "mlp_type": "conv"},
+    "class": {"condition_type": "class", "num_classes": 2, "null_class": True, "mlp_type": "conv"},
     "text": {"condition_type": "text", "cross_attention_dim": 8},
     "text_learned": {
         "condition_type": "text",
