@@ -48,21 +48,24 @@ class VQDecoderOutput(ModelOutput):
 class VQModelOutput(ModelOutput):
     """One training pass of a tokenizer. Where it has levels, what belongs to one of them is a tuple, from top to bottom.
 
+    The latents come first: `pipeline("image-feature-extraction")` gives the first output (that of a tokenizer with levels
+    with `return_tensors=True` only, as they are no one tensor).
+
     Args:
-        loss (scalar): `reconstruction_loss` plus the quantizer's weighted loss.
-        sample (`(B, C, H, W)`): the reconstruction.
         latents (`(B, D, h, w)`): the encoder's output before quantization.
+        sample (`(B, C, H, W)`): the reconstruction.
         indices (int64 `(B, h, w)`): the codes.
+        loss (scalar): `reconstruction_loss` plus the quantizer's weighted loss.
         reconstruction_loss (scalar): the mean squared error, see the model's config.
         quantizer_loss (scalar): the quantizer's weighted loss.
         codebook_loss, commitment_loss (scalars): its unweighted parts, where the quantizer has them.
-        perplexity (scalar): exp of the entropy of the code frequencies in this batch.
+        perplexity (scalar): exp of the entropy of the code frequencies in this batch, over latents that are finite.
     """
 
-    loss: torch.FloatTensor | None = None
-    sample: torch.FloatTensor | None = None
     latents: torch.FloatTensor | None = None
+    sample: torch.FloatTensor | None = None
     indices: torch.LongTensor | None = None
+    loss: torch.FloatTensor | None = None
     reconstruction_loss: torch.FloatTensor | None = None
     quantizer_loss: torch.FloatTensor | None = None
     codebook_loss: torch.FloatTensor | None = None

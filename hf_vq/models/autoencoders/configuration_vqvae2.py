@@ -1,5 +1,9 @@
 """Configuration of the hierarchical tokenizer of VQ-VAE-2."""
 
+from collections.abc import Sequence
+from typing import Any
+
+from ...argument_checks import check_integer, check_real
 from .configuration_vqvae import VQVAEConfig
 
 
@@ -28,17 +32,15 @@ class VQVAE2Config(VQVAEConfig):
         downsample_factor: int = 8,
         level_dropout: float = 0.0,
         residual_hidden_size: int = 64,
-        resolution: int = 256,
-        **kwargs,
+        resolution: int | Sequence[int] = 256,
+        **kwargs: Any,
     ):
-        if not isinstance(num_levels, int) or num_levels < 2:
-            raise ValueError(f"`num_levels` must be an int of at least 2, got {num_levels}.")
+        num_levels = check_integer("num_levels", num_levels, minimum=2)
+        downsample_factor = check_integer("downsample_factor", downsample_factor)
         if downsample_factor < 2**num_levels:
             raise ValueError(
                 f"`downsample_factor` must be at least {2**num_levels} for {num_levels} levels, got {downsample_factor}."
             )
-        if not isinstance(level_dropout, (int, float)) or not 0 <= level_dropout <= 1:
-            raise ValueError(f"`level_dropout` is a probability, got {level_dropout!r}.")
         super().__init__(
             downsample_factor=downsample_factor,
             residual_hidden_size=residual_hidden_size,
@@ -46,7 +48,7 @@ class VQVAE2Config(VQVAEConfig):
             **kwargs,
         )
         self.num_levels = num_levels
-        self.level_dropout = level_dropout
+        self.level_dropout = check_real("level_dropout", level_dropout, minimum=0, maximum=1)
 
     @property
     def downsample_factors(self) -> tuple[int, ...]:

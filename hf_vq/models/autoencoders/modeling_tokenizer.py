@@ -1,6 +1,7 @@
 """What the tokenizers share: `encode`, `decode`, `forward`, the training loss and the weights' initialisation."""
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,12 +11,13 @@ from transformers import initialization as init
 
 from ..modeling_outputs import QuantizerOutput, VQDecoderOutput, VQEncoderOutput, VQModelOutput
 from ..quantizers.build import build_quantizer
-from ..quantizers.codebook_statistics import code_counts, codebook_statistics
+from ..quantizers.codebook_statistics import are_finite, code_counts, codebook_statistics
 from ..quantizers.quantizer import Quantizer
+from .configuration_tokenizer import VQTokenizerConfig
 from .tiling import map_tiles
 
 
-def build_quantizer_of(config) -> nn.Module:
+def build_quantizer_of(config: VQTokenizerConfig) -> Quantizer:
     """The quantizer that a tokenizer's configuration describes."""
     kwargs = dict(config.quantizer_kwargs)
     if config.quantizer in ("vq", "ema", "cosine", "lfq", "residual"):
@@ -89,7 +91,7 @@ class VQTokenizerModel(PreTrainedModel):
             overlap: pixels that neighbours share, a multiple of `downsample_factor`; by default a quarter of a tile.
         """
         factor = self.config.downsample_factor
-        tile_size = 2 * self.config.resolution if tile_size is None else tile_size
+        tile_size = 2 * max(self.config.image_size) if tile_size is None else tile_size
         overlap = tile_size // 4 // factor * factor if overlap is None else overlap
         if tile_size < 2 * factor or tile_size % factor:
             raise ValueError(
@@ -114,7 +116,14 @@ class VQTokenizerModel(PreTrainedModel):
         """Encode and decode whole batches again."""
         self.use_slicing = False
 
-    def _in_pieces(self, function, inputs: torch.Tensor, tile: int, overlap: int, scale: float) -> torch.Tensor:
+    def _in_pieces(
+        self,
+        function: Callable[[torch.Tensor], torch.Tensor],
+        inputs: torch.Tensor,
+        tile: int,
+        overlap: int,
+        scale: float,
+    ) -> torch.Tensor:
         """`function(inputs)` as slicing and tiling say; `tile` and `overlap` in positions of `inputs`."""
         if self.training:
             return function(inputs)
@@ -136,18 +145,24 @@ class VQTokenizerModel(PreTrainedModel):
         )
         return latents, self.quantize(latents)
 
+    def _decode_codes(self, codes: torch.Tensor) -> torch.Tensor:
+        return self.decoder(self.post_quant_conv(codes))
+
     def _decode_quantized(self, quantized: torch.Tensor) -> torch.Tensor:
         factor = self.config.downsample_factor
         return self._in_pieces(
-            lambda codes: self.decoder(self.post_quant_conv(codes)),
+            self._decode_codes,
             quantized,
             (self.tile_size or 0) // factor,
             self.tile_overlap // factor,
             factor,
         )
 
-    def _perplexity(self, indices: torch.LongTensor) -> torch.Tensor:
-        return codebook_statistics(code_counts(indices, self.config.num_embeddings)).perplexity
+    def _perplexity(self, indices: torch.LongTensor, latents: torch.Tensor) -> torch.Tensor:
+        finite = are_finite(latents)
+        # residual codes have a further axis
+        finite = finite.reshape(finite.shape + (1,) * (indices.ndim - finite.ndim))
+        return codebook_statistics(code_counts(indices, self.config.num_embeddings, counted=finite)).perplexity
 
     def encode(self, pixel_values: torch.Tensor, return_dict: bool = True) -> VQEncoderOutput | tuple:
         """Images to codes.
@@ -165,10 +180,31 @@ class VQTokenizerModel(PreTrainedModel):
         return VQEncoderOutput(latents=latents, quantized=output.quantized, indices=output.indices)
 
     def decode(
-        self, latents: torch.Tensor, quantize: bool = True, return_dict: bool = True
+        self,
+        latents: torch.Tensor,
+        quantize: bool = True,
+        return_dict: bool = True,
+        force_not_quantize: bool = False,
+        shape: Sequence[int] | None = None,
     ) -> VQDecoderOutput | tuple[torch.Tensor]:
-        """Latents `(B, D, h, w)` to images `(B, C, H, W)`; `quantize=False` takes them as already quantized."""
-        sample = self._decode_quantized(self.quantize(latents).quantized if quantize else latents)
+        """Latents to images.
+
+        Args:
+            latents: `(B, D, h, w)`.
+            quantize: False takes them as already quantized.
+            return_dict: whether to return a `VQDecoderOutput`.
+            force_not_quantize: True is `quantize=False`, under the name that pipelines of diffusers use. Codes may then
+                stand in place of latents, as aMUSEd's pipeline gives them: an integer tensor, reshaped to `shape[:3]`.
+            shape: `(B, h, w, D)`; read where the latents are codes.
+
+        Returns:
+            `sample`, images `(B, C, H, W)`.
+        """
+        if force_not_quantize and not latents.is_floating_point():
+            return self.decode_indices(latents if shape is None else latents.reshape(*shape[:3]), return_dict)
+        if quantize and not force_not_quantize:
+            latents = self.quantize(latents).quantized
+        sample = self._decode_quantized(latents)
         return VQDecoderOutput(sample=sample) if return_dict else (sample,)
 
     def decode_indices(self, indices: torch.Tensor, return_dict: bool = True) -> VQDecoderOutput | tuple[torch.Tensor]:
@@ -178,25 +214,53 @@ class VQTokenizerModel(PreTrainedModel):
         quantized = self.quantize.indices_to_latents(indices).to(self.dtype)
         return self.decode(quantized, quantize=False, return_dict=return_dict)
 
-    def forward(self, pixel_values: torch.Tensor, return_dict: bool = True) -> VQModelOutput | tuple:
-        """Encode, quantize, decode, and the loss of `VQModelOutput`. In training mode, statistics of the codebook are updated."""
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        target_pixel_values: torch.Tensor | None = None,
+        return_loss: bool = True,
+        return_dict: bool | None = None,
+    ) -> VQModelOutput | tuple:
+        """Encode, quantize, decode, and the training loss. In training mode, statistics of the codebook are updated.
+
+        Args:
+            pixel_values: `(B, in_channels, H, W)` in [-1, 1].
+            target_pixel_values: what the reconstruction is compared with, `(B, out_channels, H, W)`; by default
+                `pixel_values`. A tokenizer whose `out_channels` differ from its `in_channels` needs it.
+            return_loss: False leaves out the losses that compare images. `transformers.Trainer` reads this argument: a
+                model that has it gives an `eval_loss`.
+            return_dict: whether to return a `VQModelOutput`; None for `config.return_dict`.
+        """
         latents, quantizer_output = self._encode_and_quantize(pixel_values)
         sample = self._decode_quantized(quantizer_output.quantized)
-        reconstruction_loss = F.mse_loss(sample.float(), pixel_values.float())
-        if self.config.data_variance is not None:
-            reconstruction_loss = reconstruction_loss / self.config.data_variance
+        loss = reconstruction_loss = None
+        if return_loss:
+            target = pixel_values if target_pixel_values is None else target_pixel_values
+            reconstruction_loss = self._reconstruction_loss(sample, target)
+            loss = reconstruction_loss + quantizer_output.loss
         output = VQModelOutput(
-            loss=reconstruction_loss + quantizer_output.loss,
-            sample=sample,
             latents=latents,
+            sample=sample,
             indices=quantizer_output.indices,
+            loss=loss,
             reconstruction_loss=reconstruction_loss,
             quantizer_loss=quantizer_output.loss,
             codebook_loss=quantizer_output.codebook_loss,
             commitment_loss=quantizer_output.commitment_loss,
-            perplexity=self._perplexity(quantizer_output.indices),
+            perplexity=self._perplexity(quantizer_output.indices, latents),
         )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
+
+    def _reconstruction_loss(self, sample: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        if sample.shape != target.shape:
+            # mse_loss would broadcast them
+            raise ValueError(
+                "`target_pixel_values` (by default `pixel_values`) must have the shape of the reconstruction, "
+                f"{tuple(sample.shape)}, got {tuple(target.shape)}."
+            )
+        loss = F.mse_loss(sample.float(), target.float())
+        return loss if self.config.data_variance is None else loss / self.config.data_variance
 
 
 __all__ = ["VQTokenizerModel", "build_quantizer_of"]

@@ -11,7 +11,6 @@ from torch import nn
 from transformers import PreTrainedModel  # noqa: F401  (diffusers looks for a base class in the module it loads from)
 
 from ..modeling_outputs import QuantizerOutput, VQDecoderOutput
-from ..quantizers.codebook_statistics import code_counts, codebook_statistics
 from .configuration_vqvae2 import VQVAE2Config
 from .modeling_tokenizer import VQTokenizerModel, build_quantizer_of
 from .modeling_vqvae import VQVAEResidualStack
@@ -160,9 +159,11 @@ class VQVAE2Model(VQTokenizerModel):
         dropped = torch.rand(shape, device=like.device) < self.config.level_dropout
         return torch.where(dropped, torch.randint(1, levels, shape, device=like.device), levels)
 
-    def _perplexity(self, indices: tuple[torch.LongTensor, ...]) -> tuple[torch.Tensor, ...]:
-        counts = (code_counts(level, self.config.num_embeddings) for level in indices)
-        return tuple(codebook_statistics(level).perplexity for level in counts)
+    def _perplexity(
+        self, indices: tuple[torch.LongTensor, ...], latents: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, ...]:
+        perplexity = super()._perplexity
+        return tuple(perplexity(own, level) for own, level in zip(indices, latents, strict=True))
 
     def _check_levels(self, name: str, levels: Sequence[torch.Tensor]) -> None:
         count = self.config.num_levels
@@ -181,14 +182,23 @@ class VQVAE2Model(VQTokenizerModel):
                 raise ValueError(f"`{name}` must double their height and width from level to level, got {shapes}.")
 
     def decode(
-        self, latents: Sequence[torch.Tensor], quantize: bool = True, return_dict: bool = True
+        self,
+        latents: Sequence[torch.Tensor],
+        quantize: bool = True,
+        return_dict: bool = True,
+        force_not_quantize: bool = False,
     ) -> VQDecoderOutput | tuple[torch.Tensor]:
-        """
-        Latents, `(B, D, h, w)` of each level from top to bottom, to images `(B, C, H, W)`; `quantize=False` takes them as
-        already quantized. Of fewer levels, those from the top on, the others' vectors are 0.
+        """Latents to images.
+
+        Args:
+            latents: `(B, D, h, w)` of each level from top to bottom. Of fewer levels, those from the top on, the others'
+                vectors are 0.
+            quantize: False takes them as already quantized.
+            return_dict: whether to return a `VQDecoderOutput`.
+            force_not_quantize: True is `quantize=False`, under the name that pipelines of diffusers use.
         """
         self._check_levels("latents", latents)
-        if quantize:
+        if quantize and not force_not_quantize:
             latents = [quantizer(own).quantized for quantizer, own in zip(self.quantize, latents, strict=False)]
         sample = self._decode_quantized(latents)
         return VQDecoderOutput(sample=sample) if return_dict else (sample,)

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from ...distributed import all_reduced, is_distributed
-from .codebook_statistics import code_counts
+from .codebook_statistics import are_finite, code_counts
 
 
 @contextmanager
@@ -72,14 +72,9 @@ def _hash(numbers: torch.Tensor) -> torch.Tensor:
     return numbers ^ (numbers >> 16)
 
 
-def _finite_rows(vectors: torch.Tensor) -> torch.Tensor:
-    """Which of the vectors `(N, D)` have a finite sum, bool `(N,)`: no other may enter a codebook."""
-    return vectors.sum(dim=1).isfinite()
-
-
 def has_finite_vectors(vectors: torch.Tensor) -> bool:
     """Whether any of the vectors `(N, D)` of all processes is finite."""
-    return all_reduced(_finite_rows(vectors).sum()).item() > 0
+    return all_reduced(are_finite(vectors).sum()).item() > 0
 
 
 def _rows_of_all(vectors: torch.Tensor, position: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
@@ -91,7 +86,7 @@ def _rows_of_all(vectors: torch.Tensor, position: torch.Tensor, sizes: torch.Ten
         rows = vectors.new_zeros(position.shape[0], vectors.shape[1])
     else:
         # the n-th finite row is the first with n finite ones up to it
-        row = torch.searchsorted(_finite_rows(vectors).cumsum(0), local + 1)
+        row = torch.searchsorted(are_finite(vectors).cumsum(0), local + 1)
         rows = torch.where(mine.unsqueeze(1), vectors[row.clamp_max(vectors.shape[0] - 1)], 0)
     if is_distributed():
         dist.all_reduce(rows)
@@ -116,7 +111,7 @@ def draw_vectors(vectors: torch.Tensor, count: int, seed: torch.Tensor | int, di
         `(count, D)`; zeros if no vector is finite.
     """
     device = vectors.device
-    sizes = _finite_rows(vectors).sum().view(1)
+    sizes = are_finite(vectors).sum().view(1)
     if is_distributed():
         own, sizes = sizes, torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
         sizes[dist.get_rank()] = own[0]
@@ -151,7 +146,7 @@ def kmeans(vectors: torch.Tensor, num_clusters: int, iterations: int = 10, seed:
     """
     if not has_finite_vectors(vectors):
         raise ValueError(f"`vectors` must hold at least one finite vector, got none among {vectors.shape[0]}.")
-    vectors = vectors[_finite_rows(vectors)]
+    vectors = vectors[are_finite(vectors)]
     centres = draw_vectors(vectors, num_clusters, seed, distinct=True)
     for _ in range(iterations):
         nearest = nearest_codes(vectors, centres)

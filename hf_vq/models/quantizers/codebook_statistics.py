@@ -45,6 +45,14 @@ def code_counts(indices: torch.Tensor, num_embeddings: int, counted: torch.Tenso
     return torch.zeros(num_embeddings, device=flat.device).index_add_(0, flat, weights)
 
 
+def are_finite(vectors: torch.Tensor) -> torch.Tensor:
+    """Which of the vectors `(N, D)` or `(B, D, h, w)` may enter a statistic: bool `(N,)` or `(B, h, w)`.
+
+    Those with a finite sum in float32: no NaN, no infinity, and nothing that overflows when it is added up.
+    """
+    return vectors.sum(dim=1, dtype=torch.float32).isfinite()
+
+
 def check_indices(indices: torch.Tensor, num_embeddings: int) -> None:
     """Raise a `ValueError` unless `indices` is an integer tensor with values in [0, num_embeddings)."""
     if indices.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
@@ -56,4 +64,4 @@ def check_indices(indices: torch.Tensor, num_embeddings: int) -> None:
         raise ValueError(f"`indices` must lie in [0, {num_embeddings}), got values from {low} to {high}.")
 
 
-__all__ = ["CodebookStatistics", "check_indices", "code_counts", "codebook_statistics"]
+__all__ = ["CodebookStatistics", "are_finite", "check_indices", "code_counts", "codebook_statistics"]

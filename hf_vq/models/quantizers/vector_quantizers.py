@@ -12,7 +12,7 @@ from ...argument_checks import check_integer, check_real
 from ...distributed import is_distributed
 from ..modeling_outputs import QuantizerOutput
 from .codebook_search import draw_vectors, has_finite_vectors, kmeans, nearest_codes
-from .codebook_statistics import code_counts
+from .codebook_statistics import are_finite, code_counts
 from .gradient_estimators import GRADIENT_ESTIMATORS
 from .quantizer import Quantizer, flatten, look_up
 
@@ -237,7 +237,7 @@ class EMAVectorQuantizer(NearestCodeQuantizer):
     @torch.no_grad()
     def _update_averages(self, flat: torch.Tensor, flat_indices: torch.Tensor) -> None:
         # latents that are not finite go to a row K, which is thrown away
-        bins = torch.where(flat.sum(dim=1).isfinite(), flat_indices, self.num_embeddings)
+        bins = torch.where(are_finite(flat), flat_indices, self.num_embeddings)
         counts = code_counts(bins, self.num_embeddings + 1)[:-1]
         sums = flat.new_zeros(self.num_embeddings + 1, self.embed_dim).index_add_(0, bins, flat)[:-1]
         if is_distributed():

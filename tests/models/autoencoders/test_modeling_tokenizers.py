@@ -10,7 +10,7 @@ from torch import nn
 
 from hf_vq.models.autoencoders.configuration_vqgan import VQGANConfig
 from hf_vq.models.autoencoders.configuration_vqvae import VQVAEConfig
-from hf_vq.models.autoencoders.modeling_vqgan import AttnBlock, ResnetBlock, VQGANModel
+from hf_vq.models.autoencoders.modeling_vqgan import AttnBlock, NormLayers, ResnetBlock, VQGANModel
 from hf_vq.models.autoencoders.modeling_vqvae import VQVAEModel, VQVAEResidualBlock
 from tests.models.model_testing import ModelCase, ModelTests
 
@@ -263,7 +263,8 @@ def test_attention_is_where_the_config_says():
 
 def test_attention_is_softmax_attention():
     torch.manual_seed(0)
-    block, features = AttnBlock(8, norm_num_groups=2), torch.randn(2, 8, 3, 5)
+    norms = NormLayers(VQGANConfig(**VQGAN, resolution=8))
+    block, features = AttnBlock(8, norms), torch.randn(2, 8, 3, 5)
     normed = block.norm(features)
     expected = torch.empty_like(features)
     for b in range(2):
