@@ -18,6 +18,7 @@ _MODULES = {
     "PixelSNAILConfig": "hf_vq.models.priors.configuration_pixelsnail",
     "PixelSNAILForCausalLM": "hf_vq.models.priors.modeling_pixelsnail",
     "VQAutoregressivePipeline": "hf_vq.pipelines.pipeline_vq_autoregressive",
+    "VQConditionProcessor": "hf_vq.models.autoencoders.image_processing_vq_condition",
     "VQDiffusionImagePipeline": "hf_vq.pipelines.pipeline_vq_diffusion",
     "VQDiffusionTransformer2DModel": "hf_vq.models.priors.transformer_vq_diffusion",
     "VQGANConfig": "hf_vq.models.autoencoders.configuration_vqgan",
