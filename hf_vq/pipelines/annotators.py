@@ -179,6 +179,7 @@ class PoseAnnotator:
         rows = [np.concatenate([p["keypoints"].cpu(), p["scores"].cpu().reshape(-1, 1)], axis=1) for p in persons]
         return np.stack(rows).astype(np.float32)
 
+    @torch.no_grad()
     def _boxes(self, image: Image.Image) -> np.ndarray:
         """float32 `(persons, 4)`: left, top, width and height in pixels."""
         if self.detector is None:
