@@ -40,11 +40,7 @@ def all_gathered(rows: torch.Tensor | None) -> torch.Tensor:
     Raises:
         ValueError: no process has any row.
     """
-    parts = [rows]
-    if is_distributed():
-        parts = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, rows)
-    parts = [part for part in parts if part is not None]
+    parts = [part for part in gathered(rows) if part is not None]
     if not parts:
         raise ValueError("no process has collected anything")
     return torch.cat(parts)
@@ -61,11 +57,27 @@ def from_main_process(value: Any) -> Any:
 
 def union_over_processes(names: set[str]) -> set[str]:
     """The names that any process has, on every process; called by all of them."""
+    return set().union(*gathered(names))
+
+
+def gathered(value: Any) -> list:
+    """The values of all processes by rank, on every process; picklable, and called by all of them."""
     if not is_distributed():
-        return names
-    parts = [set()] * dist.get_world_size()
-    dist.all_gather_object(parts, names)
-    return set().union(*parts)
+        return [value]
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, value)
+    return parts
+
+
+def maxima_over_processes(values: Sequence[int]) -> list[int]:
+    """The largest of each value over all processes, on every process; called by all of them."""
+    if not is_distributed():
+        return [int(value) for value in values]
+    maxima = torch.tensor([int(value) for value in values])
+    if dist.get_backend() == "nccl":
+        maxima = maxima.cuda()
+    dist.all_reduce(maxima, dist.ReduceOp.MAX)
+    return maxima.tolist()
 
 
 def share_of_process(rows: Sequence) -> Sequence:
@@ -85,8 +97,10 @@ __all__ = [
     "all_gathered",
     "all_reduced",
     "from_main_process",
+    "gathered",
     "is_distributed",
     "is_main_process",
+    "maxima_over_processes",
     "share_of_process",
     "union_over_processes",
 ]

@@ -1,9 +1,13 @@
 """Folders that are either complete or absent, and the checkpoints of a run.
 
 A folder is written under a temporary name, flushed to the disk and then renamed: a process that is killed at any moment
-leaves the previous checkpoints and perhaps a temporary folder, which the next start removes.
+leaves the previous checkpoints and perhaps a temporary folder, which the next start removes. A checkpoint carries the size
+and the checksum of each of its files: one that was damaged afterwards is found out before it is loaded.
 """
 
+import errno
+import hashlib
+import json
 import logging
 import os
 import random
@@ -12,9 +16,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from safetensors.torch import load_model, save_model
+from torch import nn
 
 
 logger = logging.getLogger(__name__)
@@ -42,10 +49,14 @@ def write_file_atomically(path: str | Path, content: str | bytes) -> None:
     flush_file(path.parent)
 
 
+def draft_path(path: str | Path) -> Path:
+    """Where the draft of the folder `path` is, or will be."""
+    return Path(path).with_name(_UNFINISHED + Path(path).name)
+
+
 def draft_folder(path: str | Path) -> Path:
     """An empty folder beside `path`, to be filled and then given to `publish_folder`."""
-    path = Path(path)
-    draft = path.with_name(_UNFINISHED + path.name)
+    draft = draft_path(path)
     if draft.exists():
         shutil.rmtree(draft)
     draft.mkdir(parents=True)
@@ -102,6 +113,62 @@ def remove_unfinished(folder: str | Path) -> list[str]:
     return names
 
 
+MANIFEST = "files.json"
+
+
+def write_manifest(folder: Path) -> None:
+    """Writes the size and the SHA-256 of every file of a folder to its `files.json`."""
+    entries = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST):
+        entries[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    (folder / MANIFEST).write_text(json.dumps(entries, indent=1))
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with a folder that `write_manifest` has seen, or `None`."""
+    try:
+        entries = json.loads((folder / MANIFEST).read_text())
+        for name, entry in entries.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{path} is missing"
+            size = path.stat().st_size
+            if size != entry["bytes"]:
+                return f"{path} has {size} bytes in place of {entry['bytes']}"
+            if _sha256(path) != entry["sha256"]:
+                return f"{path} does not have the checksum that it was written with"
+    except FileNotFoundError:
+        return f"{folder / MANIFEST} is missing"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{folder / MANIFEST} cannot be read"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: BinaryIO) -> str:
+    digest = hashlib.sha256()  # Python 3.10 has no `file_digest`
+    while block := file.read(2**20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def write_error(path: Path, reason: str, needed: int) -> OSError:
+    """The error of a checkpoint that could not be written to `path` and takes about `needed` bytes."""
+    free = shutil.disk_usage(path.parent).free
+    good = list(find_checkpoints(path.parent).values())
+    last = f"the last good checkpoint is {good[-1]}" if good else "there is no earlier checkpoint"
+    number = errno.ENOSPC if free < needed else errno.EIO
+    return OSError(
+        number,
+        f"the checkpoint could not be written ({reason}): it takes about {needed} bytes, and {free} bytes are free; {last}",
+        str(path),
+    )
+
+
 def find_checkpoints(folder: str | Path) -> dict[int, Path]:
     """The complete checkpoints `checkpoint-<step>` in a folder, by step, in order."""
     matches = ((_NAME.fullmatch(path.name), path) for path in Path(folder).glob("checkpoint-*") if path.is_dir())
@@ -128,21 +195,45 @@ def set_aside_after(folder: str | Path, step: int) -> list[Path]:
 
 
 def save_parts(folder: Path, parts: dict) -> None:
-    """Writes the `state_dict()` of every part to `folder/<name>.pt`."""
+    """Writes every model to `folder/<name>.safetensors`, the `state_dict()` of every other part to `folder/<name>.pt`."""
     for name, part in parts.items():
-        torch.save(part.state_dict(), folder / f"{name}.pt")
+        if isinstance(part, nn.Module):
+            save_model(part, str(folder / f"{name}.safetensors"))
+        else:
+            torch.save(part.state_dict(), folder / f"{name}.pt")
+
+
+def size_of_parts(parts: dict) -> int:
+    """About how many bytes `save_parts` writes."""
+    return sum(_bytes_of(part.state_dict()) for part in parts.values())
+
+
+def _bytes_of(state: Any) -> int:
+    if torch.is_tensor(state):
+        return state.numel() * state.element_size()
+    if isinstance(state, dict):
+        return sum(_bytes_of(value) for value in state.values())
+    return sum(_bytes_of(value) for value in state) if isinstance(state, (list, tuple)) else 0
 
 
 def load_parts(folder: Path, parts: dict) -> None:
-    """Gives every part its state from `folder/<name>.pt`.
+    """Gives every part its state from what `save_parts` has written.
 
     An optimizer takes its state but keeps the hyper-parameters that it was made with: a run may be continued with
     another weight decay.
     """
     for name, part in parts.items():
-        file = folder / f"{name}.pt"
+        file = folder / f"{name}.{'safetensors' if isinstance(part, nn.Module) else 'pt'}"
         if not file.exists():
             raise ValueError(f"the checkpoint {folder} has no {name!r}: it was written by a run with other parts.")
+        if isinstance(part, nn.Module):
+            try:
+                load_model(part, str(file))
+            except RuntimeError as error:
+                raise ValueError(
+                    f"{file} holds the weights of another model than this run's {name!r}: {error}"
+                ) from error
+            continue
         state = torch.load(file, map_location="cpu", weights_only=True)
         if not isinstance(part, torch.optim.Optimizer):
             part.load_state_dict(state)

@@ -32,23 +32,30 @@ The data order, the augmentation and the learning rate are functions of the seed
 a step depends on is in the checkpoint. A run that was killed continues with the losses that it would have had.
 """
 
+import errno
 import json
 import logging
+import shutil
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
-from ..distributed import all_reduced, from_main_process, union_over_processes
+from ..distributed import all_reduced, from_main_process, gathered, maxima_over_processes, union_over_processes
 from ..evaluation.evaluate import codebook_levels, evaluation_mode
 from ..models.quantizers.codebook_statistics import code_counts, codebook_statistics
 from .checkpointing import (
     draft_folder,
+    draft_path,
     find_checkpoints,
+    find_damage,
     get_buffers,
     get_random_state,
     load_parts,
@@ -59,11 +66,16 @@ from .checkpointing import (
     save_parts,
     set_aside_after,
     set_random_state,
+    size_of_parts,
+    write_error,
+    write_manifest,
 )
 from .data.image_datasets import collate
 from .data.loading import micro_batches, move_to_device
 from .data.samplers import micro_batch_sizes, process_slice
+from .interruption import EXIT_CODES, Interruption, end_all_on_error
 from .metrics import MetricGuard, MetricsFile, MetricWindow, Stopwatch, TrainingStoppedError
+from .output_lock import FolderInUseError, lock_folder, unlock_folder
 from .processes import build_accelerator, prepare_model, seed_process
 from .run_arguments import RunArguments, learning_rate_factor
 from .sample_generators import sample_generators
@@ -77,6 +89,15 @@ logger = logging.getLogger(__name__)
 
 # Arguments that may differ between two starts of one run without a word.
 _FREE_ARGUMENTS = ("resume_from_checkpoint", "output_dir", "report_to", "push_to_hub", "hub_model_id", "cpu")
+
+
+@dataclass(frozen=True)
+class _Agreement:
+    """What all processes do after a step: end by the signal `signum` (0: none), or at the end of the run, or save."""
+
+    signum: int
+    reached_the_end: bool
+    save_is_due: bool
 
 
 class TrainingRun:
@@ -99,6 +120,8 @@ class TrainingRun:
         self.arguments = arguments
         self.output_dir = Path(arguments.output_dir)
         self.accelerator = build_accelerator(arguments, find_unused_parameters)
+        end_all_on_error()
+        self._lock_output_dir()
         micro_batch_sizes(
             arguments.train_batch_size, arguments.gradient_accumulation_steps, self.accelerator.num_processes
         )
@@ -121,6 +144,9 @@ class TrainingRun:
         self._window = MetricWindow(self.device)
         self._code_counts: list[torch.Tensor] = []
         self._positions = range(0)
+        self._interruption = Interruption()
+        self._validation_due = False
+        self._last_save = time.monotonic()
         self._guard = MetricGuard(arguments.min_codebook_perplexity, arguments.codebook_patience)
         self._progress_bar = None
         self._clock = Stopwatch()
@@ -192,7 +218,6 @@ class TrainingRun:
     def start(self) -> int:
         """Continues from a checkpoint as `resume_from_checkpoint` says, and returns the number of steps done."""
         if self.is_main_process:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
             for name in remove_unfinished(self.output_dir):
                 logger.warning("Removed %s, left by an interrupted write.", self.output_dir / name)
         self.accelerator.wait_for_everyone()
@@ -209,13 +234,16 @@ class TrainingRun:
         self._started = True
         self._set_learning_rates()
         self._clock.start()
-        self.is_finished = self._reached_the_end()
+        self._last_save = time.monotonic()
+        self.is_finished = self._agree().reached_the_end
         if self.is_finished:
             self.accelerator.print(f"Already finished at step {self.global_step}, skipping ({self.output_dir}).")
         else:
             beginning = "Starting at" if checkpoint is None else f"Continuing from {checkpoint.name},"
             self.accelerator.print(f"{beginning} step {self.global_step} ({self.output_dir}).")
             start_tracker(self.accelerator, self.arguments, self.output_dir, self.global_step)
+        if self._validation_due:  # the run was ended before it
+            self._validate()
         return self.global_step
 
     def batches(self, dataset, collate_fn: Callable = collate, shuffle: bool = True) -> Iterator:
@@ -260,14 +288,18 @@ class TrainingRun:
             mininterval=0.2 if sys.stderr.isatty() else 10.0,
             disable=not self.is_main_process,
         )
-        with self._progress_bar:
-            for number, (batch, self._stream_state) in enumerate(loader):
-                self._positions = process_slice(self.samples_seen, **plan)[number % plan["micro_batches"]]
-                if isinstance(batch, dict):
-                    self.broken_images.update(batch.pop("broken_images", ()))
-                yield move_to_device(batch, self.device)
-                if self.is_finished:
-                    return
+        self._interruption.install()
+        try:
+            with self._progress_bar:
+                for number, (batch, self._stream_state) in enumerate(loader):
+                    self._positions = process_slice(self.samples_seen, **plan)[number % plan["micro_batches"]]
+                    if isinstance(batch, dict):
+                        self.broken_images.update(batch.pop("broken_images", ()))
+                    yield move_to_device(batch, self.device)
+                    if self.is_finished:
+                        return
+        finally:
+            self._interruption.restore()
 
     def _check_dataset_size(self, dataset) -> None:
         size = len(dataset) if hasattr(dataset, "__len__") else None
@@ -352,15 +384,21 @@ class TrainingRun:
         self.global_step += 1
         self.samples_seen += arguments.train_batch_size
         self._clock.samples += arguments.train_batch_size
-        self.is_finished = self._reached_the_end()
+        agreed = self._agree()
+        self.is_finished = agreed.reached_the_end
         if self._progress_bar is not None:
             self._progress_bar.update()
         if self.global_step % arguments.logging_steps == 0 or self.is_finished:
             self._report()
         self._set_learning_rates()
-        if self._validation is not None and (self.is_finished or self._is_due(arguments.validation_steps)):
+        self._validation_due = self._validation is not None and (
+            self.is_finished or self._is_due(arguments.validation_steps)
+        )
+        if agreed.signum:
+            self._end_by(agreed.signum)
+        if self._validation_due:
             self._validate()
-        if self.is_finished or self._is_due(arguments.checkpointing_steps):
+        if self.is_finished or agreed.save_is_due or self._is_due(arguments.checkpointing_steps):
             with self._clock.paused():
                 self.save_checkpoint()
         if self.is_finished and self.global_step < arguments.max_train_steps and self.is_main_process:
@@ -373,8 +411,31 @@ class TrainingRun:
             )
 
     def finish(self) -> None:
-        """Closes the trackers and the process group. Save the trained model before."""
+        """Closes the trackers and the process group, and gives the output folder free. Save the trained model before."""
+        self._interruption.restore()
         self.accelerator.end_training()
+        unlock_folder(self.output_dir)
+
+    def _lock_output_dir(self) -> None:
+        error = None
+        if self.is_main_process:
+            try:
+                lock_folder(self.output_dir)
+            except FolderInUseError as caught:
+                error = caught
+        error = from_main_process(error)
+        if error is not None:
+            raise error
+
+    def _end_by(self, signum: int) -> None:
+        """Saves a checkpoint and ends the program, as a signal has asked for."""
+        path = self.save_checkpoint()
+        name = signal.Signals(signum).name
+        self.accelerator.print(
+            f"\n{name}: ended at step {self.global_step}, saved in {path}; start again to continue."
+        )
+        self.finish()
+        raise SystemExit(EXIT_CODES[signum])
 
     def _is_due(self, interval: int) -> bool:
         return interval > 0 and self.global_step % interval == 0
@@ -385,13 +446,19 @@ class TrainingRun:
             for group, peak in zip(optimizer.param_groups, self._peak_rates[name], strict=True):
                 group["lr"] = peak * factor
 
-    def _reached_the_end(self) -> bool:
-        if self.global_step >= self.arguments.max_train_steps:
-            return True
-        if self.arguments.max_train_minutes is None:
-            return False
-        # The clocks of the processes differ: the main process decides.
-        return from_main_process(self._clock.elapsed() >= 60 * self.arguments.max_train_minutes)
+    def _agree(self) -> "_Agreement":
+        """What all processes do after this step, though their clocks differ and a signal may reach only one of them."""
+        now, arguments = time.monotonic(), self.arguments
+        time_is_up = save_is_due = False
+        if self.is_main_process:
+            minutes = arguments.max_train_minutes
+            time_is_up = minutes is not None and self._clock.elapsed() >= 60 * minutes
+            minutes = arguments.checkpointing_minutes
+            save_is_due = minutes is not None and now - self._last_save >= 60 * minutes
+        wishes = (self._interruption.signum, time_is_up, save_is_due)
+        signum, time_is_up, save_is_due = maxima_over_processes(wishes)
+        ended = self.global_step >= arguments.max_train_steps or bool(time_is_up)
+        return _Agreement(signum, ended, bool(save_is_due))
 
     # Metrics
 
@@ -431,6 +498,7 @@ class TrainingRun:
                 stack.enter_context(self.ema_weights(name))
                 stack.enter_context(evaluation_mode(model))
             metrics = self._validation() or {}
+        self._validation_due = False
         row = {f"validation/{name}": float(value) for name, value in metrics.items()}
         self._write_row({"step": self.global_step, **row})
 
@@ -470,7 +538,21 @@ class TrainingRun:
         """
         path = Path(path) if path is not None else self.output_dir / f"checkpoint-{self.global_step}"
         self.broken_images = union_over_processes(self.broken_images)
-        draft = from_main_process(draft_folder(path) if self.is_main_process else None)
+        draft = draft_path(path)
+        for write in (self._open_draft, self._write_state, self._publish):
+            self._on_all_or_none(write, draft, path)
+        self._last_save = time.monotonic()
+        return path
+
+    def _open_draft(self, draft: Path, path: Path) -> None:
+        if not self.is_main_process:
+            return
+        needed, free = size_of_parts(self._parts()), shutil.disk_usage(self.output_dir).free
+        if needed > free:
+            raise OSError(errno.ENOSPC, "the disk is too full")
+        draft_folder(path)
+
+    def _write_state(self, draft: Path, path: Path) -> None:
         # The main process's buffers are with its models; BatchNorm's statistics, for one, are each process's own.
         buffers = {} if self.is_main_process else get_buffers(self.models)
         own = {"random": get_random_state(), "window": self._window.state_dict(), "buffers": buffers}
@@ -478,12 +560,26 @@ class TrainingRun:
         if self.is_main_process:
             save_parts(draft, self._parts())
             (draft / "run.json").write_text(json.dumps(self._position(), indent=1))
-        self.accelerator.wait_for_everyone()
+
+    def _publish(self, draft: Path, path: Path) -> None:
         if self.is_main_process:
+            write_manifest(draft)
             publish_folder(draft, path)
             rotate_checkpoints(self.output_dir, self.arguments.checkpoints_total_limit)
-        self.accelerator.wait_for_everyone()
-        return path
+
+    def _on_all_or_none(self, write: Callable[[Path, Path], None], draft: Path, path: Path) -> None:
+        """Calls `write` on every process; where one fails, the draft is removed and all raise its error."""
+        reason, cause = None, None
+        try:
+            write(draft, path)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises a RuntimeError
+            reason, cause = f"{type(error).__name__}: {error}", error
+        reasons = [text for text in gathered(reason) if text is not None]
+        if not reasons:
+            return
+        if self.is_main_process:
+            shutil.rmtree(draft, ignore_errors=True)
+        raise write_error(path, reasons[0], size_of_parts(self._parts())) from cause
 
     def _position(self) -> dict:
         return {
@@ -492,6 +588,7 @@ class TrainingRun:
             "dataset_size": self._dataset_size,
             "stream": self._stream_state,
             "seconds": self._clock.elapsed(),
+            "validation_due": self._validation_due,
             "low_perplexity_rows": self._guard.low_rows,
             "broken_images": sorted(self.broken_images),
             "num_processes": self.accelerator.num_processes,
@@ -503,10 +600,34 @@ class TrainingRun:
         if wanted == "none":
             return None
         if wanted == "latest":
-            return next(reversed(find_checkpoints(self.output_dir).values()), None)
-        if not (Path(wanted) / "run.json").exists():
-            raise ValueError(f'resume_from_checkpoint={wanted!r}: it must be "latest", "none" or a checkpoint folder.')
+            path, damage = from_main_process(self._newest_whole_checkpoint() if self.is_main_process else None)
+            if path is None and damage:
+                raise ValueError(
+                    f"every checkpoint in {self.output_dir} is damaged ({damage[0]}): mend it, or start afresh with "
+                    "resume_from_checkpoint=none."
+                )
+            return path
+        if not Path(wanted).is_dir():
+            raise ValueError(
+                f'`resume_from_checkpoint` must be "latest", "none" or a checkpoint folder, got {wanted!r}.'
+            )
+        damage = from_main_process(find_damage(Path(wanted)) if self.is_main_process else None)
+        if damage is not None:
+            raise ValueError(f"`resume_from_checkpoint` must be a whole checkpoint, got {wanted!r}: {damage}.")
         return Path(wanted)
+
+    def _newest_whole_checkpoint(self) -> tuple[Path | None, list[str]]:
+        """The newest checkpoint that is not damaged, and what is wrong with the later ones."""
+        damages = []
+        for path in reversed(find_checkpoints(self.output_dir).values()):
+            damage = find_damage(path)
+            if damage is None:
+                if damages:
+                    logger.warning("Continuing from %s, the last checkpoint that is whole.", path)
+                return path, damages
+            logger.warning("A checkpoint is damaged and passed over: %s.", damage)
+            damages.append(damage)
+        return None, damages
 
     def _load_checkpoint(self, path: Path) -> None:
         load_parts(path, self._parts())
@@ -516,6 +637,7 @@ class TrainingRun:
         self._dataset_size = position["dataset_size"]
         self._stream_state = position["stream"]
         self._clock.seconds_before = position["seconds"]
+        self._validation_due = position["validation_due"]
         self._guard.low_rows = position["low_perplexity_rows"]
         self.broken_images = set(position["broken_images"])
         for name, value in asdict(self.arguments).items():

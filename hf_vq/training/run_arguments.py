@@ -8,10 +8,27 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 
 import yaml
 from transformers import HfArgumentParser
+
+from ..argument_checks import check_integer, check_real
+
+
+# The smallest value of each argument that is an integer.
+_SMALLEST = {
+    0: ("lr_warmup_steps", "validation_steps", "dataloader_num_workers"),
+    1: (
+        "max_train_steps",
+        "train_batch_size",
+        "gradient_accumulation_steps",
+        "checkpointing_steps",
+        "logging_steps",
+        "codebook_patience",
+    ),
+}
 
 
 @dataclass
@@ -38,6 +55,9 @@ class RunArguments:
     mixed_precision: str = field(default="no", metadata={"help": "Autocast.", "choices": ["no", "bf16", "fp16"]})
     ema_decay: float = field(default=0.0, metadata={"help": "Decay of the average of the weights; 0: none."})
     checkpointing_steps: int = field(default=500, metadata={"help": "Save a checkpoint every so many steps."})
+    checkpointing_minutes: float | None = field(
+        default=None, metadata={"help": "Save one also when so many minutes have passed since the last."}
+    )
     checkpoints_total_limit: int | None = field(default=2, metadata={"help": "How many checkpoints to keep."})
     resume_from_checkpoint: str = field(
         default="latest", metadata={"help": '"latest" (if there is one), "none", or the path of a checkpoint.'}
@@ -72,14 +92,24 @@ class RunArguments:
             ("report_to", ("none", "tensorboard", "trackio", "wandb")),
         ):
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r}: it must be one of {', '.join(choices)}.")
-        for name in ("max_train_steps", "gradient_accumulation_steps", "checkpointing_steps", "logging_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: it must be at least 1.")
-        if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
-            raise ValueError(f"checkpoints_total_limit={self.checkpoints_total_limit}: keep at least 1 checkpoint.")
-        if not 0.0 <= self.ema_decay < 1.0:
-            raise ValueError(f"ema_decay={self.ema_decay}: it must be 0 (off) or below 1, for example 0.999.")
+                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
+        for minimum, names in _SMALLEST.items():
+            for name in names:
+                setattr(self, name, check_integer(name, getattr(self, name), minimum))
+        self.seed = check_integer("seed", self.seed, 0, 2**32 - 1)  # numpy's generators take no other
+        self.learning_rate = check_real("learning_rate", self.learning_rate, above=0.0)
+        self.ema_decay = check_real("ema_decay", self.ema_decay, minimum=0.0, below=1.0)
+        self.min_codebook_perplexity = check_real("min_codebook_perplexity", self.min_codebook_perplexity, minimum=0.0)
+        if self.max_grad_norm is not None:
+            self.max_grad_norm = check_real("max_grad_norm", self.max_grad_norm, minimum=0.0)
+        if self.checkpoints_total_limit is not None:
+            self.checkpoints_total_limit = check_integer("checkpoints_total_limit", self.checkpoints_total_limit, 1)
+        for name in ("max_train_minutes", "checkpointing_minutes"):
+            if getattr(self, name) is not None:
+                setattr(self, name, check_real(name, getattr(self, name), above=0.0))
+        for name in ("output_dir", "run_name", "resume_from_checkpoint"):
+            if not isinstance(getattr(self, name), (str, PathLike)) or not str(getattr(self, name)):
+                raise ValueError(f"`{name}` must be a text that is not empty, got {getattr(self, name)!r}.")
         if self.lr_scheduler == "constant" and self.lr_warmup_steps:
             raise ValueError(
                 f'lr_warmup_steps={self.lr_warmup_steps} has no effect with lr_scheduler="constant": '

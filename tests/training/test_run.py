@@ -1,6 +1,9 @@
+import dataclasses
+import errno
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,6 +11,8 @@ import sys
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from hf_vq.training.checkpointing import find_checkpoints
@@ -141,24 +146,127 @@ def test_rotation_keeps_the_newest(unbroken):
 
 def test_a_crash_while_saving_leaves_the_previous_checkpoint(unbroken, tmp_path, monkeypatch, caplog):
     def crash(folder, parts):
-        (folder / "model.pt").write_bytes(b"half")
-        raise OSError("No space left on device")
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise Interrupted
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
-        saves = []
-        real = toy_run.run_module.save_parts
-        patch.setattr(
-            "hf_vq.training.run.save_parts", lambda *a: (saves.append(1), (real if len(saves) < 2 else crash)(*a))
-        )
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        fail_at_the_second_save(patch, crash)
         train(tmp_path)
     assert list(find_checkpoints(tmp_path)) == [3]
-    assert (tmp_path / ".unfinished-checkpoint-6" / "model.pt").exists()
+    assert (tmp_path / ".unfinished-checkpoint-6" / "model.safetensors").exists()
     with caplog.at_level(logging.WARNING):
         run = train(tmp_path)
     assert ".unfinished-checkpoint-6, left by an interrupted write" in caplog.text
     assert not list(tmp_path.glob(".unfinished*"))
     assert rows(tmp_path, validation=True) == unbroken[0]
     assert_same_weights(weights(run), unbroken[1])
+
+
+def fail_at_the_second_save(patch, crash):
+    saves, real = [], toy_run.run_module.save_parts
+    patch.setattr(
+        "hf_vq.training.run.save_parts", lambda *a: (saves.append(1), (real if len(saves) < 2 else crash)(*a))
+    )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        RuntimeError("basic_ios::clear: iostream error"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_named_and_the_draft_removed(tmp_path, monkeypatch, error):
+    def crash(folder, parts):
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise error
+
+    fail_at_the_second_save(monkeypatch, crash)
+    with pytest.raises(OSError, match=r"takes about \d+ bytes, and \d+ bytes are free; .*checkpoint-3") as caught:
+        train(tmp_path)
+    assert caught.value.filename == str(tmp_path / "checkpoint-6") and str(error) in str(caught.value)
+    assert list(find_checkpoints(tmp_path)) == [3] and not list(tmp_path.glob(".unfinished*"))
+
+
+def test_what_does_not_fit_is_not_begun(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(OSError, match="the disk is too full.* and 1000 bytes are free; there is no earlier") as caught:
+        train(tmp_path)
+    assert caught.value.errno == errno.ENOSPC and not list(tmp_path.glob("*checkpoint*"))
+
+
+DAMAGES = {
+    "truncated": lambda folder: (folder / "model.safetensors").write_bytes(b"1234"),
+    "empty folder": lambda folder: [path.unlink() for path in folder.iterdir()],
+    "half of the JSON": lambda folder: (folder / "run.json").write_text('{"step": 1'),
+    "half of the list of files": lambda folder: (folder / "files.json").write_text('{"run.js'),
+    "one file of another checkpoint": lambda folder: shutil.copy(
+        folder.parent / "checkpoint-9/optimizer.pt", folder / "optimizer.pt"
+    ),
+    "a missing file": lambda folder: (folder / "process-0.pt").unlink(),
+    "one bit": lambda folder: flip_a_bit(folder / "model-ema.pt"),
+}
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over(unbroken, tmp_path, caplog, damage):
+    shutil.copytree(unbroken[2], tmp_path, dirs_exist_ok=True)
+    DAMAGES[damage](tmp_path / "checkpoint-10")
+    with caplog.at_level(logging.WARNING):
+        run = train(tmp_path)
+    assert f"damaged and passed over: {tmp_path / 'checkpoint-10'}" in caplog.text
+    assert f"Continuing from {tmp_path / 'checkpoint-9'}" in caplog.text
+    assert rows(tmp_path, validation=True) == unbroken[0]
+    assert_same_weights(weights(run), unbroken[1])
+    with pytest.raises(ValueError, match="resume_from_checkpoint.*must be a whole checkpoint"):
+        train(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-10-superseded-1"))
+
+
+def test_no_whole_checkpoint_is_an_error(tmp_path):
+    train(tmp_path, max_train_steps=3)
+    DAMAGES["one bit"](tmp_path / "checkpoint-3")
+    with pytest.raises(ValueError, match="every checkpoint in .* is damaged .*model-ema.pt.*start afresh"):
+        train(tmp_path)
+    assert train(tmp_path, resume_from_checkpoint="none", max_train_steps=2).global_step == 2
+
+
+# Signals
+
+
+@pytest.mark.parametrize(("signum", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 0)])
+def test_a_signal_ends_the_run_with_a_checkpoint(unbroken, tmp_path, capfd, signum, code):
+    """In a step that is due to be validated: the validation is made up for."""
+
+    def send(run, loss):
+        if run.global_step + 1 == 4:
+            os.kill(os.getpid(), getattr(signal, signum))
+        return loss
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        train(tmp_path, loss_hook=send)
+    assert ended.value.code == code and signal.getsignal(signal.SIGTERM) == before
+    assert list(find_checkpoints(tmp_path)) == [3, 4]
+    assert f"{signum}: ended at step 4, saved in {tmp_path / 'checkpoint-4'}" in capfd.readouterr().out
+    run = train(tmp_path)
+    assert rows(tmp_path, validation=True) == unbroken[0]
+    assert_same_weights(weights(run), unbroken[1])
+
+
+def test_checkpoints_by_the_clock(tmp_path, monkeypatch):
+    now = iter(range(0, 10**6, 20))
+    monkeypatch.setattr("hf_vq.training.run.time.monotonic", lambda: next(now))
+    train(tmp_path, checkpointing_minutes=1.0, checkpointing_steps=1000, checkpoints_total_limit=None)
+    steps = list(find_checkpoints(tmp_path))
+    assert steps[-1] == 10 and 2 < len(steps) < 8
 
 
 def test_time_budget(tmp_path):
@@ -247,7 +355,7 @@ def test_nan_stops_the_run_before_it_reaches_the_weights(tmp_path):
 
     with pytest.raises(TrainingStoppedError, match=r"gradients of 'optimizer' are not finite in step 5.*checkpoint-3"):
         train(tmp_path, loss_hook=poison)
-    state = torch.load(tmp_path / "checkpoint-4-failed" / "model.pt")
+    state = load_file(tmp_path / "checkpoint-4-failed" / "model.safetensors")
     assert all(value.isfinite().all() for value in state.values())
     run = train(tmp_path)  # the cause is gone: the run goes on from the last good checkpoint
     assert run.global_step == 10 and rows(tmp_path)[-1]["step"] == 10
@@ -276,7 +384,7 @@ def test_a_collapsed_codebook_stops_the_run(tmp_path, others):
     options = {"min_codebook_perplexity": 1.5, "codebook_patience": 4, "metrics_hook": perplexity}
     with pytest.raises(TrainingStoppedError, match="codebook has collapsed: at step 6 its perplexity is 1.000"):
         train(tmp_path, **options)
-    assert (tmp_path / "checkpoint-6-failed" / "model.pt").exists()
+    assert (tmp_path / "checkpoint-6-failed" / "model.safetensors").exists()
     with pytest.raises(TrainingStoppedError, match="at step 6"):  # the count survives a restart
         train(tmp_path, **options)
 
@@ -421,18 +529,51 @@ def test_pictures_and_tensorboard_continue(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr_scheduler": "step"}, "lr_scheduler='step': it must be one of constant"),
-        ({"mixed_precision": "fp8"}, "mixed_precision='fp8'"),
+        ({"lr_scheduler": "step"}, "`lr_scheduler` must be one of constant, .*, got 'step'"),
+        ({"mixed_precision": "fp8"}, "`mixed_precision` must be one of no"),
         ({"lr_warmup_steps": 5}, "lr_warmup_steps=5 has no effect"),
-        ({"checkpoints_total_limit": 0}, "checkpoints_total_limit=0"),
-        ({"ema_decay": 1.0}, "ema_decay=1.0"),
         ({"push_to_hub": True}, "needs hub_model_id"),
-        ({"logging_steps": 0}, "logging_steps=0"),
     ],
 )
 def test_bad_arguments(options, message):
     with pytest.raises(ValueError, match=message):
         RunArguments("x", **options)
+
+
+NAN, INF = float("nan"), float("inf")
+BAD_NUMBERS = {
+    "seed": (-1, 0.5, 2**32),
+    "max_train_steps": (0, -3, 2.5, NAN),
+    "max_train_minutes": (0.0, -1.0, NAN),
+    "train_batch_size": (0, -8, 1.5),
+    "gradient_accumulation_steps": (0, -1),
+    "learning_rate": (0.0, -1e-4, NAN, INF),
+    "lr_warmup_steps": (-5, 0.5),
+    "max_grad_norm": (-1.0, NAN, INF),
+    "ema_decay": (-0.1, 1.0, NAN),
+    "checkpointing_steps": (0, -1),
+    "checkpointing_minutes": (0.0, -1.0, NAN),
+    "checkpoints_total_limit": (0, -1),
+    "logging_steps": (0, -1),
+    "validation_steps": (-1, NAN),
+    "min_codebook_perplexity": (-1.0, NAN, INF),
+    "codebook_patience": (0, -1),
+    "dataloader_num_workers": (-1, 0.5),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in BAD_NUMBERS.items() for value in values]
+)
+def test_bad_numbers_are_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"`{name}` must be .*, got {value}"):
+        RunArguments("x", lr_scheduler="cosine", **{name: value})
+
+
+def test_every_number_among_the_arguments_is_checked():
+    kinds = {field.name: field.type for field in dataclasses.fields(RunArguments)}
+    numbers = {name for name, kind in kinds.items() if "int" in str(kind) or "float" in str(kind)}
+    assert numbers == set(BAD_NUMBERS)
 
 
 def test_bad_use(tmp_path):

@@ -2,6 +2,7 @@
 
 As a script it takes a JSON object: the arguments of `train`. `kill_at` kills its own process with SIGKILL in that step, at
 the `kill_moment` "step" (before the update), "save" (the checkpoint is written but not yet in place) or "published".
+In the step `fail_at` process 1 raises or dies, as `fail_how` says.
 """
 
 import json
@@ -73,6 +74,8 @@ def train(
     interrupt_at=None,
     kill_at=None,
     kill_moment="step",
+    fail_at=None,
+    fail_how="raises",
     dropout=0.2,
     restart_threshold=0.3,
     size=23,
@@ -120,6 +123,10 @@ def train(
                 raise Interrupted
             if run.global_step + 1 == kill_at:
                 _kill() if kill_moment == "step" else _kill_while_saving(run, kill_moment)
+            if run.global_step + 1 == fail_at and run.accelerator.process_index == 1:
+                if fail_how == "dies":
+                    _kill()
+                raise RuntimeError("the disk of process 1 is on fire")
             run.step(optimizer)
             both = torch.cat([images, reconstructions.detach()])
             c_loss = F.softplus(torch.cat([-critic(both)[: len(images)], critic(both)[len(images) :]])).mean()

@@ -1,0 +1,103 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hf_vq.training.interruption import Interruption
+from tests.training import toy_run
+from tests.training.toy_run import rows
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def start(options, processes=1, **environment):
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port"]
+        command += [str(29000 + os.getpid() % 2000)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen(
+        [*command, toy_run.__file__, json.dumps(options)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+    )
+
+
+def wait_for_step(folder, step, process):
+    while process.poll() is None and (not Path(folder, "metrics.jsonl").exists() or len(rows(folder)) < step):
+        time.sleep(0.05)
+
+
+def test_a_repeated_signal_counts_once_and_a_later_one_ends_at_once(monkeypatch):
+    interruption = Interruption()
+    interruption.install()
+    try:
+        now = [100.0]
+        monkeypatch.setattr("hf_vq.training.interruption.time.monotonic", lambda: now[0])
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interruption.signum == signal.SIGINT
+        now[0] += 3
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        interruption.restore()
+
+
+@pytest.mark.slow
+def test_two_processes_save_when_one_is_told_to_end(tmp_path):
+    """torchrun passes SIGTERM on to both, which stop after the same step."""
+    folder = tmp_path / "run"
+    options = {"output_dir": str(folder), "max_train_steps": 100000, "checkpointing_steps": 10**6, "ema_decay": 0.0}
+    options |= {"validation_steps": 0, "dropout": 0.0}
+    process = start({**options, "max_train_steps": 3000}, 2)
+    wait_for_step(folder, 20, process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert "SIGTERM: ended at step" in output, output
+    step = int(output.split("SIGTERM: ended at step ")[1].split(",")[0])
+    assert (folder / f"checkpoint-{step}/process-1.pt").exists() and rows(folder)[-1]["step"] == step
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["raises", "dies"])
+def test_when_one_process_fails_all_end_and_its_error_is_last(tmp_path, how):
+    options = {"output_dir": str(tmp_path / "run"), "fail_at": 4, "fail_how": how, "max_train_steps": 1000}
+    process = start(options, 2)
+    wait_for_step(tmp_path / "run", 3, process)
+    since = time.monotonic()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0 and time.monotonic() - since < 15, output
+    last = output.rstrip().splitlines()[-12:]
+    expected = "RuntimeError: the disk of process 1 is on fire" if how == "raises" else "SIGKILL"
+    assert any(expected in line for line in last), output
+    assert "rank      : 1" in output.split("Root Cause")[-1], output
+
+
+def test_a_second_run_in_one_folder_is_refused(tmp_path):
+    from hf_vq.training.output_lock import FolderInUseError, lock_folder, unlock_folder
+
+    lock_folder(tmp_path)
+    lock_folder(tmp_path)  # once more in the same process
+    code = f"from hf_vq.training.output_lock import lock_folder; lock_folder({str(tmp_path)!r})"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def other():
+        return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+    refused = other()
+    assert refused.returncode == 1 and FolderInUseError.__name__ in refused.stderr
+    assert f"another run writes here: {tmp_path} is locked by process {os.getpid()} on " in refused.stderr
+    unlock_folder(tmp_path)
+    assert other().returncode == 0
+    lock_folder(tmp_path)  # the other is gone
+    unlock_folder(tmp_path)
