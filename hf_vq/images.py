@@ -27,6 +27,89 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def to_channels(image: Image.Image, channels: int) -> Image.Image:
+    """Any Pillow image with 1 (grey), 3 (RGB) or 4 channels (RGBA), of 8 bits each, as `to_rgb` reads it.
+
+    Raises:
+        ValueError: for another number of channels, or values without a range.
+    """
+    if channels == 4 and image.mode in ("RGBA", "RGBa", "LA", "La", "PA"):
+        return image.convert("RGBA")
+    modes = {1: "L", 3: "RGB", 4: "RGBA"}
+    if channels not in modes:
+        raise ValueError(f"`channels` must be 1, 3 or 4 for a picture, got {channels}: give arrays (H, W, {channels})")
+    return to_rgb(image).convert(modes[channels])
+
+
+def covering_size(image_size: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """`(height, width)` of an image that is scaled, in its own shape, until it just covers `size`."""
+    (height, width), (target_height, target_width) = image_size, size
+    if target_height * width >= target_width * height:
+        return target_height, max(target_width, round(width * target_height / height))
+    return max(target_height, round(height * target_width / width)), target_width
+
+
+def is_elongated(resized: tuple[int, int], size: tuple[int, int]) -> bool:
+    """Whether an image of `resized` would be more than 16 times as large as the window `size` that is cut out of it."""
+    return resized[0] * resized[1] > 16 * size[0] * size[1]
+
+
+def resize(
+    image: Image.Image | np.ndarray,
+    size: tuple[int, int],
+    resample: int = Image.Resampling.BICUBIC,
+    box: tuple[float, float, float, float] | None = None,
+) -> np.ndarray:
+    """An image, or the part of it in `box`, antialiased, as uint8 `(height, width, channels)`.
+
+    Args:
+        image: a Pillow image of mode L, RGB or RGBA, or uint8 `(H, W, C)`.
+        size: `(height, width)`.
+        resample: of Pillow.
+        box: `(left, top, right, bottom)`, as Pillow's.
+    """
+    if isinstance(image, np.ndarray):
+        if image.shape[:2] == size and box is None:
+            return image
+        bands = [Image.fromarray(np.ascontiguousarray(image[..., band])) for band in range(image.shape[-1])]
+        return np.concatenate([resize(band, size, resample, box) for band in bands], axis=-1)
+    if box is not None or (image.height, image.width) != size:
+        image = image.resize(size[::-1], resample, box=box)
+    pixels = np.array(image)
+    return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
+def resize_and_crop(
+    image: Image.Image | np.ndarray,
+    resized: tuple[int, int],
+    corner: tuple[int, int],
+    size: tuple[int, int],
+    resample: int = Image.Resampling.BICUBIC,
+) -> np.ndarray:
+    """The window of `size` at `corner` of an image that is resized, antialiased.
+
+    Of an elongated image only the part is resized that the window shows: a picture of 1×60000 pixels whose shorter side
+    becomes 64 would take 0.7 GB otherwise.
+
+    Args:
+        image: a Pillow image of mode L, RGB or RGBA, or uint8 `(H, W, C)`.
+        resized: `(height, width)` to which the whole image is resized.
+        corner: `(top, left)` of the window.
+        size: `(height, width)` of the window, which lies within.
+        resample: of Pillow.
+
+    Returns:
+        uint8 `(height, width, channels)`.
+    """
+    (top, left), (height, width) = corner, size
+    image_size = image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width)
+    if image_size == tuple(resized) or not is_elongated(resized, size):
+        return resize(image, tuple(resized), resample)[top : top + height, left : left + width]
+    down, right = image_size[0] / resized[0], image_size[1] / resized[1]
+    bottom, end = min((top + height) * down, image_size[0]), min((left + width) * right, image_size[1])
+    return resize(image, (height, width), resample, box=(left * right, top * down, end, bottom))
+
+
 def array_to_pil(image: np.ndarray | torch.Tensor, input_data_format: str | None = None) -> Image.Image:
     """One image of uint8, or floating-point values in [0, 1], `(H, W)` or with 1, 3 or 4 channels first or last.
 
@@ -43,15 +126,42 @@ def array_to_pil(image: np.ndarray | torch.Tensor, input_data_format: str | None
         if layout == ChannelDimension.FIRST:
             pixels = np.moveaxis(pixels, 0, -1)
         pixels = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
+    return Image.fromarray(np.ascontiguousarray(_as_uint8(pixels)))
+
+
+def array_to_pixels(
+    image: np.ndarray | torch.Tensor, channels: int, input_data_format: str | None = None
+) -> np.ndarray:
+    """An array of any number of channels as uint8 `(H, W, channels)`.
+
+    Args:
+        image: uint8, or floating-point values in [0, 1], with the channels last or first; `(H, W)` for one channel.
+        channels: how many it must have.
+        input_data_format: "channels_first" or "channels_last"; where it is None, last if that fits.
+
+    Raises:
+        ValueError: values of another type or range, or another number of channels.
+    """
+    pixels = image.detach().cpu().numpy() if torch.is_tensor(image) else np.asarray(image)
+    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+    if pixels.ndim != 3 or channels not in (pixels.shape[0], pixels.shape[-1]):
+        raise ValueError(f"`images` must be arrays (H, W, {channels}) or ({channels}, H, W), got {pixels.shape}.")
+    is_first = pixels.shape[-1] != channels if input_data_format is None else input_data_format == "channels_first"
+    pixels = np.moveaxis(pixels, 0, -1) if is_first else pixels
+    if pixels.shape[-1] != channels:
+        raise ValueError(f"`images` must have {channels} channels ({input_data_format}), got {pixels.shape[-1]}.")
+    return np.ascontiguousarray(_as_uint8(pixels))
+
+
+def _as_uint8(pixels: np.ndarray) -> np.ndarray:
     if np.issubdtype(pixels.dtype, np.floating):
-        if not (pixels.min() >= 0 and pixels.max() <= 1):
-            raise ValueError(
-                f"`images` of floating-point values must lie in [0, 1], got {pixels.min()} to {pixels.max()}."
-            )
+        if not pixels.size or not (pixels.min() >= 0 and pixels.max() <= 1):
+            got = f"{pixels.min()} to {pixels.max()}" if pixels.size else "none"
+            raise ValueError(f"`images` of floating-point values must lie in [0, 1], got {got}.")
         pixels = np.rint(pixels * 255).astype(np.uint8)
     if pixels.dtype != np.uint8:
         raise ValueError(f"`images` must hold uint8 or floating-point values, got {pixels.dtype}.")
-    return Image.fromarray(np.ascontiguousarray(pixels))
+    return pixels
 
 
 def pixels_to_tensor(pixels: np.ndarray) -> torch.FloatTensor:
@@ -185,10 +295,16 @@ def to_pil(images: torch.Tensor) -> list[Image.Image]:
 
 __all__ = [
     "array_to_pil",
+    "array_to_pixels",
     "check_pixel_range",
+    "covering_size",
     "images_as",
+    "is_elongated",
     "numpy_to_pil",
     "pixels_to_tensor",
+    "resize",
+    "resize_and_crop",
+    "to_channels",
     "to_pil",
     "to_pixel_values",
     "to_rgb",

@@ -1,4 +1,5 @@
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -96,7 +97,11 @@ def test_bad_input_is_named(processor):
     with pytest.raises(ValueError, match="int32"):
         processor(np.full((8, 8, 3), 3, dtype=np.int32))
     with pytest.raises(ValueError, match="`size`"):
-        hf_vq.VQImageProcessor(size={"height": 8, "width": 9})
+        hf_vq.VQImageProcessor(size={"height": 8, "longest_edge": 9})
+    with pytest.raises(ValueError, match="`num_channels` must be"):
+        hf_vq.VQImageProcessor(num_channels=0)
+    with pytest.raises(ValueError, match=r"\(H, W, 5\).*\(8, 8, 3\)"):
+        hf_vq.VQImageProcessor(num_channels=5)(np.zeros((8, 8, 3), np.uint8))
     with pytest.raises(ValueError, match="`output_type`.*'jpg'"):
         processor.postprocess(torch.zeros(1, 3, 4, 4), "jpg")
     with pytest.raises(ValueError, match=r"\(3, 4, 4\)"):
@@ -138,3 +143,53 @@ def test_values_without_a_range_are_refused(processor):
         processor(Image.fromarray(np.full((32, 32), 0.5, np.float32)))
     with pytest.raises(ValueError, match="16 bits"):
         processor(Image.fromarray(np.full((32, 32), 65536, np.int32)))
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4, 5])
+def test_any_number_of_channels(tmp_path, channels):
+    processor = hf_vq.VQImageProcessor(size=(16, 24), num_channels=channels)
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 24, channels), np.uint8)
+    values = processor(pixels if channels > 1 else pixels[..., 0], return_tensors="pt").pixel_values
+    torch.testing.assert_close(values[0], torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(processor.postprocess(values, "np")[0], pixels / 255, atol=1e-6)
+    processor.save_pretrained(tmp_path)
+    loaded = AutoImageProcessor.from_pretrained(tmp_path)
+    assert loaded.num_channels == channels and loaded.to_dict() == processor.to_dict()
+    if channels == 5:
+        with pytest.raises(ValueError, match="`output_type` must be"):
+            processor.postprocess(values)
+        return
+    (restored,) = processor.postprocess(values)
+    np.testing.assert_array_equal(np.asarray(restored).reshape(pixels.shape), pixels)
+    photo = picture(30, 20, "LA")  # pictures are converted: transparency is laid on white, unless it is a channel
+    white = Image.alpha_composite(Image.new("RGBA", (30, 20), "white"), photo.convert("RGBA"))
+    expected = {1: white.convert("L"), 3: white.convert("RGB"), 4: photo.convert("RGBA")}[channels]
+    whole = processor(photo, do_resize=False, do_center_crop=False, return_tensors="np").pixel_values[0]
+    np.testing.assert_allclose(
+        whole, np.asarray(expected).reshape(20, 30, channels).transpose(2, 0, 1) / 127.5 - 1, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("size", [(16, 40), (40, 16)])
+@pytest.mark.parametrize("width,height", [(50, 37), (37, 101), (20, 24), (200, 10)])
+def test_rectangles_are_covered(size, width, height):
+    """Scaled by the larger of the two ratios, then cut at the centre: the plain way by Pillow alone."""
+    image = picture(width, height)
+    scale = max(size[0] / height, size[1] / width)
+    whole = image.resize((max(size[1], round(width * scale)), max(size[0], round(height * scale))), Image.BICUBIC)
+    left, top = (whole.width - size[1]) // 2, (whole.height - size[0]) // 2
+    expected = np.asarray(whole.crop((left, top, left + size[1], top + size[0]))) / 127.5 - 1
+    values = hf_vq.VQImageProcessor(size=size)(image, return_tensors="np").pixel_values[0].transpose(1, 2, 0)
+    np.testing.assert_allclose(values, expected, atol=1.01 / 127.5)
+
+
+def test_elongated_pictures_take_no_memory():
+    for size, side in (((2, 4000), 256), ((1, 60000), 64), ((60000, 1), 64)):
+        image = Image.new("RGB", size, (255, 0, 0))
+        processor = hf_vq.VQImageProcessor(size=side)
+        tracemalloc.start()
+        values = processor(image, return_tensors="np").pixel_values
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert values.shape == (1, 3, side, side) and values[0, 0].min() == 1 and values[0, 1].max() == -1
+        assert peak < 2**24  # resized whole: 0.4 to 0.7 GB
