@@ -10,17 +10,29 @@ dataset.sample(0, epoch=3)  # with the augmentation of epoch 3: a function of (s
 An image that cannot be read is replaced by the next one that can, named in a warning, and listed in `dataset.broken`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 
 from ...images import pixels_to_tensor
-from .image_decoding import BrokenImageError, BrokenImages, crop_and_flip, decode_image, resize_shorter_side
+from .columns import NO_LABEL, draw_caption, prepare_columns, without_gaps
+from .image_decoding import (
+    ANY_PATH,
+    BrokenImageError,
+    BrokenImages,
+    PathRules,
+    as_size,
+    crop_and_flip,
+    decode_image,
+    named,
+    shrink,
+)
+from .sources import open_rows, path_rules
 
 
 if TYPE_CHECKING:
@@ -34,7 +46,10 @@ class DataArguments:
     """Which images to train on, and how they are prepared."""
 
     dataset_name_or_path: str = field(
-        metadata={"help": "Hub id, folder of images, folder with parquet files, or folder written by save_to_disk."}
+        metadata={
+            "help": "Hub id; folder, file, pattern or address of images, zip, parquet, tar (WebDataset), jsonl or csv; or a "
+            "folder written by save_to_disk."
+        }
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     train_split: str = field(default="train", metadata={"help": 'Split to train on; slices as in "train[5%:]" too.'})
@@ -51,7 +66,20 @@ class DataArguments:
             "help": "Leave out the rows that have a value in a column, written column=value, such as style=google."
         },
     )
-    resolution: int = field(default=64, metadata={"help": "Side of the square images that the model sees."})
+    class_names: list[str] | None = field(
+        default=None, metadata={"help": "Names of the classes, in order; without, in the order of the data."}
+    )
+    missing_condition: str = field(
+        default="error",
+        metadata={
+            "help": "What a training row without label or caption is: an error, or the null condition.",
+            "choices": ["error", "null"],
+        },
+    )
+    resolution: list[int] = field(
+        default_factory=lambda: [64],
+        metadata={"help": "Side of the square images that the model sees, or HEIGHT WIDTH."},
+    )
     crop: str = field(default="center", metadata={"help": "Crop of training images.", "choices": ["center", "random"]})
     random_flip: bool = field(default=False, metadata={"help": "Mirror half of the training images."})
     max_samples: int | None = field(default=None, metadata={"help": "Use only the first so many samples of a split."})
@@ -61,19 +89,54 @@ class DataArguments:
         default=1000, metadata={"help": "Streaming: samples are shuffled within blocks of this size, held in memory."}
     )
 
+    caption_column = None  # of `CaptionedDataArguments`
+
     def __post_init__(self):
         if self.label_column is not None and self.label_column.lower() == "none":  # a command line has no other None
             self.label_column = None
         if self.crop not in ("center", "random"):
             raise ValueError(f'crop={self.crop!r}: it must be "center" or "random".')
-        for name in ("resolution", "shuffle_block", "max_samples"):
+        if self.missing_condition not in ("error", "null"):
+            raise ValueError(f'missing_condition={self.missing_condition!r}: it must be "error" or "null".')
+        for name in ("shuffle_block", "max_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: it must be at least 1.")
+        self.size = as_size(self.resolution)
+        self.resolution = self.size[0] if self.size[0] == self.size[1] else self.size
+        if self.class_names is not None and len(set(self.class_names)) < len(self.class_names):
+            raise ValueError(f"class_names={self.class_names}: the names must differ.")
         if self.streaming and self.cache_images:
             raise ValueError(
                 "cache_images=True keeps the data set in memory, which streaming=True avoids: choose one."
             )
+
+    @property
+    def carried_columns(self) -> list[str]:
+        """The columns that samples carry as they are, with the captions'."""
+        return list(dict.fromkeys([*self.extra_columns, *filter(None, [self.caption_column])]))
+
+    def check_multiple_of(self, factor: int) -> None:
+        """Refuses a size that a model with `factor` pixels per code, in each direction, cannot take."""
+        if any(side % factor for side in self.size):
+            raise ValueError(
+                f"resolution={self.resolution}: its sides must be multiples of {factor}, the model's pixels per code."
+            )
+
+
+@dataclass
+class CaptionedDataArguments(DataArguments):
+    """Images that may have captions."""
+
+    caption_column: str | None = field(
+        default=None,
+        metadata={"help": "Column of captions, for text conditions; of a list, one is drawn in every epoch."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.caption_column is not None and self.label_column is not None:
+            raise ValueError("caption_column and label_column: give the one that is the condition.")
 
 
 def load_image_dataset(
@@ -82,6 +145,7 @@ def load_image_dataset(
     augment: bool = False,
     seed: int = 0,
     class_names: list[str] | None = None,
+    channels: int = 3,
 ):
     """Opens one split as `ImageDataset`, or as `StreamingImageDataset` where `arguments.streaming` is set.
 
@@ -94,17 +158,22 @@ def load_image_dataset(
         augment (`bool`): random crop and flip as the arguments say; without it, a centre crop and no flip.
         seed (`int`): of the augmentation, and of a stream's order.
         class_names (`list[str]`, *optional*): number the classes in this order, as the training split does (give its
-            `class_names`); without it, classes that are strings are numbered in the order of the split's own names.
+            `class_names`); without it, classes that are strings are numbered as `arguments.class_names`, or in the order
+            of the split's own names.
+        channels (`int`): of the images: 1 (grey), 3 (RGB), 4 (RGBA), or those of a column of arrays.
 
     Raises:
-        ValueError: the data set, the split or a column is not there, a class is not among `class_names`, or a value to
-            exclude does not exist.
+        ValueError: the data set, the split or a column is not there, a class is not among `class_names`, a value to
+            exclude does not exist, or a row lacks its label or caption.
     """
     name = {"train": arguments.train_split, "validation": arguments.validation_split}.get(split, split)
     rows = open_rows(arguments, name)
-    rows, class_names = _prepare_columns(rows, arguments, class_names)
+    rows, class_names = prepare_columns(rows, arguments, class_names, keep_gaps=split == "train")
     options = {
-        "resolution": arguments.resolution,
+        "resolution": arguments.size,
+        "channels": channels,
+        "caption_column": arguments.caption_column,
+        "rules": path_rules(arguments.dataset_name_or_path),
         "crop": arguments.crop if augment else "center",
         "random_flip": arguments.random_flip and augment,
         "seed": seed,
@@ -114,141 +183,22 @@ def load_image_dataset(
         import datasets
 
         few = list(rows.take(arguments.max_samples or _STREAMED_VALIDATION_ROWS))
-        return ImageDataset(datasets.Dataset.from_list(few, features=rows.features), **options)
+        kept = datasets.Dataset.from_list(few, features=rows.features)
+        return ImageDataset(without_gaps(kept, arguments, "label", keep=False), **options)
     if arguments.streaming:
         from .streaming import StreamingImageDataset
 
         if arguments.max_samples is not None:
             rows = rows.take(arguments.max_samples)
-        return StreamingImageDataset(rows, shuffle_block=arguments.shuffle_block, **options)
+        return StreamingImageDataset(
+            rows,
+            shuffle_block=arguments.shuffle_block,
+            allow_missing=arguments.missing_condition == "null",
+            **options,
+        )
     if arguments.max_samples is not None:
         rows = rows.select(range(min(arguments.max_samples, len(rows))))
     return ImageDataset(rows, cache_images=arguments.cache_images, **options)
-
-
-def open_rows(arguments: DataArguments, split: str) -> "datasets.Dataset | datasets.IterableDataset":
-    """The rows of one split as `datasets` gives them, with every column."""
-    import datasets
-
-    source, streaming = arguments.dataset_name_or_path, arguments.streaming
-    folder = Path(source).expanduser()
-    try:
-        if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
-            return _open_saved(folder, split, streaming)
-        if folder.is_dir():
-            parquet = any(path.name != "metadata.parquet" for path in folder.rglob("*.parquet"))
-            kind = "parquet" if parquet else "imagefolder"
-            return datasets.load_dataset(kind, data_dir=str(folder), split=split, streaming=streaming)
-        if folder.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
-            raise ValueError(f"dataset_name_or_path={source!r} is neither a folder nor a Hub id.")
-        return datasets.load_dataset(source, arguments.dataset_config_name, split=split, streaming=streaming)
-    except (KeyError, ValueError) as error:
-        if "split" in str(error).lower():
-            raise ValueError(f"dataset_name_or_path={source!r} has no split {split!r}: {error}") from error
-        raise
-
-
-def _open_saved(folder: Path, split: str, streaming: bool):
-    import datasets
-
-    saved = datasets.load_from_disk(str(folder))
-    splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
-    if split in splits:
-        rows = splits[split]
-    else:  # "train[:5%]", or a name that is not there, which to_absolute refuses
-        lengths = {name: len(rows) for name, rows in splits.items()}
-        slices = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
-        rows = datasets.concatenate_datasets(
-            [splits[part.splitname].select(range(part.from_, part.to)) for part in slices]
-        )
-    return rows.to_iterable_dataset(num_shards=min(64, len(rows))) if streaming else rows
-
-
-def _exclude(rows, conditions: list[str]):
-    """Without the rows that meet a condition "column=value"; a class is given by its name."""
-    import datasets
-
-    excluded: dict[str, set[str]] = {}
-    for condition in conditions:
-        column, separator, value = condition.partition("=")
-        if not separator:
-            raise ValueError(f"exclude={condition!r}: it must be written column=value.")
-        excluded.setdefault(column, set()).add(value)
-    for column, values in excluded.items():
-        if column not in rows.features:
-            raise ValueError(f"exclude: the data set has no column {column!r}; it has {sorted(rows.features)}.")
-        names = getattr(rows.features[column], "names", None)
-        if names is not None and not values <= set(names):
-            raise ValueError(
-                f"exclude: {sorted(values - set(names))} are not among the classes {names} of {column!r}."
-            )
-        is_kept = partial(_differs, excluded=values, names=names)
-        if isinstance(rows, datasets.IterableDataset):
-            rows = rows.filter(is_kept, input_columns=column)
-        else:
-            rows = rows.select([i for i, value in enumerate(rows[column][:]) if is_kept(value)])
-    return rows
-
-
-def _differs(value, excluded: set[str], names: list[str] | None) -> bool:
-    return str(value if names is None else names[value]) not in excluded
-
-
-def _prepare_columns(rows, arguments: DataArguments, class_names: list[str] | None = None):
-    """Keeps the image column, undecoded, as `image`, the label column, as integers, as `label`, and the extra ones."""
-    import datasets
-
-    if rows.features is None:  # a stream of a format without a schema: the first rows tell
-        rows = rows._resolve_features()
-    features = rows.features
-    wanted = {arguments.image_column: "image"}
-    if arguments.label_column is not None:
-        wanted[arguments.label_column] = "label"
-    wanted.update({column: column for column in arguments.extra_columns})
-    for column in wanted:
-        if column not in features:
-            raise ValueError(f"the data set has no column {column!r}; it has {sorted(features)}.")
-    if len(set(wanted.values())) < len(wanted):
-        raise ValueError(f"extra_columns={arguments.extra_columns} may not contain 'image' or 'label'.")
-
-    rows = rows.cast_column(arguments.image_column, datasets.Image(decode=False))
-    rows = _exclude(rows, arguments.exclude).select_columns(list(wanted))
-    if arguments.label_column is None:
-        class_names = None
-    else:
-        column = arguments.label_column
-        rows, class_names = _integer_labels(rows, column, features[column], class_names)
-    for column, name in wanted.items():
-        if column != name:
-            rows = rows.rename_column(column, name)
-    return rows, class_names
-
-
-def _integer_labels(rows, column: str, feature, class_names: list[str] | None):
-    import datasets
-
-    if isinstance(feature, datasets.ClassLabel):
-        if class_names is not None and feature.names != class_names:
-            raise ValueError(
-                f"label_column={column!r} has the classes {feature.names}: they must be {class_names}, in this order."
-            )
-        return rows, list(feature.names)
-    dtype = getattr(feature, "dtype", None)
-    if dtype == "string" and isinstance(rows, datasets.Dataset):
-        if class_names is None:
-            rows = rows.class_encode_column(column)
-            return rows, list(rows.features[column].names)
-        unknown = sorted(set(rows.unique(column)) - {None, *class_names})
-        if unknown:
-            raise ValueError(
-                f"label_column={column!r} holds {unknown}: the classes of the training data are {class_names}."
-            )
-        return rows.cast_column(column, datasets.ClassLabel(names=class_names)), class_names
-    if dtype == "bool" or str(dtype).startswith(("int", "uint")):
-        return rows, None
-    raise ValueError(
-        f"label_column={column!r} holds {feature}: it must hold ClassLabel, bool, integers, or strings when not streaming."
-    )
 
 
 class ImageDataset(Dataset):
@@ -256,40 +206,54 @@ class ImageDataset(Dataset):
 
     Args:
         rows (`datasets.Dataset`): columns `image` (undecoded), optionally `label`, and others that samples carry along.
-        resolution (`int`): the side of the square images.
+        resolution (`int` or pair): the side of the square images, or `(height, width)`.
         crop (`str`): `"center"` or `"random"`.
         random_flip (`bool`): mirror half of the images.
-        cache_images (`bool`): decode and resize all images now and keep them as uint8, about `3·resolution²` bytes each.
+        cache_images (`bool`): decode and resize all images now and keep them as uint8, a byte for each pixel and channel.
         seed (`int`): the augmentation of a sample is drawn from `(seed, epoch, index)`.
         class_names (`list[str]`, *optional*): names of the labels.
+        channels (`int`): of the images.
+        caption_column (`str`, *optional*): a column of captions, or of lists of captions, of which one is drawn.
+        rules (`PathRules`): which paths of the rows may be opened.
 
     Attributes:
+        labels (`np.ndarray` or `None`): all labels; -1 where a row has none.
         broken (`BrokenImages`): the broken images met so far in this process.
     """
 
     def __init__(
         self,
         rows: "datasets.Dataset",
-        resolution: int,
+        resolution: int | Sequence[int],
         crop: str = "center",
         random_flip: bool = False,
         cache_images: bool = False,
         seed: int = 0,
         class_names: list[str] | None = None,
+        channels: int = 3,
+        caption_column: str | None = None,
+        rules: PathRules = ANY_PATH,
     ):
         self.rows = rows
-        self.resolution = resolution
+        self.size = as_size(resolution)
+        self.channels = channels
+        self.caption_column = caption_column
+        self.rules = rules
         self.crop = crop
         self.random_flip = random_flip
         self.seed = seed
         self.class_names = class_names
-        self.labels = np.asarray(rows["label"][:]) if "label" in rows.column_names else None
+        self.labels = None
+        if "label" in rows.column_names:
+            labels = rows["label"][:]
+            self.labels = np.asarray([NO_LABEL if label is None else label for label in labels])
         self.broken = BrokenImages()
         extra = [column for column in rows.column_names if column not in ("image", "label")]
         self._extra = rows.select_columns(extra) if extra else None
         self._cache = None
         if cache_images:
-            self._cache = [self._decode(index) for index in range(len(rows))]
+            images = (self._decode(index) for index in range(len(rows)))
+            self._cache = [image if image is None else self._smallest(image) for image in images]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -301,8 +265,8 @@ class ImageDataset(Dataset):
         """One image as it is seen in `epoch`; in place of a broken one, the next that can be read.
 
         Returns:
-            `dict`: `pixel_values` float32 `(3, resolution, resolution)` in [-1, 1]; `label` (`int`) if there are labels;
-            the extra columns; `broken_images` (a tuple of names) only if broken images were passed over.
+            `dict`: `pixel_values` float32 `(channels, height, width)` in [-1, 1]; `label` (`int`) if there are labels;
+            the extra columns, of the captions one; `broken_images` (a tuple of names) only if broken images were passed over.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"index={index}: the data set has the images 0 to {len(self) - 1}.")
@@ -317,21 +281,23 @@ class ImageDataset(Dataset):
             raise ValueError(f"none of the {len(self)} images of the data set can be read; the first: {passed[0]}.")
         is_random = self.crop == "random" or self.random_flip
         generator = np.random.default_rng((self.seed, epoch, index)) if is_random else None
-        pixels = crop_and_flip(pixels, self.resolution, self.crop, self.random_flip, generator)
+        pixels = crop_and_flip(pixels, self.size, self.crop, self.random_flip, generator)
         sample = {"pixel_values": pixels_to_tensor(pixels), **self._fields(candidate)}
+        if self.caption_column is not None:
+            sample[self.caption_column] = draw_caption(sample[self.caption_column], self.seed, epoch, index)
         if passed:
             sample["broken_images"] = tuple(passed)
         return sample
 
     def read(self, index: int) -> dict | None:
-        """The centre crop of one image with its other fields, or `None` if it is broken."""
+        """The centre crop of one image with its other fields, all its captions too, or `None` if it is broken."""
         pixels = self._pixels(index)
         if pixels is None:
             return None
-        pixels = crop_and_flip(pixels, self.resolution, "center", False, None)
+        pixels = crop_and_flip(pixels, self.size)
         return {"pixel_values": pixels_to_tensor(pixels), **self._fields(index)}
 
-    def _pixels(self, index: int) -> np.ndarray | None:
+    def _pixels(self, index: int) -> Image.Image | np.ndarray | None:
         return self._cache[index] if self._cache is not None else self._decode(index)
 
     def _fields(self, index: int) -> dict:
@@ -340,12 +306,15 @@ class ImageDataset(Dataset):
 
     def name_of(self, index: int) -> str:
         """The image's path where the data set has it, and its row."""
-        path = (self.rows[index]["image"] or {}).get("path")
-        return f"{path} (row {index})" if path else f"row {index}"
+        return named(self.rows[index]["image"], f"row {index}")
 
-    def _decode(self, index: int) -> np.ndarray | None:
+    def _smallest(self, image) -> np.ndarray:
+        """What is kept of an image: its crop, where it is always the same one."""
+        return crop_and_flip(image, self.size) if self.crop == "center" else np.asarray(shrink(image, self.size))
+
+    def _decode(self, index: int) -> Image.Image | np.ndarray | None:
         try:
-            return resize_shorter_side(decode_image(self.rows[index]["image"]), self.resolution)
+            return decode_image(self.rows[index]["image"], self.channels, self.rules)
         except BrokenImageError as error:
             self.broken.add(self.name_of(index), error)
             return None

@@ -1,16 +1,25 @@
-"""Encoded images to uint8 RGB arrays of one size, with Pillow."""
+"""Encoded images to uint8 pixels of one size, with Pillow; what of a data set's paths may be opened."""
 
 import io
 import logging
+import os
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ...images import to_rgb
+from ...argument_checks import check_integer
+from ...images import array_to_pixels, covering_size, is_elongated, resize, resize_and_crop, to_channels
 
 
 logger = logging.getLogger(__name__)
+
+# what fsspec, with `datasets` imported, reads a file out of: "zip://cat/1.png::https://host/images.zip"
+_CONTAINERS = ("zip", "tar", "gzip", "bz2", "xz", "zstd", "lz4")
 
 
 class BrokenImageError(ValueError):
@@ -26,12 +35,91 @@ class BrokenImages(dict):
             self[name] = str(error)
 
 
-def decode_image(source) -> Image.Image:
-    """Reads one image as an upright RGB picture, transparency laid on white, 16-bit values scaled to 8.
+@dataclass(frozen=True)
+class PathRules:
+    """Which paths of a data set's rows are opened: rows come from strangers, and name any file or address.
+
+    Args:
+        protocols: of addresses, such as `https://…`; archives on top of them are read too.
+        folders: local files must lie in one of these, links followed; None: anywhere. Only regular files are opened.
+        root: the folder that relative paths start from, if the file is there; else from the working directory.
+        max_bytes: longer files are not read.
+    """
+
+    protocols: tuple[str, ...] = ("http", "https", "hf")
+    folders: tuple[str, ...] | None = None
+    root: str | None = None
+    max_bytes: int = 2**28
+
+    def read(self, path: str) -> bytes:
+        """The contents of a file.
+
+        Raises:
+            BrokenImageError: the rules forbid it.
+            OSError: and what else a file system raises.
+        """
+        *containers, last = path.split("::")
+        if "://" in last and last.split("://")[0] in _CONTAINERS and not containers:
+            raise BrokenImageError(f"{path} names no archive: zip://FILE::ARCHIVE")
+        for container in containers:
+            if container.split("://")[0] not in _CONTAINERS:
+                raise BrokenImageError(f"{container.split('://')[0]}:// is not read in {path}")
+        last = last.removeprefix("file://")
+        if "://" not in last:
+            last = self._checked_file(last)
+        elif last.split("://")[0] not in self.protocols:
+            known = ", ".join(f"{protocol}://" for protocol in self.protocols) or "none"
+            raise BrokenImageError(f"{last.split('://')[0]}:// is not an address of this data set ({known})")
+        with _open("::".join([*containers, last])) as file:
+            data = file.read(self.max_bytes + 1)
+        if len(data) > self.max_bytes:
+            raise BrokenImageError(f"longer than {self.max_bytes} bytes")
+        return data
+
+    def _checked_file(self, path: str) -> str:
+        if self.root is not None and not os.path.isabs(path) and os.path.exists(os.path.join(self.root, path)):
+            path = os.path.join(self.root, path)
+        real = os.path.realpath(path)
+        if self.folders is not None and not any(Path(real).is_relative_to(folder) for folder in self.folders):
+            raise BrokenImageError(f"{path} is a local file, which rows of this data set may not name")
+        if not stat.S_ISREG(os.stat(real).st_mode):
+            raise BrokenImageError(f"{path} is not a regular file")
+        return real
+
+
+def _open(path: str):
+    if "://" not in path:
+        return open(path, "rb")
+    import fsspec
+
+    if path.startswith("zip://"):  # whose table of contents is read once, not for every image
+        inner, _, archive = path.removeprefix("zip://").partition("::")
+        return _zip_archive(archive, os.getpid()).open(inner, "rb")
+    return fsspec.open(path, "rb").open()
+
+
+@lru_cache(maxsize=8)
+def _zip_archive(archive: str, process: int):
+    """An open archive; each process has its own, for a file's position is shared with a forked one."""
+    import fsspec
+
+    return fsspec.core.url_to_fs(f"zip://::{archive}")[0]
+
+
+ANY_PATH = PathRules()
+
+
+def decode_image(source, channels: int = 3, rules: PathRules = ANY_PATH) -> Image.Image | np.ndarray:
+    """Reads one image, upright, with 8 bits a channel: 16-bit values are scaled, transparency is laid on white.
 
     Args:
         source: what `datasets.Image(decode=False)` gives, a dict with `bytes` and `path`, one of them `None`; or the
-            encoded bytes, a path, or a Pillow image.
+            encoded bytes, a path or address, a Pillow image, or an array (see `array_to_pixels`), nested lists too.
+        channels: 1 (grey), 3 (RGB), 4 (RGBA), or any other number, of which the sources are arrays.
+        rules: which paths may be opened.
+
+    Returns:
+        A Pillow image of mode L, RGB or RGBA; of an array uint8 `(H, W, channels)`.
 
     Raises:
         BrokenImageError: whatever the reason that it cannot be read.
@@ -41,47 +129,75 @@ def decode_image(source) -> Image.Image:
     if source is None:
         raise BrokenImageError("the row holds no image")
     try:
+        if isinstance(source, (np.ndarray, list)):
+            array = np.asarray(source)
+            is_whole = np.issubdtype(array.dtype, np.integer) and array.size and array.min() >= 0 and array.max() < 256
+            return array_to_pixels(array.astype(np.uint8) if is_whole else array, channels)
         if isinstance(source, Image.Image):
             image = source
-        elif isinstance(source, (str, Path)):
-            with open(source, "rb") as file:
-                image = Image.open(io.BytesIO(file.read()))
         else:
-            image = Image.open(io.BytesIO(source))
+            data = rules.read(str(source)) if isinstance(source, (str, Path)) else source
+            image = Image.open(io.BytesIO(data))
         image.load()
-        return to_rgb(ImageOps.exif_transpose(image))
+        return to_channels(ImageOps.exif_transpose(image), channels)
+    except BrokenImageError:
+        raise
     except UnidentifiedImageError as error:
         raise BrokenImageError("not an image of a known format") from error
     except Exception as error:  # decoders fail in many ways (OSError, SyntaxError, struct.error, zlib.error, ...)
         raise BrokenImageError(f"{type(error).__name__}: {error}") from error
 
 
-def resize_shorter_side(image: Image.Image, resolution: int) -> np.ndarray:
-    """Scales the shorter side to `resolution`, antialiased (bicubic), and returns uint8 `(height, width, 3)`."""
-    width, height = image.size
-    shorter = min(width, height)
-    if shorter != resolution:
-        size = (
-            max(resolution, round(width * resolution / shorter)),
-            max(resolution, round(height * resolution / shorter)),
-        )
-        image = image.resize(size, Image.Resampling.BICUBIC)
-    return np.array(image)
+def named(source, row: str) -> str:
+    """What an image is called: its path, where the data set has it, and its row."""
+    path = source.get("path") if isinstance(source, dict) else None
+    return f"{path} ({row})" if path else row
+
+
+def as_size(resolution: int | Sequence[int]) -> tuple[int, int]:
+    """`(height, width)` of a side, or of `[height, width]`.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    sides = list(resolution) if isinstance(resolution, (list, tuple)) else [resolution]
+    if not 1 <= len(sides) <= 2:
+        raise ValueError(f"resolution={resolution}: it must be a side, or a height and a width.")
+    return tuple(check_integer("resolution", side, minimum=1) for side in (sides * 2)[:2])
+
+
+def shrink(image: Image.Image | np.ndarray, size: Sequence[int]) -> Image.Image | np.ndarray:
+    """What `crop_and_flip` needs of an image, and no more: resized until it covers `size`, unless it is elongated."""
+    resized = covering_size(_size_of(image), size)
+    return image if is_elongated(resized, size) else resize(image, resized)
 
 
 def crop_and_flip(
-    pixels: np.ndarray, resolution: int, crop: str, flip: bool, generator: np.random.Generator | None
+    image: Image.Image | np.ndarray,
+    size: Sequence[int],
+    crop: str = "center",
+    flip: bool = False,
+    generator: np.random.Generator | None = None,
 ) -> np.ndarray:
-    """A square of `resolution` out of uint8 `(height, width, 3)`.
+    """A window of `size` out of an image that is scaled, antialiased (bicubic), until it covers `size`.
 
     Args:
+        image: as from `decode_image`, or from `shrink`, which gives the same.
+        size: `(height, width)`.
         crop: `"center"`, or `"random"`, uniformly from `generator`.
         flip: mirror half of the images, by `generator`.
+
+    Returns:
+        uint8 `(height, width, channels)`.
     """
-    height, width = pixels.shape[:2]
-    top, left = (height - resolution) // 2, (width - resolution) // 2
+    height, width = size
+    resized = covering_size(_size_of(image), size)
+    corner = (resized[0] - height) // 2, (resized[1] - width) // 2
     if crop == "random":
-        top = int(generator.integers(height - resolution + 1))
-        left = int(generator.integers(width - resolution + 1))
-    pixels = pixels[top : top + resolution, left : left + resolution]
+        corner = int(generator.integers(resized[0] - height + 1)), int(generator.integers(resized[1] - width + 1))
+    pixels = resize_and_crop(image, resized, corner, (height, width))
     return pixels[:, ::-1] if flip and generator.random() < 0.5 else pixels
+
+
+def _size_of(image: Image.Image | np.ndarray) -> tuple[int, int]:
+    return image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width)

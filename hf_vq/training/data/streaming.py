@@ -7,14 +7,24 @@ continue. Every process reads the whole stream but decodes only its own part of 
 depend on the number of processes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ...images import pixels_to_tensor
-from .image_decoding import BrokenImageError, BrokenImages, crop_and_flip, decode_image, resize_shorter_side
+from .columns import NO_LABEL, draw_caption, is_missing, missing_error
+from .image_decoding import (
+    ANY_PATH,
+    BrokenImageError,
+    BrokenImages,
+    PathRules,
+    as_size,
+    crop_and_flip,
+    decode_image,
+    named,
+)
 from .samplers import micro_batch_sizes, process_slice
 
 
@@ -51,7 +61,8 @@ class StreamingImageDataset:
     Args:
         rows (`datasets.IterableDataset`): the stream.
         shuffle_block (`int`): samples are shuffled within blocks of so many rows, which are held in memory undecoded.
-        resolution, crop, random_flip, seed, class_names: as in `ImageDataset`.
+        resolution, crop, random_flip, seed, class_names, channels, caption_column, rules: as in `ImageDataset`.
+        allow_missing (`bool`): rows may lack their label, which is -1 then, or their caption.
 
     Attributes:
         broken (`BrokenImages`): the broken images met so far in this process.
@@ -60,15 +71,23 @@ class StreamingImageDataset:
     def __init__(
         self,
         rows: "datasets.IterableDataset",
-        resolution: int,
+        resolution: int | Sequence[int],
         shuffle_block: int = 1000,
         crop: str = "center",
         random_flip: bool = False,
         seed: int = 0,
         class_names: list[str] | None = None,
+        channels: int = 3,
+        caption_column: str | None = None,
+        rules: PathRules = ANY_PATH,
+        allow_missing: bool = False,
     ):
         self.rows = rows
-        self.resolution = resolution
+        self.size = as_size(resolution)
+        self.channels = channels
+        self.caption_column = caption_column
+        self.rules = rules
+        self.allow_missing = allow_missing
         self.shuffle_block = shuffle_block
         self.crop = crop
         self.random_flip = random_flip
@@ -90,8 +109,7 @@ class StreamingImageDataset:
         pixels = self._pixels(example, name)
         if pixels is None:
             return None
-        pixels = crop_and_flip(pixels, self.resolution, "center", False, None)
-        return {"pixel_values": pixels_to_tensor(pixels), **_fields(example)}
+        return {"pixel_values": pixels_to_tensor(crop_and_flip(pixels, self.size)), **self._fields(example, name)}
 
     def read_batches(
         self,
@@ -179,30 +197,32 @@ class StreamingImageDataset:
             pixels = self._pixels(example, name)
             if pixels is not None:
                 break
-            passed.append(_name_of(example, name))
+            passed.append(named(example["image"], name))
         else:
             raise ValueError(f"none of {len(passed)} consecutive images of the stream can be read; one: {passed[0]}.")
         row = block.start["row"] + int(block.order[offset])
         generator = np.random.default_rng((self.seed, block.start["epoch"], row))
-        pixels = crop_and_flip(pixels, self.resolution, self.crop, self.random_flip, generator)
-        sample = {"pixel_values": pixels_to_tensor(pixels), **_fields(example)}
+        pixels = crop_and_flip(pixels, self.size, self.crop, self.random_flip, generator)
+        sample = {"pixel_values": pixels_to_tensor(pixels), **self._fields(example, name)}
+        if self.caption_column is not None:
+            caption = draw_caption(sample[self.caption_column], self.seed, block.start["epoch"], row)
+            sample[self.caption_column] = caption
         if passed:
             sample["broken_images"] = tuple(passed)
         return sample
 
-    def _pixels(self, example: dict, name: str) -> np.ndarray | None:
+    def _pixels(self, example: dict, name: str):
         try:
-            return resize_shorter_side(decode_image(example["image"]), self.resolution)
+            return decode_image(example["image"], self.channels, self.rules)
         except BrokenImageError as error:
-            self.broken.add(_name_of(example, name), error)
+            self.broken.add(named(example["image"], name), error)
             return None
 
-
-def _name_of(example: dict, name: str) -> str:
-    path = (example["image"] or {}).get("path")
-    return f"{path} ({name})" if path else name
-
-
-def _fields(example: dict) -> dict:
-    fields = {name: value for name, value in example.items() if name != "image"}
-    return {**fields, "label": int(fields["label"])} if "label" in fields else fields
+    def _fields(self, example: dict, name: str) -> dict:
+        fields = {column: value for column, value in example.items() if column != "image"}
+        for column in filter(None, ("label" if "label" in fields else None, self.caption_column)):
+            if is_missing(fields[column]) and not self.allow_missing:
+                raise missing_error(column, named(example["image"], name))
+        if "label" in fields:
+            fields["label"] = NO_LABEL if fields["label"] is None else int(fields["label"])
+        return fields

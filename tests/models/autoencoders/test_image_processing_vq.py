@@ -9,7 +9,7 @@ from transformers import AutoImageProcessor
 
 import hf_vq
 from hf_vq.images import pixels_to_tensor
-from hf_vq.training.data.image_decoding import crop_and_flip, decode_image, resize_shorter_side
+from hf_vq.training.data.image_decoding import crop_and_flip, decode_image
 
 
 def picture(width, height, mode="RGB", seed=0):
@@ -27,7 +27,7 @@ def processor():
 @pytest.mark.parametrize("width,height", [(32, 32), (50, 37), (37, 101), (20, 24)])
 def test_equals_the_preprocessing_of_training(processor, mode, width, height):
     image = picture(width, height, mode)
-    pixels = crop_and_flip(resize_shorter_side(decode_image(image), 32), 32, "center", False, None)
+    pixels = crop_and_flip(decode_image(image), (32, 32))
     values = processor(image, return_tensors="pt").pixel_values
     assert values.shape == (1, 3, 32, 32) and values.dtype == torch.float32
     torch.testing.assert_close(values[0], pixels_to_tensor(pixels), rtol=0, atol=1e-6)

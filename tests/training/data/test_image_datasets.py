@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_vq.training.data.image_datasets import DataArguments, _prepare_columns, collate, load_image_dataset
+from hf_vq.training.data.columns import prepare_columns
+from hf_vq.training.data.image_datasets import DataArguments, collate, load_image_dataset
 from hf_vq.training.data.streaming import StreamingImageDataset
 
 
@@ -142,7 +143,7 @@ def test_a_stream_without_a_schema(tmp_path):
     picture(5).save(tmp_path / "5.png")
     (tmp_path / "rows.jsonl").write_text(json.dumps({"img": str(tmp_path / "5.png"), "number": 7}) + "\n")
     rows = datasets.load_dataset("json", data_files=str(tmp_path / "rows.jsonl"), split="train", streaming=True)
-    rows, _ = _prepare_columns(rows, arguments("x", label_column="number"))
+    rows, _ = prepare_columns(rows, arguments("x", label_column="number"))
     sample = next(iter(StreamingImageDataset(rows, resolution=8)))
     torch.testing.assert_close(sample["pixel_values"], expected_pixels(5))
     assert sample["label"] == 7
@@ -153,8 +154,23 @@ def test_labels_of_other_types(parquet):
     assert strings.class_names == ["text 0", "text 1", "text 2"] and strings[4]["label"] == 1
     integers = load_image_dataset(arguments(parquet, label_column="number"))
     assert integers.class_names is None and integers[4]["label"] == 4
-    with pytest.raises(ValueError, match="label_column='text' holds"):
-        load_image_dataset(arguments(parquet, label_column="text", streaming=True))
+    named = load_image_dataset(arguments(parquet, label_column="number", class_names=list("abcdefghij")))
+    assert named.class_names == list("abcdefghij") and named[4]["label"] == 4
+
+
+def test_a_stream_of_labels_that_are_strings(parquet):
+    options = {"label_column": "text", "streaming": True}
+    streamed = load_image_dataset(arguments(parquet, **options))
+    plain = load_image_dataset(arguments(parquet, label_column="text"))
+    assert streamed.class_names == plain.class_names
+    assert [sample["label"] for sample in streamed] == plain.labels.tolist()
+    other = arguments(parquet, class_names=["text 2", "text 0", "text 1"], **options)
+    assert [sample["label"] for sample in load_image_dataset(other)] == [1, 2, 0] * 3 + [1]
+    names = load_image_dataset(other).class_names
+    assert load_image_dataset(other, "validation", class_names=names).labels.tolist() == [1, 2, 0, 1]
+    few = arguments(parquet, class_names=["text 2", "text 0"], **options)
+    with pytest.raises(ValueError, match="label_column='text' holds 'text 1': .*'text 2', 'text 0'"):
+        list(load_image_dataset(few))
 
 
 def test_validation_has_the_classes_of_the_training_data(tmp_path):
@@ -240,7 +256,10 @@ def test_wrong_names(parquet, options, message, streaming):
     ("options", "message"),
     [
         ({"crop": "middle"}, "crop='middle'"),
-        ({"resolution": 0}, "resolution=0"),
+        ({"resolution": 0}, "`resolution` must be an int of at least 1, got 0"),
+        ({"resolution": [8, 8, 8]}, "a side, or a height and a width"),
+        ({"class_names": ["a", "a"]}, "the names must differ"),
+        ({"missing_condition": "drop"}, "missing_condition='drop'"),
         ({"max_samples": 0}, "max_samples=0"),
         ({"streaming": True, "cache_images": True}, "choose one"),
     ],
@@ -252,5 +271,5 @@ def test_bad_arguments(options, message):
 
 def test_a_missing_folder():
     for source in ("./nowhere", "/nowhere/at/all", "a/b/c"):
-        with pytest.raises(ValueError, match="neither a folder nor a Hub id"):
+        with pytest.raises(ValueError, match="neither a folder, a file"):
             load_image_dataset(arguments(source))
