@@ -161,7 +161,7 @@ def sample(prior, prompt: torch.Tensor, guidance_scale: float, **inputs) -> torc
     """Codes `(B, h, w)`, the same ones for the same weights."""
     generator = torch.Generator(prior.device).manual_seed(0)
     setting = LevelSampling(guidance_scale, temperature=1.0, top_k=None, top_p=None)
-    return sample_level(prior, prompt, None, setting, generator, after_each_code=lambda codes: None, **inputs)
+    return sample_level(prior, prompt, None, setting, generator, **inputs)
 
 
 def draw_samples(prior, tokenizer, codes, level: Level, sample_classes: int, guidance_scale: float) -> torch.Tensor:

@@ -18,7 +18,7 @@ from hf_vq import MaskReplaceScheduler, VQDiffusionImagePipeline, VQDiffusionTra
 from hf_vq.distributed import share_of_process
 from hf_vq.evaluation.diffusion_likelihood import DiffusionLikelihood
 from hf_vq.evaluation.evaluate import evaluate_prior
-from hf_vq.pipelines.text_conditioning import TextCondition, text_length
+from hf_vq.pipelines.conditioning import TextCondition, text_length
 from hf_vq.training.data.code_splits import count_classes, load_code_splits
 from hf_vq.training.data.image_datasets import DataArguments, collate, load_image_dataset
 from hf_vq.training.objectives.mask_replace_objective import MaskReplaceObjective

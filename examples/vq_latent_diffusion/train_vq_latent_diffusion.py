@@ -17,7 +17,7 @@ from transformers import AutoImageProcessor, AutoModel
 
 from hf_vq import VQLatentDiffusionPipeline
 from hf_vq.distributed import all_reduced, share_of_process
-from hf_vq.pipelines.text_conditioning import encode_text
+from hf_vq.pipelines.conditioning import encode_text
 from hf_vq.training.data.code_splits import count_classes
 from hf_vq.training.data.image_datasets import DataArguments, collate, load_image_dataset
 from hf_vq.training.data.latents_cache import LatentsDataset, encode_latents, write_latents

@@ -3,10 +3,10 @@
 import numpy as np
 import torch
 
-from ..images import to_pixel_values
-from .code_sampling import KnownCodes, repeat_rows
+from .code_sampling import KnownCodes
+from .conditioning import repeat_rows
 from .pipeline_output import VQPipelineOutput
-from .pipeline_utils import as_levels, of_levels, onload
+from .vq_pipeline import of_levels
 
 
 HALVES = ("top", "bottom", "left", "right")
@@ -69,96 +69,60 @@ def kept_at_levels(keep, grid_sizes, downsample_factors) -> list[torch.BoolTenso
     return kept
 
 
-class CompletionMixin:
-    """The method `complete` of a pipeline with `vqvae` and the methods of [`CodeSamplingMixin`]."""
+@torch.no_grad()
+def complete(
+    pipeline,
+    image=None,
+    keep="top",
+    indices: torch.LongTensor | tuple[torch.LongTensor, ...] | None = None,
+    class_labels=None,
+    condition=None,
+    num_images_per_prompt: int = 1,
+    output_type: str = "pil",
+    return_dict: bool = True,
+    decode_batch_size: int = 16,
+    **sampling,
+) -> VQPipelineOutput | tuple:
+    """
+    Keeps the codes of a part of an image, unchanged at every level, and samples the others.
 
-    @torch.no_grad()
-    def complete(
-        self,
-        image=None,
-        keep="top",
-        indices: torch.LongTensor | tuple[torch.LongTensor, ...] | None = None,
-        class_labels=None,
-        condition=None,
-        num_images_per_prompt: int = 1,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        decode_batch_size: int = 16,
-        **sampling,
-    ) -> VQPipelineOutput | tuple:
-        """
-        Keeps the codes of a part of an image, unchanged at every level, and samples the others.
+    A prior reads row by row: a sampled code is conditioned on the codes before it, kept or sampled, and never on kept
+    codes of its level that come after it. The top half is therefore completed from all of it, while what is sampled
+    above a kept bottom half does not know it. The encoder has seen all of `image`, so a kept code near the border may
+    hold traces of the pixels beyond.
 
-        A prior reads row by row: a sampled code is conditioned on the codes before it, kept or sampled, and never on kept
-        codes of its level that come after it. The top half is therefore completed from all of it, while what is sampled
-        above a kept bottom half does not know it. The encoder has seen all of `image`, so a kept code near the border may
-        hold traces of the pixels beyond.
+    Args:
+        pipeline ([`AutoregressivePipeline`]): samples.
+        image: PIL images or a tensor `(B, C, H, W)` in [-1, 1], of the size that the priors' grids stand for.
+        keep: what to keep, see [`kept_positions`]; a mask on the grid is one on the top level's.
+        indices (int `(B, h, w)`, or a tuple of them from top to bottom, *optional*): codes to complete, in place of
+            `image`.
+        class_labels, condition, num_images_per_prompt, output_type, return_dict, decode_batch_size: as in the call.
+            One image goes with several classes, and one class with several images.
+        sampling: `guidance_scale`, `temperature`, `top_k`, `top_p`, `generator`, `use_cache`, `cache_implementation`
+            and `callback_on_step_end` of the call.
 
-        Args:
-            image: PIL images or a tensor `(B, C, H, W)` in [-1, 1], of the size that the priors' grids stand for.
-            keep: what to keep, see [`kept_positions`]; a mask on the grid is one on the top level's.
-            indices (int `(B, h, w)`, or a tuple of them from top to bottom, *optional*): codes to complete, in place of
-                `image`.
-            class_labels, condition, num_images_per_prompt, output_type, return_dict, decode_batch_size: as in the call.
-                One image goes with several classes, and one class with several images.
-            sampling: `guidance_scale`, `temperature`, `top_k`, `top_p`, `generator`, `use_cache`, `cache_implementation`
-                and `callback_on_step_end` of the call.
+    Returns:
+        [`VQPipelineOutput`] with `B * num_images_per_prompt` images, those of one input adjacent.
 
-        Returns:
-            [`VQPipelineOutput`] with `B * num_images_per_prompt` images, those of one input adjacent.
-
-        Raises:
-            ValueError: both or none of `image` and `indices`, wrong shapes, or as in the call.
-        """
-        self.check_output(num_images_per_prompt, output_type, decode_batch_size)
-        codes = self.given_codes(image, indices)
-        grid_sizes = [tuple(prior.config.grid_size) for prior in self.priors]
-        keep = kept_at_levels(keep, grid_sizes, self.vqvae.config.downsample_factors)
-        rows = {
-            "image": codes,
-            "class_labels": self.prepare_prompts(class_labels, condition),
-            "keep": [mask.to(self._execution_device) for mask in keep],
-        }
-        rows = repeat_rows(rows, num_images_per_prompt)
-        known = [KnownCodes(*of_level) for of_level in zip(rows["image"], rows["keep"], strict=True)]
-        indices = of_levels(self.sample_levels(rows["class_labels"], known, **sampling))
-        images = self.postprocess(indices, output_type, decode_batch_size)
-        self.maybe_free_model_hooks()
-        return VQPipelineOutput(images=images, indices=indices) if return_dict else (images, indices)
-
-    def given_codes(self, image=None, indices=None) -> tuple[torch.LongTensor, ...]:
-        """The codes `(B, h, w)` of each level, from top to bottom, of images or of `indices`, as of `complete`."""
-        if (image is None) == (indices is None):
-            raise ValueError("Exactly one of `image` and `indices` must be given.")
-        name, levels = "indices", as_levels(indices)
-        if image is not None:
-            pixel_values = to_pixel_values(image, self.vqvae.config.in_channels)
-            onload(self.vqvae)
-            pixel_values = pixel_values.to(self._execution_device, self.vqvae.dtype)
-            parts = [as_levels(self.vqvae.encode(part).indices) for part in pixel_values.split(16)]
-            name, levels = "image", [torch.cat(of_level) for of_level in zip(*parts, strict=True)]
-        if len(levels) != len(self.priors):
-            raise ValueError(f"`{name}` must give codes of {len(self.priors)} levels, got {len(levels)}.")
-        return tuple(self.check_codes(name, codes, prior) for codes, prior in zip(levels, self.priors, strict=True))
-
-    def check_codes(self, name: str, codes: torch.LongTensor, prior) -> torch.LongTensor:
-        """`codes` on the pipeline's device, or a ValueError that names them if they are none of the prior's grids."""
-        height, width = prior.config.grid_size
-        if not isinstance(codes, torch.Tensor):
-            raise ValueError(f"`{name}` must give tensors of codes, got {type(codes).__name__}.")
-        if (
-            codes.dtype != torch.int64
-            or codes.ndim != 3
-            or tuple(codes.shape[1:]) != (height, width)
-            or not len(codes)
-        ):
-            raise ValueError(
-                f"`{name}` must give int64 codes of shape (B, {height}, {width}), got {codes.dtype} of shape "
-                f"{tuple(codes.shape)}."
-            )
-        if codes.min() < 0 or codes.max() >= prior.config.codebook_size:
-            raise ValueError(f"`{name}` must lie in 0 … {prior.config.codebook_size - 1}.")
-        return codes.to(self._execution_device)
+    Raises:
+        ValueError: both or none of `image` and `indices`, wrong shapes, or as in the call.
+    """
+    times, decode_batch_size = pipeline.check_output(num_images_per_prompt, output_type, decode_batch_size)
+    codes = pipeline.given_codes(image, indices)
+    grid_sizes = [tuple(prior.config.grid_size) for prior in pipeline.priors]
+    keep = kept_at_levels(keep, grid_sizes, pipeline.vqvae.config.downsample_factors)
+    rows = {
+        "image": codes,
+        "class_labels": pipeline.prepare_prompts(class_labels, condition),
+        "keep": [mask.to(pipeline._execution_device) for mask in keep],
+    }
+    rows = repeat_rows(rows, times)
+    known = [KnownCodes(*of_level) for of_level in zip(rows["image"], rows["keep"], strict=True)]
+    indices = of_levels(pipeline.sample_levels(rows["class_labels"], known, **sampling))
+    images = pipeline.postprocess(indices, output_type, decode_batch_size)
+    pipeline.maybe_free_model_hooks()
+    return VQPipelineOutput(images=images, indices=indices) if return_dict else (images, indices)
 
 
-__all__ = ["CompletionMixin", "kept_at_levels", "kept_positions"]
+__all__ = ["complete", "kept_at_levels", "kept_positions"]

@@ -1,18 +1,16 @@
 """Sampling images from an autoregressive prior over code indices."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import PreTrainedModel
 
-from .code_sampling import CodeSamplingMixin
-from .completion import CompletionMixin
+from .autoregressive_pipeline import AutoregressivePipeline, check_prior
 from .pipeline_output import VQPipelineOutput
-from .pipeline_utils import VQPipeline, check_single_codes
-from .rejection_sampling import RejectionSamplingMixin
+from .vq_pipeline import check_tokenizer
 
 
-class VQAutoregressivePipeline(CodeSamplingMixin, CompletionMixin, RejectionSamplingMixin, VQPipeline):
+class VQAutoregressivePipeline(AutoregressivePipeline):
     """
     Samples a grid of codes with `prior`, row by row, and decodes it with `vqvae`: a call samples whole images, `complete`
     keeps a part of a given image, `rejection_sample` keeps the best of many by a classifier.
@@ -28,15 +26,13 @@ class VQAutoregressivePipeline(CodeSamplingMixin, CompletionMixin, RejectionSamp
 
     def __init__(self, vqvae: PreTrainedModel, prior: PreTrainedModel):
         super().__init__()
+        check_tokenizer(vqvae)
+        check_prior("prior", prior)
         if vqvae is not None and prior is not None and prior.config.codebook_size != vqvae.config.num_embeddings:
             raise ValueError(
                 f"`prior` must have as many codes as `vqvae`: got {prior.config.codebook_size} and "
                 f"{vqvae.config.num_embeddings}."
             )
-        if vqvae is not None:
-            check_single_codes(vqvae)
-            if len(vqvae.config.downsample_factors) > 1:
-                raise ValueError("`vqvae` must have one level: several need a prior for each, see `VQVAE2Pipeline`.")
         self.register_modules(vqvae=vqvae, prior=prior)
 
     @property
@@ -61,6 +57,7 @@ class VQAutoregressivePipeline(CodeSamplingMixin, CompletionMixin, RejectionSamp
         cache_implementation: str | None = None,
         decode_batch_size: int = 16,
         callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("indices",),
     ) -> VQPipelineOutput | tuple:
         """
         Args:
@@ -74,20 +71,21 @@ class VQAutoregressivePipeline(CodeSamplingMixin, CompletionMixin, RejectionSamp
             temperature, top_k, top_p: reshape each code's distribution, in this order.
             generator: one `torch.Generator` for the call, or a list with one for each image, which makes an image
                 independent of the others in its batch. The global random state is used, and moved, only without one.
-            output_type: "pil", "np", "pt" or "indices", see [`VQPipelineOutput`].
+            output_type: "pil", "np", "pt", "latent" or "indices", see [`VQPipelineOutput`].
             return_dict: a [`VQPipelineOutput`] or the tuple `(images, indices)`.
             use_cache, cache_implementation: key-value cache of `generate`; "static" is compiled on accelerators.
             decode_batch_size: images decoded at a time.
-            callback_on_step_end: called after each code as `callback(pipe, step, position, {"indices": (B, position + 1),
-                "level": 0})`.
+            callback_on_step_end: called after each code as `callback(pipe, step, position, {"indices": (B, position + 1)})`; it
+                may return a dict with `indices` that have other codes in the last place.
+            callback_on_step_end_tensor_inputs: the names of what it is given, of `_callback_tensor_inputs`.
 
         Raises:
             ValueError: an argument out of range, or a condition that the prior does not take.
         """
-        self.check_output(num_images_per_prompt, output_type, decode_batch_size)
+        times, decode_batch_size = self.check_output(num_images_per_prompt, output_type, decode_batch_size)
         (prompt,) = self.prepare_prompts(class_labels, condition)
         (indices,) = self.sample_levels(
-            [prompt.repeat_interleave(num_images_per_prompt, dim=0)],
+            [prompt.repeat_interleave(times, dim=0)],
             guidance_scale=guidance_scale,
             temperature=temperature,
             top_k=top_k,
@@ -96,6 +94,7 @@ class VQAutoregressivePipeline(CodeSamplingMixin, CompletionMixin, RejectionSamp
             use_cache=use_cache,
             cache_implementation=cache_implementation,
             callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
         images = self.postprocess(indices, output_type, decode_batch_size)
         self.maybe_free_model_hooks()

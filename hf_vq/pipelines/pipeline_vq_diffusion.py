@@ -1,30 +1,31 @@
 """Sampling images by mask-and-replace diffusion over code indices."""
 
 import importlib
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin, SchedulerMixin
 from transformers import PreTrainedModel
 
+from ..argument_checks import check_integer, check_real
 from ..images import images_as, to_pixel_values
-from .class_conditioning import class_names
-from .code_conditions import CodeConditionMixin
-from .latent_conditions import repeat_inputs, repeat_to, to_mask
+from .conditioning import TextCondition, class_names, count_inputs, repeat_inputs, repeat_to, to_mask
+from .denoising_pipeline import DenoisingPipeline, check_text_parts, last_steps
 from .pipeline_output import VQPipelineOutput
-from .pipeline_utils import (
-    VQPipeline,
-    changed_by_callback,
+from .vq_pipeline import (
+    check_codes,
     check_generator,
-    check_single_codes,
-    last_steps,
+    check_guidance_scale,
+    check_part,
+    check_temperature,
+    check_tokenizer,
     onload,
 )
 
 
-class VQDiffusionImagePipeline(CodeConditionMixin, VQPipeline):
+class VQDiffusionImagePipeline(DenoisingPipeline):
     """
     VQ-Diffusion (Gu et al. 2022): a grid of masked codes is revealed step by step by `transformer` and `scheduler`, and
     decoded by `vqvae`. With an image it makes variations of it, or paints a part of it anew.
@@ -48,7 +49,8 @@ class VQDiffusionImagePipeline(CodeConditionMixin, VQPipeline):
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vqvae"
-    _optional_components = ["text_encoder", "tokenizer"]
+    _callback_tensor_inputs = ["indices"]
+    needs_tokens = True
 
     def __init__(
         self,
@@ -65,11 +67,12 @@ class VQDiffusionImagePipeline(CodeConditionMixin, VQPipeline):
         text_pad_token_id: int | None = None,
     ):
         super().__init__()
-        if vqvae is not None:
-            check_single_codes(vqvae)
-            levels = len(vqvae.config.downsample_factors)
-            if levels > 1:
-                raise ValueError(f"`vqvae` must have one level, got {levels}.")
+        check_tokenizer(vqvae)
+        attributes = ("config.num_embeddings", "config.num_train_timesteps", "sample_size", "config.condition_type")
+        check_part("transformer", transformer, attributes, "a VQDiffusionTransformer2DModel")
+        attributes = ("config.num_embeddings", "config.num_train_timesteps", "initial_sample", "step")
+        check_part("scheduler", scheduler, attributes, "a MaskReplaceScheduler")
+        check_text_parts(text_encoder, tokenizer)
         for name, part in (("transformer", transformer), ("scheduler", scheduler)):
             if part is not None and vqvae is not None and part.config.num_embeddings != vqvae.config.num_embeddings:
                 raise ValueError(
@@ -112,10 +115,42 @@ class VQDiffusionImagePipeline(CodeConditionMixin, VQPipeline):
         converter = importlib.import_module("hf_vq.pipelines.vq_diffusion_from_diffusers")
         return cls(**converter.load_parts(pretrained_model_name_or_path, **options))
 
+    # The condition
+
     @property
-    def example_call(self) -> str:
-        """The arguments of a simple call, for a model card."""
-        return {"class": "class_labels=0", "text": 'prompt="…"'}.get(self.transformer.config.condition_type, "")
+    def denoiser(self) -> ModelMixin:
+        """The transformer."""
+        return self.transformer
+
+    @property
+    def condition_kind(self) -> str | None:
+        """The transformer's `condition_type`: "class", "text" or None."""
+        kind = self.transformer.config.condition_type
+        return None if kind == "unconditional" else kind
+
+    @property
+    def class_rows(self) -> int:
+        """Rows of the transformer's class embedding, the null class included if there is one."""
+        null = self.null_class_id
+        return self.transformer.config.num_classes if null is None else null + 1
+
+    @property
+    def null_class_id(self) -> int | None:
+        """The class that stands for none, if the transformer has one."""
+        return self.transformer.null_class_id
+
+    @property
+    def encoder_passes_over_padding(self) -> bool:
+        """As the transformer's cross-attention; the original's CLIP does not."""
+        return self.config.text_mask
+
+    def null_text(self, name: str) -> TextCondition:
+        """The states of no text, which the transformer may have learned; otherwise those of the empty text."""
+        learned = self.transformer.null_embedding
+        if learned is None:
+            return super().null_text(name)
+        embeddings = learned[None].to(self._execution_device)
+        return TextCondition(embeddings, torch.ones_like(embeddings[..., 0], dtype=torch.bool))
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -126,20 +161,17 @@ class VQDiffusionImagePipeline(CodeConditionMixin, VQPipeline):
 
     # Preparing
 
-    def check_inputs(self, guidance_scale, strength, image, indices, mask_image, callback):
-        """ValueErrors for the arguments that need no other part."""
-        if not isinstance(guidance_scale, (int, float)) or not 0 <= guidance_scale < math.inf:
-            raise ValueError(f"`guidance_scale` must be a number that is not negative, got {guidance_scale!r}.")
+    def check_inputs(self, image: Any, indices: Any, mask_image: Any, strength: float | None, height: int, width: int):
+        """ValueErrors for arguments that exclude or need each other, or a size that the grid of codes does not have."""
         if image is not None and indices is not None:
             raise ValueError("Only one of `image` and `indices` can be given.")
         given = image is not None or indices is not None
         for name, value in (("strength", strength), ("mask_image", mask_image)):
             if value is not None and not given:
                 raise ValueError(f"`{name}` needs an `image`, or `indices`, that it is for.")
-        if strength is not None and not (isinstance(strength, (int, float)) and 0 < strength <= 1):
-            raise ValueError(f"`strength` must lie in (0, 1], got {strength!r}.")
-        if callback is not None and not callable(callback):
-            raise ValueError("`callback_on_step_end` must be callable.")
+        for name, value, own in (("height", height, self.image_size[0]), ("width", width, self.image_size[1])):
+            if value is not None and check_integer(name, value, 1) != own:
+                raise ValueError(f"`{name}` must be {own}, the size of the transformer's grid in pixels, got {value}.")
 
     def encode_image(self, image: torch.FloatTensor, batch_size: int = 16) -> torch.LongTensor:
         """Images `(B, C, H, W)` in [-1, 1] to codes `(B, h, w)`, `batch_size` at a time."""
@@ -151,20 +183,6 @@ class VQDiffusionImagePipeline(CodeConditionMixin, VQPipeline):
         onload(self.vqvae)
         pixels = image.to(self._execution_device, self.vqvae.dtype)
         return torch.cat([self.vqvae.encode(part).indices for part in pixels.split(batch_size)])
-
-    def check_indices(self, indices: torch.LongTensor) -> torch.LongTensor:
-        """`indices` on the pipeline's device, or a ValueError if they are no grids of codes."""
-        shape, codes = self.transformer.sample_size, self.transformer.config.num_embeddings
-        if not isinstance(indices, torch.Tensor) or indices.dtype != torch.int64 or indices.shape[1:] != shape:
-            found = f"{indices.dtype} of shape {tuple(indices.shape)}" if torch.is_tensor(indices) else type(indices)
-            raise ValueError(f"`indices` must be int64 of shape (B, {shape[0]}, {shape[1]}), got {found}.")
-        if not len(indices):
-            raise ValueError("`indices` must hold at least one grid, got none.")
-        if indices.min() < 0 or indices.max() >= codes:
-            raise ValueError(
-                f"`indices` must lie in 0 … {codes - 1}, got values from {indices.min()} to {indices.max()}."
-            )
-        return indices.to(self._execution_device)
 
     def kept_codes(self, mask: torch.FloatTensor) -> torch.BoolTensor:
         """
@@ -180,33 +198,61 @@ class VQDiffusionImagePipeline(CodeConditionMixin, VQPipeline):
             mask = F.max_pool2d(mask, self.vqvae.config.downsample_factor)
         return (mask[:, 0] == 0).to(self._execution_device)
 
-    def set_timesteps(self, num_inference_steps: int | None, timesteps, strength: float) -> torch.LongTensor:
+    def set_timesteps(
+        self,
+        scheduler: SchedulerMixin,
+        num_inference_steps: int | None = None,
+        timesteps: Sequence[int] | None = None,
+        strength: float = 1.0,
+    ) -> torch.LongTensor:
         """Sets the scheduler's steps, all of training's by default, and returns the last share `strength` of them."""
         if num_inference_steps is None and timesteps is None:
-            num_inference_steps = self.scheduler.config.num_train_timesteps
-        self.scheduler.set_timesteps(num_inference_steps, timesteps=timesteps)
-        steps = self.scheduler.timesteps
+            num_inference_steps = scheduler.config.num_train_timesteps
+        if num_inference_steps is not None:
+            most = scheduler.config.num_train_timesteps
+            num_inference_steps = check_integer("num_inference_steps", num_inference_steps, 1, most)
+        if timesteps is not None and not isinstance(timesteps, torch.Tensor):
+            timesteps = [check_integer("timesteps", timestep, 0) for timestep in timesteps]
+        scheduler.set_timesteps(num_inference_steps, timesteps=timesteps)
+        steps = scheduler.timesteps
         return steps[len(steps) - last_steps(len(steps), strength) :]
 
-    def prepare_sample(self, batch_size: int, indices, kept, first_timestep, strength: float, generator):
+    def prepare_sample(
+        self,
+        scheduler: SchedulerMixin,
+        batch_size: int,
+        indices: torch.LongTensor | None = None,
+        kept: torch.BoolTensor | None = None,
+        first_timestep: int | None = None,
+        strength: float = 1.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> torch.LongTensor:
         """The grids that denoising starts from: without codes, or noised ones of `indices`, and `kept` ones as they are."""
         if indices is None or strength == 1:
             shape = (batch_size, *self.transformer.sample_size)
-            sample = self.scheduler.initial_sample(shape, self._execution_device, generator)
+            sample = scheduler.initial_sample(shape, self._execution_device, generator)
         else:
-            sample = self.scheduler.add_noise(indices, first_timestep, generator)
+            sample = scheduler.add_noise(indices, first_timestep, generator)
         return sample if kept is None else torch.where(kept, indices, sample)
 
     # One step
 
-    def predict(self, sample, timestep, inputs: dict, guidance_scale: float) -> torch.FloatTensor:
+    def predict(
+        self,
+        sample: torch.LongTensor,
+        timestep: torch.LongTensor | int,
+        inputs: dict[str, torch.Tensor],
+        null_inputs: dict[str, torch.Tensor] | None = None,
+        guidance_scale: float = 1.0,
+    ) -> torch.FloatTensor:
         """
         The logits `(B, h, w, K)`, guided: `null + scale * (conditional - null)` (Tang et al. 2022).
 
         The paper has log-probabilities. They are logits less a constant at each position, and so is the guided sum.
         """
-        if guidance_scale == 1:
+        if null_inputs is None:
             return self.transformer(sample, timestep, **inputs).sample
+        inputs = {name: torch.cat([null_inputs[name], inputs[name]]) for name in inputs}
         null, conditional = self.transformer(torch.cat([sample, sample]), timestep, **inputs).sample.float().chunk(2)
         return null.lerp_(conditional, guidance_scale)
 
@@ -215,9 +261,11 @@ class VQDiffusionImagePipeline(CodeConditionMixin, VQPipeline):
         self,
         prompt: str | list[str] | None = None,
         class_labels: int | str | list[int | str] | torch.LongTensor | None = None,
+        image: Any = None,
+        mask_image: Any = None,
+        height: int | None = None,
+        width: int | None = None,
         negative_prompt: str | list[str] | None = None,
-        image=None,
-        mask_image=None,
         strength: float | None = None,
         num_inference_steps: int | None = None,
         timesteps: list[int] | None = None,
@@ -227,6 +275,7 @@ class VQDiffusionImagePipeline(CodeConditionMixin, VQPipeline):
         prior_weight: float = 0.0,
         temperature: float = 1.0,
         num_images_per_prompt: int = 1,
+        batch_size: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         indices: torch.LongTensor | None = None,
         prompt_embeds: torch.FloatTensor | None = None,
@@ -237,15 +286,18 @@ class VQDiffusionImagePipeline(CodeConditionMixin, VQPipeline):
         return_dict: bool = True,
         decode_batch_size: int = 16,
         callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("indices",),
     ) -> VQPipelineOutput | tuple:
         """
         Args:
-            prompt, negative_prompt: texts; `negative_prompt` is what guidance leads away from, in place of the null
-                condition.
+            prompt: a text or a list of texts.
             class_labels: a class or a list of classes, ids or names of `id2label`; None is the null class.
-            image: PIL images, or a tensor `(B, C, H, W)` in [-1, 1], to make variations of or to paint into.
-            mask_image: PIL images, or a tensor `(B, 1, H, W)` in [0, 1]: 1 is painted anew. A code is kept, at every step,
-                if none of its pixels is painted; pixels that are not painted are those of `image` in the end.
+            image: images to make variations of or to paint into, see [`~images.to_pixel_values`].
+            mask_image: a mask of pixels or of codes, see [`~conditioning.to_mask`]: 1 (white) is painted anew. A code is
+                kept, at every step, if none of its pixels is painted; pixels that are not painted are those of `image` in
+                the end.
+            height, width: of the images; the grid of codes has one size, `image_size`.
+            negative_prompt: what guidance leads away from, in place of the null condition.
             strength: the share of the steps that is taken, in (0, 1]: the image's codes are noised to the first of these
                 timesteps. 1, the default with a mask, leaves nothing of what is painted; the default without is 0.7.
             num_inference_steps, timesteps: how many steps, all T of training by default, or which ones.
@@ -255,36 +307,40 @@ class VQDiffusionImagePipeline(CodeConditionMixin, VQPipeline):
             temperature: divides the logits.
             num_images_per_prompt: images for each class, prompt or image; those of one are adjacent. Arguments with several
                 entries have the same number of them, and one with a single entry goes with all of theirs.
+            batch_size: how many inputs there are where no argument says it: without class, prompt and image.
             generator: one `torch.Generator` for the call, or a list with one for each image, which makes an image
                 independent of the others in its batch.
             indices: codes `(B, h, w)` in place of `image`; a mask may then have their size.
             prompt_embeds, negative_prompt_embeds: `(B, S, D)`, in place of the texts.
             prompt_attention_mask, negative_prompt_attention_mask: `(B, S)`, false where these are padded; by default nowhere.
-            output_type: "pil", "np", "pt" or "indices", see [`VQPipelineOutput`].
+            output_type: "pil", "np", "pt", "latent" or "indices", see [`VQPipelineOutput`].
             return_dict: a [`VQPipelineOutput`] or the tuple `(images, indices)`.
             decode_batch_size: images decoded at a time.
             callback_on_step_end: called after each step as `callback(pipe, step, timestep, {"indices": (B, h, w)})`, with
                 the index K where a code is masked; it may return a dict with other `indices`.
+            callback_on_step_end_tensor_inputs: the names of what it is given, of `_callback_tensor_inputs`.
 
         Raises:
             ValueError: an argument out of range, or a condition that the transformer does not take.
         """
-        self.check_output(num_images_per_prompt, output_type, decode_batch_size)
-        self.check_inputs(guidance_scale, strength, image, indices, mask_image, callback_on_step_end)
+        times, decode_batch_size = self.check_output(num_images_per_prompt, output_type, decode_batch_size)
+        self.check_inputs(image, indices, mask_image, strength, height, width)
+        guidance_scale, temperature = check_guidance_scale(guidance_scale), check_temperature(temperature)
+        callback_names = self.check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         class_labels = None if class_labels is None else self.class_ids(class_labels)
         if image is not None:
             image = to_pixel_values(image, self.vqvae.config.in_channels)
             indices = self.encode_image(image)
         elif indices is not None:
-            indices = self.check_indices(indices)
+            indices = check_codes("indices", indices, self.transformer.sample_size, self.scheduler.mask_index)
+            indices = indices.to(self._execution_device)
         mask = None if mask_image is None else to_mask(mask_image)
-        count = max(_count(value) for value in (prompt, prompt_embeds, class_labels, indices, mask))
-        batch_size = count * num_images_per_prompt
-        check_generator(generator, batch_size)
-        inputs = self.prepare_condition(
+        count = count_inputs(batch_size, prompt, prompt_embeds, class_labels, indices, mask)
+        check_generator(generator, count * times)
+        inputs, null_inputs = self.prepare_condition(
             count,
-            class_labels,
             prompt,
+            class_labels,
             negative_prompt,
             prompt_embeds,
             negative_prompt_embeds,
@@ -292,19 +348,20 @@ class VQDiffusionImagePipeline(CodeConditionMixin, VQPipeline):
             negative_prompt_attention_mask,
             guided=guidance_scale != 1,
         )
-        # also where the null conditions come first: each row is repeated in its place
-        inputs = repeat_inputs(inputs, num_images_per_prompt)
+        inputs, null_inputs = repeat_inputs(inputs, times), repeat_inputs(null_inputs, times)
         if indices is not None:
-            indices = repeat_to(indices, count, "indices" if image is None else "image", num_images_per_prompt)
+            indices = repeat_to(indices, count, "indices" if image is None else "image", times)
         if image is not None:
-            image = repeat_to(image, count, "image", num_images_per_prompt)
+            image = repeat_to(image, count, "image", times)
         if mask is not None:
-            mask = repeat_to(mask, count, "mask_image", num_images_per_prompt)
+            mask = repeat_to(mask, count, "mask_image", times)
         kept = None if mask is None else self.kept_codes(mask)
         if strength is None:
             strength = 0.7 if indices is not None and kept is None else 1.0
-        steps = self.set_timesteps(num_inference_steps, timesteps, strength)
-        sample = self.prepare_sample(batch_size, indices, kept, int(steps[0]), strength, generator)
+        strength = check_real("strength", strength, above=0, maximum=1)
+        scheduler = self.own_scheduler()
+        steps = self.set_timesteps(scheduler, num_inference_steps, timesteps, strength)
+        sample = self.prepare_sample(scheduler, count * times, indices, kept, int(steps[0]), strength, generator)
         step_arguments = {
             "generator": generator,
             "truncation_rate": truncation_rate,
@@ -314,19 +371,26 @@ class VQDiffusionImagePipeline(CodeConditionMixin, VQPipeline):
             "known_indices": None if kept is None else indices,
             "known_mask": kept,
         }
-        sample = self._denoise(sample, steps, inputs, guidance_scale, step_arguments, callback_on_step_end)
+        sample = self._denoise(
+            scheduler,
+            sample,
+            steps,
+            lambda x, t: self.predict(x, t, inputs, null_inputs, guidance_scale),
+            step_arguments,
+            callback_on_step_end,
+            callback_names,
+        )
         images = self._images(sample, output_type, decode_batch_size, image, mask)
         self.maybe_free_model_hooks()
         return VQPipelineOutput(images=images, indices=sample) if return_dict else (images, sample)
 
-    def _denoise(self, sample, steps, inputs, guidance_scale: float, step_arguments: dict, callback):
+    def _denoise(self, scheduler, sample, steps, predict, step_arguments: dict, callback, names: Sequence[str]):
         with self.progress_bar(total=len(steps)) as progress_bar:
             for i, t in enumerate(steps):
-                logits = self.predict(sample, t, inputs, guidance_scale)
-                sample = self.scheduler.step(logits, t, sample, **step_arguments).prev_sample
+                sample = scheduler.step(predict(sample, t), t, sample, **step_arguments).prev_sample
                 if callback is not None:
-                    changed = changed_by_callback(callback(self, i, t, {"indices": sample}), "indices", sample)
-                    highest = self.scheduler.mask_index - (i == len(steps) - 1)  # no mask after the last step
+                    changed = self.call_back(callback, names, i, t, "indices", sample)
+                    highest = scheduler.mask_index - (i == len(steps) - 1)  # no mask after the last step
                     if changed is not sample and (changed.min() < 0 or changed.max() > highest):
                         raise ValueError(
                             f"`callback_on_step_end` must return `indices` in 0 … {highest} after step {i}, got values "
@@ -337,19 +401,12 @@ class VQDiffusionImagePipeline(CodeConditionMixin, VQPipeline):
         return sample
 
     def _images(self, indices, output_type: str, decode_batch_size: int, image, mask):
-        if output_type == "indices":
-            return None
-        if image is None or mask is None:
+        if image is None or mask is None or output_type in ("indices", "latent"):
             return self.postprocess(indices, output_type, decode_batch_size)
         images = self.decode_indices(indices, decode_batch_size)
         mask = F.interpolate(mask, size=self.image_size)  # of codes, if it is no mask of pixels
         images = torch.where(mask.to(images.device) == 1, images, image.to(images.device) / 2 + 0.5)
         return images_as(images, output_type)
-
-
-def _count(value) -> int:
-    """How many conditions an argument holds."""
-    return len(value) if isinstance(value, (list, tuple, torch.Tensor)) else 1
 
 
 __all__ = ["VQDiffusionImagePipeline"]

@@ -1,21 +1,32 @@
 """Sampling images by diffusion in the latents of a tokenizer, before their quantization."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
+import torch.nn.functional as F
 from diffusers import DDIMScheduler, SchedulerMixin, UNet2DConditionModel, UNet2DModel
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedModel
 
+from ..argument_checks import check_integer, check_real
 from ..images import images_as, to_pixel_values
-from .class_conditioning import class_names
-from .latent_conditions import LatentConditionMixin, repeat_inputs, repeat_to, to_map, to_mask
-from .pipeline_utils import VQPipeline, changed_by_callback, check_generator, last_steps, onload
+from .conditioning import (
+    class_names,
+    count_inputs,
+    repeat_inputs,
+    repeat_to,
+    resize_map,
+    to_map,
+    to_mask,
+)
+from .denoising_pipeline import DenoisingPipeline, check_text_parts, last_steps
+from .vq_pipeline import check_generator, check_guidance_scale, check_part, check_tokenizer, onload
 
 
 LATENT_OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -26,15 +37,15 @@ class VQLatentDiffusionPipelineOutput(BaseOutput):
     """
     Args:
         images: by `output_type`, a list of `PIL.Image.Image` ("pil"), an array `(B, H, W, C)` in [0, 1] ("np"), a tensor
-            `(B, C, H, W)` in [0, 1] ("pt"), or None ("latent": nothing is decoded).
+            `(B, C, H, W)` in [0, 1] ("pt"), or the latents ("latent": nothing is decoded).
         latents: `(B, D, h, w)`, as `vqvae.decode` takes them: not scaled, not quantized.
     """
 
-    images: list[PIL.Image.Image] | np.ndarray | torch.Tensor | None
+    images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
     latents: torch.FloatTensor
 
 
-class VQLatentDiffusionPipeline(LatentConditionMixin, VQPipeline):
+class VQLatentDiffusionPipeline(DenoisingPipeline):
     """
     Latent diffusion (Rombach et al. 2022) with a vector-quantized first stage ("VQ-reg"): `unet` denoises latents
     multiplied by `vqvae.config.scaling_factor`, and `vqvae.decode` quantizes them before it decodes.
@@ -50,12 +61,15 @@ class VQLatentDiffusionPipeline(LatentConditionMixin, VQPipeline):
         text_encoder, tokenizer (*optional*): a text encoder of transformers.
         id2label (*optional*): names of the classes.
         null_class_id (*optional*): the class that stands for none, which guidance needs.
-        text_max_length, text_lower_case, text_normalize: see `encode_text`.
-        text_mask: cross-attention passes over padding.
+        text_max_length, text_lower_case, text_normalize, text_pad_token_id: see `encode_text`.
+        text_mask: cross-attention passes over padding, as the text encoder does.
+
+    Raises:
+        ValueError: parts that do not belong together.
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vqvae"
-    _optional_components = ["text_encoder", "tokenizer"]
+    _callback_tensor_inputs = ["latents"]
 
     def __init__(
         self,
@@ -70,10 +84,16 @@ class VQLatentDiffusionPipeline(LatentConditionMixin, VQPipeline):
         text_lower_case: bool = False,
         text_normalize: bool = False,
         text_mask: bool = True,
+        text_pad_token_id: int | None = None,
     ):
         super().__init__()
-        if vqvae is not None and hasattr(vqvae.config, "num_levels"):
-            raise ValueError(f"`vqvae` must have one level of codes, got a {type(vqvae).__name__}.")
+        check_tokenizer(vqvae)
+        attributes = ("config.in_channels", "config.out_channels", "time_embedding", "down_blocks")
+        check_part("unet", unet, attributes, "a UNet2DModel or a UNet2DConditionModel")
+        check_part("scheduler", scheduler, ("set_timesteps", "step", "config"), "a scheduler of diffusers")
+        if hasattr(scheduler, "mask_index"):
+            raise ValueError(f"`scheduler` must be one for continuous data, got a {type(scheduler).__name__}.")
+        check_text_parts(text_encoder, tokenizer)
         if vqvae is not None and unet is not None:
             wanted = vqvae.config.embed_dim
             if unet.config.out_channels != wanted or unet.config.in_channels < wanted:
@@ -91,7 +111,7 @@ class VQLatentDiffusionPipeline(LatentConditionMixin, VQPipeline):
         )
         self.id2label = class_names(id2label)
         if unet is not None and null_class_id is not None:
-            if self.condition_kind not in ("class", "class_token") or not 0 <= null_class_id < self.num_classes:
+            if self.condition_kind not in ("class", "class_token") or not 0 <= null_class_id < self.class_rows:
                 raise ValueError(f"`null_class_id` must be one of the classes of `unet`, got {null_class_id}.")
         self.register_to_config(
             id2label=self.id2label,
@@ -100,80 +120,186 @@ class VQLatentDiffusionPipeline(LatentConditionMixin, VQPipeline):
             text_lower_case=text_lower_case,
             text_normalize=text_normalize,
             text_mask=text_mask,
+            text_pad_token_id=text_pad_token_id,
         )
 
+    # The condition
+
     @property
-    def example_call(self) -> str:
-        """The arguments of a simple call, for a model card."""
-        kind = self.condition_kind
-        return {"class": "class_labels=0", "class_token": "class_labels=0", "text": 'prompt="…"'}.get(kind, "")
+    def denoiser(self) -> UNet2DModel | UNet2DConditionModel:
+        """The U-Net."""
+        return self.unet
+
+    @property
+    def condition_kind(self) -> str | None:
+        """
+        How the denoiser is conditioned: "class" (its class embedding), "class_token" (one-hot classes through its
+        `encoder_hid_proj`, a table of vectors for cross-attention), "text" or None.
+        """
+        config = self.unet.config
+        if config.get("num_class_embeds") is not None:
+            return "class"
+        if config.get("cross_attention_dim") is None:
+            return None
+        is_token = config.get("encoder_hid_dim_type") == "text_proj" and self.text_encoder is None
+        return "class_token" if is_token else "text"
+
+    @property
+    def class_rows(self) -> int:
+        """Rows of the denoiser's table of classes, the null class included if there is one."""
+        config = self.unet.config
+        return config.num_class_embeds if self.condition_kind == "class" else config.encoder_hid_dim
+
+    @property
+    def null_class_id(self) -> int | None:
+        """The class that stands for none, if there is one."""
+        return self.config.null_class_id
+
+    def class_inputs(self, ids: torch.LongTensor) -> dict[str, torch.Tensor]:
+        """The denoiser's keyword arguments for classes `(B,)`."""
+        if self.condition_kind == "class":
+            return super().class_inputs(ids)
+        tokens = F.one_hot(ids, self.class_rows)[:, None]
+        return {"encoder_hidden_states": tokens.to(self._execution_device, self.unet.dtype)}
+
+    def encode_image(self, pixel_values: torch.Tensor, batch_size: int = 16) -> torch.Tensor:
+        """Images `(B, C, H, W)` in [-1, 1] to latents before quantization, not scaled, float32; `batch_size` at a time."""
+        onload(self.vqvae)
+        pixels = pixel_values.to(self._execution_device, self.vqvae.dtype)
+        return torch.cat([self.vqvae.encode(part).latents.float() for part in pixels.split(batch_size)])
+
+    def prepare_concatenated(
+        self,
+        count: int,
+        size: tuple[int, int],
+        condition_image: torch.Tensor | None = None,
+        image: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        times: int = 1,
+    ) -> torch.Tensor | None:
+        """
+        The maps `(count * times, C, h, w)` that are concatenated to the noisy latents of `times` images for each input, or None.
+
+        Inpainting (`mask` `(B, 1, H, W)`, 1 is painted): the latents of the image with its masked pixels black, not
+        scaled, and the mask in {-1, 1}, nearest. Otherwise `condition_image`, resized to the latents.
+
+        Raises:
+            ValueError: maps of other channels than the denoiser has beside the latents, or of other proportions.
+        """
+        channels = self.unet.config.in_channels - self.vqvae.config.embed_dim
+        maps = None
+        if mask is not None:
+            masked = (1 - mask) * (image + 1) - 1
+            hidden = F.interpolate(mask * 2 - 1, size=size, mode="nearest")
+            maps = torch.cat([self.encode_image(masked), hidden.to(self._execution_device)], dim=1)
+        elif condition_image is not None:
+            height, width = condition_image.shape[-2:]
+            if height * size[1] != width * size[0]:
+                raise ValueError(
+                    f"`condition_image` must have the proportions of the {size[0]}x{size[1]} latents, got {height}x{width}; "
+                    "crop it, or give `height` and `width`."
+                )
+            maps = resize_map(condition_image.to(self._execution_device), size)
+        if maps is None and channels:
+            raise ValueError(
+                f"`condition_image`, or `image` with `mask_image`, must be given: the denoiser takes {channels} channels "
+                "beside the latents."
+            )
+        found = 0 if maps is None else maps.shape[1]
+        if found != channels:
+            name = "mask_image" if mask is not None else "condition_image"
+            raise ValueError(
+                f"`{name}` must give the {channels} channels that the denoiser takes beside the latents, got {found}."
+            )
+        return None if maps is None else repeat_to(maps, count, "condition_image", times)
 
     # Preparing
 
-    def check_inputs(self, output_type, guidance_scale, strength, image, mask_image, callback):
-        """ValueErrors for the arguments that need no other part."""
-        if output_type not in LATENT_OUTPUT_TYPES:
-            raise ValueError(f"`output_type` must be one of {LATENT_OUTPUT_TYPES}, got {output_type!r}.")
-        if not isinstance(guidance_scale, (int, float)) or not guidance_scale >= 0:
-            raise ValueError(f"`guidance_scale` must be a number that is not negative, got {guidance_scale!r}.")
-        if not isinstance(strength, (int, float)) or not 0 < strength <= 1:
-            raise ValueError(f"`strength` must lie in (0, 1], got {strength!r}.")
+    def check_inputs(self, image: Any, mask_image: Any, strength: float, quantize_denoised: bool):
+        """ValueErrors for arguments that exclude or need each other."""
         if strength != 1 and image is None:
             raise ValueError("`strength` needs an `image` to start from.")
         if mask_image is not None and (image is None or strength != 1):
             raise ValueError("`mask_image` needs the `image` that it is a part of, and no `strength`.")
-        if callback is not None and not callable(callback):
-            raise ValueError("`callback_on_step_end` must be callable.")
+        if quantize_denoised and not isinstance(self.scheduler, DDIMScheduler):
+            raise ValueError(f"`quantize_denoised` needs a DDIMScheduler, got {type(self.scheduler).__name__}.")
 
-    def set_timesteps(self, num_inference_steps: int, timesteps=None, sigmas=None, tokens: int = 0) -> torch.Tensor:
+    def set_timesteps(
+        self,
+        scheduler: SchedulerMixin,
+        num_inference_steps: int = 50,
+        timesteps: Sequence[int] | None = None,
+        sigmas: Sequence[float] | None = None,
+        tokens: int = 0,
+    ) -> torch.Tensor:
         """Sets the scheduler's steps, given in number or as `timesteps` or `sigmas`, and returns its timesteps."""
         if timesteps is not None and sigmas is not None:
             raise ValueError("Only one of `timesteps` and `sigmas` can be given.")
-        accepted = inspect.signature(self.scheduler.set_timesteps).parameters
+        accepted = inspect.signature(scheduler.set_timesteps).parameters
         own = {name: value for name, value in (("timesteps", timesteps), ("sigmas", sigmas)) if value is not None}
-        for name in own:
+        for name, values in own.items():
             if name not in accepted:
-                raise ValueError(f"`{name}` cannot be given to a {type(self.scheduler).__name__}.")
+                raise ValueError(f"`{name}` cannot be given to a {type(scheduler).__name__}.")
+            numbers = [check_real(name, value, minimum=0) for value in values]
+            own[name] = [
+                int(number) if name == "timesteps" and number == int(number) else number for number in numbers
+            ]
         if not own:
-            if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
-                raise ValueError(f"`num_inference_steps` must be a positive int, got {num_inference_steps!r}.")
-            own["num_inference_steps"] = num_inference_steps
-        config = self.scheduler.config
+            own["num_inference_steps"] = check_integer("num_inference_steps", num_inference_steps, 1)
+        config = scheduler.config
         if "mu" in accepted and config.get("use_dynamic_shifting"):
             # linear in the number of latents, between the two lengths of the configuration
             first, last = config.base_image_seq_len, config.max_image_seq_len
             slope = (config.max_shift - config.base_shift) / (last - first)
             own["mu"] = config.base_shift + slope * (tokens - first)
-        self.scheduler.set_timesteps(**own, device=self._execution_device)
-        return self.scheduler.timesteps
+        scheduler.set_timesteps(**own, device=self._execution_device)
+        return scheduler.timesteps
 
-    def prepare_latents(self, shape, generator, latents=None, image_latents=None, first_timestep=None):
+    def prepare_latents(
+        self,
+        scheduler: SchedulerMixin,
+        shape: Sequence[int],
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.FloatTensor | None = None,
+        image_latents: torch.FloatTensor | None = None,
+        first_timestep: torch.Tensor | None = None,
+    ) -> torch.FloatTensor:
         """The noise that denoising starts from, or `image_latents` (scaled) with the noise of `first_timestep`."""
         device = self._execution_device
         if latents is not None:
-            if not isinstance(latents, torch.Tensor) or latents.shape != torch.Size(shape):
-                got = tuple(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__
-                raise ValueError(f"`latents` must have shape {tuple(shape)}, got {got}.")
+            is_float = isinstance(latents, torch.Tensor) and latents.is_floating_point()
+            if not is_float or latents.shape != torch.Size(shape):
+                got = f"{latents.dtype} {tuple(latents.shape)}" if torch.is_tensor(latents) else type(latents).__name__
+                raise ValueError(f"`latents` must be floating and have shape {tuple(shape)}, got {got}.")
+            if not latents.isfinite().all():
+                raise ValueError("`latents` must be finite, got nan or infinity.")
             noise = latents.to(device, torch.float32)
         else:
             noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         if image_latents is None:
-            return noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
+            return noise * getattr(scheduler, "init_noise_sigma", 1.0)
         timesteps = first_timestep.repeat(shape[0])
-        if hasattr(self.scheduler, "scale_noise"):  # of flow matching
-            return self.scheduler.scale_noise(image_latents, timesteps, noise)
-        if not hasattr(self.scheduler, "add_noise"):
+        if hasattr(scheduler, "scale_noise"):  # of flow matching
+            return scheduler.scale_noise(image_latents, timesteps, noise)
+        if not hasattr(scheduler, "add_noise"):
             raise ValueError(
-                f"`image` needs a scheduler that adds noise to it; a {type(self.scheduler).__name__} does not."
+                f"`image` needs a scheduler that adds noise to it; a {type(scheduler).__name__} does not."
             )
-        return self.scheduler.add_noise(image_latents, noise, timesteps)
+        return scheduler.add_noise(image_latents, noise, timesteps)
 
     # One step
 
-    def predict(self, latents, timestep, inputs, null_inputs, maps, guidance_scale: float) -> torch.FloatTensor:
-        """The denoiser's output, guided: `null + scale * (conditional - null)` (Ho & Salimans, 2022)."""
-        if hasattr(self.scheduler, "scale_model_input"):
-            latents = self.scheduler.scale_model_input(latents, timestep)
+    def predict(
+        self,
+        latents: torch.FloatTensor,
+        timestep: torch.Tensor,
+        inputs: dict[str, torch.Tensor],
+        null_inputs: dict[str, torch.Tensor] | None = None,
+        maps: torch.FloatTensor | None = None,
+        guidance_scale: float = 1.0,
+    ) -> torch.FloatTensor:
+        """The denoiser's output for latents that its scheduler has scaled, guided: `null + scale * (conditional - null)`
+        (Ho & Salimans, 2022)."""
         sample = latents if maps is None else torch.cat([latents, maps], dim=1)
         if null_inputs is not None:
             sample = torch.cat([sample, sample])
@@ -184,7 +310,7 @@ class VQLatentDiffusionPipeline(LatentConditionMixin, VQPipeline):
         null, conditional = output.chunk(2)
         return null + guidance_scale * (conditional - null)
 
-    def quantize_step(self, output, timestep) -> torch.FloatTensor:
+    def quantize_step(self, scheduler: DDIMScheduler, output: Any, timestep: int) -> torch.FloatTensor:
         """
         The step of DDIM with the predicted clean latents quantized, the direction to the noise unchanged
         (`quantize_denoised` of the original).
@@ -193,26 +319,24 @@ class VQLatentDiffusionPipeline(LatentConditionMixin, VQPipeline):
         scale = self.vqvae.config.scaling_factor
         clean = output.pred_original_sample
         quantized = self.vqvae.quantize((clean / scale).to(self.vqvae.dtype)).quantized.float() * scale
-        previous = timestep - self.scheduler.config.num_train_timesteps // self.scheduler.num_inference_steps
-        alphas = self.scheduler.alphas_cumprod
-        alpha = alphas[previous] if previous >= 0 else self.scheduler.final_alpha_cumprod
+        previous = timestep - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+        alphas = scheduler.alphas_cumprod
+        alpha = alphas[previous] if previous >= 0 else scheduler.final_alpha_cumprod
         return output.prev_sample + alpha.to(clean.device).sqrt() * (quantized - clean)
 
-    def step_arguments(self, generator, eta: float) -> dict:
+    def step_arguments(self, scheduler: SchedulerMixin, generator: Any, eta: float) -> dict:
         """What `scheduler.step` takes beside its inputs."""
-        accepted = inspect.signature(self.scheduler.step).parameters
-        if not isinstance(eta, (int, float)) or not eta >= 0:
-            raise ValueError(f"`eta` must be a number that is not negative, got {eta!r}.")
+        accepted = inspect.signature(scheduler.step).parameters
+        eta = check_real("eta", eta, 0, 1)
         if eta != 0 and "eta" not in accepted:
-            raise ValueError(f"`eta` has no meaning for a {type(self.scheduler).__name__}; leave it at 0.")
+            raise ValueError(f"`eta` has no meaning for a {type(scheduler).__name__}; leave it at 0.")
         values = {"eta": eta, "generator": generator}
         return {name: value for name, value in values.items() if name in accepted}
 
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor, batch_size: int = 16) -> torch.FloatTensor:
         """Latents `(B, D, h, w)`, not scaled, to images `(B, C, H, W)` in [-1, 1]: quantized, then decoded."""
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        batch_size = check_integer("batch_size", batch_size, 1)
         onload(self.vqvae)
         parts = latents.to(self.vqvae.dtype).split(batch_size)
         return torch.cat([self.vqvae.decode(part).sample.float() for part in parts]).clamp(-1, 1)
@@ -220,12 +344,14 @@ class VQLatentDiffusionPipeline(LatentConditionMixin, VQPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: int | str | list[int | str] | torch.LongTensor | None = None,
         prompt: str | list[str] | None = None,
+        class_labels: int | str | list[int | str] | torch.LongTensor | None = None,
+        condition_image: Any = None,
+        image: Any = None,
+        mask_image: Any = None,
+        height: int | None = None,
+        width: int | None = None,
         negative_prompt: str | list[str] | None = None,
-        condition_image=None,
-        image=None,
-        mask_image=None,
         strength: float = 1.0,
         num_inference_steps: int = 50,
         timesteps: list[int] | None = None,
@@ -234,8 +360,7 @@ class VQLatentDiffusionPipeline(LatentConditionMixin, VQPipeline):
         eta: float = 0.0,
         quantize_denoised: bool = False,
         num_images_per_prompt: int = 1,
-        height: int | None = None,
-        width: int | None = None,
+        batch_size: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.FloatTensor | None = None,
         prompt_embeds: torch.FloatTensor | None = None,
@@ -246,25 +371,28 @@ class VQLatentDiffusionPipeline(LatentConditionMixin, VQPipeline):
         return_dict: bool = True,
         decode_batch_size: int = 16,
         callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> VQLatentDiffusionPipelineOutput | tuple:
         """
         Args:
+            prompt: a text or a list of texts.
             class_labels: a class or a list of classes, ids or names of `id2label`; None is the null class.
-            prompt, negative_prompt: texts; `negative_prompt` is what guidance leads away from, "" by default.
             condition_image: a map for each image that is resized to the latents, whose proportions it has, and
                 concatenated: a tensor `(B, C, H, W)` (one-hot classes of a semantic map; a low-resolution image in
-                [-1, 1]), or PIL images.
-            image: PIL images, or a tensor `(B, C, H, W)` in [-1, 1]: with `strength`, where sampling starts; with
-                `mask_image`, what is painted into.
-            mask_image: PIL images, or a tensor `(B, 1, H, W)` in [0, 1]: 1 is painted anew, the other pixels are kept.
+                [-1, 1]), or images, see [`~images.to_pixel_values`].
+            image: images, see [`~images.to_pixel_values`]: with `strength`, where sampling starts; with `mask_image`, what
+                is painted into.
+            mask_image: a mask, see [`~conditioning.to_mask`]: 1 (white) is painted anew, the other pixels are kept.
+            height, width: of the images, multiples of the tokenizer's downsample factor; by default the denoiser's
+                `sample_size`, or the size of `image`.
+            negative_prompt: what guidance leads away from, "" by default.
             strength: for `image` without mask, the share of the steps that is taken.
             num_inference_steps, timesteps, sigmas: the scheduler's steps.
             guidance_scale: see `predict`; 1 is off.
             eta: DDIM's η.
             quantize_denoised: quantize the predicted clean latents in each step; DDIM only.
             num_images_per_prompt: images for each class, prompt or condition; those of one are adjacent.
-            height, width: of the images, multiples of the tokenizer's downsample factor; by default the denoiser's
-                `sample_size`, or the size of `image`.
+            batch_size: how many inputs there are where no argument says it: without class, prompt and image.
             generator: one `torch.Generator` for the call, or a list with one for each image, which makes an image
                 independent of the others in its batch.
             latents: the standard normal noise `(B, D, h, w)` to start from.
@@ -274,33 +402,36 @@ class VQLatentDiffusionPipeline(LatentConditionMixin, VQPipeline):
             decode_batch_size: images decoded at a time.
             callback_on_step_end: called after each step as `callback(pipe, step, timestep, {"latents": (B, D, h, w)})`,
                 scaled; it may return a dict with other `latents`.
+            callback_on_step_end_tensor_inputs: the names of what it is given, of `_callback_tensor_inputs`.
 
         Raises:
             ValueError: an argument out of range, or a condition that the denoiser does not take.
         """
-        self.check_inputs(output_type, guidance_scale, strength, image, mask_image, callback_on_step_end)
-        kind = "indices" if output_type == "latent" else output_type  # not decoded either
-        self.check_output(num_images_per_prompt, kind, decode_batch_size)
-        if quantize_denoised and not isinstance(self.scheduler, DDIMScheduler):
-            raise ValueError(f"`quantize_denoised` needs a DDIMScheduler, got {type(self.scheduler).__name__}.")
+        times, decode_batch_size = self.check_output(
+            num_images_per_prompt, output_type, decode_batch_size, LATENT_OUTPUT_TYPES
+        )
+        guidance_scale, strength = (
+            check_guidance_scale(guidance_scale),
+            check_real("strength", strength, 0, 1, above=0),
+        )
+        self.check_inputs(image, mask_image, strength, quantize_denoised)
+        callback_names = self.check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         image = None if image is None else to_pixel_values(image, self.vqvae.config.in_channels)
         mask = None if mask_image is None else to_mask(mask_image)
         condition_image = None if condition_image is None else to_map(condition_image)
         class_labels = None if class_labels is None else self.class_ids(class_labels)
-        conditions = (class_labels, prompt, prompt_embeds, condition_image, image, mask)
-        count = max(_length(value) for value in conditions)
-        batch_size = count * num_images_per_prompt
+        count = count_inputs(batch_size, class_labels, prompt, prompt_embeds, condition_image, image, mask)
         factor = self.vqvae.config.downsample_factor
         size = self._latent_size(height, width, image, factor)
-        image, mask = self._match(image, mask, (size[0] * factor, size[1] * factor))
+        self._check_sizes(image, mask, (size[0] * factor, size[1] * factor))
         if mask is not None:
             image, mask = repeat_to(image, count, "image"), repeat_to(mask, count, "mask_image")
-        check_generator(generator, batch_size)
+        check_generator(generator, count * times)
 
         inputs, null_inputs = self.prepare_condition(
             count,
-            class_labels,
             prompt,
+            class_labels,
             negative_prompt,
             prompt_embeds,
             negative_prompt_embeds,
@@ -308,27 +439,31 @@ class VQLatentDiffusionPipeline(LatentConditionMixin, VQPipeline):
             negative_prompt_attention_mask,
             guided=guidance_scale != 1,
         )
-        inputs, null_inputs = (repeat_inputs(rows, num_images_per_prompt) for rows in (inputs, null_inputs))
-        maps = self.prepare_concatenated(count, size, condition_image, image, mask, num_images_per_prompt)
-        steps = self.set_timesteps(num_inference_steps, timesteps, sigmas, tokens=size[0] * size[1])
+        inputs, null_inputs = repeat_inputs(inputs, times), repeat_inputs(null_inputs, times)
+        maps = self.prepare_concatenated(count, size, condition_image, image, mask, times)
+        scheduler = self.own_scheduler()
+        step_arguments = self.step_arguments(scheduler, generator, eta)
+        steps = self.set_timesteps(scheduler, num_inference_steps, timesteps, sigmas, tokens=size[0] * size[1])
         image_latents = None
         if image is not None and mask is None:
             image_latents = self.encode_image(image) * self.vqvae.config.scaling_factor
-            image_latents = repeat_to(image_latents, count, "image", num_images_per_prompt)
-            steps = self._last_steps(steps, strength)
-        shape = (batch_size, self.vqvae.config.embed_dim, *size)
-        latents = self.prepare_latents(shape, generator, latents, image_latents, steps[:1])
+            image_latents = repeat_to(image_latents, count, "image", times)
+            steps = self._last_steps(scheduler, steps, strength)
+        shape = (count * times, self.vqvae.config.embed_dim, *size)
+        latents = self.prepare_latents(scheduler, shape, generator, latents, image_latents, steps[:1])
         latents = self._denoise(
+            scheduler,
             latents,
             steps,
             lambda x, t: self.predict(x, t, inputs, null_inputs, maps, guidance_scale),
-            self.step_arguments(generator, eta),
+            step_arguments,
             quantize_denoised,
             callback_on_step_end,
+            callback_names,
         )
         latents = latents / self.vqvae.config.scaling_factor
         if mask is not None:
-            image, mask = (value.repeat_interleave(num_images_per_prompt, dim=0) for value in (image, mask))
+            image, mask = (value.repeat_interleave(times, dim=0) for value in (image, mask))
         images = self._images(latents, output_type, decode_batch_size, image, mask)
         self.maybe_free_model_hooks()
         return VQLatentDiffusionPipelineOutput(images, latents) if return_dict else (images, latents)
@@ -343,56 +478,56 @@ class VQLatentDiffusionPipeline(LatentConditionMixin, VQPipeline):
         sides = []
         for name, value, grid in (("height", height, 0), ("width", width, 1)):
             value = default[grid] * factor if value is None else value
-            if not isinstance(value, int) or value < factor or value % factor:
+            value = check_integer(name, value, 1)
+            if value % factor:
                 raise ValueError(f"`{name}` must be a multiple of {factor} (the downsample factor), got {value!r}.")
             sides.append(value // factor)
         return sides[0], sides[1]
 
     @staticmethod
-    def _match(image, mask, size: tuple[int, int]):
+    def _check_sizes(image, mask, size: tuple[int, int]):
         for name, value in (("image", image), ("mask_image", mask)):
             if value is not None and tuple(value.shape[-2:]) != size:
                 raise ValueError(
                     f"`{name}` must be {size[0]} high and {size[1]} wide, got {tuple(value.shape[-2:])}; resize it first."
                 )
-        return image, mask
 
-    def _last_steps(self, steps: torch.Tensor, strength: float) -> torch.Tensor:
+    def _last_steps(self, scheduler: SchedulerMixin, steps: torch.Tensor, strength: float) -> torch.Tensor:
         """The last share `strength` of the steps, for an image that is to be changed."""
-        order = self.scheduler.order
+        order = scheduler.order
         count = -(-len(steps) // order)  # a step of second order takes two timesteps, but the last takes one
         start = (count - last_steps(count, strength)) * order
-        if start and len(getattr(self.scheduler, "prk_timesteps", ())):
+        if start and len(getattr(scheduler, "prk_timesteps", ())):
             raise ValueError(
                 "`strength` below 1 needs a PNDMScheduler with skip_prk_steps=True: its first steps differ."
             )
-        if hasattr(self.scheduler, "set_begin_index"):
-            self.scheduler.set_begin_index(start)
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(start)
         return steps[start:]
 
-    def _denoise(self, latents, steps, predict, step_arguments: dict, quantize_denoised: bool, callback):
+    def _denoise(
+        self, scheduler, latents, steps, predict, step_arguments: dict, quantize_denoised: bool, callback, names
+    ):
         with self.progress_bar(total=len(steps)) as progress_bar:
             for i, t in enumerate(steps):
-                output = self.scheduler.step(predict(latents, t), t, latents, **step_arguments)
-                latents = self.quantize_step(output, int(t)) if quantize_denoised else output.prev_sample
+                scaled = latents
+                if hasattr(scheduler, "scale_model_input"):
+                    scaled = scheduler.scale_model_input(latents, t)
+                output = scheduler.step(predict(scaled, t), t, latents, **step_arguments)
+                latents = self.quantize_step(scheduler, output, int(t)) if quantize_denoised else output.prev_sample
                 if callback is not None:
-                    latents = changed_by_callback(callback(self, i, t, {"latents": latents}), "latents", latents)
+                    latents = self.call_back(callback, names, i, t, "latents", latents)
                 progress_bar.update()
         return latents
 
     def _images(self, latents, output_type: str, decode_batch_size: int, image, mask):
         if output_type == "latent":
-            return None
+            return latents
         pixels = self.decode_latents(latents, decode_batch_size)
         if mask is not None:
             mask, image = mask.to(pixels.device), image.to(pixels.device)
             pixels = mask * pixels + (1 - mask) * image
         return images_as(pixels / 2 + 0.5, output_type)
-
-
-def _length(value) -> int:
-    """How many conditions an argument holds."""
-    return 1 if value is None or isinstance(value, str) else len(value)
 
 
 __all__ = ["VQLatentDiffusionPipeline", "VQLatentDiffusionPipelineOutput"]

@@ -5,14 +5,14 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import PreTrainedModel
 
-from .code_sampling import CodeSamplingMixin, KnownCodes, repeat_rows
-from .completion import CompletionMixin
+from .autoregressive_pipeline import AutoregressivePipeline, check_prior
+from .code_sampling import KnownCodes
+from .conditioning import repeat_rows
 from .pipeline_output import VQPipelineOutput
-from .pipeline_utils import VQPipeline, as_levels, check_single_codes
-from .rejection_sampling import RejectionSamplingMixin
+from .vq_pipeline import as_levels, check_any_tokenizer
 
 
-class VQVAE2Pipeline(CodeSamplingMixin, CompletionMixin, RejectionSamplingMixin, VQPipeline):
+class VQVAE2Pipeline(AutoregressivePipeline):
     """
     Samples the codes of each level from top to bottom, `top_prior` without and the others with the codes of the level
     above, and decodes them with `vqvae` (Razavi, van den Oord and Vinyals 2019, section 3.2): a call samples whole images or
@@ -37,6 +37,10 @@ class VQVAE2Pipeline(CodeSamplingMixin, CompletionMixin, RejectionSamplingMixin,
         middle_prior: PreTrainedModel | None = None,
     ):
         super().__init__()
+        check_any_tokenizer(vqvae)
+        priors = {"top_prior": top_prior, "middle_prior": middle_prior, "bottom_prior": bottom_prior}
+        for name, prior in priors.items():
+            check_prior(name, prior)
         self.register_modules(vqvae=vqvae, top_prior=top_prior, bottom_prior=bottom_prior, middle_prior=middle_prior)
         if not any(part is None for part in (vqvae, top_prior, bottom_prior)):
             self._check_components()
@@ -52,7 +56,6 @@ class VQVAE2Pipeline(CodeSamplingMixin, CompletionMixin, RejectionSamplingMixin,
         levels, num_codes = len(self.vqvae.config.downsample_factors), self.vqvae.config.num_embeddings
         if len(names) != levels:
             raise ValueError(f"`vqvae` must have as many levels as there are priors, got {levels} and {len(names)}.")
-        check_single_codes(self.vqvae)
         num_classes = {p.config.condition_vocab_size for p in self.priors if p.config.condition_type == "class"}
         if len(num_classes) > 1:
             raise ValueError(
@@ -97,6 +100,7 @@ class VQVAE2Pipeline(CodeSamplingMixin, CompletionMixin, RejectionSamplingMixin,
         cache_implementation: str | None = None,
         decode_batch_size: int = 16,
         callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("indices", "level"),
     ) -> VQPipelineOutput | tuple:
         """
         Args:
@@ -111,19 +115,21 @@ class VQVAE2Pipeline(CodeSamplingMixin, CompletionMixin, RejectionSamplingMixin,
                 value, or a list or tuple of one for each level from top to bottom.
             generator: one `torch.Generator` for the call, or a list with one for each image, which makes an image
                 independent of the others in its batch. The global random state is used, and moved, only without one.
-            output_type: "pil", "np", "pt" or "indices", see [`VQPipelineOutput`].
+            output_type: "pil", "np", "pt", "latent" or "indices", see [`VQPipelineOutput`].
             return_dict: a [`VQPipelineOutput`] or the tuple `(images, indices)`, where `indices` is a tuple of levels.
             use_cache, cache_implementation: cache of `generate`.
             decode_batch_size: images decoded at a time.
             callback_on_step_end: called after each code as `callback(pipe, step, position, {"indices": (B, position + 1),
-                "level": level})`; steps are counted over the levels, positions within one.
+                "level": level})`; steps are counted over the levels, positions within one. It may return a dict with
+                `indices` that have other codes in the last place.
+            callback_on_step_end_tensor_inputs: the names of what it is given, of `_callback_tensor_inputs`.
 
         Raises:
             ValueError: an argument out of range, or a condition that the priors do not take.
         """
-        self.check_output(num_images_per_prompt, output_type, decode_batch_size)
+        times, decode_batch_size = self.check_output(num_images_per_prompt, output_type, decode_batch_size)
         rows = {"class_labels": self.prepare_prompts(class_labels), "top_indices": self._check_top(top_indices)}
-        rows = repeat_rows({name: tensors for name, tensors in rows.items() if tensors}, num_images_per_prompt)
+        rows = repeat_rows({name: tensors for name, tensors in rows.items() if tensors}, times)
         given = [KnownCodes(codes, torch.ones_like(codes, dtype=torch.bool)) for codes in rows.get("top_indices", ())]
         indices = self.sample_levels(
             rows["class_labels"],
@@ -136,6 +142,7 @@ class VQVAE2Pipeline(CodeSamplingMixin, CompletionMixin, RejectionSamplingMixin,
             use_cache=use_cache,
             cache_implementation=cache_implementation,
             callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
         images = self.postprocess(indices, output_type, decode_batch_size)
         self.maybe_free_model_hooks()
@@ -151,7 +158,7 @@ class VQVAE2Pipeline(CodeSamplingMixin, CompletionMixin, RejectionSamplingMixin,
             )
         # fewer levels than priors: those from the top on
         return [
-            self.check_codes("top_indices", codes, prior) for codes, prior in zip(levels, self.priors, strict=False)
+            self.check_level("top_indices", codes, prior) for codes, prior in zip(levels, self.priors, strict=False)
         ]
 
     @torch.no_grad()

@@ -58,8 +58,8 @@ def condition(golden: Golden) -> dict:
     return {"encoder_hidden_states": golden["cond_emb"]} if "text" in golden.name else {}
 
 
-def guided_condition(golden: Golden, pipe, label=None) -> dict:
-    """The condition of the first example, twice, after the null condition, twice."""
+def guided_condition(golden: Golden, pipe, label=None) -> tuple[dict, dict]:
+    """The condition of the first example, twice, and the null condition, twice."""
     if golden.name == "vqdiff_class":
         label = golden["label"][:1] if label is None else label
         return pipe.prepare_condition(2, class_labels=label, guided=True)
@@ -102,12 +102,12 @@ def test_guidance(golden, pipe):
         return
     x, t = golden["x_t.b"].view(2, 4, 4), golden["t.b"].repeat(2)
     if golden.name != "vqdiff_class":
-        guided = pipe.predict(x, t, guided_condition(golden, pipe), 3.0)
+        guided = pipe.predict(x, t, *guided_condition(golden, pipe), 3.0)
         golden.compare("guided_top1.0r.log_x_start.b", log_x_start(guided))
         return
     null = torch.full((2,), pipe.transformer.null_class_id)
     golden.compare("null.log_x_start.b", log_x_start(logits_of(golden, pipe, "b", class_labels=null)))
-    guided = pipe.predict(x, t, guided_condition(golden, pipe, golden["label"]), 2.0)
+    guided = pipe.predict(x, t, *guided_condition(golden, pipe, golden["label"]), 2.0)
     kept = pipe.scheduler.predict_original(guided, truncation_rate=0.9).flatten(1, 2).mT > 0
     kept = torch.cat([kept, torch.zeros_like(kept[:, :1])], dim=1)
     # the original does not normalise what is kept
@@ -190,11 +190,11 @@ def test_moving_averages_of_the_codebook(golden, pipe):
 def test_chain_of_samples(golden, pipe):
     """Each step from the original's own state, with its noise: the largest of log-probability plus Gumbel noise."""
     rate, scale = TRUNCATION.get(golden.name, 0.86), GUIDANCE[golden.name]
-    inputs = {} if scale == 1 else guided_condition(golden, pipe)
+    inputs = ({}, None) if scale == 1 else guided_condition(golden, pipe)
     states, gaps = [pipe.scheduler.initial_sample((2, 4, 4))], []
     for i, u in enumerate(golden["gen.uniforms"]):
         t = 99 - i
-        logits = pipe.predict(states[-1], torch.tensor(t), inputs, scale)
+        logits = pipe.predict(states[-1], torch.tensor(t), *inputs, scale)
         original = pipe.scheduler.predict_original(logits, truncation_rate=rate)
         posterior = pipe.scheduler.q_posterior(original, states[-1], t, t - 1).flatten(1, 2).mT
         perturbed = posterior.log().clamp_min(-70) - (-(u + 1e-30).log() + 1e-30).log()

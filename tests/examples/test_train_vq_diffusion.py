@@ -14,7 +14,7 @@ import torch
 
 from hf_vq import VQDiffusionImagePipeline, VQVAEConfig, VQVAEModel
 from hf_vq.evaluation.diffusion_likelihood import DiffusionLikelihood
-from hf_vq.pipelines.text_conditioning import encode_text
+from hf_vq.pipelines.conditioning import encode_text
 from hf_vq.training.data.indices_cache import load_indices
 from hf_vq.training.sample_generators import sample_generators
 from tests.examples.test_killed_runs import COMMON, finish, kill_at, rows

@@ -6,8 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_vq.pipelines.latent_conditions import resize_map
-from hf_vq.pipelines.text_conditioning import encode_text
+from hf_vq.pipelines.conditioning import encode_text, resize_map
 from tests.pipelines.test_pipeline_vq_latent_diffusion import (
     D,
     image,
@@ -136,7 +135,7 @@ def test_text_is_padded_and_cuts_are_named(caplog):
     tokenizer.truncation_side = "left"
     encode_text(encoder, tokenizer, "a red cat dog", max_length=1)
     assert "does not see 'a red cat'" in caplog.text
-    with pytest.raises(ValueError, match="`max_length` must be a positive int, got 0"):
+    with pytest.raises(ValueError, match="`max_length` must be an int of at least 1, got 0"):
         encode_text(encoder, tokenizer, "a", max_length=0)
     with pytest.raises(ValueError, match="`max_length` must be at most 6, the positions of the encoder, got 7"):
         encode_text(encoder, tokenizer, "a", max_length=7)

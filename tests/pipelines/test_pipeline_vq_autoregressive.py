@@ -15,8 +15,8 @@ from hf_vq.models.autoencoders.modeling_vqgan import VQGANModel
 from hf_vq.models.autoencoders.modeling_vqvae import VQVAEModel
 from hf_vq.models.priors.configuration_vq_gpt import VQGPTConfig
 from hf_vq.models.priors.modeling_vq_gpt import VQGPTForCausalLM
+from hf_vq.pipelines.code_sampling import draw_codes
 from hf_vq.pipelines.completion import kept_positions
-from hf_vq.pipelines.pipeline_utils import draw_codes
 from hf_vq.pipelines.pipeline_vq_autoregressive import VQAutoregressivePipeline
 
 
@@ -293,9 +293,9 @@ def test_index_of_a_folder_with_code_names_the_installed_classes(tmp_path):
         ("class", {"class_labels": 0, "top_k": 0}, "top_k"),
         ("class", {"class_labels": 0, "top_p": 0.0}, "top_p"),
         ("class", {"class_labels": 0, "num_images_per_prompt": 0}, "num_images_per_prompt"),
-        ("class", {"class_labels": 0, "decode_batch_size": 0}, "`decode_batch_size` must be a positive int"),
+        ("class", {"class_labels": 0, "decode_batch_size": 0}, "`decode_batch_size` must be an int of at least 1"),
         ("class", {"class_labels": 0, "num_images_per_prompt": "two"}, "num_images_per_prompt"),
-        ("class", {"class_labels": 0, "output_type": "latent"}, "output_type"),
+        ("class", {"class_labels": 0, "output_type": "jpg"}, "output_type"),
         ("class", {"class_labels": 0, "generator": 5}, "generator"),
         ("class", {"class_labels": [0, 1], "generator": [torch.Generator()]}, "generator"),
         ("class", {"class_labels": 0, "callback_on_step_end": 5}, "callback_on_step_end"),
@@ -528,8 +528,8 @@ def test_rejection_by_an_image_classifier():
         ({"acceptance_rates": []}, "acceptance_rates"),
         ({"generator": [torch.Generator()]}, "generator"),
         ({"batch_size": 0}, "batch_size"),
-        ({"num_images_per_class": 0}, "`num_images_per_class` must be a positive int, got 0"),
-        ({"num_images_per_class": 1.5}, "`num_images_per_class` must be a positive int, got 1.5"),
+        ({"num_images_per_class": 0}, "`num_images_per_class` must be an int of at least 1, got 0"),
+        ({"num_images_per_class": 1.5}, "`num_images_per_class` must be an int of at least 1, got 1.5"),
         ({"acceptance_rates": "half"}, "acceptance_rates"),
         ({"classifier": lambda images, class_ids: class_ids * float("nan")}, "`classifier` .* nan"),
         ({"classifier": lambda images, class_ids: images.mean()}, "one score"),

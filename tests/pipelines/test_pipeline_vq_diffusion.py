@@ -34,9 +34,9 @@ def test_prediction_by_hand(kind):
     labels = arguments.get("class_labels") and pipeline.class_ids(arguments["class_labels"])
     with torch.no_grad():
         inputs = pipeline.prepare_condition(
-            2, labels, arguments.get("prompt"), guided=arguments["guidance_scale"] != 1
+            2, arguments.get("prompt"), labels, guided=arguments["guidance_scale"] != 1
         )
-        found = pipeline.predict(sample, torch.tensor(4), inputs, arguments["guidance_scale"])
+        found = pipeline.predict(sample, torch.tensor(4), *inputs, arguments["guidance_scale"])
         expected = log_probs_by_hand(pipeline, kind, sample, 4)
     torch.testing.assert_close(found.double().log_softmax(-1), expected, atol=1e-4, rtol=1e-4)
     assert expected.std() > 0.5
@@ -104,7 +104,10 @@ def test_a_list_of_generators_makes_images_independent_of_their_batch(kind):
 
 def test_no_condition_is_the_null_condition():
     pipeline = make_pipeline("class")
-    assert torch.equal(indices_of(pipeline), indices_of(pipeline, class_labels=2))
+    masked = torch.full((1, 4, 4), MASK)
+    with torch.no_grad():
+        expected = pipeline.transformer(masked, STEPS - 1, class_labels=torch.tensor([2])).sample.argmax(-1)
+    assert torch.equal(indices_of(pipeline, num_inference_steps=1, temperature=1e-4), expected)
     pipeline = make_pipeline("text")
     assert torch.equal(indices_of(pipeline), indices_of(pipeline, prompt=""))
     pipeline = make_pipeline("text_learned")
@@ -143,14 +146,14 @@ def test_text_options_reach_the_encoder():
     tokens = torch.tensor([[7, 2, 3, 5, 0]])  # [start] a red cat
     with torch.no_grad():
         states = pipeline.text_encoder(input_ids=tokens).last_hidden_state
-        inputs = pipeline.prepare_condition(2, None, "A Red cat")
+        inputs = pipeline.prepare_condition(2, "A Red cat")[0]
     assert list(inputs) == ["encoder_hidden_states"]
     expected = states / states.norm(dim=-1, keepdim=True)
     torch.testing.assert_close(inputs["encoder_hidden_states"], expected.expand(2, -1, -1))
     with torch.no_grad():
         tokens[:, 4:] = 4
         states = pipeline.text_encoder(input_ids=tokens).last_hidden_state
-        other = make_pipeline("text", **options, text_pad_token_id=4).prepare_condition(1, None, "a red cat")
+        other = make_pipeline("text", **options, text_pad_token_id=4).prepare_condition(1, "a red cat")[0]
     torch.testing.assert_close(other["encoder_hidden_states"], states / states.norm(dim=-1, keepdim=True))
 
 
@@ -229,28 +232,29 @@ def test_half_precision():
 @pytest.mark.parametrize(
     ("kind", "arguments", "message"),
     [
-        ("unconditional", {"class_labels": 0}, "`class_labels` needs a transformer whose condition_type is 'class'"),
-        ("unconditional", {"prompt": "a"}, "`prompt` needs a transformer whose condition_type is 'text'"),
+        ("unconditional", {"class_labels": 0}, "`class_labels` needs a denoiser with classes"),
+        ("unconditional", {"prompt": "a"}, "`prompt` needs a denoiser that is conditioned on text"),
         ("unconditional", {"guidance_scale": 2.0}, "`guidance_scale` other than 1 needs a conditional"),
-        ("class", {"class_labels": 0, "prompt": "a"}, "`prompt` needs a transformer"),
-        ("text", {"class_labels": 0, "prompt": "a"}, "`class_labels` needs a transformer"),
-        ("class", {"class_labels": 3}, "from 0 to 2"),
-        ("class", {"class_labels": -1}, "from 0 to 2"),
+        ("class", {"class_labels": 0, "prompt": "a"}, "`prompt` needs a denoiser"),
+        ("text", {"class_labels": 0, "prompt": "a"}, "`class_labels` needs a denoiser"),
+        ("class", {"class_labels": 3}, "from 0 to 1"),
+        ("class", {"class_labels": 2}, "from 0 to 1"),  # the null class
+        ("class", {"class_labels": -1}, "from 0 to 1"),
         ("class", {"class_labels": "owl"}, r"one of \['cat', 'dog'\], got 'owl'"),
         ("class", {"guidance_scale": 2.0}, "`guidance_scale` other than 1 needs `class_labels`"),
         ("class", {"class_labels": 0, "guidance_scale": -1}, "`guidance_scale` must be"),
         ("text", {"guidance_scale": 2.0}, "`guidance_scale` other than 1 needs a `prompt`"),
         ("class", {"class_labels": 0, "guidance_scale": float("nan")}, "`guidance_scale` must be"),
         ("class", {"class_labels": 0, "guidance_scale": float("inf")}, "`guidance_scale` must be"),
-        ("class", {"class_labels": True}, "`class_labels` must be ids from 0 to 2"),
-        ("class", {"class_labels": 0, "negative_prompt": "a"}, "`negative_prompt` needs a transformer"),
+        ("class", {"class_labels": True}, "`class_labels` must be ids from 0 to 1"),
+        ("class", {"class_labels": 0, "negative_prompt": "a"}, "`negative_prompt` needs a denoiser"),
         ("text", {"prompt": [1]}, "`prompt` must be a str or a list"),
         ("text", {"prompt": 1}, "`prompt` must be a str or a list"),
         ("text", {"prompt": []}, "`prompt` must be a str or a list"),
         ("text", {"prompt": "a", "negative_prompt": []}, "`negative_prompt` must be a str or a list"),
         ("text", {"prompt": "a", "negative_prompt": 3}, "`negative_prompt` must be a str or a list .* got 3"),
         ("text", {"prompt_embeds": torch.zeros(1, 6, 8).long()}, "`prompt_embeds` must be a float tensor"),
-        ("text", {"prompt_embeds": torch.zeros(0, 6, 8)}, "`prompt_embeds` must hold one entry .* got 0"),
+        ("text", {"prompt_embeds": torch.zeros(0, 6, 8)}, "`prompt_embeds` must be finite and not empty"),
         (
             "text",
             {"prompt_embeds": torch.zeros(2, 6, 8), "prompt_attention_mask": torch.eye(6)[:2] * torch.eye(2)[:, :1]},
@@ -264,15 +268,19 @@ def test_half_precision():
         ("unconditional", {"num_inference_steps": 0}, "`num_inference_steps` must be an int in 1…10"),
         ("unconditional", {"timesteps": [8, 3]}, "`timesteps` must fall from 9"),
         ("unconditional", {"strength": 0.5}, "`strength` needs an `image`"),
-        ("unconditional", {"indices": codes(), "strength": 1.5}, r"`strength` must lie in \(0, 1\]"),
+        ("unconditional", {"indices": codes(), "strength": 1.5}, r"`strength` must be a number in \(0, 1\]"),
         ("unconditional", {"indices": codes(), "strength": 0.05}, "`strength` must leave at least one of 10"),
         ("unconditional", {"indices": codes(), "image": image()}, "Only one of `image` and `indices`"),
         ("unconditional", {"indices": codes() + CODES}, "`indices` must lie in 0 … 15"),
         ("unconditional", {"indices": codes() - CODES}, "`indices` must lie in 0 … 15"),
-        ("unconditional", {"indices": codes()[0]}, r"`indices` must be int64 of shape \(B, 4, 4\)"),
+        ("unconditional", {"indices": codes()[0]}, r"`indices` must be int64 codes of shape \(B, 4, 4\)"),
         ("unconditional", {"indices": codes().float()}, "`indices` must be int64"),
-        ("unconditional", {"indices": codes()[:0]}, "`indices` must hold at least one grid"),
-        ("unconditional", {"indices": codes(), "strength": "a"}, r"`strength` must lie in \(0, 1\], got 'a'"),
+        (
+            "unconditional",
+            {"indices": codes()[:0]},
+            r"`indices` must be int64 codes .* got torch.int64 of shape \(0, 4, 4\)",
+        ),
+        ("unconditional", {"indices": codes(), "strength": "a"}, r"`strength` must be a number in \(0, 1\], got 'a'"),
         ("unconditional", {"image": image()[:0]}, "`image` must be finite and not empty"),
         ("unconditional", {"image": image() / 0 * 0}, "`image` must be finite and not empty"),
         ("unconditional", {"image": image(), "mask_image": torch.ones(1, 0, 4)}, "`mask_image` must be"),
@@ -285,12 +293,12 @@ def test_half_precision():
         ("unconditional", {"temperature": 0.0}, "`temperature`"),
         ("unconditional", {"prior_rule": 3}, "`prior_rule`"),
         ("unconditional", {"prior_rule": 2, "prior_weight": -1.0}, "`prior_weight`"),
-        ("unconditional", {"output_type": "latent"}, "`output_type` must be one of"),
+        ("unconditional", {"output_type": "jpg"}, "`output_type` must be one of"),
         ("unconditional", {"num_images_per_prompt": 0}, "`num_images_per_prompt` must be"),
         ("unconditional", {"generator": [seeded(), seeded()]}, "`generator` must hold one"),
         ("unconditional", {"callback_on_step_end": 1}, "must be callable"),
-        ("unconditional", {"decode_batch_size": 0}, "`decode_batch_size` must be a positive int, got 0"),
-        ("unconditional", {"decode_batch_size": None}, "`decode_batch_size` must be a positive int, got None"),
+        ("unconditional", {"decode_batch_size": 0}, "`decode_batch_size` must be an int of at least 1, got 0"),
+        ("unconditional", {"decode_batch_size": None}, "`decode_batch_size` must be an int of at least 1, got None"),
         (
             "class",
             {"class_labels": [0, 1], "indices": codes(3)},
@@ -340,7 +348,7 @@ def test_errors_of_parts():
     with pytest.raises(ValueError, match="`vqvae` must have one code at each position, .* 'residual'"):
         make_pipeline(vqvae=residual)
     levels = VQVAE2Model(VQVAE2Config(num_embeddings=CODES, embed_dim=4, hidden_size=8, residual_hidden_size=4))
-    with pytest.raises(ValueError, match="`vqvae` must have one level, got 2"):
+    with pytest.raises(ValueError, match="`vqvae` must have one level of codes, got 2"):
         make_pipeline(vqvae=levels)
 
 
@@ -369,11 +377,9 @@ def test_guidance_needs_a_null_condition():
     with pytest.raises(ValueError, match="`prompt_embeds` must be given"):
         bare()
     no_null = make_pipeline("class", transformer=make_transformer("class", null_class=False))
-    with pytest.raises(ValueError, match="a transformer with a null class"):
+    with pytest.raises(ValueError, match="a denoiser with a null class"):
         no_null(class_labels=0, guidance_scale=2.0)
-    with pytest.raises(
-        ValueError, match="`class_labels` must be given: the transformer has classes and no null class"
-    ):
+    with pytest.raises(ValueError, match="`class_labels` must be given: the denoiser has classes and no null class"):
         no_null()
 
 

@@ -59,7 +59,8 @@ def test_strength_in_decimals_is_not_cut_by_binary_rounding(strength, first):
         "transformer": make_transformer(num_train_timesteps=100),
         "scheduler": MaskReplaceScheduler(CODES, 100),
     }
-    steps = make_pipeline(**parts).set_timesteps(None, None, strength)
+    pipeline = make_pipeline(**parts)
+    steps = pipeline.set_timesteps(pipeline.own_scheduler(), strength=strength)
     assert steps.tolist() == list(range(first, -1, -1))
 
 

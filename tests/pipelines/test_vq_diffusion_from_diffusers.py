@@ -175,7 +175,7 @@ def test_a_repository(tmp_path, learnable):
         null, conditional = output.chunk(2)
         expected = (null + 3.0 * (conditional - null)).log_softmax(dim=1)
         inputs = pipeline.prepare_condition(2, prompt=prompts, guided=True)
-        logits = pipeline.predict(sample, torch.tensor(7), inputs, 3.0)
+        logits = pipeline.predict(sample, torch.tensor(7), *inputs, 3.0)
     torch.testing.assert_close(logits.log_softmax(-1).flatten(1, 2).mT, expected, atol=1e-4, rtol=1e-4)
 
     pipeline.set_progress_bar_config(disable=True)

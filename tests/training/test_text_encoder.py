@@ -15,7 +15,7 @@ from transformers import (
     ViTModel,
 )
 
-from hf_vq.pipelines.text_conditioning import encode_text
+from hf_vq.pipelines.conditioning import encode_text
 from hf_vq.training.text_encoder import load_text_encoder
 
 

@@ -12,7 +12,7 @@ from hf_vq.models.autoencoders.configuration_vqvae import VQVAEConfig
 from hf_vq.models.autoencoders.modeling_vqvae import VQVAEModel
 from hf_vq.models.priors.configuration_pixelcnn import PixelCNNConfig
 from hf_vq.models.priors.modeling_pixelcnn import GatedLayer, PixelCNNForCausalLM
-from hf_vq.pipelines.pipeline_utils import draw_codes
+from hf_vq.pipelines.code_sampling import draw_codes
 from hf_vq.pipelines.pipeline_vq_autoregressive import VQAutoregressivePipeline
 from tests.models.model_testing import ModelCase
 from tests.models.priors.code_prior_testing import CodePriorTests, classes, make_indices, operations
