@@ -25,7 +25,7 @@ class DiffusionLikelihood(nn.Module):
             has logits `(B, *, K)` as `sample`.
         scheduler ([`MaskReplaceScheduler`]): the chain that it was trained on.
         prepare_condition (*optional*): from the condition of a batch to keyword arguments of the transformer, for example
-            `lambda prompts: pipe.prepare_condition(len(prompts), prompt=prompts)`; by default a condition is classes,
+            `lambda prompts: pipe.prepare_condition(len(prompts), prompt=prompts)[0]`; by default a condition is classes,
             int64 `(B,)`.
         num_timesteps (*optional*): evaluate the transformer at so many timesteps of each image in place of all T: one drawn
             from each of as many parts of 0…T-1, and weighted by the part's length. An unbiased estimate.
