@@ -180,7 +180,7 @@ def to_mask(mask: Any, name: str = "mask_image") -> torch.FloatTensor:
         name: of the argument, for error messages.
 
     Raises:
-        ValueError: anything else. A mask that paints nothing, or everything, is a warning.
+        ValueError: anything else. A mask that paints nothing is a warning.
     """
     if isinstance(mask, (list, tuple)) and mask and all(isinstance(row, (np.ndarray, torch.Tensor)) for row in mask):
         rows = [to_mask(row, name) for row in mask]
@@ -210,15 +210,11 @@ def _range_of(values: torch.Tensor) -> str:
 
 
 def _of_painted(mask: torch.FloatTensor, name: str) -> torch.FloatTensor:
-    """`mask`, with a warning where it leaves nothing to do, or nothing to keep."""
-    painted = mask.flatten(1).mean(dim=1)
-    for share, what in (
-        (0, "nothing, so that the image is kept as it is"),
-        (1, "everything, so that nothing is kept"),
-    ):
-        rows = (painted == share).nonzero().flatten().tolist()
-        if rows:
-            warnings.warn(f"`{name}` paints {what}, in row {rows[0]} of {len(mask)}.", UserWarning, stacklevel=4)
+    """`mask`, with a warning where it leaves nothing to do."""
+    empty = (~mask.flatten(1).any(dim=1)).nonzero().flatten().tolist()
+    if empty:
+        message = f"`{name}` paints nothing (1 is painted, 0 is kept), so that all is kept, in row {empty[0]} of {len(mask)}."
+        warnings.warn(message, UserWarning, stacklevel=4)
     return mask
 
 
