@@ -159,29 +159,23 @@ def _as_taps(weight: torch.Tensor) -> torch.Tensor:
     return weight.flatten(2)
 
 
-def _as_causal_taps(weight: torch.Tensor) -> torch.Tensor:
-    """Without the taps from the middle of the last row on, which the original sets to 0 whenever it uses the weight."""
-    k = weight.shape[-1]
-    return weight.flatten(2)[..., : (k - 1) * k + k // 2]
-
-
 def _as_is(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
 def _conditioning_block(match: re.Match) -> str:
     """The original numbers the first convolution along with the blocks."""
-    return f"conditioning.residual_blocks.{int(match[1]) - 1}.{match[2]}"
+    return f"conditioning.residual_blocks.{int(match[1]) - 1}.{match[2]}.conv"
 
 
-# A pattern of the original's modules, ours, and how the direction of the weight is laid out here.
+# A pattern of the original's modules, ours, and how the weight is laid out here (`None`: in two parts, see `_split_taps`).
 PIXELSNAIL_MODULES = (
     (r"horizontal\.conv\.conv", r"stem.above", _as_taps),
     (r"vertical\.conv\.conv", r"stem.left", _as_taps),
     (
         r"blocks\.(\d+)\.resblocks\.(\d+)\.(conv[12])\.conv\.conv",
         r"blocks.\1.residual_blocks.\2.\3",
-        _as_causal_taps,
+        None,
     ),
     (r"blocks\.(\d+)\.resblocks\.(\d+)\.condition\.conv", r"blocks.\1.residual_blocks.\2.condition", _as_linear),
     (r"blocks\.(\d+)\.(key|query|out)_resblock\.(conv[12])\.conv", r"blocks.\1.\2_block.\3", _as_linear),
@@ -195,14 +189,50 @@ PIXELSNAIL_MODULES = (
 )
 
 
-def convert_pixelsnail_key(key: str, value: torch.Tensor) -> tuple[str, torch.Tensor]:
-    """Our name and layout of a weight of the original; an unknown one is a `ValueError`."""
-    module, _, name = key.rpartition(".")
-    for pattern, target, layout in PIXELSNAIL_MODULES:
-        if re.fullmatch(pattern, module) and name in ("weight_g", "weight_v", "bias"):
-            value = layout(value) if name == "weight_v" else value.flatten()
-            return f"{re.sub(pattern, target, module)}.{name}", value
-    raise ValueError(f"`checkpoint` has the key {key}, which no PixelSNAIL of the original has.")
+# The length and the direction of a weight, by the original's name and by torch's.
+WEIGHT_NORM = {"weight_g": "parametrizations.weight.original0", "weight_v": "parametrizations.weight.original1"}
+
+
+def convert_pixelsnail_module(module: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Our names and layout of the `weights` of a module of the original; an unknown one is a `ValueError`."""
+    found = [entry for entry in PIXELSNAIL_MODULES if re.fullmatch(entry[0], module)]
+    unknown = weights.keys() - {*WEIGHT_NORM, "bias"} if found else weights.keys()
+    if unknown:
+        raise ValueError(f"`checkpoint` has the key {module}.{min(unknown)}, which no PixelSNAIL of the original has.")
+    pattern, target, layout = found[0]
+    name = re.sub(pattern, target, module)
+    missing = WEIGHT_NORM.keys() - weights.keys()
+    if missing:
+        raise ValueError(f"`checkpoint` lacks the key {module}.{min(missing)}.")
+    if layout is None:
+        new = _split_taps(name, weights["weight_g"], weights["weight_v"])
+        name = f"{name}.above"
+    else:
+        direction = layout(weights["weight_v"])
+        length = weights["weight_g"].reshape(-1, *[1] * (direction.ndim - 1))
+        new = _weight_norm(name, length, direction)
+    return new | ({f"{name}.bias": weights["bias"]} if "bias" in weights else {})
+
+
+def _weight_norm(name: str, length: torch.Tensor, direction: torch.Tensor) -> dict[str, torch.Tensor]:
+    parts = {"weight_g": length, "weight_v": direction}
+    return {f"{name}.{WEIGHT_NORM[part]}": value.contiguous() for part, value in parts.items()}
+
+
+def _split_taps(name: str, length: torch.Tensor, direction: torch.Tensor) -> dict[str, torch.Tensor]:
+    """
+    A causal k×k convolution as that over the rows above and that over the columns on the left, each with its share of the
+    length. The taps from the middle of the last row on, which the original sets to 0 whenever it uses the weight, drop out.
+    """
+    k = direction.shape[-1]
+    parts = {"above": direction[:, :, :-1], "left": direction[:, :, -1:, : k // 2]}
+    norms = {part: taps.flatten(1).norm(dim=1) for part, taps in parts.items()}
+    whole = torch.stack(list(norms.values())).norm(dim=0)
+    new = {}
+    for part, taps in parts.items():
+        share = length.flatten() * norms[part] / whole
+        new |= _weight_norm(f"{name}.{part}", share.view(-1, 1, 1, 1), taps)
+    return new
 
 
 def convert_pixelsnail(state_dict: dict, dropout: float = 0.1) -> tuple[PixelSNAILForCausalLM, dict[str, str]]:
@@ -246,7 +276,14 @@ def convert_pixelsnail(state_dict: dict, dropout: float = 0.1) -> tuple[PixelSNA
     )
     with torch.device("meta"):
         model = PixelSNAILForCausalLM(config)
-    load_exactly(model, dict(convert_pixelsnail_key(key, value) for key, value in weights.items()))
+    modules = {}
+    for key, value in weights.items():
+        module, _, name = key.rpartition(".")
+        modules.setdefault(module, {})[name] = value
+    new = {}
+    for module, of_module in modules.items():
+        new |= convert_pixelsnail_module(module, of_module)
+    load_exactly(model, new)
     return model.eval(), dropped
 
 

@@ -95,14 +95,14 @@ def convert_gpt_state_dict(state_dict, codebook_size=None) -> tuple[dict, dict]:
     if old:
         raise ValueError(f"`state_dict` has keys that no original GPT has: {sorted(old)[:5]}.")
 
-    vocab_size, n_embd = new["transformer.wte.weight"].shape
-    codebook_size = vocab_size if codebook_size is None else codebook_size
-    if codebook_size > vocab_size:
-        raise ValueError(f"`codebook_size` must be at most the GPT's vocabulary of {vocab_size}, got {codebook_size}.")
+    num_ids, n_embd = new["transformer.wte.weight"].shape
+    codebook_size = num_ids if codebook_size is None else codebook_size
+    if codebook_size > num_ids:
+        raise ValueError(f"`codebook_size` must be at most the GPT's vocabulary of {num_ids}, got {codebook_size}.")
     new["lm_head.weight"] = new["lm_head.weight"][:codebook_size]
     kwargs = {
         "codebook_size": codebook_size,
-        "vocab_size": vocab_size,
+        "input_vocab_size": num_ids,
         "share_condition_embedding": True,
         "n_positions": new["transformer.wpe.weight"].shape[0],
         "n_embd": n_embd,

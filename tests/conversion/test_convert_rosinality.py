@@ -125,7 +125,8 @@ def test_prior_goes_on_training(prior_case):
     weight_v = state_dict["blocks.0.resblocks.0.conv1.conv.conv.weight_v"]
     assert weight_v[:, :, -1, 2:].any(), "the original zeroes these taps only when it uses them"
     conv = prior.blocks[0].residual_blocks[0].conv1
-    assert torch.equal(conv.weight_v, weight_v.flatten(2)[..., :22])
+    assert torch.equal(conv.above.parametrizations.weight.original1, weight_v[:, :, :-1])
+    assert torch.equal(conv.left.parametrizations.weight.original1, weight_v[:, :, -1:, :2])
     prior(**prior.prepare_inputs(golden["codes"]), **above).loss.backward()
     assert all(parameter.grad is not None for parameter in prior.parameters())
     prior.zero_grad()

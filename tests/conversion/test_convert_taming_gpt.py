@@ -95,7 +95,7 @@ def test_head_is_cut_to_the_codebook(golden):
     model, tensors, condition, _ = golden
     state_dict = torch.load(GOLDEN / "taming_gpt_class" / "checkpoint.ckpt", weights_only=True)["state_dict"]
     kwargs, weights = convert_gpt_state_dict(state_dict, codebook_size=20)
-    assert kwargs["codebook_size"] == 20 and kwargs["vocab_size"] == 40
+    assert kwargs["codebook_size"] == 20 and kwargs["input_vocab_size"] == 40
     assert torch.equal(weights["lm_head.weight"], state_dict["transformer.head.weight"][:20])
     VQGPTForCausalLM(
         VQGPTConfig(**kwargs, n_head=4, grid_size=4, condition_type="class", num_classes=10)

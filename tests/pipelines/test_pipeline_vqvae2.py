@@ -46,7 +46,7 @@ def make_prior(grid, above=None, num_codes=8, seed=0, condition=CLASSES, num_upp
     prior = PixelSNAILForCausalLM(config).eval()
     with torch.no_grad():  # far from uniform, and each code depends on the others
         for name, parameter in prior.named_parameters():
-            if name.endswith("weight_g"):
+            if name.endswith("original0"):
                 parameter.mul_(2.5)
     return prior
 

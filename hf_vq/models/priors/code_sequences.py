@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 from torch import nn
+from transformers import LogitsProcessor, LogitsProcessorList
 
 
 def _integers(values, name: str) -> torch.LongTensor:
@@ -22,14 +23,26 @@ def check_range(values: torch.LongTensor, size: int, name: str, first: int = 0, 
         raise ValueError(f"`{name}` must lie in {first} … {size - 1}{meaning}, got values from {least} to {most}.")
 
 
+class CodesOnly(LogitsProcessor):
+    """Forbids what is no code, where a head is wider than the codebook."""
+
+    def __init__(self, codebook_size: int):
+        self.codebook_size = codebook_size
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        scores = scores.clone()
+        scores[:, self.codebook_size :] = float("-inf")
+        return scores
+
+
 class CodeSequenceMixin:
     """
     Sequences `(B, condition_length + h * w)` of a causal LM over codes: a prefix of condition ids, then the codes of an
-    image row by row. Comes before `GenerationMixin` among the bases.
+    image in the order of `config.code_order`. Comes before `GenerationMixin` among the bases.
 
-    The model's config has `codebook_size`, `grid_size`, `image_seq_length`, `condition_type`, `condition_length`,
-    `condition_vocab_size`, `condition_token_offset`, `null_class_token_id`, `vocab_size`, `n_positions` (the longest input;
-    the last code is never one) and, for names of classes, `id2label`.
+    The model's config is a `CodeSequenceConfigMixin`, with `codebook_size`, `grid_size`, `condition_type`,
+    `condition_length`, `condition_vocab_size`, `input_vocab_size`, `vocab_size` (the width of the logits), `n_positions` (the
+    longest input; the last code is never one) and, for names of classes, `id2label`.
     """
 
     def prepare_condition(self, condition=None, batch_size: int | None = None) -> torch.LongTensor:
@@ -55,7 +68,8 @@ class CodeSequenceMixin:
                 raise ValueError(
                     "`condition` is required: with share_condition_embedding=True there is no null condition."
                 )
-            return torch.full((batch_size or 1, config.condition_length), token or 0, device=self.device)
+            token = config.bos_token_id if token is None else token
+            return torch.full((batch_size or 1, config.condition_length), token, device=self.device)
         if config.condition_type == "unconditional":
             raise ValueError("`condition` must be None: this prior is unconditional.")
         if isinstance(condition, str):
@@ -112,7 +126,38 @@ class CodeSequenceMixin:
         start, length = self.config.condition_length, self.config.image_seq_length
         if sequences.ndim != 2 or sequences.shape[1] != start + length:
             raise ValueError(f"`sequences` must have shape (B, {start + length}), got {tuple(sequences.shape)}.")
-        return sequences[:, start:].reshape(-1, *self.config.grid_size)
+        return self.from_reading_order(sequences[:, start:])
+
+    def to_reading_order(self, grid: torch.Tensor) -> torch.Tensor:
+        """
+        What belongs to the positions of the grid, in the order in which the model reads them.
+
+        Args:
+            grid (`(B, h, w, ...)`): codes, a mask of known ones, or anything else.
+
+        Returns:
+            `torch.Tensor` of shape `(B, h * w, ...)`.
+
+        Raises:
+            ValueError: another grid than the model's.
+        """
+        if tuple(grid.shape[1:3]) != tuple(self.config.grid_size):
+            raise ValueError(f"`grid` must have shape (B, {self._sides}, ...), got {tuple(grid.shape)}.")
+        flat = grid.flatten(1, 2)
+        return flat if self.config.order == "raster" else flat[:, self._order(grid.device)]
+
+    def from_reading_order(self, sequence: torch.Tensor) -> torch.Tensor:
+        """The grid `(B, h, w, ...)` of what [`~CodeSequenceMixin.to_reading_order`] has given, `(B, h * w, ...)`."""
+        if self.config.order != "raster":
+            sequence = sequence[:, self._order(sequence.device).argsort()]
+        return sequence.unflatten(1, tuple(self.config.grid_size))
+
+    def _order(self, device: torch.device) -> torch.LongTensor:
+        return torch.tensor(self.config.code_order, device=device)
+
+    @property
+    def _sides(self) -> str:
+        return ", ".join(map(str, self.config.grid_size))
 
     def _flat_codes(self, indices) -> torch.LongTensor:
         codes = _integers(indices, "indices")
@@ -122,7 +167,47 @@ class CodeSequenceMixin:
                 f"`indices` must have shape (B, {height}, {width}) or (B, {height * width}), got {tuple(codes.shape)}."
             )
         check_range(codes, self.config.codebook_size, "indices")
-        return codes.flatten(1).to(self.device)
+        return self.to_reading_order(codes.reshape(-1, height, width).to(self.device))
+
+    def corrupt_inputs(self, input_ids: torch.LongTensor) -> torch.LongTensor:
+        """
+        The training noise of `config.pkeep`, where the prior has it, on the codes and of `config.condition_dropout` on the
+        prefix of `input_ids` `(B, T)`; the argument is left unchanged. `forward` calls it in training mode when labels are
+        given.
+        """
+        config, start = self.config, self.config.condition_length
+        prefix, codes = input_ids[:, :start], input_ids[:, start:]
+        if getattr(config, "pkeep", 1) < 1:
+            keep = torch.rand(codes.shape, device=codes.device) < config.pkeep
+            codes = torch.where(keep, codes, torch.randint_like(codes, config.codebook_size))
+        if config.condition_dropout > 0:
+            drop = torch.rand((len(prefix), 1), device=prefix.device) < config.condition_dropout
+            prefix = prefix.masked_fill(drop, config.null_class_token_id)
+        return torch.cat([prefix, codes], dim=1)
+
+    def code_loss(
+        self,
+        logits: torch.FloatTensor,
+        labels: torch.LongTensor,
+        num_items_in_batch: int | torch.Tensor | None = None,
+    ) -> torch.FloatTensor:
+        """
+        The mean cross-entropy in nats of the codes among `labels`.
+
+        Args:
+            logits (`(B, T - 1, vocab_size)`): those of all inputs but the last.
+            labels (int64 `(B, T)`): shifted here. Neither the prefix nor -100 counts.
+            num_items_in_batch (`int`, *optional*): what the sum is divided by, instead of the number of codes.
+        """
+        targets = labels[:, 1:].long().clone()
+        targets[:, : self.config.condition_length - 1] = -100
+        return self.loss_function(
+            logits=logits,
+            labels=None,
+            vocab_size=self.config.vocab_size,
+            num_items_in_batch=num_items_in_batch,
+            shift_labels=targets,
+        )
 
     def log_likelihood(self, indices, condition=None, **inputs) -> torch.FloatTensor:
         """
@@ -139,7 +224,16 @@ class CodeSequenceMixin:
         codes = self._flat_codes(indices)
         prefix = self.prepare_condition(condition, batch_size=codes.shape[0])
         input_ids = torch.cat([prefix, codes[:, :-1]], dim=1)
-        logits = self(input_ids=input_ids, use_cache=False, logits_to_keep=codes.shape[1], **inputs).logits
+        # a code among positions that see each other must not see itself: a pass for each
+        alone = min(max(getattr(self.config, "n_unmasked", 0) - prefix.shape[1], 0), codes.shape[1])
+        logits = [
+            self(input_ids=input_ids[:, : prefix.shape[1] + i], use_cache=False, logits_to_keep=1, **inputs).logits
+            for i in range(alone)
+        ]
+        if alone < codes.shape[1]:
+            keep = codes.shape[1] - alone
+            logits.append(self(input_ids=input_ids, use_cache=False, logits_to_keep=keep, **inputs).logits)
+        logits = torch.cat(logits, dim=1)
         return -nn.functional.cross_entropy(logits.float().transpose(1, 2), codes, reduction="none").sum(1)
 
     def generate(self, inputs=None, generation_config=None, **kwargs):
@@ -159,7 +253,7 @@ class CodeSequenceMixin:
         if prompt is not None:
             if not len(prompt):
                 raise ValueError("`inputs` must not be empty, got a prompt of 0 rows.")
-            check_range(_integers(prompt, "inputs"), self.config.vocab_size, "inputs")
+            check_range(_integers(prompt, "inputs"), self.config.input_vocab_size, "inputs")
         source = embeds if embeds is not None else prompt
         length = source.shape[1] if source is not None else 1
         settings = generation_config if generation_config is not None else self.generation_config
@@ -184,6 +278,11 @@ class CodeSequenceMixin:
             )
         if setting("guidance_scale") not in (None, 1, 1.0):
             kwargs["negative_prompt_ids"] = self._negative_prompt(prompt, kwargs.get("negative_prompt_ids"), setting)
+        if self.config.vocab_size > self.config.codebook_size:
+            processors = kwargs.get("logits_processor") or []
+            kwargs["logits_processor"] = LogitsProcessorList([CodesOnly(self.config.codebook_size), *processors])
+        if length < getattr(self.config, "n_unmasked", 0):
+            kwargs["use_cache"] = False  # what has been read changes with each code among the first positions
         return super().generate(inputs, generation_config=generation_config, **kwargs)
 
     def _negative_prompt(self, prompt, negative, setting):
@@ -202,4 +301,4 @@ class CodeSequenceMixin:
         return negative.repeat_interleave(setting("num_return_sequences") or 1, dim=0)
 
 
-__all__ = ["CodeSequenceMixin", "check_range"]
+__all__ = ["CodeSequenceMixin", "CodesOnly", "check_range"]

@@ -3,17 +3,20 @@
 from huggingface_hub.dataclasses import strict
 from transformers import GPT2Config
 
+from .configuration_code_prior import CodeSequenceConfigMixin, pair_of_sides
 
-CONDITION_TYPES = ("unconditional", "class", "codes")
+
+CONDITION_TYPES = ("unconditional", "class", "codes", "coordinates")
 
 
 @strict
-class VQGPTConfig(GPT2Config):
+class VQGPTConfig(CodeSequenceConfigMixin, GPT2Config):
     """
-    Configuration of [`VQGPTForCausalLM`], a GPT-2 over the code indices of an image tokenizer, read row by row.
+    Configuration of [`VQGPTForCausalLM`], a GPT-2 over the code indices of an image tokenizer.
 
     A sequence is a condition prefix of `condition_length` ids followed by the `grid_size[0] * grid_size[1]` codes of an
-    image. Ids below `codebook_size` are codes; above them lie the condition ids and, last, the null condition:
+    image in the order `order`. Ids below `codebook_size` are codes; above them lie the condition ids and, last, the null
+    condition:
 
     | condition_type    | prefix                                | ids                                                     |
     |-------------------|---------------------------------------|---------------------------------------------------------|
@@ -21,30 +24,44 @@ class VQGPTConfig(GPT2Config):
     | `"class"`         | one class id                          | class c: `codebook_size + c`, null: the last id         |
     | `"codes"`         | `condition_length` codes, e.g. of     | code c: `codebook_size + c`, null: the last id          |
     |                   | another tokenizer's segmentation map  |                                                         |
+    | `"coordinates"`   | `condition_length` quantized          | coordinate c: `codebook_size + c`, null: the last id    |
+    |                   | coordinates of a crop                 |                                                         |
 
     With `share_condition_embedding=True`, the convention of the original VQGAN checkpoints, condition `c` uses the very
-    embedding of code `c`, the start token is id 0, and there is no null condition.
+    embedding of code `c`, the start token is `bos_token_id`, and there is no null condition.
 
     The fields of `GPT2Config` that are not listed keep their meaning; `n_embd`, `n_layer`, `n_head` and `n_positions` may
     also be spelled `hidden_size`, `num_hidden_layers`, `num_attention_heads` and `max_position_embeddings`.
 
     Args:
-        codebook_size (`int`, defaults to 1024): number of codes of the image tokenizer, and the width of the head.
+        codebook_size (`int`, defaults to 1024): number of codes of the image tokenizer.
         grid_size (`int` or pair of `int`, defaults to (16, 16)): height and width of the grid of codes.
+        order (`str`, defaults to `"raster"`): the order in which the grid is read: `"raster"`, `"alternate"`,
+            `"subsample"`, `"z-curve"`, `"spiral-out"`, `"spiral-in"` or `"random"`, see [`code_order`].
+        permutation (`list[int]`, *optional*): for `order="random"`, the raster positions in the order in which they are
+            read; by default the original's, and always saved.
         condition_type (`str`, defaults to `"unconditional"`): one of the table above.
-        condition_vocab_size (`int`, defaults to 0): number of classes (also spelled `num_classes`) or of condition codes,
-            the null condition not counted; 0 exactly when unconditional.
-        condition_length (`int`, defaults to 1): number of ids in the prefix; more than 1 only for `"codes"`.
+        condition_vocab_size (`int`, defaults to 0): number of classes (also spelled `num_classes`), of condition codes or
+            of coordinates, the null condition not counted; 0 exactly when unconditional.
+        condition_length (`int`, defaults to 1): number of ids in the prefix; more than 1 only for `"codes"` and
+            `"coordinates"`. A condition map may have any size of its own, smaller than the image's grid too.
         share_condition_embedding (`bool`, defaults to `False`): condition ids reuse the codes' embeddings.
-        n_unmasked (`int`, defaults to 0): the first `n_unmasked` positions, all within the prefix, attend to each other
-            in both directions.
+        n_unmasked (`int`, defaults to 0): the first `n_unmasked` positions attend to each other in both directions. Where
+            they reach beyond the prefix, the training loss of the codes among them is no likelihood, since they see
+            themselves; sampling and `log_likelihood` then read each of these codes in a pass of its own, without a cache.
         pkeep (`float`, defaults to 1.0): in training, each input code is replaced by a uniformly random one with
             probability `1 - pkeep` (Esser et al., "Taming Transformers", 2021, their code's `pkeep`).
         condition_dropout (`float`, defaults to 0.0): in training, probability with which an example's whole prefix becomes
             the null condition, as classifier-free guidance needs (Ho & Salimans, 2022).
-        vocab_size (`int`, *optional*): rows of the embedding; derived, only needed by shared embeddings that have more.
+        vocab_size (`int`, *optional*): width of the logits, `codebook_size` by default. A head may have more columns, as
+            the original's do where its vocabulary exceeds the codebook: they count in the loss and in `log_likelihood`,
+            and are never sampled.
+        input_vocab_size (`int`, *optional*): rows of the embedding; derived, only needed by shared embeddings that have
+            more.
         n_positions (`int`, *optional*): rows of the position table. The last code is never an input, so the default is
             `condition_length + image_seq_length - 1`.
+        bos_token_id (`int`, *optional*): with shared embeddings and no condition, the start token (the original's
+            `sos_token`), 0 by default; else it follows from the other fields.
 
     Raises:
         ValueError: if the arguments contradict each other.
@@ -55,6 +72,8 @@ class VQGPTConfig(GPT2Config):
 
     codebook_size: int = 1024
     grid_size: int | list[int] | tuple[int, ...] = (16, 16)
+    order: str = "raster"
+    permutation: list[int] | tuple[int, ...] | None = None
     condition_type: str = "unconditional"
     condition_vocab_size: int = 0
     condition_length: int = 1
@@ -64,6 +83,7 @@ class VQGPTConfig(GPT2Config):
     condition_dropout: float | int = 0.0
 
     vocab_size: int | None = None
+    input_vocab_size: int | None = None
     n_positions: int | None = None
     n_embd: int = 512
     n_layer: int = 12
@@ -75,71 +95,64 @@ class VQGPTConfig(GPT2Config):
 
     def __post_init__(self, **kwargs):
         names_given = self.id2label is not None
-        # The other spellings of attribute_map arrive here, and the checks below need them in place.
-        for alias, name in self.attribute_map.items():
-            if alias in kwargs:
-                setattr(self, name, kwargs.pop(alias))
+        self._take_aliases(kwargs)
         super().__post_init__(**kwargs)
         self._check_condition()
+        self._check_ids()
         self._check_sequence()
-        if names_given and self.condition_type == "class":
-            if sorted(self.id2label) != list(range(self.condition_vocab_size)):
-                raise ValueError(
-                    f"`id2label` must name the classes 0 to {self.condition_vocab_size - 1}, got {len(self.id2label)} "
-                    f"names for the ids {sorted(self.id2label)[:5]}…"
-                )
+        if names_given:
+            self._check_names()
         for name in ("tie_word_embeddings", "add_cross_attention"):
             if getattr(self, name):
                 raise ValueError(
                     f"`{name}` must be False: the embedding is wider than the head, and it is decoder-only."
                 )
-        if self.condition_type == "unconditional":
-            self.bos_token_id = 0 if self.share_condition_embedding else self.null_class_token_id
 
     def _check_condition(self):
-        if self.condition_type not in CONDITION_TYPES:
-            raise ValueError(f"`condition_type` must be one of {CONDITION_TYPES}, got {self.condition_type!r}.")
-        if self.codebook_size < 1:
-            raise ValueError(f"`codebook_size` must be at least 1, got {self.codebook_size}.")
-        if self.condition_length < 1 or (self.condition_length > 1 and self.condition_type != "codes"):
+        self._check_condition_counts(CONDITION_TYPES)
+        has_map = self.condition_type in ("codes", "coordinates")
+        if self.condition_length < 1 or (self.condition_length > 1 and not has_map):
             raise ValueError(
-                f"`condition_length` must be 1 for condition_type={self.condition_type!r} (at least 1 for 'codes'), "
-                f"got {self.condition_length}."
+                f"`condition_length` must be 1 for condition_type={self.condition_type!r} (at least 1 for 'codes' and "
+                f"'coordinates'), got {self.condition_length}."
             )
-        if (self.condition_vocab_size > 0) != (self.condition_type != "unconditional"):
-            raise ValueError(
-                "`condition_vocab_size` (`num_classes`) must be 0 when unconditional and positive otherwise, got "
-                f"{self.condition_vocab_size} with condition_type={self.condition_type!r}."
-            )
-        if not 0 <= self.condition_dropout <= 1 or not 0 <= self.pkeep <= 1:
-            raise ValueError(
-                f"`pkeep` and `condition_dropout` are probabilities, got {self.pkeep} and {self.condition_dropout}."
-            )
-        if self.condition_dropout > 0 and (self.share_condition_embedding or self.condition_type == "unconditional"):
-            raise ValueError(
-                "`condition_dropout` needs a condition, and a null one (share_condition_embedding=False)."
-            )
+        if not 0 <= self.pkeep <= 1:
+            raise ValueError(f"`pkeep` must be a probability, got {self.pkeep}.")
+        if self.condition_dropout > 0 and self.share_condition_embedding:
+            raise ValueError("`condition_dropout` needs a null condition (share_condition_embedding=False).")
 
+    def _check_ids(self):
+        self.vocab_size = self.codebook_size if self.vocab_size is None else self.vocab_size
+        if self.vocab_size < self.codebook_size:
+            raise ValueError(
+                f"`vocab_size` must be at least `codebook_size` ({self.codebook_size}), got {self.vocab_size}."
+            )
+        if self.condition_type == "unconditional":
+            start = 0 if self.share_condition_embedding else self.null_class_token_id
+            self.bos_token_id = start if self.bos_token_id is None else self.bos_token_id
+            if self.bos_token_id < 0 or (not self.share_condition_embedding and self.bos_token_id != start):
+                raise ValueError(
+                    f"`bos_token_id` must be {'an id' if self.share_condition_embedding else start}, got "
+                    f"{self.bos_token_id}."
+                )
+        elif self.bos_token_id is not None:
+            raise ValueError(
+                f"`bos_token_id` must be None: a sequence starts with the condition, got {self.bos_token_id}."
+            )
+        needed = self.codebook_size + self.condition_vocab_size + 1
         if self.share_condition_embedding:
-            needed = max(self.codebook_size, self.condition_vocab_size)
-            if self.vocab_size is not None and self.vocab_size < needed:
-                raise ValueError(
-                    f"`vocab_size` must be at least {needed} for shared embeddings, got {self.vocab_size}."
-                )
-            self.vocab_size = needed if self.vocab_size is None else self.vocab_size
-        else:
-            needed = self.codebook_size + self.condition_vocab_size + 1
-            if self.vocab_size not in (None, needed):
-                raise ValueError(
-                    f"`vocab_size` must be codebook_size + condition_vocab_size + 1 = {needed}, got {self.vocab_size}."
-                )
-            self.vocab_size = needed
+            needed = max(self.codebook_size, self.condition_vocab_size, (self.bos_token_id or 0) + 1)
+        given = needed if self.input_vocab_size is None else self.input_vocab_size
+        if given < needed or (given > needed and not self.share_condition_embedding):
+            wanted = f"at least {needed} for shared embeddings" if self.share_condition_embedding else f"{needed}"
+            raise ValueError(f"`input_vocab_size` must be {wanted}, got {given}.")
+        self.input_vocab_size = given
 
     def _check_sequence(self):
-        grid = [self.grid_size] * 2 if isinstance(self.grid_size, int) else list(self.grid_size)
-        if len(grid) != 2 or min(grid) < 1:
-            raise ValueError(f"`grid_size` must be one or two positive numbers, got {self.grid_size}.")
-        self.grid_size = grid
+        self.grid_size = pair_of_sides("grid_size", self.grid_size)
+        order = self.code_order
+        if self.order == "random":
+            self.permutation = order
         needed = self.condition_length + self.image_seq_length - 1
         self.n_positions = needed if self.n_positions is None else self.n_positions
         if self.n_positions < needed:
@@ -147,16 +160,10 @@ class VQGPTConfig(GPT2Config):
                 f"`n_positions` must be at least {needed} for {self.condition_length} condition ids and "
                 f"{self.image_seq_length} codes, got {self.n_positions}."
             )
-        if not 0 <= self.n_unmasked <= self.condition_length:
+        if not 0 <= self.n_unmasked <= self.n_positions:
             raise ValueError(
-                f"`n_unmasked` must lie within the prefix of {self.condition_length} ids, got {self.n_unmasked}: a code that "
-                "sees later codes cannot be predicted."
+                f"`n_unmasked` must be one of 0 … {self.n_positions} (`n_positions`), got {self.n_unmasked}."
             )
-
-    @property
-    def image_seq_length(self) -> int:
-        """Number of codes of an image."""
-        return self.grid_size[0] * self.grid_size[1]
 
     @property
     def condition_token_offset(self) -> int:

@@ -1,16 +1,15 @@
-"""The gated PixelCNN over code indices, sampled without recomputation."""
+"""The gated PixelCNN over code indices. Its `forward` is that of `CodePriorForCausalLM`, in modeling_code_prior.py."""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrize import is_parametrized
-from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_pixelcnn import PixelCNNConfig
-from .modeling_code_prior import IncrementalCache, IncrementalGenerationMixin
+from .modeling_code_prior import CodePriorForCausalLM, IncrementalCache, effective_weight
 
 
 def gate(features: torch.Tensor, dim: int = 1) -> torch.Tensor:
@@ -24,6 +23,10 @@ class ClassBias(nn.Embedding):
 
     def __init__(self, config: PixelCNNConfig):
         super().__init__(config.condition_vocab_size + 1, 2 * config.hidden_size)
+
+    def forward(self, classes: torch.Tensor) -> torch.Tensor:
+        """Of ids `(B,)`, or of weights over the classes `(B, classes)`: `(B, 2 * hidden_size)`."""
+        return classes @ self.weight if classes.is_floating_point() else super().forward(classes)
 
 
 class GatedLayer(GradientCheckpointingLayer):
@@ -55,9 +58,9 @@ class GatedLayer(GradientCheckpointingLayer):
             self.class_vertical = None if is_last else ClassBias(config)
 
     def forward(
-        self, vertical: torch.Tensor, horizontal: torch.Tensor, class_ids: torch.LongTensor | None
+        self, vertical: torch.Tensor, horizontal: torch.Tensor, class_ids: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Features `(B, C, h, w)` of either stack, and classes `(B,)` with the null class as the last one."""
+        """Features `(B, C, h, w)` of either stack, and what a `ClassBias` takes."""
         half, shift = self.half, -1 if self.is_first else 0
         from_above = self.vertical_conv(F.pad(vertical, (half, half, half, shift)))
         from_left = self.horizontal_conv(F.pad(horizontal, (half, shift)))
@@ -87,11 +90,12 @@ class LayerSteps:
         half, taps = layer.half, layer.taps
         self.layer, self.half, self.taps = layer, half, taps
         # a weight under weight norm is computed whenever it is read, so once here
-        self.above_weight, self.above_bias = layer.vertical_conv.weight, layer.vertical_conv.bias
-        self.across_weight = layer.vertical_to_horizontal.weight
+        self.above_weight, self.above_bias = effective_weight(layer.vertical_conv), layer.vertical_conv.bias
+        self.across_weight = effective_weight(layer.vertical_to_horizontal)
         self.across_bias = layer.vertical_to_horizontal.bias + layer.horizontal_conv.bias
-        self.left_weight = layer.horizontal_conv.weight[:, :, 0].transpose(1, 2).flatten(1).t()
-        self.out_weight, self.out_bias = layer.horizontal_out.weight.flatten(1).t(), layer.horizontal_out.bias
+        self.left_weight = effective_weight(layer.horizontal_conv)[:, :, 0].transpose(1, 2).flatten(1).t()
+        self.out_weight = effective_weight(layer.horizontal_out).flatten(1).t()
+        self.out_bias = layer.horizontal_out.bias
         self.class_horizontal = self.class_vertical = None
         if class_ids is not None:
             self.class_horizontal = layer.class_horizontal(class_ids)[:, None]
@@ -140,13 +144,35 @@ class PixelCNNHead(nn.Module):
         return self.out(F.relu(self.hidden(F.relu(features))))
 
 
-class PixelCNNPreTrainedModel(PreTrainedModel):
-    """Weights start as N(0, 1 / fan_in), embeddings of codes as N(0, 1), those of classes and biases as 0."""
+class PixelCNNForCausalLM(CodePriorForCausalLM):
+    """
+    Gated PixelCNN over code indices (van den Oord et al., "Conditional Image Generation with PixelCNN Decoders", 2016), the
+    prior of VQ-VAE: `p(s | c) = prod_i p(s_i | s_<i, c)`, with `c` a class, see [`PixelCNNConfig`].
+
+    ```python
+    inputs = prior.prepare_inputs(indices, class_labels)          # training: indices (B, h, w)
+    loss = prior(**inputs).loss
+    sequences = prior.generate(prior.prepare_condition([3, 7]), do_sample=True, guidance_scale=2.0)
+    indices = prior.extract_indices(sequences)                    # (2, h, w)
+    ```
+
+    Weights start as N(0, 1 / fan_in), embeddings of codes as N(0, 1), those of classes and biases as 0.
+    """
 
     config: PixelCNNConfig
-    supports_gradient_checkpointing = True
     _no_split_modules = ["GatedLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+
+    def __init__(self, config: PixelCNNConfig):
+        super().__init__(config)
+        count = config.num_hidden_layers
+        self.code_embedding = nn.Embedding(config.codebook_size, config.hidden_size)
+        self.layers = nn.ModuleList(GatedLayer(config, is_first=i == 0, is_last=i == count - 1) for i in range(count))
+        self.head = PixelCNNHead(config)
+        if config.weight_norm:
+            for module in list(self.modules()):
+                if isinstance(module, (nn.Conv2d, nn.Linear)):
+                    parametrizations.weight_norm(module)
+        self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -163,56 +189,51 @@ class PixelCNNPreTrainedModel(PreTrainedModel):
                 length = module.parametrizations.weight.original0
                 init.copy_(length, torch.linalg.vector_norm(weight.flatten(1), dim=1).view_as(length))
 
-
-class PixelCNNForCausalLM(IncrementalGenerationMixin, PixelCNNPreTrainedModel, GenerationMixin):
-    """
-    Gated PixelCNN over code indices (van den Oord et al., "Conditional Image Generation with PixelCNN Decoders", 2016), the
-    prior of VQ-VAE: `p(s | c) = prod_i p(s_i | s_<i, c)`, with `c` a class, see [`PixelCNNConfig`].
-
-    ```python
-    inputs = prior.prepare_inputs(indices, class_labels)          # training: indices (B, h, w)
-    loss = prior(**inputs).loss
-    sequences = prior.generate(prior.prepare_condition([3, 7]), do_sample=True, guidance_scale=2.0)
-    indices = prior.extract_indices(sequences)                    # (2, h, w)
-    ```
-    """
-
-    def __init__(self, config: PixelCNNConfig):
-        super().__init__(config)
-        count = config.num_hidden_layers
-        self.code_embedding = nn.Embedding(config.codebook_size, config.hidden_size)
-        self.layers = nn.ModuleList(GatedLayer(config, is_first=i == 0, is_last=i == count - 1) for i in range(count))
-        self.head = PixelCNNHead(config)
-        if config.weight_norm:
-            for module in list(self.modules()):
-                if isinstance(module, (nn.Conv2d, nn.Linear)):
-                    parametrizations.weight_norm(module)
-        self.post_init()
-
-    def encode_condition(self, prefix: torch.LongTensor, condition_indices) -> torch.LongTensor | None:
-        """Classes `(B,)`, the null class as the last one; `None` when unconditional."""
+    def encode_condition(self, prefix: torch.Tensor, condition_indices) -> torch.Tensor | None:
+        """Classes `(B,)`, the null class as the last one, or weights over them; `None` when unconditional."""
         if condition_indices is not None:
             raise ValueError("`condition_indices` must be None: a PixelCNN has no level above.")
-        return prefix - self.config.condition_token_offset if self.config.condition_type == "class" else None
+        if self.config.condition_type != "class":
+            return None
+        return prefix if prefix.is_floating_point() else prefix - self.config.condition_token_offset
 
-    def read_grid(self, codes: torch.LongTensor, condition: torch.LongTensor | None) -> torch.Tensor:
-        vertical = horizontal = self.code_embedding(codes).movedim(-1, 1)
+    def embed(self, codes: torch.Tensor) -> torch.Tensor:
+        """Embeddings `(..., C)` of codes `(...)`, or of weights over the codes `(..., codebook_size)`."""
+        return codes @ self.code_embedding.weight if codes.is_floating_point() else self.code_embedding(codes)
+
+    def shifted(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """`(B, rows, w, C)`: at each position what was embedded before it, which is nothing at the first."""
+        flat = F.pad(embeddings.flatten(1, 2)[:, :-1], (0, 0, 1, 0))
+        return flat.view_as(embeddings)
+
+    def read_grid(
+        self, codes: torch.Tensor, condition: torch.Tensor | None, states: list | None = None
+    ) -> torch.Tensor:
+        return self._read_layers(codes, condition, states, steps=None)
+
+    def read_grid_and_cache(self, codes, condition, positions, states=None):
+        steps = []
+        features = self._read_layers(codes, condition, states, steps)
+        last_row = self.code_embedding(codes[:, -1]).transpose(1, 2)
+        return features, IncrementalCache(positions, len(codes), condition, steps, row=last_row.detach())
+
+    def _read_layers(self, codes, condition, states, steps):
+        embeddings = self.embed(codes)
+        if states is not None:
+            states.append(self.shifted(embeddings))
+        vertical = horizontal = embeddings.movedim(-1, 1)
         for layer in self.layers:
+            if steps is not None:
+                with torch.no_grad():
+                    steps.append(LayerSteps(layer, vertical, horizontal, condition))
             vertical, horizontal = layer(vertical, horizontal, condition)
+            if states is not None:
+                states.append(horizontal.movedim(1, -1))
         return horizontal.movedim(1, -1)
 
-    def read_grid_and_cache(self, codes, condition, positions):
-        vertical = horizontal = self.code_embedding(codes).movedim(-1, 1)
-        steps = []
-        for layer in self.layers:
-            with torch.no_grad():
-                steps.append(LayerSteps(layer, vertical, horizontal, condition))
-            vertical, horizontal = layer(vertical, horizontal, condition)
-        last_row = self.code_embedding(codes[:, -1]).transpose(1, 2)
-        cache = IncrementalCache(positions, len(codes), condition, steps, row=last_row.detach())
-        return horizontal.movedim(1, -1), cache
-
-    def read_position(self, code: torch.LongTensor, position: int, cache: IncrementalCache) -> torch.Tensor:
+    def read_position(
+        self, code: torch.LongTensor, position: int, cache: IncrementalCache, states: list | None = None
+    ) -> torch.Tensor:
         width = self.config.grid_size[1]
         column = position % width
         embedding = self.code_embedding(code)
@@ -225,10 +246,14 @@ class PixelCNNForCausalLM(IncrementalGenerationMixin, PixelCNNPreTrainedModel, G
             for steps in cache.layers:
                 row = steps.next_row(row)
         features = first.update(column)
+        if states is not None:
+            states += [embedding, features]
         for steps in others:
             steps.put(column, features)
             features = features + steps.update(column)
+            if states is not None:
+                states.append(features)
         return features
 
 
-__all__ = ["PixelCNNForCausalLM", "PixelCNNPreTrainedModel"]
+__all__ = ["PixelCNNForCausalLM"]

@@ -43,25 +43,10 @@ class VQGPTForCausalLM(CodeSequenceMixin, VQGPTPreTrainedModel, GenerationMixin)
     def __init__(self, config: VQGPTConfig):
         super().__init__(config)
         self.transformer = GPT2Model(config)
-        self.lm_head = nn.Linear(config.n_embd, config.codebook_size, bias=False)
+        if config.input_vocab_size != config.vocab_size:
+            self.transformer.set_input_embeddings(nn.Embedding(config.input_vocab_size, config.n_embd))
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.post_init()
-
-    # ------------------------------------------------------------------------------------------------ training
-
-    def corrupt_inputs(self, input_ids: torch.LongTensor) -> torch.LongTensor:
-        """
-        The training noise of `config.pkeep` on the codes and of `config.condition_dropout` on the prefix of
-        `input_ids` `(B, T)`; the arguments are left unchanged. `forward` calls it in training mode when labels are given.
-        """
-        config, start = self.config, self.config.condition_length
-        prefix, codes = input_ids[:, :start], input_ids[:, start:]
-        if config.pkeep < 1:
-            keep = torch.rand(codes.shape, device=codes.device) < config.pkeep
-            codes = torch.where(keep, codes, torch.randint_like(codes, config.codebook_size))
-        if config.condition_dropout > 0:
-            drop = torch.rand((len(prefix), 1), device=prefix.device) < config.condition_dropout
-            prefix = prefix.masked_fill(drop, config.null_class_token_id)
-        return torch.cat([prefix, codes], dim=1)
 
     @can_return_tuple
     def forward(
@@ -86,7 +71,7 @@ class VQGPTForCausalLM(CodeSequenceMixin, VQGPTPreTrainedModel, GenerationMixin)
                 in every causal LM of transformers.
 
         Returns:
-            `CausalLMOutputWithPast` with `logits` `(B, T, codebook_size)`.
+            `CausalLMOutputWithPast` with `logits` `(B, T, vocab_size)`.
 
         Raises:
             ValueError: both or none of `input_ids` and `inputs_embeds`, ids that are not integers, more positions than
@@ -94,6 +79,7 @@ class VQGPTForCausalLM(CodeSequenceMixin, VQGPTPreTrainedModel, GenerationMixin)
         """
         inputs = self._check_inputs(input_ids, inputs_embeds, labels)
         if labels is not None:
+            use_cache = bool(use_cache)  # by default none, since nothing is sampled
             if self.training and (self.config.pkeep < 1 or self.config.condition_dropout > 0):
                 if input_ids is None:
                     raise ValueError(
@@ -122,15 +108,7 @@ class VQGPTForCausalLM(CodeSequenceMixin, VQGPTPreTrainedModel, GenerationMixin)
 
         loss = None
         if labels is not None:
-            targets = labels[:, 1:].clone()
-            targets[:, : self.config.condition_length - 1] = -100
-            loss = self.loss_function(
-                logits=logits,
-                labels=None,
-                vocab_size=self.config.codebook_size,
-                num_items_in_batch=kwargs.get("num_items_in_batch"),
-                shift_labels=targets,
-            )
+            loss = self.code_loss(logits, labels, kwargs.get("num_items_in_batch"))
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

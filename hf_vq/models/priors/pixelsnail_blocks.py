@@ -8,84 +8,80 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrizations
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_pixelsnail import PixelSNAILConfig
 
 
-class WeightNorm(nn.Module):
+def weight_norm(layer: nn.Module, fan_in: int | None = None) -> nn.Module:
     """
-    A weight `(out_features, *shape)` as length and direction, `w = g · v / |v|` for each output (Salimans & Kingma,
-    "Weight Normalization", 2016, equation 2).
+    `layer` with its weight as length and direction, `w = g · v / |v|` for each output (Salimans & Kingma, "Weight
+    Normalization", 2016, equation 2). It starts as one that sees `fan_in` numbers, by default those of its weight.
     """
-
-    def __init__(self, out_features: int, *shape: int, bias: bool = True):
-        super().__init__()
-        self.weight_v = nn.Parameter(torch.empty(out_features, *shape))
-        self.weight_g = nn.Parameter(torch.empty(out_features))
-        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
-        self.reset_parameters()
-
-    def _norm(self) -> torch.Tensor:
-        precise = torch.promote_types(self.weight_v.dtype, torch.float32)
-        return torch.linalg.vector_norm(self.weight_v.flatten(1), dim=1, dtype=precise)
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """`w` and the bias as torch initialises convolutions."""
-        bound = 1 / math.sqrt(self.weight_v[0].numel())
-        init.uniform_(self.weight_v, -bound, bound)
-        init.copy_(self.weight_g, self._norm())
-        if self.bias is not None:
-            init.uniform_(self.bias, -bound, bound)
-
-    @property
-    def weight(self) -> torch.Tensor:
-        scale = (self.weight_g / self._norm()).to(self.weight_v.dtype)
-        return self.weight_v * scale.view(-1, *[1] * (self.weight_v.ndim - 1))
+    fan_in = fan_in or layer.weight[0].numel()
+    parametrizations.weight_norm(layer, dim=0)
+    layer.parametrizations.weight.fan_in = fan_in
+    return layer
 
 
-class PointwiseConv(WeightNorm):
+@torch.no_grad()
+def init_weight_norm(module: nn.Module) -> None:
+    """
+    The weights of a layer of `weight_norm` as torch initialises convolutions. `module` is the layer, for its bias, or the list
+    of its parametrizations, for the rest: transformers does not come to a layer that has no parameter of its own.
+    """
+    if isinstance(module, ParametrizationList):
+        bound = 1 / math.sqrt(module.fan_in)
+        init.uniform_(module.original1, -bound, bound)
+        length = torch.linalg.vector_norm(module.original1.flatten(1), dim=1)
+        init.copy_(module.original0, length.view_as(module.original0))
+    elif is_parametrized(module, "weight") and module.bias is not None:
+        bound = 1 / math.sqrt(module.parametrizations.weight.fan_in)
+        init.uniform_(module.bias, -bound, bound)
+
+
+def pointwise_conv(in_channels: int, out_channels: int, bias: bool = True) -> nn.Linear:
     """A 1×1 convolution: `(..., in_channels) -> (..., out_channels)`."""
-
-    def __init__(self, in_channels: int, out_channels: int, bias: bool = True):
-        super().__init__(out_channels, in_channels, bias=bias)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return F.linear(features, self.weight, self.bias)
+    return weight_norm(nn.Linear(in_channels, out_channels, bias=bias))
 
 
-class Conv(WeightNorm):
+class Conv(nn.Module):
     """A k×k convolution that sees all around: `(B, h, w, in_channels) -> (B, h, w, out_channels)`."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
-        super().__init__(out_channels, in_channels, kernel_size, kernel_size)
+        super().__init__()
+        self.conv = weight_norm(nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        padding = self.weight_v.shape[-1] // 2
-        return F.conv2d(features.movedim(-1, 1), self.weight, self.bias, padding=padding).movedim(1, -1)
+        return self.conv(features.movedim(-1, 1)).movedim(1, -1)
 
 
-class CausalConv(WeightNorm):
+class CausalConv(nn.Module):
     """
     A convolution over what comes before a position in raster order, the position itself not included: `(B, h, w,
-    in_channels) -> (B, h, w, out_channels)`. Of a window of k rows and columns that ends with the position's row, it has
-    the first `(k - 1) · k + k // 2` taps in raster order; there are no others, so nothing has to be masked.
+    in_channels) -> (B, h, w, out_channels)`. Of a window of k rows and columns that ends with the position's row, `above` has
+    the first k - 1 rows, and `left` the first k // 2 columns of the last one. There are no other taps, so nothing has to be
+    masked, and an adapter on either of them is as causal as they are.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
-        super().__init__(out_channels, in_channels, (kernel_size - 1) * kernel_size + kernel_size // 2)
+        super().__init__()
+        half = self.half = kernel_size // 2
         self.kernel_size = kernel_size
+        fan_in = in_channels * ((kernel_size - 1) * kernel_size + half)  # of both together
+        self.above = weight_norm(nn.Conv2d(in_channels, out_channels, (kernel_size - 1, kernel_size)), fan_in)
+        self.left = weight_norm(nn.Conv2d(in_channels, out_channels, (1, half), bias=False), fan_in)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        k = self.kernel_size
-        weight = F.pad(self.weight, (0, k - k // 2)).unflatten(2, (k, k))
-        window = F.pad(features, (0, 0, k // 2, k // 2, k - 1, 0)).movedim(-1, 1)
-        return F.conv2d(window, weight, self.bias).movedim(1, -1)
+        half, features = self.half, features.movedim(-1, 1)
+        above = self.above(F.pad(features, (half, half, self.kernel_size - 1, -1)))
+        return (above + self.left(F.pad(features, (half, -1)))).movedim(1, -1)
 
 
-class CodeConv(WeightNorm):
+class CodeConv(nn.Module):
     """
     A convolution over one-hot codes, which is a sum of columns of its weight, one for each tap: int64 `(B, h, w) -> (B, h,
     w, out_channels)`. There are codes 0 … `num_codes` - 1; the code `num_codes`, and what lies outside, is all zeros.
@@ -95,26 +91,31 @@ class CodeConv(WeightNorm):
     """
 
     def __init__(self, num_codes: int, out_channels: int, offsets: list[tuple[int, int]]):
-        super().__init__(out_channels, num_codes, len(offsets))
+        super().__init__()
         self.num_codes, self.offsets = num_codes, offsets
+        self.weight = nn.Parameter(torch.empty(out_channels, num_codes, len(offsets)))
+        self.bias = nn.Parameter(torch.empty(out_channels))
+        weight_norm(self)
 
     def table(self) -> torch.Tensor:
         """The weight as `(taps · (num_codes + 1), out_channels)`: tap by tap, a row for each code."""
         return F.pad(self.weight.permute(2, 1, 0), (0, 0, 0, 1)).flatten(0, 1)
 
-    def forward(self, codes: torch.LongTensor, table: torch.Tensor | None = None) -> torch.Tensor:
-        """`table` is that of `table()`, where it is known."""
-        height, width = codes.shape[1:]
+    def forward(self, codes: torch.Tensor, table: torch.Tensor | None = None) -> torch.Tensor:
+        """`codes` may also be weights over the codes, `(B, h, w, num_codes)`; `table` is that of `table()`, if known."""
+        height, width = codes.shape[1:3]
         reach = max(abs(distance) for offset in self.offsets for distance in offset)
-        padded = F.pad(codes, [reach] * 4, value=self.num_codes)
-        rows = [
+        of_codes = (0, 0) * (codes.ndim - 3)
+        padded = F.pad(codes, (*of_codes, *[reach] * 4), value=0.0 if of_codes else self.num_codes)
+        shifted = [
             padded[:, reach + row : reach + row + height, reach + column : reach + column + width]
-            + tap * (self.num_codes + 1)
-            for tap, (row, column) in enumerate(self.offsets)
+            for row, column in self.offsets
         ]
-        rows = torch.stack(rows, dim=-1).flatten(0, 2)
+        if of_codes:
+            return sum(part @ tap.t() for part, tap in zip(shifted, self.weight.unbind(2), strict=True)) + self.bias
+        rows = torch.stack([part + tap * (self.num_codes + 1) for tap, part in enumerate(shifted)], dim=-1)
         table = self.table() if table is None else table
-        return F.embedding_bag(rows, table, mode="sum").unflatten(0, codes.shape) + self.bias
+        return F.embedding_bag(rows.flatten(0, 2), table, mode="sum").unflatten(0, codes.shape) + self.bias
 
 
 class GatedResidualBlock(GradientCheckpointingLayer):
@@ -142,9 +143,9 @@ class GatedResidualBlock(GradientCheckpointingLayer):
         self.conv2 = conv(inner_channels, 2 * channels)
         self.dropout = nn.Dropout(dropout)
         if auxiliary_channels:
-            self.auxiliary = PointwiseConv(auxiliary_channels, inner_channels)
+            self.auxiliary = pointwise_conv(auxiliary_channels, inner_channels)
         if condition_channels:
-            self.condition = PointwiseConv(condition_channels, 2 * channels, bias=False)
+            self.condition = pointwise_conv(condition_channels, 2 * channels, bias=False)
 
     def forward(
         self,
@@ -171,9 +172,9 @@ class StrictlyCausalAttention(nn.Module):
     def __init__(self, query_channels: int, key_channels: int, channels: int, num_heads: int, dropout: float):
         super().__init__()
         self.num_heads, self.dropout = num_heads, dropout
-        self.query = PointwiseConv(query_channels, channels)
-        self.key = PointwiseConv(key_channels, channels)
-        self.value = PointwiseConv(key_channels, channels)
+        self.query = pointwise_conv(query_channels, channels)
+        self.key = pointwise_conv(key_channels, channels)
+        self.value = pointwise_conv(key_channels, channels)
 
     def split_heads(self, features: torch.Tensor) -> torch.Tensor:
         """`(B, N, channels) -> (B, heads, N, channels / heads)`."""
@@ -220,16 +221,16 @@ class PixelSNAILBlock(nn.Module):
         )
         self.has_attention = config.attention
         if not self.has_attention:
-            self.out = PointwiseConv(channels + 2, channels)
+            self.out = pointwise_conv(channels + 2, channels)
             return
         query_channels, key_channels = channels + 2, 2 * channels + 2
-        self.key_block = GatedResidualBlock(key_channels, channels, PointwiseConv, dropout)
-        self.query_block = GatedResidualBlock(query_channels, channels, PointwiseConv, dropout)
+        self.key_block = GatedResidualBlock(key_channels, channels, pointwise_conv, dropout)
+        self.query_block = GatedResidualBlock(query_channels, channels, pointwise_conv, dropout)
         self.attention = StrictlyCausalAttention(
             query_channels, key_channels, channels // 2, config.num_attention_heads, dropout
         )
         self.out_block = GatedResidualBlock(
-            channels, channels, PointwiseConv, dropout, auxiliary_channels=channels // 2
+            channels, channels, pointwise_conv, dropout, auxiliary_channels=channels // 2
         )
 
     def forward(self, features: torch.Tensor, positions: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor:
@@ -247,7 +248,7 @@ class PixelSNAILBlock(nn.Module):
 
 class CodeStem(nn.Module):
     """
-    The codes before a position, `(B, h, w) -> (B, h, w, hidden_size)`: those of the rows above, all around its column, and
+    The codes before a position, what a [`CodeConv`] takes `-> (B, h, w, hidden_size)`: those of the rows above, all around its column, and
     those on its left, from the rows above also.
     """
 
@@ -298,18 +299,20 @@ class PixelSNAILHead(nn.Module):
 
     def __init__(self, config: PixelSNAILConfig):
         super().__init__()
-        self.out = PointwiseConv(config.hidden_size, config.codebook_size)
+        self.out = pointwise_conv(config.hidden_size, config.codebook_size)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         return self.out(F.elu(features))
 
 
 __all__ = [
+    "CausalConv",
+    "CodeConv",
     "CodeStem",
     "ConditioningStack",
     "GatedResidualBlock",
     "PixelSNAILBlock",
     "PixelSNAILHead",
-    "PointwiseConv",
-    "WeightNorm",
+    "init_weight_norm",
+    "pointwise_conv",
 ]

@@ -9,12 +9,12 @@ left for each position, so that most of the weights are read once a row.
 import torch
 import torch.nn.functional as F
 
+from .modeling_code_prior import effective_weight
 from .pixelsnail_blocks import (
     CausalConv,
     CodeStem,
     GatedResidualBlock,
     PixelSNAILBlock,
-    PointwiseConv,
     StrictlyCausalAttention,
 )
 
@@ -25,10 +25,10 @@ def _transposed(weight: torch.Tensor) -> torch.Tensor:
 
 
 class PointwiseSteps:
-    """A `PointwiseConv`; of several that see the same features, the outputs side by side."""
+    """A 1×1 convolution; of several that see the same features, the outputs side by side."""
 
-    def __init__(self, *convs: PointwiseConv):
-        self.weight = _transposed(torch.cat([conv.weight for conv in convs]))
+    def __init__(self, *convs: torch.nn.Linear):
+        self.weight = _transposed(torch.cat([effective_weight(conv) for conv in convs]))
         self.bias = torch.cat([conv.bias for conv in convs])
 
     def __call__(self, features: torch.Tensor) -> torch.Tensor:
@@ -40,12 +40,13 @@ class CausalConvSteps:
 
     def __init__(self, conv: CausalConv, batch_size: int, width: int):
         k, left = conv.kernel_size, conv.kernel_size // 2
-        taps = conv.weight.permute(2, 1, 0)
-        self.above_weight, self.left_weight = (part.flatten(0, 1) for part in taps.split([(k - 1) * k, left]))
-        self.bias = conv.bias.detach()
-        self.kernel_size, self.left, self.channels = k, left, taps.shape[1]
-        self.rows = taps.new_zeros(batch_size, k - 1, width + 2 * left, self.channels)
-        self.current = taps.new_zeros(batch_size, width + 2 * left, self.channels)
+        # tap by tap, and for each of them the input channels
+        above, left_part = (effective_weight(part).permute(2, 3, 1, 0) for part in (conv.above, conv.left))
+        self.above_weight, self.left_weight = above.flatten(0, 2), left_part.flatten(0, 2)
+        self.bias = conv.above.bias.detach()
+        self.kernel_size, self.left, self.channels = k, left, above.shape[2]
+        self.rows = self.bias.new_zeros(batch_size, k - 1, width + 2 * left, self.channels)
+        self.current = self.bias.new_zeros(batch_size, width + 2 * left, self.channels)
         self.from_above = None
 
     def start_row(self, extra: torch.Tensor | None = None) -> None:
@@ -79,7 +80,7 @@ class GatedResidualSteps:
     def __init__(self, block: GatedResidualBlock, batch_size: int, width: int):
         self.conv1 = CausalConvSteps(block.conv1, batch_size, width)
         self.conv2 = CausalConvSteps(block.conv2, batch_size, width)
-        self.condition_weight = _transposed(block.condition.weight) if hasattr(block, "condition") else None
+        self.condition_weight = _transposed(effective_weight(block.condition)) if hasattr(block, "condition") else None
         self.width = width
 
     def start_row(self, condition: torch.Tensor | None) -> None:
@@ -179,7 +180,7 @@ class StemSteps:
 
     def __init__(self, stem: CodeStem, batch_size: int, grid_size: tuple[int, int]):
         height, width = grid_size
-        reach, num_codes, device = stem.reach, stem.left.num_codes, stem.left.weight_v.device
+        reach, num_codes, device = stem.reach, stem.left.num_codes, stem.left.bias.device
         self.stem, self.reach, self.num_codes = stem, reach, num_codes
         self.tables = (stem.above.table(), stem.left.table())
         # rows of codes, with a margin on the left; `num_codes` is no code
@@ -227,21 +228,26 @@ class PixelSNAILSteps:
         self.past = 0
 
     @torch.no_grad()
-    def __call__(self, codes: torch.LongTensor, length: int) -> torch.Tensor:
+    def __call__(self, codes: torch.LongTensor, length: int, states: list | None = None) -> torch.Tensor:
         """
         Hidden states `(B, length, hidden_size)` of the next `length` positions, given the `codes` `(B, L)` of those just
-        before them that have not been given, `L = length` or, at the very beginning, `length - 1`.
+        before them that have not been given, `L = length` or, at the very beginning, `length - 1`. Each layer's are
+        appended to `states`, if it is a list.
         """
         self.stem.put(codes, self.past + length - 1 - codes.shape[1])
-        parts = []
+        parts, of_parts = [], []
         while length > 0:
             row, start = divmod(self.past, self.width)
             part = min(length, self.width - start)
-            parts.append(self._part_of_a_row(row, start, part))
+            of_part = None if states is None else []
+            parts.append(self._part_of_a_row(row, start, part, of_part))
+            of_parts.append(of_part)
             self.past, length = self.past + part, length - part
+        if states is not None:
+            states += [torch.cat(of_layer, dim=1) for of_layer in zip(*of_parts, strict=True)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    def _part_of_a_row(self, row: int, start: int, length: int) -> torch.Tensor:
+    def _part_of_a_row(self, row: int, start: int, length: int, states: list | None) -> torch.Tensor:
         batch_size = len(self.stem.codes)
         if start == 0:
             condition = self.condition
@@ -252,10 +258,15 @@ class PixelSNAILSteps:
                 block.start_row(condition)
         hidden_states = self.stem(row, start, length)
         positions = self.positions[self.past : self.past + length].expand(batch_size, -1, -1).flatten(0, 1)
+        kept = [hidden_states]
         for block in self.blocks:
             hidden_states = block(hidden_states, positions, self.past, start, length)
+            kept.append(hidden_states)
         for block in self.output_blocks:
             hidden_states = block(hidden_states)
+        if states is not None:
+            kept += [hidden_states] if self.output_blocks else []
+            states += [state.unflatten(0, (batch_size, length)) for state in kept]
         return hidden_states.unflatten(0, (batch_size, length))
 
 

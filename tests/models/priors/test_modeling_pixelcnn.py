@@ -54,7 +54,7 @@ def make_case(kind, **overrides):
 
     def inputs():
         ids = make_indices(PixelCNNForCausalLM(config)).flatten(1)
-        ids = torch.cat([torch.tensor([[config.codebook_size], [config.vocab_size - 1]]), ids], dim=1)
+        ids = torch.cat([torch.tensor([[config.codebook_size], [config.input_vocab_size - 1]]), ids], dim=1)
         return {"input_ids": ids, "labels": ids}
 
     return ModelCase(PixelCNNForCausalLM, config, inputs, checkpointed=(GatedLayer,))
@@ -568,7 +568,8 @@ def test_configuration_round_trip(tmp_path):
         id2label={0: "a", 1: "b"},
         weight_norm=True,
     )
-    assert (config.vocab_size, config.null_class_token_id, config.image_seq_length) == (8, 7, 16)
+    assert (config.vocab_size, config.input_vocab_size) == (5, 8)
+    assert (config.null_class_token_id, config.image_seq_length) == (7, 16)
     config.save_pretrained(tmp_path)
     loaded = PixelCNNConfig.from_pretrained(tmp_path)
     assert loaded.to_dict() == config.to_dict()

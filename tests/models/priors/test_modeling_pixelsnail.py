@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.parametrize import is_parametrized
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 from hf_vq.hub import save_with_code
 from hf_vq.models.priors.configuration_pixelsnail import PixelSNAILConfig
 from hf_vq.models.priors.modeling_pixelsnail import PixelSNAILForCausalLM
-from hf_vq.models.priors.pixelsnail_blocks import GatedResidualBlock
+from hf_vq.models.priors.pixelsnail_blocks import CausalConv, GatedResidualBlock
 from tests.models.model_testing import ModelCase
 from tests.models.priors.code_prior_testing import CodePriorTests, classes, draw, make_indices, operations
 
@@ -61,13 +62,13 @@ def make(kind="class", seed=6, **overrides):
     model = PixelSNAILForCausalLM(PixelSNAILConfig(**{**TINY, **KINDS[kind], **overrides})).eval()
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if name.endswith("weight_g"):
+        if name.endswith("original0"):
             parameter.data.uniform_(1.0, 2.0, generator=generator)
         elif name.endswith("bias"):
             parameter.data.normal_(std=0.1, generator=generator)
         else:
             parameter.data.normal_(generator=generator)
-    model.head.out.weight_g.data.div_(2)
+    model.head.out.parametrizations.weight.original0.data.div_(2)
     return model
 
 
@@ -106,7 +107,8 @@ class TestPixelSNAIL(CodePriorTests):
 
 def weight_of(layer):
     """Length and direction, written out."""
-    return torch.stack([g * v / v.square().sum().sqrt() for g, v in zip(layer.weight_g, layer.weight_v, strict=True)])
+    length, direction = layer.parametrizations.weight.original0, layer.parametrizations.weight.original1
+    return torch.stack([g * v / v.square().sum().sqrt() for g, v in zip(length, direction, strict=True)])
 
 
 def pointwise(layer, x):
@@ -118,12 +120,11 @@ def pointwise(layer, x):
 def causal(layer, x):
     """A k×k convolution in the middle of a (2k - 1)×k window, and a mask over the position's row and those below."""
     k = layer.kernel_size
-    weight = weight_of(layer)
-    full = weight.new_zeros(*weight.shape[:2], 2 * k - 1, k)
-    for tap in range(weight.shape[2]):
-        full[:, :, tap // k, tap % k] = weight[:, :, tap]
-    assert not full[:, :, k - 1, k // 2 :].any() and not full[:, :, k:].any()
-    return F.conv2d(x, full, layer.bias, padding=(k - 1, k // 2))
+    above, left = weight_of(layer.above), weight_of(layer.left)
+    full = above.new_zeros(*above.shape[:2], 2 * k - 1, k)
+    full[:, :, : k - 1] = above
+    full[:, :, k - 1, : k // 2] = left[:, :, 0]
+    return F.conv2d(x, full, layer.above.bias, padding=(k - 1, k // 2))
 
 
 def one_hot(codes, size):
@@ -164,7 +165,7 @@ def dense_condition(model, class_ids, above):
         weight = weight_of(stack.codes).unflatten(2, (3, 3))
         condition = F.conv2d(one_hot(above, size), weight, stack.codes.bias, padding=1)
         for block in stack.residual_blocks:
-            condition = gated(block, condition, lambda c, x: F.conv2d(x, weight_of(c), c.bias, padding=1))
+            condition = gated(block, condition, lambda c, x: F.conv2d(x, weight_of(c.conv), c.conv.bias, padding=1))
         condition = F.interpolate(condition, size=tuple(model.config.grid_size), mode="nearest")
     if class_ids is not None:
         condition = condition + model.class_embedding.weight[torch.tensor(class_ids)][:, :, None, None]
@@ -411,7 +412,7 @@ def test_dropout_acts_in_training_and_keeps_the_mean(part):
         linear = layer.conv2  # what comes out of it is linear in what is dropped
     else:
         linear = layer = block.attention
-        sizes = [projection.weight_v.shape[1] for projection in (layer.query, layer.key)]
+        sizes = [projection.in_features for projection in (layer.query, layer.key)]
         inputs = [torch.randn(1, 9, size, generator=generator) for size in sizes]
     seen = []
     linear.register_forward_hook(lambda module, args, output: seen.append(output))
@@ -457,11 +458,16 @@ def test_a_few_steps_learn_an_image(kind):
 def test_weights_start_as_those_of_torch():
     set_seed(0)
     model = PixelSNAILForCausalLM(PixelSNAILConfig(codebook_size=64, grid_size=8, hidden_size=32, num_blocks=1))
+    fans = {}
     for name, module in model.named_modules():
-        if not hasattr(module, "weight_v"):
+        if isinstance(module, CausalConv):  # as one convolution over all its taps
+            fan_in = sum(part.weight[0].numel() for part in (module.above, module.left))
+            fans |= {module.above: fan_in, module.left: fan_in}
+        if not is_parametrized(module, "weight"):
             continue
-        fan_in = module.weight_v[0].numel()
-        torch.testing.assert_close(module.weight, module.weight_v, msg=name)
+        direction = module.parametrizations.weight.original1
+        fan_in = fans.get(module, direction[0].numel())
+        torch.testing.assert_close(module.weight, direction, msg=name)
         assert module.weight.std().item() == pytest.approx((3 * fan_in) ** -0.5, rel=0.1), name
         assert module.bias is None or module.bias.abs().max() <= fan_in**-0.5, name
 
@@ -471,7 +477,7 @@ def test_weights_start_as_those_of_torch():
 
 def test_low_precision_samples_and_is_close():
     model = make("class-bottom")
-    model.head.out.weight_g.data.div_(8)
+    model.head.out.parametrizations.weight.original0.data.div_(8)
     indices, above = make_indices(model), upper(model)
     with torch.no_grad():
         expected = model.log_likelihood(indices, [0, 1], **above)
@@ -501,7 +507,7 @@ def test_a_cache_carries_no_gradient():
     output = model(ids[:, :5], use_cache=True)
     assert output.logits.requires_grad
     model(ids[:, 5:7], past_key_values=output.past_key_values).logits.sum().backward()
-    assert model.blocks[0].residual_blocks[0].conv1.bias.grad is None and model.head.out.bias.grad is not None
+    assert model.blocks[0].residual_blocks[0].conv1.above.bias.grad is None and model.head.out.bias.grad is not None
 
 
 def test_bad_inputs():
@@ -561,7 +567,8 @@ def test_configuration_round_trip(tmp_path):
         conditioning_grid_size=2,
         num_hidden_layers=3,
     )
-    assert (config.vocab_size, config.null_class_token_id, config.num_blocks) == (8, 7, 3)
+    assert (config.vocab_size, config.input_vocab_size) == (5, 8)
+    assert (config.null_class_token_id, config.num_blocks) == (7, 3)
     config.save_pretrained(tmp_path)
     loaded = PixelSNAILConfig.from_pretrained(tmp_path)
     assert loaded.to_dict() == config.to_dict()

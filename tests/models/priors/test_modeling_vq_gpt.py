@@ -5,9 +5,12 @@ import itertools
 import pytest
 import torch
 from transformers import GPT2Model, set_seed
+from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
 from hf_vq.models.priors.configuration_vq_gpt import VQGPTConfig
 from hf_vq.models.priors.modeling_vq_gpt import VQGPTForCausalLM
+from tests.models.model_testing import ModelCase, ModelTests
+from tests.models.priors.code_prior_testing import check_lora, check_scores_of_generation
 
 
 TINY = {"codebook_size": 11, "grid_size": (3, 4), "n_embd": 16, "n_layer": 2, "n_head": 2, "initializer_range": 0.5}
@@ -71,6 +74,29 @@ def sample_by_hand(model, prompt, steps, guidance_scale=1.0, do_sample=False, te
         sequence = torch.cat([sequence, code], dim=1)
         guide = torch.cat([guide, code], dim=1) if guide is not None else None
     return sequence
+
+
+@pytest.fixture(params=["unconditional", "n_unmasked", "shared", "noisy"])
+def case(request):
+    noisy = {"attn_pdrop": 0.1, "resid_pdrop": 0.1, "pkeep": 0.8, "condition_dropout": 0.3, "order": "spiral-in"}
+    kind = "class" if request.param == "noisy" else request.param
+    plain = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+    config = VQGPTConfig(**{**TINY, **KINDS[kind], **(noisy if request.param == "noisy" else plain)})
+
+    def inputs():
+        model = VQGPTForCausalLM(config)
+        return model.prepare_inputs(make_indices(model), make_condition(model))
+
+    return ModelCase(VQGPTForCausalLM, config, inputs, checkpointed=(GPT2Block,))
+
+
+class TestVQGPT(ModelTests):
+    @torch.no_grad()
+    def test_scores_of_generation_are_as_wide_as_the_vocabulary(self, case):
+        check_scores_of_generation(case.make(), case.inputs())
+
+    def test_lora_attaches_trains_and_samples(self, case):
+        check_lora(case.make(), case.inputs(), ["c_attn", "c_fc"])
 
 
 CACHES = {
@@ -533,13 +559,19 @@ def test_overrun_is_a_value_error():
         ({"condition_type": "class"}, "condition_vocab_size"),
         ({"num_classes": 3}, "condition_vocab_size"),
         ({"condition_type": "class", "num_classes": 3, "condition_length": 2}, "condition_length"),
-        ({"condition_type": "class", "num_classes": 3, "n_unmasked": 2}, "n_unmasked"),
+        ({"condition_type": "class", "num_classes": 3, "n_unmasked": 13}, "n_unmasked"),
         ({"n_positions": 10}, "n_positions"),
-        ({"vocab_size": 11}, "vocab_size"),
+        ({"vocab_size": 10}, "vocab_size"),
+        ({"input_vocab_size": 11}, "input_vocab_size"),
         (
-            {"condition_type": "class", "num_classes": 20, "share_condition_embedding": True, "vocab_size": 19},
-            "vocab_size",
+            {"condition_type": "class", "num_classes": 20, "share_condition_embedding": True, "input_vocab_size": 19},
+            "input_vocab_size",
         ),
+        ({"bos_token_id": 3}, "bos_token_id"),
+        ({"condition_type": "class", "num_classes": 3, "bos_token_id": 3}, "bos_token_id"),
+        ({"order": "hilbert"}, "order"),
+        ({"permutation": list(range(12))}, "permutation"),
+        ({"order": "random", "permutation": [0] * 12}, "permutation"),
         ({"grid_size": (1, 2, 3)}, "grid_size"),
         ({"grid_size": 0}, "grid_size"),
         ({"codebook_size": 0}, "codebook_size"),
@@ -558,7 +590,8 @@ def test_configuration_round_trip(tmp_path):
     config = VQGPTConfig(
         codebook_size=5, grid_size=4, condition_type="class", num_classes=2, id2label={0: "a", 1: "b"}, hidden_size=64
     )
-    assert (config.n_embd, config.n_positions, config.vocab_size, config.image_seq_length) == (64, 16, 8, 16)
+    assert (config.n_embd, config.n_positions, config.image_seq_length) == (64, 16, 16)
+    assert (config.vocab_size, config.input_vocab_size) == (5, 8)
     config.save_pretrained(tmp_path)
     loaded = VQGPTConfig.from_pretrained(tmp_path)
     assert loaded.to_dict() == config.to_dict()
