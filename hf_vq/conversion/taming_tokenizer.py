@@ -6,6 +6,7 @@ from ..models.autoencoders.configuration_vqgan import VQGANConfig
 from ..models.autoencoders.modeling_vqgan import VQGANModel
 from ..training.objectives.discriminator import PatchDiscriminator
 from .checkpoints import drop_keys, load_exactly
+from .reading import Options
 
 
 # Name in `ddconfig` → name in `VQGANConfig`. The weights need no table: `VQGANModel` has the original's names.
@@ -20,77 +21,142 @@ NETWORK_FIELDS = {
     "resolution": "resolution",
     "z_channels": "latent_channels",
 }
-# Arguments of the original's models that do not change what a trained model computes.
-TRAINING_PARAMS = {
+NETWORK_DEFAULTS = {"ch_mult": [1, 2, 4, 8], "dropout": 0.0}
+# Arguments of every first stage that do not change what a trained model computes.
+TRAINING_PARAMS = (
+    "batch_resize_range",
     "ckpt_path",
     "colorize_nlabels",
     "ignore_keys",
     "image_key",
-    "kl_weight",
     "lossconfig",
+    "lr_g_factor",
     "monitor",
-    "n_labels",
-    "remap",
     "sane_index_shape",
-    "temperature_scheduler_config",
-}
-TARGETS = ("VQModel", "VQModelInterface", "VQNoDiscModel", "VQSegmentationModel", "GumbelVQ")
+    "scheduler_config",
+)
+TARGETS = ("VQModel", "VQModelInterface", "VQNoDiscModel", "VQSegmentationModel", "EMAVQ", "GumbelVQ")
 DROPPED_KEYS = {
     "loss.perceptual_loss.": "the perceptual network, which is not part of the model",
     "loss.discriminator.": "the discriminator, which only training needs; --discriminator saves it",
     "colorize": "random colours for logging segmentation maps",
-    "quantize.used": "the table of a renumbering: the model gives the codebook's own indices, and "
-    "hf_vq.models.quantizers.index_remap.IndexRemap renumbers them",
+}
+AVERAGES = "model_ema."
+# A codebook of moving averages as the original updates it (EMAVQ).
+EMA_CODEBOOK = {
+    "quantize.embedding.weight": "quantize.embedding",
+    "quantize.embedding.embed_avg": "quantize.embed_avg",
+    "quantize.embedding.cluster_size": "quantize.cluster_size",
 }
 
 
-def tokenizer_config(model: dict) -> VQGANConfig:
+def tokenizer_config(model: dict, num_used: int | None = None) -> VQGANConfig:
     """The configuration of a first stage.
 
     Args:
         model: the `model` section of the original's YAML, with `target` and `params`.
+        num_used: length of the checkpoint's table of the codes in use, for a configuration with `remap`.
 
     Raises:
         ValueError: for a class, or an argument, that `VQGANModel` has no equivalent of.
     """
-    target, params = model["target"].rpartition(".")[2], model["params"]
+    node = Options(model, "model")
+    path = str(node.take("target"))
+    target = path.rpartition(".")[2]
     if target not in TARGETS:
-        raise ValueError(f"`config` has a first stage of the class {model['target']}; known: {', '.join(TARGETS)}.")
-    unknown = sorted(set(params) - TRAINING_PARAMS - {"ddconfig", "embed_dim", "n_embed"})
-    if unknown:
-        raise ValueError(f"`config` has parameters of {target} that are not known: {unknown}.")
-
-    network = dict(params["ddconfig"])
-    attention = network.pop("attn_type", "vanilla")
-    if attention not in ("vanilla", "none"):
-        raise ValueError(f"`config` must have attn_type vanilla or none in ddconfig, got {attention}.")
-    if attention == "none":  # the mid block's too
-        network["attn_resolutions"] = []
-    for name, default, wanted in (("double_z", True, False), ("resamp_with_conv", True, True)):
-        if network.pop(name, default) != wanted:
-            raise ValueError(f"`config` must have {name}={wanted} in ddconfig: VQGANModel has no other.")
-    unknown = sorted(set(network) - set(NETWORK_FIELDS))
-    if unknown:
-        raise ValueError(f"`config` has names in ddconfig that are not known: {unknown}.")
-    fields = {NETWORK_FIELDS[name]: value for name, value in network.items()}
-    fields["mid_attention"] = attention == "vanilla"
-
+        raise ValueError(f"`config` has a first stage of the class {path}; known: {', '.join(TARGETS)}.")
+    params = node.section("params")
+    params.training_only(*TRAINING_PARAMS)
+    embed_dim, num_embeddings = params.take("embed_dim"), params.take("n_embed")
+    fields = network_fields(params.section("ddconfig"), is_taming=path.startswith("taming."))
+    if target == "VQSegmentationModel":
+        params.training_only("n_labels")
+    if path.startswith("ldm."):
+        params.training_only("use_ema")  # the averages are found in the checkpoint
+    remap = params.take("remap", None)
+    if (remap is None) != (num_used is None):
+        has = (
+            "lacks quantize.used, the table" if num_used is None else "has quantize.used, a table that `config` lacks"
+        )
+        raise ValueError(f"`checkpoint` {has} of the codes in use; `config` has remap={remap!r}.")
     if target == "GumbelVQ":
-        if fields["latent_channels"] != params["embed_dim"]:
+        if fields["latent_channels"] != embed_dim:
             raise ValueError(
                 "`config` must have embed_dim = z_channels for a GumbelVQ, which feeds one to the other, got "
-                f"{params['embed_dim']} and {fields['latent_channels']}."
+                f"{embed_dim} and {fields['latent_channels']}."
             )
-        # the defaults are the original's
-        quantizer = {"quantizer": "gumbel", "quantizer_kwargs": {"kl_weight": params.get("kl_weight", 1e-8)}}
+        kwargs = {
+            "kl_weight": params.take("kl_weight", 1e-8),
+            **temperature_schedule(params),
+        }  # the original's default
+        quantizer = {"quantizer": "gumbel", "quantizer_kwargs": kwargs}
+        # its draw is among the codes in use alone
+        num_embeddings = num_embeddings if num_used is None else num_used
+    elif target == "EMAVQ":
+        kwargs = {"decay": 0.99, "zero_debias": False, "restart_threshold": 0.0, "count_smoothing": "laplace"}
+        quantizer = {"quantizer": "ema", "quantizer_kwargs": kwargs, "commitment_cost": 0.25}
     else:
         # fixed in the original's code: β = 0.25, on the codebook's term
         quantizer = {"quantizer": "vq", "commitment_cost": 0.25, "legacy_beta": True}
-    return VQGANConfig(embed_dim=params["embed_dim"], num_embeddings=params["n_embed"], **fields, **quantizer)
+    if num_used is not None and target != "GumbelVQ":
+        quantizer |= {"remapped_from": num_embeddings, "unknown_code": "random"}
+        num_embeddings = num_used
+    params.finish()
+    return VQGANConfig(embed_dim=embed_dim, num_embeddings=num_embeddings, **fields, **quantizer)
 
 
-def convert_tokenizer(model: dict, state_dict: dict) -> tuple[VQGANModel, dict[str, str]]:
+def network_fields(network: Options, is_taming: bool) -> dict:
+    """The fields of `VQGANConfig` for a `ddconfig`. The code of taming-transformers ignores the later options."""
+    fields = {ours: network.take(name, *_default(name)) for name, ours in NETWORK_FIELDS.items()}
+    network.only("double_z", False, default=True)
+    fields["resamp_with_conv"] = bool(network.take("resamp_with_conv", True))
+    fields["give_pre_end"] = bool(network.take("give_pre_end", False))
+    if is_taming:
+        network.training_only("attn_type", "use_linear_attn", "tanh_out")
+    else:
+        attention = network.only("attn_type", "vanilla", "none", "linear", default="vanilla")
+        attention = "linear" if network.take("use_linear_attn", False) else attention
+        if attention == "none":  # the mid block's too
+            fields |= {"attn_resolutions": [], "mid_attention": False}
+        else:
+            fields["attention_type"] = attention
+        fields["tanh_out"] = bool(network.take("tanh_out", False))
+    network.finish()
+    return fields
+
+
+def _default(name: str) -> tuple:
+    return (NETWORK_DEFAULTS[name],) if name in NETWORK_DEFAULTS else ()
+
+
+def temperature_schedule(params: Options) -> dict:
+    """The arguments of `GumbelQuantizer` for the schedule of its temperature; without one it stays at 1."""
+    if params.take("temperature_scheduler_config", None) is None:
+        return {"temperature": 1.0}
+    target, schedule = params.node("temperature_scheduler_config")
+    if target != "LambdaWarmUpCosineScheduler":
+        raise ValueError(
+            f"`config` has the schedule {target} for its temperature; known: LambdaWarmUpCosineScheduler."
+        )
+    schedule.training_only("verbosity_interval")
+    arguments = {
+        "temperature_start": schedule.take("lr_start"),
+        "temperature": schedule.take("lr_max"),
+        "temperature_end": schedule.take("lr_min"),
+        "warmup_steps": schedule.take("warm_up_steps"),
+        "decay_steps": schedule.take("max_decay_steps"),
+    }
+    schedule.finish()
+    return arguments
+
+
+def convert_tokenizer(model: dict, state_dict: dict, use_ema: bool = True) -> tuple[VQGANModel, dict[str, str]]:
     """A first stage from the `model` section of its YAML and its weights.
+
+    Args:
+        model: with `target` and `params`.
+        state_dict: the checkpoint's.
+        use_ema: take the averages of the weights, where the checkpoint has them (`use_ema` of latent diffusion).
 
     Returns:
         the model, and for each key that it does not use, why.
@@ -99,32 +165,98 @@ def convert_tokenizer(model: dict, state_dict: dict) -> tuple[VQGANModel, dict[s
         ValueError: as `tokenizer_config`, or if the weights are not exactly those of the model.
     """
     weights, dropped = drop_keys(state_dict, DROPPED_KEYS)
+    weights, reasons = choose_averages(weights, use_ema)
+    dropped |= reasons
+    used = weights.pop("quantize.used", None)
+    config = tokenizer_config(model, None if used is None else len(used))
+    if config.quantizer == "ema":
+        weights = {EMA_CODEBOOK.get(key, key): value for key, value in weights.items()}
+        weights["quantize.num_updates"] = torch.zeros((), dtype=torch.int64)  # only zero-debiased codebooks read it
+    if used is not None:
+        weights = _restricted(weights, used) if config.quantizer == "gumbel" else _remapped(weights, used, config)
     with torch.device("meta"):
-        tokenizer = VQGANModel(tokenizer_config(model))
+        tokenizer = VQGANModel(config)
     load_exactly(tokenizer, weights)
     return tokenizer.eval(), dropped
+
+
+def choose_averages(state_dict: dict, use_ema: bool) -> tuple[dict, dict[str, str]]:
+    """The averages of weights (`model_ema.*`) under the names of the live ones, or these, and why which keys are dropped.
+
+    The original's names of averages lack the dots. Buffers have no averages.
+    """
+    averages = {key.removeprefix(AVERAGES): key for key in state_dict if key.startswith(AVERAGES)}
+    live = {key: value for key, value in state_dict.items() if not key.startswith(AVERAGES)}
+    if not averages or not use_ema:
+        return live, dict.fromkeys(averages.values(), "averages, which are taken without --live")
+    found = {key: averages[key.replace(".", "")] for key in live if key.replace(".", "") in averages}
+    missing = [key for key in live if key not in found and key.endswith((".weight", ".bias"))]
+    if missing:
+        raise ValueError(f"`checkpoint` lacks the average of {missing[0]}; convert its own weights (--live).")
+    dropped = dict.fromkeys(found, "weights before averaging; --live takes them")
+    dropped |= dict.fromkeys(set(averages.values()) - set(found.values()), "the average of a weight that is not used")
+    return {key: state_dict[found.get(key, key)] for key in live}, dropped
+
+
+def _restricted(weights: dict, used: torch.Tensor) -> dict:
+    """A Gumbel codebook with its codes in use alone, which its draw is among."""
+    names = ("quantize.proj.weight", "quantize.proj.bias", "quantize.embed.weight")
+    return {name: value[used] if name in names else value for name, value in weights.items()}
+
+
+def _remapped(weights: dict, used: torch.Tensor, config: VQGANConfig) -> dict:
+    """The table of the codes in use beside the quantizer; -1 stands for a code that is not in it."""
+    table = torch.full((config.remapped_from,), -1, dtype=torch.int64)
+    table[used] = torch.arange(len(used))
+    new = {
+        name.replace("quantize.", "quantize.quantizer.") if name.startswith("quantize.") else name: value
+        for name, value in weights.items()
+    }
+    return {**new, "quantize.remap.used": used.long(), "quantize.remap.table": table}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The discriminator
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def convert_discriminator(model: dict, state_dict: dict) -> tuple[PatchDiscriminator, dict]:
     """The discriminator in a first stage's checkpoint, and its constructor's arguments.
 
+    ActNorm, an offset and a scale of each channel, goes into the convolution before it.
+
     Raises:
-        ValueError: if there is none, or one with another normalisation.
+        ValueError: if there is none, or the configuration contradicts it.
     """
     prefix = "loss.discriminator."
     weights = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
     if not weights:
         raise ValueError("`checkpoint` holds no discriminator (no key starts with loss.discriminator.).")
-    params = model["params"]["lossconfig"].get("params", {})
-    if params.get("use_actnorm", False):
-        raise ValueError("`config` has use_actnorm=True, a normalisation that PatchDiscriminator does not have.")
+    loss = Options(model["params"], "model.params").node("lossconfig")[1]
+    has_actnorm = loss.take("use_actnorm", False)
     arguments = {
-        "in_channels": params.get("disc_in_channels", 3),
-        "base_channels": params.get("disc_ndf", 64),
-        "num_layers": params.get("disc_num_layers", 3),
-        "norm": "batch",
+        "in_channels": loss.take("disc_in_channels", 3),
+        "base_channels": loss.take("disc_ndf", 64),
+        "num_layers": loss.take("disc_num_layers", 3),
+        "norm": "none" if has_actnorm else "batch",
     }
+    if has_actnorm:
+        weights = _fold_actnorm(weights)
     with torch.device("meta"):
         discriminator = PatchDiscriminator(**arguments)
     load_exactly(discriminator, weights)
     return discriminator.eval(), arguments
+
+
+def _fold_actnorm(weights: dict) -> dict:
+    """scale · (W x + b + loc) = (scale · W) x + scale · (b + loc), of the convolution just before each ActNorm."""
+    new = {key: value for key, value in weights.items() if not key.endswith((".loc", ".scale", ".initialized"))}
+    for key in weights:
+        if not key.endswith(".loc"):
+            continue
+        number = int(key.split(".")[1])
+        scale, offset = weights[f"main.{number}.scale"].flatten(), weights[key].flatten()
+        weight, bias = f"main.{number - 1}.weight", f"main.{number - 1}.bias"
+        new[weight] = weights[weight] * scale[:, None, None, None]
+        new[bias] = scale * (weights[bias] + offset)
+    return new

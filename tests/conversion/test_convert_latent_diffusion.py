@@ -372,7 +372,7 @@ def changed(model, path, value):
         ("unet_config.params.resblock_updown", True, "must have resblock_updown=False"),
         ("unet_config.params.surprise", 1, r"not known: \['surprise'\]"),
         ("unet_config.params.num_res_blocks", 2, "does not fit UNet2DModel"),
-        ("first_stage_config.params.ddconfig.attn_type", "linear", "must have attn_type vanilla or none"),
+        ("first_stage_config.params.ddconfig.attn_type", "axial", "must have attn_type=vanilla or none or linear"),
     ],
 )
 def test_what_is_refused(path, value, message):
