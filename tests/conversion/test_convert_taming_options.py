@@ -22,7 +22,7 @@ def test_codebook_of_moving_averages_goes_on_learning():
     """EMAVQ: counts from 0, decay 0.99, m / ((N + ε) / (ΣN + Kε) · ΣN)."""
     model, state_dict = read("taming_vqmodel_f2_plcallback")
     model = {**model, "target": "taming.models.vqgan.EMAVQ"}
-    codes = state_dict["quantize.embedding.weight"]
+    codes = state_dict["quantize.embedding.weight"].clone()
     counts, sums = torch.rand(len(codes)) + 0.5, codes * 1.3
     averages = {"quantize.embedding.cluster_size": counts, "quantize.embedding.embed_avg": sums}
     tokenizer, _ = convert_tokenizer(model, {**state_dict, **averages})
@@ -46,14 +46,14 @@ def test_temperature_is_the_schedules():
     model, state_dict = read("taming_gumbel")
     quantizer = convert_tokenizer(model, state_dict)[0].quantize
     for step, expected in zip(golden["scheduler_steps"].tolist(), golden["temperatures"], strict=True):
-        quantizer.set_training_step(step)
+        quantizer.set_training_step(step, 10**6)
         assert quantizer.temperature == pytest.approx(expected.item(), abs=1e-6)
     schedule = {"warm_up_steps": 10, "lr_start": 0.1}
     model = copy.deepcopy(model)
     model["params"]["temperature_scheduler_config"]["params"] |= schedule
     quantizer = convert_tokenizer(model, state_dict)[0].quantize
     for step in (0, 5, 9):
-        quantizer.set_training_step(step)
+        quantizer.set_training_step(step, 10**6)
         assert quantizer.temperature == pytest.approx(0.1 + 0.8 * step / 10)
 
 
@@ -68,20 +68,6 @@ def test_gumbel_draws_among_the_codes_in_use():
     assert torch.equal(indices, golden["logits"][:, used].argmax(1))
     codes = state_dict["quantize.embed.weight"][used[indices]].movedim(-1, 1)
     torch.testing.assert_close(tokenizer.quantize.indices_to_latents(indices), codes)
-
-
-def test_codes_in_use_are_renumbered():
-    golden = Golden("taming_vqmodel_f2_plcallback")
-    model, state_dict = read("taming_vqmodel_f2_plcallback")
-    model = copy.deepcopy(model)
-    model["params"]["remap"] = "used.npy"
-    used = golden["indices"].unique().flip(0)
-    tokenizer, _ = convert_tokenizer(model, {**state_dict, "quantize.used": used})
-    encoded = tokenizer.encode(golden["x"])
-    golden.compare("quant", encoded.quantized)
-    assert torch.equal(used[encoded.indices].flatten(), golden["indices"].flatten())
-    golden.compare("xrec_from_code", tokenizer.decode_indices(encoded.indices).sample)
-    assert tokenizer.config.num_embeddings == len(used)
 
 
 def test_averages_of_a_first_stage():
