@@ -21,6 +21,10 @@ class VQTokenizerConfig(PreTrainedConfig):
         quantizer_kwargs: further arguments of that class.
         commitment_cost: β, the weight of the commitment term, at least 0.
         legacy_beta: put β on the codebook's term, as the original VQGAN code does.
+        remapped_from: the codes behind a remap table that is saved with the tokenizer (`quantize.remap`); its indices are
+            then renumbered to `num_embeddings` values. None has no table.
+        unknown_code: with `remapped_from`, what becomes of a code that the table lacks: "random", "nearest", "error", an
+            index, or "extra": the last index.
         data_variance: divide the squared error of `forward` by this variance of the pixels, above 0; None does not.
         scaling_factor: latents are multiplied by it for a continuous diffusion prior; above 0.
         kwargs: those of `PreTrainedConfig`.
@@ -43,6 +47,8 @@ class VQTokenizerConfig(PreTrainedConfig):
         quantizer_kwargs: dict[str, Any] | None = None,
         commitment_cost: float = 0.25,
         legacy_beta: bool = False,
+        remapped_from: int | None = None,
+        unknown_code: str | int = "random",
         data_variance: float | None = None,
         scaling_factor: float = 1.0,
         **kwargs: Any,
@@ -55,6 +61,12 @@ class VQTokenizerConfig(PreTrainedConfig):
         self.quantizer_kwargs = dict(quantizer_kwargs or {})
         self.commitment_cost = check_real("commitment_cost", commitment_cost, minimum=0)
         self.legacy_beta = legacy_beta
+        if remapped_from is not None:
+            remapped_from = check_integer("remapped_from", remapped_from, minimum=1)
+            if quantizer == "residual":
+                raise ValueError("`remapped_from` must be None for quantizer='residual', whose codes are several.")
+        self.remapped_from = remapped_from
+        self.unknown_code = unknown_code
         self.data_variance = None if data_variance is None else check_real("data_variance", data_variance, above=0)
         self.scaling_factor = check_real("scaling_factor", scaling_factor, above=0)
         super().__init__(**kwargs)

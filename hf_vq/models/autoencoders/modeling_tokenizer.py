@@ -12,6 +12,7 @@ from transformers import initialization as init
 from ..modeling_outputs import QuantizerOutput, VQDecoderOutput, VQEncoderOutput, VQModelOutput
 from ..quantizers.build import build_quantizer
 from ..quantizers.codebook_statistics import are_finite, code_counts, codebook_statistics
+from ..quantizers.index_remap import IndexRemap, RemappedQuantizer
 from ..quantizers.quantizer import Quantizer
 from .configuration_tokenizer import VQTokenizerConfig
 from .tiling import map_tiles
@@ -20,11 +21,15 @@ from .tiling import map_tiles
 def build_quantizer_of(config: VQTokenizerConfig) -> Quantizer:
     """The quantizer that a tokenizer's configuration describes."""
     kwargs = dict(config.quantizer_kwargs)
-    if config.quantizer in ("vq", "ema", "cosine", "lfq", "residual"):
+    if config.quantizer not in ("gumbel", "fsq"):
         kwargs.setdefault("commitment_cost", config.commitment_cost)
     if config.legacy_beta:
         kwargs.setdefault("legacy_beta", True)
-    return build_quantizer(config.quantizer, config.num_embeddings, config.embed_dim, **kwargs)
+    if config.remapped_from is None:
+        return build_quantizer(config.quantizer, config.num_embeddings, config.embed_dim, **kwargs)
+    num_used = config.num_embeddings - (config.unknown_code == "extra")
+    quantizer = build_quantizer(config.quantizer, config.remapped_from, config.embed_dim, **kwargs)
+    return RemappedQuantizer(quantizer, num_used, config.unknown_code)
 
 
 class VQTokenizerModel(PreTrainedModel):
@@ -52,7 +57,7 @@ class VQTokenizerModel(PreTrainedModel):
         elif isinstance(module, nn.GroupNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-        elif isinstance(module, Quantizer):
+        elif isinstance(module, (Quantizer, IndexRemap)):
             module.reset_parameters()
 
     def set_training_step(self, step: int, total_steps: int) -> None:

@@ -3,10 +3,11 @@
 from typing import Any
 
 from .gumbel_quantizer import GumbelQuantizer
+from .index_propagation_quantizer import IndexPropagationQuantizer
 from .quantizer import Quantizer, check_options
 from .residual_quantizer import ResidualQuantizer
-from .scalar_quantizers import FSQuantizer, LFQuantizer
-from .vector_quantizers import CosineVectorQuantizer, EMAVectorQuantizer, VectorQuantizer
+from .scalar_quantizers import BSQuantizer, FSQuantizer, LFQuantizer
+from .vector_quantizers import CosineVectorQuantizer, EMAVectorQuantizer, SimVectorQuantizer, VectorQuantizer
 
 
 QUANTIZERS: dict[str, type[Quantizer]] = {
@@ -14,8 +15,11 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     "ema": EMAVectorQuantizer,
     "gumbel": GumbelQuantizer,
     "cosine": CosineVectorQuantizer,
+    "simvq": SimVectorQuantizer,
+    "ibq": IndexPropagationQuantizer,
     "fsq": FSQuantizer,
     "lfq": LFQuantizer,
+    "bsq": BSQuantizer,
     "residual": ResidualQuantizer,
 }
 

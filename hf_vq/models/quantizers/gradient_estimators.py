@@ -1,5 +1,7 @@
 """Gradients through the choice of a code, which has none of its own."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -34,4 +36,11 @@ def rotation_trick(latents: torch.Tensor, quantized: torch.Tensor) -> torch.Tens
 GRADIENT_ESTIMATORS = {"straight_through": straight_through, "rotation": rotation_trick}
 
 
-__all__ = ["GRADIENT_ESTIMATORS", "rotation_trick", "straight_through"]
+def gradient_estimator_of(name: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The estimator called `name`; an unknown one is a `ValueError`."""
+    if name not in GRADIENT_ESTIMATORS:
+        raise ValueError(f"`gradient_estimator` must be one of {sorted(GRADIENT_ESTIMATORS)}, got {name!r}.")
+    return GRADIENT_ESTIMATORS[name]
+
+
+__all__ = ["GRADIENT_ESTIMATORS", "gradient_estimator_of", "rotation_trick", "straight_through"]

@@ -1,4 +1,4 @@
-"""Quantizers without a codebook to learn: finite scalar quantization and lookup-free quantization."""
+"""Quantizers without a codebook to learn: finite scalar, lookup-free and binary spherical quantization."""
 
 import math
 from collections.abc import Sequence
@@ -124,14 +124,15 @@ class LFQuantizer(ComputedCodebook):
         self.diversity_weight = check_real("diversity_weight", diversity_weight, minimum=0)
         self.inverse_temperature = check_real("inverse_temperature", inverse_temperature, above=0)
         self.bits_per_group = check_integer("bits_per_group", bits_per_group, minimum=1)
+        self.amplitude = 1.0
 
     def forward(self, latents: torch.Tensor) -> QuantizerOutput:
-        """Quantize `latents` `(B, D, h, w)` to ±1."""
+        """Quantize `latents` `(B, D, h, w)` to ± `amplitude`."""
         self.check_latents(latents)
         with torch.autocast(latents.device.type, enabled=False):
-            z = latents.float()
+            z = self._project(latents.float())
             bits = z > 0
-            codes = bits.float() * 2 - 1
+            codes = (bits.float() * 2 - 1) * self.amplitude
             powers = 2 ** torch.arange(self.embed_dim, device=z.device)
             indices = (bits.long() * powers.view(1, -1, 1, 1)).sum(dim=1)
             commitment_loss = F.mse_loss(z, codes)
@@ -145,10 +146,13 @@ class LFQuantizer(ComputedCodebook):
             commitment_loss=commitment_loss.detach(),
         )
 
+    def _project(self, z: torch.Tensor) -> torch.Tensor:
+        return z
+
     def _entropies(self, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """E H[p(code | z)] and H[E p(code | z)] in nats."""
-        # |z+1|² - |z-1|² = 4z: the log odds of a bit
-        log_odds = 4 * self.inverse_temperature * flat
+        # |z+a|² - |z-a|² = 4az: the log odds of a bit
+        log_odds = 4 * self.inverse_temperature * self.amplitude * flat
         on, off = F.logsigmoid(log_odds), F.logsigmoid(-log_odds)
         sample_entropy = -(on.exp() * on + off.exp() * off).sum(dim=1).mean()
         mean_entropy = flat.new_zeros(())
@@ -164,10 +168,52 @@ class LFQuantizer(ComputedCodebook):
         return sample_entropy, mean_entropy
 
     def indices_to_latents(self, indices: torch.Tensor) -> torch.Tensor:
-        """Code vectors `(B, D, h, w)` of ±1, float32, of `indices` `(B, h, w)`."""
+        """Code vectors `(B, D, h, w)` of ± `amplitude`, float32, of `indices` `(B, h, w)`."""
         check_indices(indices, self.num_embeddings)
         shifts = torch.arange(self.embed_dim, device=indices.device).view(1, -1, 1, 1)
-        return (indices.long().unsqueeze(1) >> shifts & 1).float() * 2 - 1
+        return ((indices.long().unsqueeze(1) >> shifts & 1).float() * 2 - 1) * self.amplitude
 
 
-__all__ = ["FSQuantizer", "LFQuantizer"]
+class BSQuantizer(LFQuantizer):
+    """Binary spherical quantization: the nearest corner of a cube inside the unit sphere (Zhao et al. 2024, BSQ).
+
+    u = z / |z| and the code is sign(u) / √D, of length 1 as u is, with K = 2ᴰ. The loss is that of `LFQuantizer` between u
+    and the code; p(code | z) ∝ exp(-|u - e|² · inverse_temperature) is the paper's exp(τ u·e) with τ twice as large, and
+    again a product over bits (section 4.2, equations 8 to 11).
+
+    Args:
+        num_embeddings: K, which must be 2 ** embed_dim.
+        embed_dim: D, the number of bits.
+        commitment_cost: β.
+        entropy_weight: w.
+        diversity_weight: a factor on the second entropy (γ in the paper).
+        inverse_temperature: above 0.
+        bits_per_group: at least 1.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embed_dim: int,
+        commitment_cost: float = 0.25,
+        entropy_weight: float = 0.1,
+        diversity_weight: float = 1.0,
+        inverse_temperature: float = 10.0,
+        bits_per_group: int = 9,
+    ):
+        super().__init__(
+            num_embeddings,
+            embed_dim,
+            commitment_cost,
+            entropy_weight,
+            diversity_weight,
+            inverse_temperature,
+            bits_per_group,
+        )
+        self.amplitude = embed_dim**-0.5
+
+    def _project(self, z: torch.Tensor) -> torch.Tensor:
+        return F.normalize(z, dim=1)
+
+
+__all__ = ["BSQuantizer", "FSQuantizer", "LFQuantizer"]

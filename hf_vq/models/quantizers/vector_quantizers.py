@@ -11,10 +11,21 @@ from transformers import initialization as init
 from ...argument_checks import check_integer, check_real
 from ...distributed import is_distributed
 from ..modeling_outputs import QuantizerOutput
+from .code_entropies import choice_entropies
 from .codebook_search import draw_vectors, has_finite_vectors, kmeans, nearest_codes
 from .codebook_statistics import are_finite, code_counts
-from .gradient_estimators import GRADIENT_ESTIMATORS
+from .gradient_estimators import gradient_estimator_of
 from .quantizer import Quantizer, flatten, look_up
+
+
+def vq_losses(
+    z: torch.Tensor, codes: torch.Tensor, beta: float, legacy_beta: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The weighted loss of a codebook with a gradient, and its two unweighted terms, detached."""
+    codebook_loss = F.mse_loss(codes, z.detach())
+    commitment_loss = F.mse_loss(z, codes.detach())
+    loss = commitment_loss + beta * codebook_loss if legacy_beta else codebook_loss + beta * commitment_loss
+    return loss, codebook_loss.detach(), commitment_loss.detach()
 
 
 class NearestCodeQuantizer(Quantizer):
@@ -39,11 +50,7 @@ class NearestCodeQuantizer(Quantizer):
         kmeans_iterations: int = 10,
     ):
         super().__init__(num_embeddings, embed_dim)
-        if gradient_estimator not in GRADIENT_ESTIMATORS:
-            raise ValueError(
-                f"`gradient_estimator` must be one of {sorted(GRADIENT_ESTIMATORS)}, got {gradient_estimator!r}."
-            )
-        self.estimator = GRADIENT_ESTIMATORS[gradient_estimator]
+        self.estimator = gradient_estimator_of(gradient_estimator)
         iterations = check_integer("kmeans_iterations", kmeans_iterations, minimum=1)
         self.kmeans_iterations = iterations if kmeans_init else 0
         if kmeans_init:
@@ -126,19 +133,14 @@ class VectorQuantizer(NearestCodeQuantizer):
             z = latents.float()
             indices = self.nearest(z)
             codes = look_up(indices, self.codebook.float())
-            codebook_loss = F.mse_loss(codes, z.detach())
-            commitment_loss = F.mse_loss(z, codes.detach())
-            if self.legacy_beta:
-                loss = commitment_loss + self.commitment_cost * codebook_loss
-            else:
-                loss = codebook_loss + self.commitment_cost * commitment_loss
+            loss, codebook_loss, commitment_loss = vq_losses(z, codes, self.commitment_cost, self.legacy_beta)
             quantized = self.estimator(z, codes.detach())
         return QuantizerOutput(
             quantized=quantized.to(latents.dtype),
             indices=indices,
             loss=loss,
-            codebook_loss=codebook_loss.detach(),
-            commitment_loss=commitment_loss.detach(),
+            codebook_loss=codebook_loss,
+            commitment_loss=commitment_loss,
         )
 
     def _write_codes(self, codes: torch.Tensor) -> None:
@@ -169,6 +171,8 @@ class EMAVectorQuantizer(NearestCodeQuantizer):
         count_smoothing: `None`; "laplace", dividing by (N+ε)/(ΣN+Kε)·ΣN as Sonnet does; or "laplace_stored", which
             also writes the smoothed counts back (as some ports of it do), for parity with them.
         epsilon: ε, above 0.
+        keep_unused: False divides the average of a code without count all the same, as the original VQGAN code's EMA
+            codebook does, which sends it away; for parity with that, and with `count_smoothing` only.
         gradient_estimator: "straight_through" or "rotation".
         kmeans_init: set the codes by k-means of the first training batch (of all processes).
         kmeans_iterations: Lloyd iterations of that.
@@ -184,6 +188,7 @@ class EMAVectorQuantizer(NearestCodeQuantizer):
         restart_threshold: float = 0.02,
         count_smoothing: str | None = None,
         epsilon: float = 1e-5,
+        keep_unused: bool = True,
         gradient_estimator: str = "straight_through",
         kmeans_init: bool = False,
         kmeans_iterations: int = 10,
@@ -193,6 +198,11 @@ class EMAVectorQuantizer(NearestCodeQuantizer):
             raise ValueError(
                 f"`count_smoothing` must be None, 'laplace' or 'laplace_stored', got {count_smoothing!r}."
             )
+        if not keep_unused and count_smoothing is None:
+            raise ValueError(
+                "`keep_unused=False` divides by counts of 0 without `count_smoothing`; set it to 'laplace'."
+            )
+        self.keep_unused = keep_unused
         self.commitment_cost = check_real("commitment_cost", commitment_cost, minimum=0)
         self.decay = check_real("decay", decay, minimum=0, below=1)
         self.restart_threshold = check_real("restart_threshold", restart_threshold, minimum=0, below=1)
@@ -253,7 +263,7 @@ class EMAVectorQuantizer(NearestCodeQuantizer):
         divisor, moved = self.cluster_size, counts > 0
         if self.count_smoothing is not None:
             # smoothing changes the quotient of unused codes also; without a count it would send them to m/ε
-            moved = self.cluster_size > 0
+            moved = (self.cluster_size > 0) if self.keep_unused else torch.ones_like(counts, dtype=torch.bool)
             total = self.cluster_size.sum()
             divisor = (self.cluster_size + self.epsilon) / (total + self.num_embeddings * self.epsilon) * total
             if self.count_smoothing == "laplace_stored":
@@ -284,25 +294,131 @@ class EMAVectorQuantizer(NearestCodeQuantizer):
 class CosineVectorQuantizer(VectorQuantizer):
     """Nearest code by angle: latents and codes are scaled to length 1 (Yu et al. 2022, ViT-VQGAN, section 3.2).
 
-    Arguments are those of `VectorQuantizer`; losses are between the unit vectors, and `quantized` has length 1.
+    loss = mean |sg[ẑ] - ê|² + β · mean |ẑ - sg[ê]|² + w · (E H[p] - H[E p]) between the unit vectors, with p(code | z) the
+    softmax of -|ẑ - ê|² / τ (LlamaGen's losses; Janus and LlamaGen publish w = 0). `quantized` has length 1.
+
+    Args:
+        num_embeddings: K.
+        embed_dim: D.
+        commitment_cost: β, at least 0.
+        legacy_beta: β weights the codebook's term, as in `VectorQuantizer`.
+        entropy_weight: w, at least 0.
+        entropy_temperature: τ, above 0.
+        gradient_estimator: "straight_through" or "rotation".
+        kmeans_init: set the codes by k-means of the first training batch (of all processes).
+        kmeans_iterations: Lloyd iterations of that.
     """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embed_dim: int,
+        commitment_cost: float = 0.25,
+        legacy_beta: bool = False,
+        entropy_weight: float = 0.0,
+        entropy_temperature: float = 0.01,
+        gradient_estimator: str = "straight_through",
+        kmeans_init: bool = False,
+        kmeans_iterations: int = 10,
+    ):
+        super().__init__(
+            num_embeddings,
+            embed_dim,
+            commitment_cost,
+            legacy_beta,
+            gradient_estimator=gradient_estimator,
+            kmeans_init=kmeans_init,
+            kmeans_iterations=kmeans_iterations,
+        )
+        self.entropy_weight = check_real("entropy_weight", entropy_weight, minimum=0)
+        self.entropy_temperature = check_real("entropy_temperature", entropy_temperature, above=0)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
         # only the direction counts; any isotropic distribution is uniform on the sphere, the uniform cube is not
         init.normal_(self.embedding.weight)
 
-    def forward(self, latents: torch.Tensor) -> QuantizerOutput:
-        """Quantize `latents` `(B, D, h, w)`, of any length."""
-        self.check_latents(latents)
-        output = super().forward(F.normalize(latents.float(), dim=1))
-        output.quantized = output.quantized.to(latents.dtype)
-        return output
-
     @property
     def codebook(self) -> torch.Tensor:
         """The code vectors `(K, D)`, of length 1."""
         return F.normalize(self.embedding.weight, dim=1)
 
+    def forward(self, latents: torch.Tensor) -> QuantizerOutput:
+        """Quantize `latents` `(B, D, h, w)`, of any length."""
+        self.check_latents(latents)
+        unit = F.normalize(latents.float(), dim=1)
+        output = super().forward(unit)
+        output.quantized = output.quantized.to(latents.dtype)
+        if self.entropy_weight > 0:
+            with torch.autocast(latents.device.type, enabled=False):
+                # -|ẑ - ê|² = 2ẑ·ê - 2 for unit vectors, and the constant does not change the softmax
+                each, mean = choice_entropies(flatten(unit), 2 * self.codebook.float(), None, self.entropy_temperature)
+                output.loss = output.loss + self.entropy_weight * (each - mean)
+        return output
 
-__all__ = ["CosineVectorQuantizer", "EMAVectorQuantizer", "NearestCodeQuantizer", "VectorQuantizer"]
+
+class SimVectorQuantizer(Quantizer):
+    """Frozen codes times one trained linear layer, SimVQ (Zhu et al. 2024, "Addressing Representation Collapse").
+
+    The codebook is C W + b with C drawn once from N(0, 1/D): a step moves the whole space of codes and not the chosen ones
+    alone, so that none is left behind. loss = mean |sg[z] - e|² + β · mean |z - sg[e]|², whose gradient goes to W and b.
+
+    Args:
+        num_embeddings: K.
+        embed_dim: D.
+        commitment_cost: β, at least 0.
+        legacy_beta: β weights the codebook's term, as in `VectorQuantizer`.
+        gradient_estimator: "straight_through" or "rotation".
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embed_dim: int,
+        commitment_cost: float = 0.25,
+        legacy_beta: bool = False,
+        gradient_estimator: str = "straight_through",
+    ):
+        super().__init__(num_embeddings, embed_dim)
+        self.commitment_cost = check_real("commitment_cost", commitment_cost, minimum=0)
+        self.legacy_beta = legacy_beta
+        self.estimator = gradient_estimator_of(gradient_estimator)
+        self.register_buffer("embedding", torch.empty(num_embeddings, embed_dim))
+        self.embedding_proj = nn.Linear(embed_dim, embed_dim)
+        self.reset_parameters()
+
+    @property
+    def codebook(self) -> torch.Tensor:
+        """The code vectors `(K, D)`, computed."""
+        weight, bias = self.embedding_proj.weight.float(), self.embedding_proj.bias.float()
+        # copied: the product's last bits depend on how the memory is aligned, which differs after loading
+        return F.linear(self.embedding.float().clone(), weight.clone(), bias.clone())
+
+    def reset_parameters(self) -> None:
+        init.normal_(self.embedding, std=self.embed_dim**-0.5)
+
+    def forward(self, latents: torch.Tensor) -> QuantizerOutput:
+        """Quantize `latents` `(B, D, h, w)`."""
+        self.check_latents(latents)
+        with torch.autocast(latents.device.type, enabled=False):
+            z, codebook = latents.float(), self.codebook
+            indices = nearest_codes(flatten(z.detach()), codebook.detach()).reshape(z.shape[0], *z.shape[2:])
+            codes = look_up(indices, codebook)
+            loss, codebook_loss, commitment_loss = vq_losses(z, codes, self.commitment_cost, self.legacy_beta)
+            quantized = self.estimator(z, codes.detach())
+        return QuantizerOutput(
+            quantized=quantized.to(latents.dtype),
+            indices=indices,
+            loss=loss,
+            codebook_loss=codebook_loss,
+            commitment_loss=commitment_loss,
+        )
+
+
+__all__ = [
+    "CosineVectorQuantizer",
+    "EMAVectorQuantizer",
+    "NearestCodeQuantizer",
+    "SimVectorQuantizer",
+    "VectorQuantizer",
+]

@@ -34,7 +34,12 @@ QUANTIZERS = {
     "gumbel-soft": {"quantizer_kwargs": {"hard": False}},
     "cosine": {},
     "fsq": {"num_embeddings": 36, "quantizer_kwargs": {"levels": [3, 2, 3, 2]}},
+    "cosine-entropy": {"quantizer_kwargs": {"entropy_weight": 0.1}},
+    "simvq": {},
+    "ibq": {"quantizer_kwargs": {"entropy_weight": 0.1}},
     "lfq": {},
+    "bsq": {},
+    "vq-remapped": {"remapped_from": 16, "unknown_code": "error"},
     "residual": {"quantizer_kwargs": {"depth": 2}},
     "residual-vq": {"quantizer_kwargs": {"depth": 3, "base": "vq"}},
 }
@@ -65,7 +70,7 @@ class TokenizerCase(ModelCase):
 
 
 def make_case(kind, quantizer, **overrides):
-    pinned = re.compile(r"quantize\.(layers\.\d\.)?(embed|cluster_size|proj)")
+    pinned = re.compile(r"quantize\.(layers\.\d\.|quantizer\.)?(embed|cluster_size|proj)")
     return TokenizerCase(
         model_class={"vqgan": VQGANModel, "vqvae": VQVAEModel}[kind],
         config=make_config(kind, quantizer, **overrides),

@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hf_vq.models.quantizers.build import build_quantizer
 from hf_vq.models.quantizers.codebook_search import draw_vectors, kmeans, nearest_codes
 from hf_vq.models.quantizers.codebook_statistics import code_counts, codebook_statistics
-from hf_vq.models.quantizers.index_remap import IndexRemap
+from hf_vq.models.quantizers.index_remap import IndexRemap, RemappedQuantizer
+from hf_vq.models.quantizers.quantizer import look_up
 from tests.models.quantizers.brute_force import brute_force, plain_lloyd, randn
 
 
@@ -74,17 +75,19 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("name", ["vq", "ema", "cosine", "fsq", "lfq"])
+@pytest.mark.parametrize("name", ["vq", "ema", "cosine", "cosine-entropy", "simvq", "fsq", "lfq", "bsq"])
 def test_no_tensor_has_a_row_for_every_vector_and_a_column_for_every_code(name):
     codes = 2**14
-    dim, kwargs = {"fsq": (7, {"levels": (4,) * 7}), "lfq": (14, {})}.get(name, (2, {}))
-    quantizer = build_quantizer(name, codes, dim, **kwargs).train()
-    latents = randn(1, dim, 64, 64).requires_grad_()
+    special = {"fsq": (7, {"levels": (4,) * 7}), "lfq": (14, {}), "bsq": (14, {})}
+    dim, kwargs = special.get(name, (2, {"entropy_weight": 0.1} if name == "cosine-entropy" else {}))
+    quantizer = build_quantizer(name.split("-")[0], codes, dim, **kwargs).train()
+    width = 16 if name == "cosine-entropy" else 64
+    latents = randn(1, dim, 64, width).requires_grad_()
     with LargestTensor() as largest:
         output = quantizer(latents)
         (output.loss + output.quantized.sum()).backward()
     # 2**22 float32 scores are the 16 MB of a chunk
-    assert largest.numel <= 2**22 < 64 * 64 * codes
+    assert largest.numel <= 2**22 < 64 * width * codes
 
 
 def test_nearest_codes_refuses_other_widths():
@@ -188,8 +191,12 @@ def test_remap_of_unknown_codes():
     extra = IndexRemap(used, 10, unknown="extra")
     assert extra.num_indices == 4 and (extra.to_used(every)[missing] == 3).all()
     assert torch.equal(extra.to_used(used), torch.arange(3))
-    with pytest.raises(ValueError, match=r"`indices` must lie in \[0, 3\)"):
-        extra.to_full(extra.to_used(every))
+    # as in the original, which sets the extra index to the first used code
+    assert extra.to_full(torch.arange(4)).tolist() == [5, 0, 9, 5]
+    with pytest.raises(ValueError, match=r"`indices` must lie in \[0, 4\)"):
+        extra.to_full(torch.tensor([4]))
+    chosen = IndexRemap(used, 10, unknown=2)
+    assert torch.equal(chosen.to_used(every), torch.tensor([1, 2, 2, 2, 2, 0, 2, 2, 2, 2]))
 
     drawn = IndexRemap(used, 10, unknown="random").to_used(every.repeat(50))
     assert torch.equal(drawn[:10][~missing], torch.tensor([1, 0, 2]))
@@ -198,6 +205,27 @@ def test_remap_of_unknown_codes():
     codebook = randn(10, 3)
     nearest = IndexRemap(used, 10, unknown="nearest", codebook=codebook)
     assert torch.equal(nearest.to_used(every), brute_force(codebook, codebook[used]))
+
+
+@pytest.mark.parametrize("unknown", ["random", "extra", 1])
+def test_a_remapped_quantizer_gives_renumbered_indices_of_the_same_codes(unknown):
+    plain = build_quantizer("vq", 10, 3)
+    plain.set_codebook(randn(10, 3, seed=1))
+    quantizer = RemappedQuantizer(plain, 3, unknown)
+    quantizer.remap.set_used(torch.tensor([5, 0, 9]))
+    latents = randn(2, 3, 4, 4)
+    full, output = plain(latents), quantizer(latents)
+    assert torch.equal(output.quantized, full.quantized) and torch.equal(output.loss, full.loss)
+    assert quantizer.num_embeddings == (4 if unknown == "extra" else 3)
+    for code, index in zip(full.indices.flatten().tolist(), output.indices.flatten().tolist(), strict=True):
+        if code in (5, 0, 9):
+            assert index == [5, 0, 9].index(code)
+        elif unknown != "random":
+            assert index == (3 if unknown == "extra" else 1)
+    vectors = quantizer.indices_to_latents(output.indices)
+    assert torch.equal(vectors, look_up(output.indices, quantizer.codebook))
+    known = torch.isin(full.indices, torch.tensor([5, 0, 9]))
+    assert known.any() and torch.equal(vectors.movedim(1, -1)[known], full.quantized.movedim(1, -1)[known])
 
 
 def test_statistics_hold_for_a_geometric_distribution():
@@ -213,8 +241,11 @@ def test_statistics_hold_for_a_geometric_distribution():
         (lambda: kmeans(torch.zeros(0, 3), 4), "`vectors` must hold at least one finite vector"),
         (lambda: IndexRemap(torch.tensor([1, 1]), 4), "`used` must be a non-empty list of distinct codes"),
         (lambda: IndexRemap(torch.tensor([], dtype=torch.int64), 4), "`used` must be a non-empty list"),
+        (lambda: IndexRemap(torch.tensor([1]), 4, unknown=1), "`unknown` must be an int in 0…0, got 1"),
+        (lambda: IndexRemap(2, 4).set_used(torch.tensor([1])), "`used` must hold 2 codes, got 1"),
+        (lambda: IndexRemap(5, 4), "`used` must be an int in 1…4, got 5"),
         (lambda: IndexRemap(torch.tensor([4]), 4), r"`indices` must lie in \[0, 4\)"),
-        (lambda: IndexRemap(torch.tensor([1]), 4, unknown="zero"), "`unknown` must be 'error', 'extra'"),
+        (lambda: IndexRemap(torch.tensor([1]), 4, unknown="zero"), "`unknown` must be an index"),
         (lambda: IndexRemap(torch.tensor([1]), 4, unknown="nearest"), r"`codebook` of shape \(4, D\), got None"),
     ],
 )  # fmt: skip

@@ -216,6 +216,31 @@ def test_laplace_smoothing_is_sonnets():
         torch.testing.assert_close(quantizer.cluster_size.double(), stored, atol=1e-6, rtol=1e-6)
 
 
+def test_the_original_vqgan_codes_ema_update():
+    """Counts that start at 0, every code divided by its smoothed count, used or not; written out."""
+    codes, batches = randn(5, 2, seed=3), [randn(2, 2, 2, 2, seed=seed) for seed in range(3)]
+    codes[4] = 50.0
+    quantizer = EMAVectorQuantizer(
+        5, 2, decay=0.9, zero_debias=False, restart_threshold=0, count_smoothing="laplace", keep_unused=False
+    )
+    quantizer.set_codebook(codes)
+    quantizer.cluster_size.zero_()
+    count, average, table = torch.zeros(5).double(), codes.double(), codes.double()
+    for batch in batches:
+        z = rows(batch).double()
+        one_hot = torch.nn.functional.one_hot(brute_force(z, table), 5).double()
+        count = 0.9 * count + 0.1 * one_hot.sum(0)
+        average = 0.9 * average + 0.1 * one_hot.T @ z
+        total, unused = count.sum(), count == 0
+        if batch is batches[0]:
+            assert unused.any() and not unused.all()
+        table = average / ((count + 1e-5) / (total + 5 * 1e-5) * total)[:, None]
+        quantizer.train()(batch)
+        torch.testing.assert_close(quantizer.embedding.double(), table, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(quantizer.cluster_size.double(), count)
+    torch.testing.assert_close(quantizer.embed_avg.double(), average)
+
+
 def test_smoothing_does_not_send_a_code_without_count_away():
     quantizer = EMAVectorQuantizer(2, 2, count_smoothing="laplace", restart_threshold=0)
     quantizer.set_codebook(torch.tensor([[0.0, 0.0], [50.0, 50.0]]))
@@ -281,6 +306,76 @@ def test_a_training_step_quantizes_with_the_codes_before_its_update():
     assert not torch.equal(quantizer.embedding, before)
 
 
+# ------------------------------------------------------------------------------------------------- non-finite latents
+
+
+BAD = [float("nan"), float("inf"), -float("inf")]
+
+
+def with_bad(latents, seed=0):
+    """The same with every third vector spoilt in one channel."""
+    spoilt = latents.clone()
+    flat = spoilt.permute(0, 2, 3, 1).reshape(-1, latents.shape[1])
+    for i in range(seed, len(flat), 3):
+        flat[i, i % latents.shape[1]] = BAD[i % 3]
+    return flat.reshape(latents.shape[0], *latents.shape[2:], -1).permute(0, 3, 1, 2).contiguous()
+
+
+def finite_part(latents):
+    """The finite vectors alone, as `(1, D, 1, n)`."""
+    flat = rows(latents)
+    return flat[flat.isfinite().all(1)].T.reshape(1, latents.shape[1], 1, -1)
+
+
+@pytest.mark.parametrize("options", [{"restart_threshold": 0}, {"restart_threshold": 0.5}, {"kmeans_init": True}])
+def test_latents_that_are_not_finite_leave_no_trace(options):
+    spoilt, clean = (EMAVectorQuantizer(8, 3, decay=0.9, **options).train() for _ in range(2))
+    codes = randn(8, 3, seed=99)
+    for quantizer in (spoilt, clean):
+        if "kmeans_init" not in options:
+            quantizer.set_codebook(codes)
+    for step in range(4):
+        batch = with_bad(randn(2, 3, 4, 4, seed=step), step % 3)
+        output = spoilt(batch)
+        clean(finite_part(batch))
+        assert 0 <= output.indices.min() and output.indices.max() < 8
+    for name, value in clean.state_dict().items():
+        torch.testing.assert_close(spoilt.state_dict()[name], value, atol=1e-6, rtol=1e-6)
+        assert value.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["vq", "ema", "cosine", "residual"])
+def test_a_batch_without_a_finite_latent_changes_no_code(name):
+    quantizer = build_quantizer(name, 6, 2, kmeans_init=True).train()
+    before = {key: value.clone() for key, value in quantizer.state_dict().items() if "num_updates" not in key}
+    decayed = ("cluster_size", "embed_avg")
+    quantizer(torch.full((1, 2, 2, 2), float("nan")))
+    for key, value in before.items():
+        if not key.endswith(decayed):
+            assert torch.equal(quantizer.state_dict()[key], value), key
+    quantizer(randn(2, 2, 4, 4))
+    layers = quantizer.layers if name == "residual" else [quantizer]
+    assert all(layer.initialized for layer in layers)
+    assert all(value.isfinite().all() for value in quantizer.state_dict().values())
+
+
+@pytest.mark.parametrize("name", ["vq", "ema", "cosine", "gumbel", "simvq", "ibq", "fsq", "lfq", "bsq"])
+@pytest.mark.parametrize("bad", BAD)
+def test_indices_of_latents_that_are_not_finite_are_in_range(name, bad):
+    dim, options = {"fsq": (2, {"levels": (4, 4)}), "lfq": (4, {}), "bsq": (4, {})}.get(name, (3, {}))
+    quantizer = build_quantizer(name, 16, dim, **options)
+    latents = randn(1, dim, 3, 3)
+    expected = quantizer.eval()(latents).indices
+    latents[0, 0, 1, 1] = bad
+    for mode in (True, False):
+        indices = quantizer.train(mode)(latents).indices
+        assert 0 <= indices.min() and indices.max() < 16
+    others = torch.ones(1, 3, 3, dtype=torch.bool)
+    others[0, 1, 1] = False
+    if name != "ema":
+        assert torch.equal(indices[others], expected[others])
+
+
 # ---------------------------------------------------------------------------------------------------------- distributed
 
 
@@ -304,6 +399,12 @@ def train_on_one_of_two(rank, folder):
             quantizer.set_codebook(randn(8, 3, seed=99))
         run_ema(quantizer, [latents_of(rank, step) for step in range(4)])
         state[name] = quantizer.state_dict()
+    spoilt = EMAVectorQuantizer(8, 3, decay=0.9, restart_threshold=0.5)
+    spoilt.set_codebook(randn(8, 3, seed=99))
+    # the first process has not one finite latent in the last step
+    batches = [with_bad(latents_of(rank, step)) for step in range(3)]
+    run_ema(spoilt, [*batches, latents_of(rank, 3) if rank else torch.full((1, 3, 4, 4), float("nan"))])
+    state["spoilt"] = spoilt.state_dict()
     torch.manual_seed(rank)
     state["centres"] = {"": kmeans(rows(latents_of(rank, 0)), 6, 3)}
     torch.save(state, f"{folder}/{rank}.pt")
@@ -322,6 +423,13 @@ def test_two_processes_end_with_the_same_codebook(tmp_path):
     both = rows(torch.cat([latents_of(0, 0), latents_of(1, 0)]))
     centres = plain_lloyd(both, draw_vectors(both, 6, seed=0, distinct=True), 3)
     torch.testing.assert_close(first["centres"][""].double(), centres, atol=1e-5, rtol=1e-5)
+
+    alone = EMAVectorQuantizer(8, 3, decay=0.9, restart_threshold=0.5)
+    alone.set_codebook(randn(8, 3, seed=99))
+    both = [[with_bad(latents_of(rank, step)) for rank in range(2)] for step in range(3)]
+    run_ema(alone, [*(torch.cat([finite_part(a), finite_part(b)], dim=3) for a, b in both), latents_of(1, 3)])
+    for key, value in alone.state_dict().items():
+        torch.testing.assert_close(first["spoilt"][key], value, atol=1e-5, rtol=1e-5)
 
     # one process with the batches of both ends with the same codes, those that restarted among them
     for name, threshold in (("plain", 0), ("restarts", 0.5)):
@@ -346,6 +454,9 @@ def test_two_processes_end_with_the_same_codebook(tmp_path):
         (lambda: VectorQuantizer(4, 3).indices_to_latents(torch.tensor([[[0.0]]])), "must be an integer tensor"),
         (lambda: EMAVectorQuantizer(4, 3, decay=1.0), r"`decay` must be a number in \[0, 1\), got 1.0"),
         (lambda: EMAVectorQuantizer(4, 3, restart_threshold=-0.1), r"`restart_threshold` must be a number in \[0, 1\)"),
+        (lambda: EMAVectorQuantizer(4, 3, keep_unused=False), "`keep_unused=False` divides by counts of 0"),
+        (lambda: EMAVectorQuantizer(4, 3, decay=float("nan")), "`decay` must be .* got nan"),
+        (lambda: VectorQuantizer(4, 3, commitment_cost=float("nan")), "`commitment_cost` must be .* got nan"),
         (lambda: EMAVectorQuantizer(4, 3, count_smoothing="add"), "`count_smoothing` must be None, 'laplace'"),
         (lambda: build_quantizer("vqvae", 4, 3), "`quantizer` must be one of"),
         (lambda: build_quantizer("ema", 4, 3, beta=1), r"`quantizer_kwargs` of 'ema' have no \['beta'\]"),

@@ -1,0 +1,58 @@
+"""How certain each choice of a code is, and how even all choices together are."""
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from ...argument_checks import check_real
+
+
+def _entropy_sums(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    log_probabilities = scores.log_softmax(dim=1)
+    probabilities = log_probabilities.exp()
+    return -(probabilities * log_probabilities).sum(), probabilities.sum(dim=0)
+
+
+def choice_entropies(
+    vectors: torch.Tensor,
+    codebook: torch.Tensor,
+    bias: torch.Tensor | None,
+    temperature: float,
+    rows: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """E H[p(code | z)] and H[E p(code | z)] in nats, with p the softmax of (z·e + bias) / temperature, both differentiable.
+
+    Scores are made for `rows` vectors at a time, and again in the backward pass, so that N×K is never held whole.
+
+    Args:
+        vectors: z, `(N, D)` in float32.
+        codebook: e, `(K, D)` in float32.
+        bias: `(K,)`, or None for 0.
+        temperature: above 0.
+        rows: of one chunk; None for one of about 16 MB.
+
+    Returns:
+        Two scalars from 0 to log K.
+    """
+    temperature = check_real("temperature", temperature, above=0)
+    offset = codebook.new_zeros(codebook.shape[0]) if bias is None else bias
+
+    def of_chunk(chunk, table, shift):
+        return _entropy_sums(torch.addmm(shift, chunk, table.t()) / temperature)
+
+    count = vectors.shape[0]
+    rows = max(1, 2**22 // codebook.shape[0]) if rows is None else rows
+    sample_sum, probability_sum = 0, 0
+    for chunk in vectors.split(rows):
+        own_sum, own_probabilities = (
+            of_chunk(chunk, codebook, offset)
+            if count <= rows
+            else checkpoint(of_chunk, chunk, codebook, offset, use_reentrant=False)
+        )
+        sample_sum, probability_sum = sample_sum + own_sum, probability_sum + own_probabilities
+    mean = probability_sum / count
+    # a code that no vector reaches has probability 0, where the logarithm and its gradient are not finite
+    mean_entropy = -(mean * mean.clamp_min(torch.finfo(mean.dtype).tiny).log()).sum()
+    return sample_sum / count, mean_entropy
+
+
+__all__ = ["choice_entropies"]
