@@ -116,6 +116,21 @@ def build_parser() -> argparse.ArgumentParser:
     add_output(command, "samples.png", "the sheet")
     add_device(command)
     command = add(
+        "show",
+        "show.show",
+        "draw what a tokenizer has learned, or a run's curves",
+        "atlas user/model photos/    # each code, decoded where it occurs",
+        "usage user/model photos/    # how many codes each position uses",
+        "indices user/model cat.png dog.png",
+        "interpolation user/model cat.png dog.png",
+        "curves outputs/vqgan",
+    )
+    command.add_argument("what", choices=["atlas", "usage", "indices", "interpolation", "curves"])
+    add_tokenizer(command, "; of curves, the folder of a run")
+    add_images(command, "*")
+    command.add_argument("--output", type=Path, help="the picture (default: named for what it shows, .png)")
+
+    command = add(
         "evaluate",
         "evaluate.evaluate",
         "measure a tokenizer or a pipeline over a data set",
@@ -161,17 +176,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_tokenizer(command: argparse.ArgumentParser) -> None:
+def add_tokenizer(command: argparse.ArgumentParser, also: str = "") -> None:
     """The model of the subcommands that need a tokenizer."""
-    command.add_argument(
-        "model", metavar="MODEL", help="folder or Hub id of a tokenizer, or of a pipeline that has one"
-    )
+    what = "folder or Hub id of a tokenizer, or of a pipeline that has one"
+    command.add_argument("model", metavar="MODEL", help=what + also)
 
 
-def add_images(command: argparse.ArgumentParser) -> None:
+def add_images(command: argparse.ArgumentParser, number: str = "+") -> None:
     """The options of the subcommands that read images."""
     command.add_argument(
-        "images", nargs="+", metavar="IMAGE", help="files, folders, patterns such as 'photos/*.jpg', or - for a list"
+        "images",
+        nargs=number,
+        metavar="IMAGE",
+        help="files, folders, patterns such as 'photos/*.jpg', or - for a list",
     )
     command.add_argument(
         "--size", type=positive, help="side of the images (default: the one the model was trained at)"

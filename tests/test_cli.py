@@ -395,3 +395,17 @@ def test_evaluate(folder, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out).keys() >= {"psnr", "ssim", "codebook_entropy_per_position"}
     assert run("evaluate", folder / "prior", *arguments) == 1
     assert "give the pipeline that has it" in capsys.readouterr().err
+
+
+def test_show(folder, tmp_path, capsys):
+    images = (folder / "a.png", folder / "b.png")
+    for what in ("atlas", "usage", "indices", "interpolation"):
+        output = tmp_path / f"{what}.png"
+        assert run("show", what, folder / "vqgan", *images, "--output", output) == 0
+        assert np.asarray(Image.open(output).convert("RGB")).std() > 0
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2}\n{"step": 2, "loss": 1}\n')
+    assert run("show", "curves", tmp_path, "--output", tmp_path / "curves.png") == 0
+    assert Image.open(tmp_path / "curves.png").width > 100
+    assert run("show", "atlas", folder / "vqgan") == 1
+    assert "`IMAGE` must name at least one file" in capsys.readouterr().err
+    assert run("show", "interpolation", folder / "vqgan", images[0]) == 1
