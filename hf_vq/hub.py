@@ -4,6 +4,7 @@ import inspect
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
@@ -17,13 +18,20 @@ from .registration import MODELS
 CARD_TEMPLATE = Path(__file__).parent / "model_card_template.md"
 
 
-def save_with_code(model, folder: str | Path) -> None:
-    """Saves a model, an image processor or a pipeline so that it loads where hf_vq is not installed.
+def save_with_code(model: Any, folder: str | Path) -> None:
+    """Saves a model, image processor, scheduler or pipeline so that it loads where hf_vq is not installed.
 
-    A model then loads by ``AutoModel`` (or ``AutoModelForCausalLM``), an image processor by ``AutoImageProcessor``, a
-    pipeline by ``DiffusionPipeline``, each with ``trust_remote_code=True``; where hf_vq is installed its own classes are
-    used, and nothing from the folder is executed. A model and its image processor may share a folder. Denoisers and
-    schedulers are shared as parts of a pipeline.
+    With `trust_remote_code=True`, a model then loads by `AutoModel` (or `AutoModelForCausalLM`), a denoiser by
+    `diffusers.AutoModel`, an image processor by `AutoImageProcessor`, and a pipeline by `DiffusionPipeline`. A scheduler
+    alone has no such class in diffusers: its folder carries the file that defines it. A model and its image processor
+    may share a folder.
+
+    Once hf_vq has been imported, all of these use its own classes, with or without `trust_remote_code`, and nothing from
+    the folder is executed. `diffusers.AutoModel` is the exception: it executes the folder's code if it is trusted.
+
+    Args:
+        model: of a class of hf_vq, or a pipeline with a component of one.
+        folder: where to.
 
     Raises:
         ValueError: if there is nothing of hf_vq in it.
@@ -31,21 +39,17 @@ def save_with_code(model, folder: str | Path) -> None:
     folder = Path(folder)
     if isinstance(model, DiffusionPipeline):
         _save_pipeline(model, folder)
-    elif isinstance(model, PreTrainedModel) and _is_ours(model):
-        auto_map = _auto_map(model)
-        model.save_pretrained(folder)
-        _edit_json(folder / "config.json", auto_map=auto_map)
-        _write_code(model, folder)
-    elif isinstance(model, BaseImageProcessor) and _is_ours(model):
-        model.save_pretrained(folder)
-        module = _write_code(model, folder)
-        auto_map = {"AutoImageProcessor": f"{module}.{type(model).__name__}"}
-        _edit_json(folder / "preprocessor_config.json", auto_map=auto_map)
-    else:
+        return
+    if not _is_ours(model) or not isinstance(model, (PreTrainedModel, ModelMixin, SchedulerMixin, BaseImageProcessor)):
         raise ValueError(
-            "`model` must be a model or an image processor of hf_vq, or a pipeline that has one, got "
+            "`model` must be a model, an image processor or a scheduler of hf_vq, or a pipeline that has one, got "
             f"{type(model).__module__}.{type(model).__name__}."
         )
+    auto_map = _auto_map(model)
+    model.save_pretrained(folder)
+    _write_code(model, folder)
+    if auto_map:
+        _edit_json(folder / _config_name(model), auto_map=auto_map)
 
 
 def save_for_sharing(
@@ -238,21 +242,35 @@ def _is_ours(model) -> bool:
     return type(model).__module__.split(".")[0] == __package__
 
 
-def _auto_map(model) -> dict[str, str]:
+def _config_name(model: Any) -> str:
+    return "preprocessor_config.json" if isinstance(model, BaseImageProcessor) else "config.json"
+
+
+def _auto_map(model: Any) -> dict[str, str]:
+    """What the Auto classes are told about the code beside a model: nothing of a scheduler, which none of them loads."""
+    module, name = Path(inspect.getfile(type(model))).stem, type(model).__name__
+    if isinstance(model, SchedulerMixin):
+        return {}
+    if isinstance(model, ModelMixin):
+        return {"AutoModel": f"{module}.{name}"}
+    if isinstance(model, BaseImageProcessor):
+        return {"AutoImageProcessor": f"{module}.{name}"}
     config, classes = MODELS.get(model.config.model_type, (None, {}))
-    own = [auto_class for auto_class, name in classes.items() if name == type(model).__name__]
+    own = [auto_class for auto_class, registered in classes.items() if registered == name]
     if not own:
-        raise ValueError(
-            f"`model` must be of a registered class (`hf_vq.registration.MODELS`), got {type(model).__name__}."
-        )
-    module = Path(inspect.getfile(type(model))).stem
-    return {"AutoConfig": f"{module}.{config}", **{name: f"{module}.{type(model).__name__}" for name in own}}
+        raise ValueError(f"`model` must be of a registered class (`hf_vq.registration.MODELS`), got {name}.")
+    return {"AutoConfig": f"{module}.{config}", **dict.fromkeys(own, f"{module}.{name}")}
 
 
-def _write_code(model, folder: Path) -> str:
+def _write_code(model: Any, folder: Path) -> str:
     """Writes the one file that defines the class of ``model``; returns its module name."""
     source = Path(inspect.getfile(type(model)))
-    (folder / source.name).write_text(bundle(source), encoding="utf-8")
+    code = bundle(source)
+    bases = [base.__name__ for base in type(model).__mro__[1:] if issubclass(base, DiffusionPipeline)]
+    bases = [name for name in bases if name != DiffusionPipeline.__name__]
+    if bases:
+        code += f"\n\n# diffusers wants one pipeline class in a file that is given as `custom_pipeline`\ndel {', '.join(bases)}\n"
+    (folder / source.name).write_text(code, encoding="utf-8")
     return source.stem
 
 
@@ -281,3 +299,6 @@ def _save(model, folder: Path) -> None:
 def _edit_json(path: Path, **entries) -> None:
     content = json.loads(path.read_text(encoding="utf-8")) | entries
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+__all__ = ["facts", "model_card", "push_to_hub", "save_for_sharing", "save_with_code"]

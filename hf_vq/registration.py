@@ -1,14 +1,20 @@
-"""Makes transformers' Auto classes and diffusers' pipelines know the classes of this package.
+"""Makes transformers' Auto classes and diffusers' loaders know the classes of this package, once both are imported.
 
-Nothing heavy is imported for it. The modules that hold the tables are extended right after they are imported, whenever
-that is, and the entries import the classes that they name when they are first read. Reading late is a need, not only a
-saving: transformers imports its Auto modules, and looks into their tables, halfway through modules that ours import.
+Why a hook on imports: registering at once would import torch, transformers and diffusers for `import hf_vq`, 7 s in
+place of 0.04 s. And it cannot be done the moment that an Auto module is there, since transformers imports its Auto
+modules halfway through modules that ours import. So the hook waits for the end of the outermost import of these
+packages, and then calls the libraries' own `register`. What it does to names that they do not publish is in
+`add_loadable_classes` and `read_installed_classes_first`, and nowhere else.
 """
 
 import importlib
 import importlib.abc
+import importlib.machinery
 import sys
-from functools import partial
+import threading
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
 
 
 # model_type: (config class, {auto class: class})
@@ -20,7 +26,21 @@ MODELS = {
     "hf_vq_vqvae": ("VQVAEConfig", {"AutoModel": "VQVAEModel", "AutoImageProcessor": "VQImageProcessor"}),
     "hf_vq_vqvae2": ("VQVAE2Config", {"AutoModel": "VQVAE2Model", "AutoImageProcessor": "VQImageProcessor"}),
 }
-PIPELINES = ("VQAutoregressivePipeline", "VQDiffusionImagePipeline", "VQLatentDiffusionPipeline", "VQVAE2Pipeline")
+# classes that diffusers looks for by name among its own: pipelines, and what `diffusers.AutoModel` loads
+DIFFUSERS_CLASSES = (
+    "VQAutoregressivePipeline",
+    "VQDiffusionImagePipeline",
+    "VQDiffusionTransformer2DModel",
+    "VQLatentDiffusionPipeline",
+    "VQVAE2Pipeline",
+)
+# diffusers looks on a component's package for the base class that says how the component is saved and loaded
+COMPONENT_BASES = {
+    "ImageProcessingMixin": "transformers",
+    "ModelMixin": "diffusers",
+    "PreTrainedModel": "transformers",
+    "SchedulerMixin": "diffusers",
+}
 
 
 def public_class(name: str) -> type:
@@ -28,151 +48,141 @@ def public_class(name: str) -> type:
     return getattr(importlib.import_module(__package__), name)
 
 
-class LazyTable(dict):
-    """A dict with entries that are imported when they are read.
-
-    ``pending`` maps a name to a function that returns the entry's key and value. The key is that name, or the class of
-    this package with that name, so asking for any other key imports nothing.
-    """
-
-    def __init__(self, entries: dict, pending: dict):
-        super().__init__(entries)
-        self.pending = pending
-
-    @staticmethod
-    def _name(key):
-        if isinstance(key, type):
-            return key.__name__ if key.__module__.startswith(f"{__package__}.") else None
-        return key
-
-    def _load(self, names):
-        for name in names:
-            key, value = self.pending[name]()
-            self.setdefault(key, value)
-            self.pending.pop(name, None)  # another thread may have been here
-
-    def __contains__(self, key):
-        return super().__contains__(key) or self._name(key) in self.pending
-
-    def __getitem__(self, key):
-        if not super().__contains__(key) and key in self:
-            self._load([self._name(key)])
-        return super().__getitem__(key)
-
-    def get(self, key, default=None):
-        return self[key] if key in self else default
-
-    def __len__(self):
-        return super().__len__() + len(self.pending)
-
-    def __iter__(self):
-        return iter(self.keys())
-
-    def keys(self):
-        self._load(list(self.pending))
-        return super().keys()
-
-    def values(self):
-        self._load(list(self.pending))
-        return super().values()
-
-    def items(self):
-        self._load(list(self.pending))
-        return super().items()
-
-
-def _by_model_type(model_type, config):
-    return model_type, public_class(config)
-
-
-def _by_config(config, name):
-    return public_class(config), public_class(name)
-
-
-def _by_config_and_backend(config, name):
-    return public_class(config), {"pil": public_class(name)}
-
-
-def _by_name(name):
-    return name, public_class(name)
-
-
-def add_configs(configuration_auto):
+def register_configs(configuration_auto: ModuleType) -> None:
     """AutoConfig finds a configuration by its model_type."""
-    mapping = configuration_auto.CONFIG_MAPPING
-    pending = {model_type: partial(_by_model_type, model_type, config) for model_type, (config, _) in MODELS.items()}
-    mapping._extra_content = LazyTable(mapping._extra_content, pending)
+    for model_type, (config, _) in MODELS.items():
+        configuration_auto.AutoConfig.register(model_type, public_class(config), exist_ok=True)
 
 
-def add_models(modeling_auto):
+def register_models(modeling_auto: ModuleType) -> None:
     """AutoModel and AutoModelForCausalLM find a model by its configuration."""
     for auto_class in ("AutoModel", "AutoModelForCausalLM"):
-        _add_classes(getattr(modeling_auto, auto_class)._model_mapping, auto_class, _by_config)
+        for config, classes in MODELS.values():
+            if auto_class in classes:
+                model = public_class(classes[auto_class])
+                getattr(modeling_auto, auto_class).register(public_class(config), model, exist_ok=True)
 
 
-def add_image_processors(image_processing_auto):
+def register_image_processors(image_processing_auto: ModuleType) -> None:
     """AutoImageProcessor finds a processor by the model's configuration."""
-    _add_classes(image_processing_auto.IMAGE_PROCESSOR_MAPPING, "AutoImageProcessor", _by_config_and_backend)
+    for config, classes in MODELS.values():
+        if "AutoImageProcessor" in classes:
+            processor = {"pil": public_class(classes["AutoImageProcessor"])}
+            image_processing_auto.AutoImageProcessor.register(
+                public_class(config), image_processor_classes=processor, exist_ok=True
+            )
 
 
-def _add_classes(mapping, auto_class, entry):
-    classes = {config: names[auto_class] for config, names in MODELS.values() if auto_class in names}
-    pending = {config: partial(entry, config, name) for config, name in classes.items()}
-    mapping._extra_content = LazyTable(mapping._extra_content, pending)
-
-
-def add_pipelines(pipeline_loading_utils):
-    """Components are indexed as ``["hf_vq", class name]``, and ``DiffusionPipeline`` finds the pipeline classes.
-
-    Without the first, diffusers refuses Hub repositories with components from outside of it. For the second there is a
-    table only in diffusers' default import mode; with DIFFUSERS_SLOW_IMPORT a pipeline is loaded by its own class.
-    """
-    bases = ("ImageProcessingMixin", "ModelMixin", "PreTrainedModel", "SchedulerMixin")
+def add_loadable_classes(pipeline_loading_utils: ModuleType) -> None:
+    """Components are indexed as ``["hf_vq", class name]``; else diffusers refuses them in repositories of the Hub."""
     pipeline_loading_utils.LOADABLE_CLASSES[__package__] = {
-        base: ["save_pretrained", "from_pretrained"] for base in bases
+        base: ["save_pretrained", "from_pretrained"] for base in COMPONENT_BASES
     }
-    diffusers = sys.modules["diffusers"]
-    if hasattr(diffusers, "_objects"):
-        diffusers._objects = LazyTable(diffusers._objects, {name: partial(_by_name, name) for name in PIPELINES})
+    for name in DIFFUSERS_CLASSES:
+        setattr(sys.modules["diffusers"], name, public_class(name))
 
 
-EXTENSIONS = {
-    "transformers.models.auto.configuration_auto": add_configs,
-    "transformers.models.auto.modeling_auto": add_models,
-    "transformers.models.auto.image_processing_auto": add_image_processors,
-    "diffusers.pipelines.pipeline_loading_utils": add_pipelines,
+def read_installed_classes_first(pipeline_utils: ModuleType) -> None:
+    """`DiffusionPipeline` takes the installed classes for a folder that carries its own code, and executes none of it.
+
+    Such a folder's index names files where others name libraries. Nobody has to trust it then.
+    """
+    pipeline = pipeline_utils.DiffusionPipeline
+    read = pipeline._dict_from_json_file.__func__
+    if getattr(read, "package", None) == __package__:
+        return
+
+    def read_index(cls: type, json_file: Any) -> dict:
+        return with_installed_classes(read(cls, json_file))
+
+    read_index.package = __package__
+    pipeline._dict_from_json_file = classmethod(read_index)
+
+
+def with_installed_classes(index: dict) -> dict:
+    """A `model_index.json` with this package in place of the files that carry its classes."""
+    names = importlib.import_module(__package__).__all__
+    changed = {}
+    for key, value in index.items():
+        if isinstance(value, list) and len(value) == 2 and value[1] in names:
+            changed[key] = value[1] if key == "_class_name" else [__package__, value[1]]
+    return index | changed
+
+
+# what follows the import of a module, in this order
+REGISTRATIONS: dict[str, Callable[[ModuleType], None]] = {
+    "transformers.models.auto.configuration_auto": register_configs,
+    "transformers.models.auto.modeling_auto": register_models,
+    "transformers.models.auto.image_processing_auto": register_image_processors,
+    "diffusers.pipelines.pipeline_loading_utils": add_loadable_classes,
+    "diffusers.pipelines.pipeline_utils": read_installed_classes_first,
 }
+WATCHED = ("transformers", "diffusers", __package__)
 
 
-class ExtendAfterImport(importlib.abc.MetaPathFinder):
-    """Finds the modules of ``EXTENSIONS`` as the other finders do, and extends them once they have executed."""
+class RegisterAfterImport(importlib.abc.MetaPathFinder):
+    """Finds the modules of three packages as the other finders do, and registers when the outermost has executed."""
 
-    def find_spec(self, fullname, path, target=None):
-        extend = EXTENSIONS.get(fullname)
-        if extend is None:
+    def __init__(self) -> None:
+        self.pending = dict(REGISTRATIONS)
+        self.executing: dict[int, int] = {}  # modules under way, by thread
+        self.lock = threading.Lock()
+        self.wanted = False
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname.partition(".")[0] not in WATCHED:
             return None
         others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
         spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
-        if spec is None or spec.loader is None:
+        if spec is None or spec.loader is None or not hasattr(spec.loader, "exec_module"):
             return spec
         execute = spec.loader.exec_module
 
-        def exec_module(module):
-            execute(module)
-            extend(module)
+        def exec_module(module: ModuleType) -> None:
+            with self:
+                execute(module)
+            if fullname in REGISTRATIONS:  # also when it is loaded again
+                self.pending[fullname] = REGISTRATIONS[fullname]
+            self.register()
 
         spec.loader.exec_module = exec_module
         return spec
 
+    def __enter__(self) -> None:
+        thread = threading.get_ident()
+        self.executing[thread] = self.executing.get(thread, 0) + 1
 
-FINDER = ExtendAfterImport()
+    def __exit__(self, *error: object) -> None:
+        thread = threading.get_ident()
+        self.executing[thread] -= 1
+        if not self.executing[thread]:
+            del self.executing[thread]
+
+    def register(self) -> None:
+        """Makes the registrations whose modules are there, unless some thread is halfway through an import.
+
+        The thread that ends last makes them: this one holds the locks of what it has just imported, and two that wait
+        for each other would be given unfinished modules.
+        """
+        self.wanted = True
+        while self.wanted and not self.executing and self.lock.acquire(blocking=False):
+            try:
+                self.wanted = False
+                for name in [name for name in self.pending if name in sys.modules]:
+                    with self:  # what is imported for it must not register in turn
+                        self.pending[name](sys.modules[name])
+                    del self.pending[name]
+            finally:
+                self.lock.release()
 
 
-def install():
-    """Extend the modules that are imported already, and the others when they will be."""
-    if FINDER in sys.meta_path:
-        return
-    sys.meta_path.insert(0, FINDER)
-    for name, extend in EXTENSIONS.items():
-        if name in sys.modules:
-            extend(importlib.import_module(name))  # import_module waits for a thread that is importing it now
+FINDER = RegisterAfterImport()
+
+
+def install() -> None:
+    """Register with the modules that are imported already, and with the others when they will be."""
+    if FINDER not in sys.meta_path:
+        sys.meta_path.insert(0, FINDER)
+    FINDER.register()

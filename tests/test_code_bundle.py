@@ -6,7 +6,8 @@ import hf_vq
 from hf_vq.code_bundle import bundle
 
 
-MODULES = sorted(module for name, module in hf_vq._MODULES.items() if not name.endswith("Config"))
+KINDS = ("image_processing_", "modeling_", "pipeline_", "scheduling_", "transformer_")  # what `save_with_code` writes
+MODULES = sorted({module for module in hf_vq._MODULES.values() if module.split(".")[-1].startswith(KINDS)})
 
 
 def write(folder, **sources):

@@ -4,12 +4,14 @@ import json
 import math
 from types import SimpleNamespace
 
+import diffusers
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard import metadata_load
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel
 
 import hf_vq
@@ -258,6 +260,99 @@ def test_installed_classes_win_over_the_code_of_a_folder(vqgan, pipeline, tmp_pa
         assert type(AutoModel.from_pretrained(tmp_path / "model", trust_remote_code=trust)) is hf_vq.VQGANModel
     loaded = hf_vq.VQAutoregressivePipeline.from_pretrained(tmp_path / "pipeline")
     assert type(loaded.vqvae) is hf_vq.VQGANModel and type(loaded.prior) is hf_vq.VQGPTForCausalLM
+
+    for trust in (None, True):  # nothing of the folder is executed
+        loaded = DiffusionPipeline.from_pretrained(tmp_path / "pipeline", trust_remote_code=trust)
+        assert type(loaded) is hf_vq.VQAutoregressivePipeline and type(loaded.vqvae) is hf_vq.VQGANModel
+
+
+def denoising_parts():
+    torch.manual_seed(2)
+    sizes = {"sample_size": 4, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
+    denoiser = hf_vq.VQDiffusionTransformer2DModel(num_embeddings=16, num_train_timesteps=4, **sizes)
+    return denoiser.eval(), hf_vq.MaskReplaceScheduler(num_embeddings=16, num_train_timesteps=4)
+
+
+LOAD_PARTS = """
+import importlib.util, sys, torch
+from diffusers import AutoModel
+from safetensors.torch import load_file
+denoiser = AutoModel.from_pretrained({folder!r} + "/denoiser", trust_remote_code=True)
+expected = load_file({folder!r} + "/denoiser/diffusion_pytorch_model.safetensors")
+assert all(torch.equal(value, expected[name]) for name, value in denoiser.state_dict().items())
+spec = importlib.util.spec_from_file_location("code", {folder!r} + "/scheduler/scheduling_mask_replace.py")
+code = importlib.util.module_from_spec(spec)
+sys.modules["code"] = code
+spec.loader.exec_module(code)
+assert code.MaskReplaceScheduler.from_pretrained({folder!r} + "/scheduler").config.num_embeddings == 16
+"""
+SAVE_AGAIN = """
+from diffusers import DiffusionPipeline
+DiffusionPipeline.from_pretrained({folder!r} + "/pipeline", trust_remote_code=True).save_pretrained({folder!r} + "/again")
+"""
+CUSTOM = """
+import hf_vq
+pipe = DiffusionPipeline.from_pretrained(
+    {folder!r} + "/plain",
+    custom_pipeline={folder!r} + "/pipeline/pipeline_vq_autoregressive.py",
+    trust_remote_code=True,
+)
+assert type(pipe).__module__.startswith("diffusers_modules.") and type(pipe.vqvae) is hf_vq.VQGANModel
+"""
+
+
+def test_parts_alone_and_remote_pipelines(pipeline, hub, tmp_path):
+    """A denoiser and a scheduler without their pipeline; a pipeline of remote code saves its code again."""
+    denoiser, scheduler = denoising_parts()
+    save_with_code(denoiser, tmp_path / "denoiser")
+    save_with_code(scheduler, tmp_path / "scheduler")
+    save_with_code(pipeline, tmp_path / "pipeline")
+    pipeline.save_pretrained(tmp_path / "plain")
+    expected = expect_images(pipeline, tmp_path)
+    folder = str(tmp_path)
+    code = LOAD_PARTS + 'assert "hf_vq" not in sys.modules\n' + SAVE_AGAIN
+    hub.run(code.format(folder=folder), installed=False)
+    hub.run(LOAD_PIPELINE.format(source=folder + "/again", expected=expected), installed=False)
+    hub.run("from diffusers import DiffusionPipeline\n" + CUSTOM.format(folder=folder))
+
+
+def test_a_denoiser_alone_loads_by_its_folder(tmp_path):
+    denoiser, _ = denoising_parts()
+    denoiser.save_pretrained(tmp_path)
+    loaded = diffusers.AutoModel.from_pretrained(str(tmp_path))
+    assert type(loaded) is hf_vq.VQDiffusionTransformer2DModel
+    assert torch.equal(loaded.out.weight, denoiser.out.weight)
+
+
+def test_a_damaged_part_of_a_pipeline(tmp_path):
+    """The parts of other packages that a pipeline loads are held to the same rule as ours."""
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DModel(
+        sample_size=4,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8,),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        layers_per_block=1,
+    )
+    config = hf_vq.VQVAEConfig(num_embeddings=16, embed_dim=4, resolution=16, downsample_factor=4)
+    pipe = hf_vq.VQLatentDiffusionPipeline(hf_vq.VQVAEModel(config), unet, diffusers.DDIMScheduler())
+    pipe.save_pretrained(tmp_path)
+    assert type(DiffusionPipeline.from_pretrained(tmp_path)) is hf_vq.VQLatentDiffusionPipeline
+    file = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    whole = load_file(file)
+    for edit, message in (
+        (lambda tensors: tensors.pop("conv_in.weight"), "without conv_in.weight"),
+        (lambda tensors: tensors["conv_in.bias"].fill_(math.nan), "NaN or infinity in conv_in.bias"),
+    ):
+        tensors = {name: value.clone() for name, value in whole.items()}
+        edit(tensors)
+        save_file(tensors, file, {"format": "pt"})
+        with pytest.raises(ValueError, match=message) as caught:
+            DiffusionPipeline.from_pretrained(tmp_path)
+        assert "unet" in str(caught.value)
 
 
 def test_what_cannot_be_saved_with_code(tmp_path):

@@ -27,9 +27,9 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
     package = {
         path.relative_to(source).as_posix()
         for path in (source / "hf_vq").rglob("*")
-        if path.is_file() and path.suffix in (".py", ".md")
+        if path.is_file() and (path.suffix in (".py", ".md") or path.name == "py.typed")
     }
     assert packed == package
-    assert "hf_vq/model_card_template.md" in packed and "hf_vq/models/modeling_vqgan.py" in packed
+    assert "hf_vq/model_card_template.md" in packed and "hf_vq/models/autoencoders/modeling_vqgan.py" in packed
     assert {"licenses/LICENSE", "entry_points.txt", "METADATA"} <= metadata
     assert wheel.stat().st_size < 1_000_000

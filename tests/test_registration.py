@@ -1,5 +1,6 @@
 """Each case runs in a process of its own: the order of imports is what is tested."""
 
+import inspect
 import itertools
 import json
 import subprocess
@@ -8,7 +9,7 @@ import sys
 import pytest
 
 import hf_vq
-from hf_vq.registration import MODELS, LazyTable, public_class
+from hf_vq.registration import DIFFUSERS_CLASSES, MODELS
 
 
 IMPORTS = {
@@ -36,6 +37,10 @@ assert BertConfig in AutoModel._model_mapping
 assert IMAGE_PROCESSOR_MAPPING[VQGANConfig] == {"pil": VQImageProcessor}
 assert get_image_processor_class_from_name("VQImageProcessor") is VQImageProcessor
 assert "PreTrainedModel" in LOADABLE_CLASSES["hf_vq"]
+import diffusers, hf_vq.registration
+assert diffusers.VQDiffusionTransformer2DModel.__module__.startswith("hf_vq.")
+assert diffusers.DiffusionPipeline._dict_from_json_file.package == "hf_vq"
+assert not hf_vq.registration.FINDER.pending and not hf_vq.registration.FINDER.executing
 """
 
 
@@ -87,37 +92,67 @@ def test_reload_source_and_pickle():
 def test_a_missing_module_is_still_a_missing_module():
     run(
         "import sys, hf_vq\n"
-        "from hf_vq import registration\n"
-        "registration.EXTENSIONS['no_such_module_anywhere'] = print\n"
-        "try:\n    import no_such_module_anywhere\n"
-        "except ModuleNotFoundError as error:\n    assert error.name == 'no_such_module_anywhere'\n"
-        "else:\n    raise SystemExit('imported')"
+        "try:\n    import transformers.no_such_module_anywhere\n"
+        "except ModuleNotFoundError as error:\n    assert error.name == 'transformers.no_such_module_anywhere'\n"
+        "else:\n    raise SystemExit('imported')\n"
+        "assert not hf_vq.registration.FINDER.executing"
     )
 
 
-def test_lazy_table():
-    calls = []
+def test_an_error_of_a_registration_is_not_swallowed():
+    run(
+        "import hf_vq\n"
+        "from hf_vq import registration\n"
+        "def broken(module):\n    raise ImportError('broken')\n"
+        "registration.REGISTRATIONS['transformers.models.auto.configuration_auto'] = broken\n"
+        "try:\n    import transformers.models.auto.configuration_auto\n"
+        "except ImportError as error:\n    assert 'broken' in str(error)\n"
+        "else:\n    raise SystemExit('swallowed')"
+    )
 
-    def entry(key, value):
-        calls.append(value)
-        return key, value
 
-    class Foreign:
-        pass
+def test_a_module_of_ours_under_way_in_another_thread():
+    """The thread that ends last registers: the others might be given unfinished modules."""
+    run(
+        "import sys, threading, types, hf_vq\n"
+        "from hf_vq.registration import FINDER\n"
+        "made = []\n"
+        "FINDER.pending['types'] = made.append\n"
+        "def other():\n"
+        "    with FINDER:\n        started.set()\n        go_on.wait(60)\n"
+        "    FINDER.register()\n"
+        "started, go_on = threading.Event(), threading.Event()\n"
+        "thread = threading.Thread(target=other)\n"
+        "thread.start()\n"
+        "started.wait(60)\n"
+        "FINDER.register()\n"
+        "assert not made and 'types' in FINDER.pending\n"
+        "go_on.set()\n"
+        "thread.join()\n"
+        "assert made == [types] and 'types' not in FINDER.pending"
+    )
 
-    Foreign.__name__ = "VQGANConfig"
-    config = public_class("VQGANConfig")
-    pending = {"a": lambda: entry("a", 1), "b": lambda: entry("b", 2), "VQGANConfig": lambda: entry(config, 3)}
-    table = LazyTable({"c": 0}, pending)
-    assert "a" in table and "c" in table and "d" not in table and config in table and Foreign not in table
-    assert len(table) == 4 and table["c"] == 0 and table.get("d") is None and not calls
-    with pytest.raises(KeyError):
-        table["d"]
-    assert table["a"] == 1 and table["a"] == 1 and calls == [1]
-    table["b"] = 5  # an entry of the user's replaces ours
-    assert table["b"] == 5
-    assert dict(table) == {"c": 0, "a": 1, "b": 5, config: 3} and len(table) == 4
-    assert sorted(table.values()) == [0, 1, 3, 5] and "VQGANConfig" not in table
+
+def test_the_names_that_diffusers_does_not_publish():
+    """If this fails, diffusers has changed what `hf_vq.registration` relies on; there was no published way, so look for one.
+
+    - `LOADABLE_CLASSES` says for each library how its base classes are saved and loaded; a library that it lacks is
+      indexed by module paths, which `DiffusionPipeline` refuses in repositories of the Hub.
+    - `DiffusionPipeline._dict_from_json_file` reads `model_index.json` in `from_pretrained` and in `download`; ours
+      replaces the files of a folder that carries its code by the installed package.
+    - a class that an index names without a library, and one that `diffusers.AutoModel` loads, is looked for among the
+      attributes of `diffusers`.
+    """
+    import diffusers
+    from diffusers.configuration_utils import ConfigMixin
+    from diffusers.pipelines import pipeline_loading_utils
+
+    assert pipeline_loading_utils.LOADABLE_CLASSES["diffusers"]["ModelMixin"] == ["save_pretrained", "from_pretrained"]
+    assert isinstance(vars(ConfigMixin)["_dict_from_json_file"], classmethod)
+    for method in (ConfigMixin.load_config, diffusers.DiffusionPipeline.download):
+        assert "cls._dict_from_json_file(" in inspect.getsource(method)
+    assert all(getattr(diffusers, name) is getattr(hf_vq, name) for name in DIFFUSERS_CLASSES)
+    assert all(getattr(hf_vq, name) for name in hf_vq.registration.COMPONENT_BASES)
 
 
 @pytest.mark.parametrize("model_type", MODELS)

@@ -2,7 +2,7 @@
 
 import inspect
 import json
-import sys
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from ..argument_checks import check_integer, check_real
 from ..images import images_as
+from ..models.checked_loading import check_parts
 
 
 PREPROCESSOR = "preprocessor_config.json"
@@ -29,7 +30,8 @@ class VQPipeline(DiffusionPipeline):
 
     _callback_tensor_inputs: list[str] = []
 
-    def register_modules(self, **modules):
+    def register_modules(self, **modules: Any) -> None:
+        check_parts(modules)
         super().register_modules(**modules)
         vqvae = modules.get("vqvae")
         if vqvae is not None:
@@ -37,7 +39,16 @@ class VQPipeline(DiffusionPipeline):
             found = vqvae.name_or_path and file.is_file()
             self._preprocessor_config = json.loads(file.read_text(encoding="utf-8")) if found else None
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """As diffusers saves pipelines, and with its code where it was loaded by `trust_remote_code`.
+
+        Raises:
+            ValueError: for `push_to_hub=True` then, which would upload the folder before its code is there.
+        """
+        if _is_remote(self) and kwargs.get("push_to_hub"):
+            raise ValueError(
+                "`push_to_hub` must be False for a pipeline that carries its code: upload the saved folder."
+            )
         config = getattr(self, "_preprocessor_config", None)
         if config is not None:  # first, since the base class may upload the folder
             folder = Path(save_directory) / "vqvae"
@@ -45,6 +56,8 @@ class VQPipeline(DiffusionPipeline):
             config = {name: value for name, value in config.items() if name != "auto_map"}  # its code is not saved
             (folder / PREPROCESSOR).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         super().save_pretrained(save_directory, *args, **kwargs)
+        if _is_remote(self):
+            _save_remote_code(self, Path(save_directory))
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs):
@@ -58,21 +71,6 @@ class VQPipeline(DiffusionPipeline):
         if not {"dtype", "torch_dtype"} & set(kwargs):
             kwargs["dtype"] = pipeline.dtype
         return super().from_pipe(pipeline, **{**parts, **kwargs})
-
-    @classmethod
-    def _dict_from_json_file(cls, json_file):
-        """
-        Reads `model_index.json`. A folder that carries its own code names files in place of libraries; where the installed
-        hf_vq has the class, that one is used, and nothing of the folder is executed.
-        """
-        index = super()._dict_from_json_file(json_file)
-        package = sys.modules.get("hf_vq")
-        for name, value in index.items():
-            if not (isinstance(value, list) and len(value) == 2 and isinstance(value[1], str)):
-                continue
-            if hasattr(package, value[1]):
-                index[name] = value[1] if name == "_class_name" else ["hf_vq", value[1]]
-        return index
 
     # Callbacks
 
@@ -183,6 +181,25 @@ class VQPipeline(DiffusionPipeline):
             check_integer("num_images_per_prompt", num_images_per_prompt, 1),
             check_integer("decode_batch_size", decode_batch_size, 1),
         )
+
+
+def _is_remote(part: Any) -> bool:
+    """Whether the class was executed from the code that a folder or repository carries."""
+    return type(part).__module__.split(".")[0] in ("diffusers_modules", "transformers_modules")
+
+
+def _save_remote_code(pipeline: DiffusionPipeline, folder: Path) -> None:
+    """Puts the one file of each such class where diffusers and the Auto classes look for it, and names it in the index."""
+    index_file = folder / "model_index.json"
+    index = json.loads(index_file.read_text(encoding="utf-8"))
+    for name, part in {"": pipeline, **pipeline.components}.items():
+        if not _is_remote(part):
+            continue
+        source = Path(inspect.getfile(type(part)))
+        for place in {folder / name, folder}:
+            shutil.copyfile(source, place / source.name)
+        index[name or "_class_name"] = [source.stem, type(part).__name__]
+    index_file.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def check_part(name: str, part: Any, attributes: Sequence[str], wanted: str):

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
+from ..checked_loading import CheckedLoadingMixin
 from ..modeling_outputs import QuantizerOutput, VQDecoderOutput, VQEncoderOutput, VQModelOutput
 from ..quantizers.build import build_quantizer
 from ..quantizers.codebook_statistics import are_finite, code_counts, codebook_statistics
@@ -32,7 +33,7 @@ def build_quantizer_of(config: VQTokenizerConfig) -> Quantizer:
     return RemappedQuantizer(quantizer, num_used, config.unknown_code)
 
 
-class VQTokenizerModel(PreTrainedModel):
+class VQTokenizerModel(CheckedLoadingMixin, PreTrainedModel):
     """An image tokenizer: `encoder → quant_conv → quantize → post_quant_conv → decoder`.
 
     A subclass sets these five, `quantize` by `build_quantizer_of(config)`, between `super().__init__(config)` and

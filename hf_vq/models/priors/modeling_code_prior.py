@@ -30,6 +30,7 @@ from transformers import GenerationMixin, PreTrainedModel, UnbatchedClassifierFr
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from ..checked_loading import CheckedLoadingMixin
 from .code_sequences import CodeSequenceMixin, check_range
 
 
@@ -71,7 +72,7 @@ class OneHotIds(nn.Module):
         return nn.functional.one_hot(input_ids.long(), self.num_ids).to(torch.get_default_dtype())
 
 
-class CodePriorForCausalLM(CodeSequenceMixin, PreTrainedModel, GenerationMixin):
+class CodePriorForCausalLM(CodeSequenceMixin, CheckedLoadingMixin, PreTrainedModel, GenerationMixin):
     """`forward` and `generate` of a convolutional prior over a grid of codes: see the head of this file."""
 
     supports_gradient_checkpointing = True

@@ -8,11 +8,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.gpt2.modeling_gpt2 import GPT2PreTrainedModel
 from transformers.utils import can_return_tuple
 
+from ..checked_loading import CheckedLoadingMixin
 from .code_sequences import CodeSequenceMixin
 from .configuration_vq_gpt import VQGPTConfig
 
 
-class VQGPTPreTrainedModel(GPT2PreTrainedModel):
+class VQGPTPreTrainedModel(CheckedLoadingMixin, GPT2PreTrainedModel):
     """Weight initialisation (N(0, 0.02), residual projections scaled by depth) and capabilities are GPT-2's."""
 
     config: VQGPTConfig

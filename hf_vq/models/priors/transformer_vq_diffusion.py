@@ -14,6 +14,7 @@ from diffusers.utils import BaseOutput
 from torch import nn
 
 from ...argument_checks import check_integer, check_real
+from ..checked_loading import CheckedLoadingMixin
 
 
 OPTIONS = {
@@ -259,7 +260,7 @@ class VQDiffusionTransformerOutput(BaseOutput):
     sample: torch.FloatTensor
 
 
-class VQDiffusionTransformer2DModel(ModelMixin, AttentionMixin, PeftAdapterMixin, ConfigMixin):
+class VQDiffusionTransformer2DModel(CheckedLoadingMixin, ModelMixin, AttentionMixin, PeftAdapterMixin, ConfigMixin):
     """
     `p(x_0 | x_t, y)` of Gu et al., "Vector Quantized Diffusion Model for Text-to-Image Synthesis" (2022, section 4.2):
     from a grid of noised codes, the timestep and a condition, the distribution of each code before the noise.
