@@ -285,17 +285,23 @@ def numpy_to_pil(images: np.ndarray) -> list[Image.Image]:
     return [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in pixels]
 
 
+def as_rgb(images: torch.Tensor) -> torch.Tensor:
+    """What is shown of images `(B, C, H, W)`: three channels; of more the first three, of fewer the first as grey."""
+    return images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
+
+
 def to_pil(images: torch.Tensor) -> list[Image.Image]:
-    """RGB pictures of pixel values `(B, 1 or 3, H, W)`; [-1, 1] becomes [0, 255], and what lies outside is clamped."""
-    if images.ndim != 4 or images.shape[1] not in (1, 3):
-        raise ValueError(f"`images` must have shape (B, 1 or 3, H, W), got {tuple(images.shape)}.")
-    pixels = ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
-    return [Image.fromarray(pixel.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()) for pixel in pixels]
+    """RGB pictures of pixel values `(B, C, H, W)`, see `as_rgb`; [-1, 1] becomes [0, 255], what lies outside is clamped."""
+    if images.ndim != 4 or not images.shape[1]:
+        raise ValueError(f"`images` must have shape (B, C, H, W), got {tuple(images.shape)}.")
+    pixels = ((as_rgb(images).detach().float().clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
+    return [Image.fromarray(pixel.permute(1, 2, 0).contiguous().numpy()) for pixel in pixels]
 
 
 __all__ = [
     "array_to_pil",
     "array_to_pixels",
+    "as_rgb",
     "check_pixel_range",
     "covering_size",
     "images_as",

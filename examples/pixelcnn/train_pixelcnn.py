@@ -22,10 +22,10 @@ from hf_vq import (
 )
 from hf_vq.evaluation.evaluate import evaluate_prior
 from hf_vq.pipelines.code_sampling import LevelSampling, sample_level
-from hf_vq.training.data.code_splits import count_classes, load_code_splits
+from hf_vq.training.data.code_splits import count_classes, load_code_splits, training_inputs
 from hf_vq.training.data.image_datasets import DataArguments, collate
 from hf_vq.training.run import RunArguments, TrainingRun
-from hf_vq.training.run_arguments import parse_arguments, parse_mapping
+from hf_vq.training.run_arguments import check_numbers, parse_arguments, parse_mapping
 from hf_vq.training.sharing import save_trained
 from hf_vq.training.validation import validation_loader
 
@@ -68,6 +68,12 @@ class PriorArguments:
 
     def __post_init__(self):
         self.prior_kwargs = parse_mapping("prior_kwargs", self.prior_kwargs)
+        check_numbers(
+            self,
+            at_least_1_integer=("hidden_size", "kernel_size", "sample_classes"),
+            below_1=("dropout", "condition_dropout"),
+            at_least_0=("guidance_scale",),
+        )
         known = {item.name for item in fields(PRIORS[self.prior][0])}
         unknown = sorted(set(self.prior_kwargs) - known)
         if unknown:
@@ -190,7 +196,7 @@ def main(argv: list[str] | None = None) -> None:
     codes, class_names = load_code_splits(run, data_args, tokenizer, args.random_flip_codes, several_levels=True)
     level = Level.of(args.level, codes["train"].grids)
 
-    num_classes = count_classes(codes, class_names, data_args.label_column)
+    num_classes = count_classes(codes, class_names, data_args.label_column, data_args.missing_condition == "null")
     prior = build_prior(args, tokenizer.config.num_embeddings, level, num_classes, class_names)
     model = run.add_model("model", prior, ema=True)
     optimizer = run.add_optimizer("optimizer", torch.optim.Adam(model.parameters(), lr=run_args.learning_rate))
@@ -199,7 +205,7 @@ def main(argv: list[str] | None = None) -> None:
     run.start()
     for batch in run.batches(codes["train"]):
         with run.accumulate(model):
-            inputs = prior.prepare_inputs(batch[level.columns[-1]], batch.get("label"))
+            inputs = training_inputs(prior, batch[level.columns[-1]], batch.get("label"))
             loss = model(**inputs, **level.inputs(batch)).loss
             run.backward(loss)
             run.step(optimizer)

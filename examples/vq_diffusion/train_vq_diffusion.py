@@ -20,11 +20,12 @@ from hf_vq.evaluation.diffusion_likelihood import DiffusionLikelihood
 from hf_vq.evaluation.evaluate import evaluate_prior
 from hf_vq.pipelines.conditioning import TextCondition, text_length
 from hf_vq.training.data.code_splits import count_classes, load_code_splits
-from hf_vq.training.data.image_datasets import DataArguments, collate, load_image_dataset
+from hf_vq.training.data.columns import NO_LABEL
+from hf_vq.training.data.image_datasets import CaptionedDataArguments, DataArguments, collate, load_image_dataset
 from hf_vq.training.objectives.mask_replace_objective import MaskReplaceObjective
 from hf_vq.training.objectives.timestep_sampler import ImportanceTimestepSampler
 from hf_vq.training.run import RunArguments, TrainingRun
-from hf_vq.training.run_arguments import parse_arguments
+from hf_vq.training.run_arguments import check_numbers, parse_arguments
 from hf_vq.training.sample_generators import rand_of_samples, sample_generators
 from hf_vq.training.sharing import save_trained
 
@@ -53,7 +54,6 @@ class VQDiffusionArguments:
     condition_dropout: float = field(
         default=0.1, metadata={"help": "Share of the classes or captions that are dropped, for guidance."}
     )
-    caption_column: str | None = field(default=None, metadata={"help": "Column of captions, for text conditions."})
     text_encoder: str | None = field(default=None, metadata={"help": "Frozen text encoder with its tokenizer."})
     text_max_length: int | None = field(
         default=None, metadata={"help": "Tokens of a caption; shorter ones are padded."}
@@ -78,10 +78,29 @@ class VQDiffusionArguments:
     truncation_rate: float = field(default=1.0, metadata={"help": "Truncation of the validation picture."})
 
     def __post_init__(self):
-        if not 0 <= self.condition_dropout < 1:
-            raise ValueError(f"condition_dropout={self.condition_dropout}: it must lie in [0, 1).")
-        if (self.caption_column is None) != (self.text_encoder is None):
-            raise ValueError("caption_column and text_encoder are given together: one is the other's input.")
+        check_numbers(
+            self,
+            at_least_1_integer=(
+                "num_layers",
+                "num_attention_heads",
+                "attention_head_dim",
+                "mlp_ratio",
+                "num_train_timesteps",
+                "text_max_length",
+                "validation_timesteps",
+                "sample_classes",
+                "sample_steps",
+            ),
+            below_1=("dropout", "condition_dropout", "adam_beta2"),
+            at_least_0=("auxiliary_weight", "weight_decay", "guidance_scale"),
+            positive=("truncation_rate",),
+            share=("truncation_rate",),
+        )
+        for name in ("sample_steps", "validation_timesteps"):
+            if getattr(self, name) > self.num_train_timesteps:
+                raise ValueError(
+                    f"{name}={getattr(self, name)}: it must be at most num_train_timesteps={self.num_train_timesteps}."
+                )
         if self.random_flip_codes and not self.cache_indices:
             raise ValueError(
                 "random_flip_codes=True needs cache_indices=True; images are mirrored by random_flip=True."
@@ -104,10 +123,14 @@ class Codes:
         if args.cache_indices:
             self.splits, self.class_names = load_code_splits(run, data, tokenizer, args.random_flip_codes)
         else:
-            images = load_image_dataset(data, "train", augment=True, seed=run.arguments.seed)
-            validation = load_image_dataset(data, "validation", class_names=images.class_names)
+            data.check_multiple_of(max(tokenizer.config.downsample_factors))
+            channels = tokenizer.config.in_channels
+            images = load_image_dataset(data, "train", augment=True, seed=run.arguments.seed, channels=channels)
+            validation = load_image_dataset(data, "validation", class_names=images.class_names, channels=channels)
             self.splits, self.class_names = {"train": images, "validation": validation}, images.class_names
-        self.num_classes = count_classes(self.splits, self.class_names, data.label_column)
+        self.num_classes = count_classes(
+            self.splits, self.class_names, data.label_column, data.missing_condition == "null"
+        )
         self.grid_size = tuple(self.indices(collate([self.splits["validation"][0]])).shape[1:])
 
     @torch.no_grad()
@@ -147,10 +170,13 @@ class Condition:
         numbers = torch.rand(len(values)) if generators is None else rand_of_samples(generators)
         dropped = (numbers < dropout).to(device)
         if self.kind == "class":
-            return {"class_labels": torch.where(dropped, transformer.null_class_id, values.to(device))}
+            labels = values.to(device)
+            return {"class_labels": torch.where(dropped | (labels == NO_LABEL), transformer.null_class_id, labels)}
+        dropped |= torch.tensor([caption is None for caption in values], device=device)
         null = transformer.null_embedding
         if null is None:
             values = ["" if drop else caption for caption, drop in zip(values, dropped.tolist(), strict=True)]
+        values = [caption or "" for caption in values]
         text = self.encode(values)
         states, mask = text.embeddings, text.mask
         if null is not None:
@@ -176,7 +202,9 @@ class CaptionTable:
 def all_captions(data: DataArguments, column: str) -> set[str]:
     """The different captions of both splits."""
     splits = (load_image_dataset(data, split) for split in ("train", "validation"))
-    return {caption for images in splits for caption in images.rows[column]}
+    found = (value for images in splits for value in images.rows[column])
+    lists = (value if isinstance(value, list) else [value] for value in found)
+    return {caption for captions in lists for caption in captions if caption is not None}
 
 
 def build_pipeline(args: VQDiffusionArguments, tokenizer, codes: Codes) -> VQDiffusionImagePipeline:
@@ -256,18 +284,16 @@ def validate(
 
 
 def main(argv: list[str] | None = None) -> None:
-    run_args, data_args, args = parse_arguments((RunArguments, DataArguments, VQDiffusionArguments), argv)
-    if args.caption_column is not None:
-        if data_args.label_column is not None:
-            raise ValueError("caption_column and label_column: give the one that is the condition.")
-        data_args.extra_columns = sorted({*data_args.extra_columns, args.caption_column})
+    run_args, data_args, args = parse_arguments((RunArguments, CaptionedDataArguments, VQDiffusionArguments), argv)
+    if (data_args.caption_column is None) != (args.text_encoder is None):
+        raise ValueError("caption_column and text_encoder are given together: one is the other's input.")
     run = TrainingRun(run_args)
     tokenizer = AutoModel.from_pretrained(args.tokenizer, dtype=torch.float32).to(run.device).eval()
     codes = Codes(run, data_args, args, tokenizer)
     pipe = build_pipeline(args, tokenizer, codes)
     transformer = pipe.transformer
-    captions = all_captions(data_args, args.caption_column) if args.cache_captions else None
-    condition = Condition(pipe, args.caption_column, captions)
+    captions = all_captions(data_args, data_args.caption_column) if args.cache_captions else None
+    condition = Condition(pipe, data_args.caption_column, captions)
     model = run.add_model("transformer", transformer, ema=True)
     weights = torch.optim.AdamW(
         transformer.parameters(),

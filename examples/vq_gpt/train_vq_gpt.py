@@ -13,10 +13,10 @@ from transformers import AutoImageProcessor, AutoModel
 
 from hf_vq import VQAutoregressivePipeline, VQGPTConfig, VQGPTForCausalLM
 from hf_vq.evaluation.evaluate import evaluate_prior
-from hf_vq.training.data.code_splits import count_classes, load_code_splits
+from hf_vq.training.data.code_splits import count_classes, load_code_splits, training_inputs
 from hf_vq.training.data.image_datasets import DataArguments
 from hf_vq.training.run import RunArguments, TrainingRun
-from hf_vq.training.run_arguments import parse_arguments
+from hf_vq.training.run_arguments import check_numbers, parse_arguments
 from hf_vq.training.sharing import save_trained
 from hf_vq.training.validation import validation_loader
 
@@ -45,6 +45,19 @@ class VQGPTArguments:
     adam_beta2: float = 0.95
     sample_classes: int = field(default=9, metadata={"help": "Classes in the validation picture, 8 samples each."})
     guidance_scale: float = field(default=1.0, metadata={"help": "Guidance of the validation picture."})
+
+    def __post_init__(self):
+        check_numbers(
+            self,
+            at_least_1_integer=("num_hidden_layers", "hidden_size", "num_attention_heads", "sample_classes"),
+            share=("pkeep",),
+            below_1=("dropout", "attention_dropout", "condition_dropout", "adam_beta1", "adam_beta2"),
+            at_least_0=("weight_decay", "guidance_scale"),
+        )
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads}: it must divide hidden_size={self.hidden_size}."
+            )
 
 
 def build_prior(
@@ -107,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
     codes, class_names = load_code_splits(run, data_args, tokenizer, args.random_flip_codes)
 
     grid_size = tuple(codes["train"].grids["indices"])
-    num_classes = count_classes(codes, class_names, data_args.label_column)
+    num_classes = count_classes(codes, class_names, data_args.label_column, data_args.missing_condition == "null")
     prior = build_prior(args, tokenizer, grid_size, num_classes, class_names)
     model = run.add_model("model", prior, ema=True)
     optimizer = run.add_optimizer(
@@ -123,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     run.start()
     for batch in run.batches(codes["train"]):
         with run.accumulate(model):
-            inputs = prior.prepare_inputs(batch["indices"], batch.get("label"))
+            inputs = training_inputs(prior, batch["indices"], batch.get("label"))
             loss = model(**inputs).loss
             run.backward(loss)
             run.step(optimizer)

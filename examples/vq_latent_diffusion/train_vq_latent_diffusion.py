@@ -19,11 +19,12 @@ from hf_vq import VQLatentDiffusionPipeline
 from hf_vq.distributed import all_reduced, share_of_process
 from hf_vq.pipelines.conditioning import encode_text
 from hf_vq.training.data.code_splits import count_classes
-from hf_vq.training.data.image_datasets import DataArguments, collate, load_image_dataset
+from hf_vq.training.data.columns import NO_LABEL
+from hf_vq.training.data.image_datasets import CaptionedDataArguments, DataArguments, collate, load_image_dataset
 from hf_vq.training.data.latents_cache import LatentsDataset, encode_latents, write_latents
 from hf_vq.training.objectives.diffusion_objective import PREDICTION_TYPES, DiffusionObjective, LatentScale
 from hf_vq.training.run import RunArguments, TrainingRun
-from hf_vq.training.run_arguments import parse_arguments
+from hf_vq.training.run_arguments import check_numbers, parse_arguments
 from hf_vq.training.sample_generators import rand_of_samples, randn_of_samples, sample_generators
 from hf_vq.training.sharing import save_trained
 from hf_vq.training.text_encoder import load_text_encoder
@@ -54,7 +55,6 @@ class LatentDiffusionArguments:
     condition_dropout: float = field(
         default=0.1, metadata={"help": "Share of the classes or captions that are dropped, for guidance."}
     )
-    caption_column: str | None = field(default=None, metadata={"help": "Column of captions, for text conditions."})
     text_encoder: str | None = field(default=None, metadata={"help": "Frozen text encoder with its tokenizer."})
     text_max_length: int | None = field(
         default=None, metadata={"help": "Tokens of a caption; shorter ones are padded."}
@@ -68,8 +68,29 @@ class LatentDiffusionArguments:
     guidance_scale: float = field(default=1.0, metadata={"help": "Guidance of the validation picture."})
 
     def __post_init__(self):
-        if not 0 <= self.condition_dropout < 1:
-            raise ValueError(f"condition_dropout={self.condition_dropout}: it must lie in [0, 1).")
+        check_numbers(
+            self,
+            at_least_1_integer=(
+                "layers_per_block",
+                "attention_head_dim",
+                "norm_num_groups",
+                "num_train_timesteps",
+                "text_max_length",
+                "sample_classes",
+                "sample_steps",
+            ),
+            below_1=("dropout", "condition_dropout"),
+            positive=("scaling_factor", "min_snr_gamma", "beta_start", "beta_end"),
+            at_least_0=("weight_decay", "guidance_scale"),
+        )
+        if self.sample_steps > self.num_train_timesteps:
+            raise ValueError(
+                f"sample_steps={self.sample_steps}: it must be at most num_train_timesteps={self.num_train_timesteps}."
+            )
+        if not self.beta_start <= self.beta_end < 1:
+            raise ValueError(
+                f"beta_end={self.beta_end}: it must lie between beta_start={self.beta_start} and 1, which is left out."
+            )
         levels = range(len(self.block_out_channels))
         if not set(self.attention_levels) <= set(levels):
             raise ValueError(f"attention_levels={self.attention_levels}: there are the levels {list(levels)}.")
@@ -78,8 +99,6 @@ class LatentDiffusionArguments:
         for name, divided in (("attention_head_dim", attending), ("norm_num_groups", widths)):
             if any(width % getattr(self, name) for width in divided):
                 raise ValueError(f"{name}={getattr(self, name)}: it must divide the widths {divided}.")
-        if (self.caption_column is None) != (self.text_encoder is None):
-            raise ValueError("caption_column and text_encoder are given together: one is the other's input.")
 
 
 class Data:
@@ -87,11 +106,17 @@ class Data:
 
     def __init__(self, run: TrainingRun, data: DataArguments, args: LatentDiffusionArguments, tokenizer):
         self.run, self.arguments, self.tokenizer, self.class_names = run, data, tokenizer, None
+        data.check_multiple_of(max(tokenizer.config.downsample_factors))
         self.splits = {}
         for split in ("train", "validation"):
             augment = split == "train" and not args.cache_latents
             images = load_image_dataset(
-                data, split, augment=augment, seed=run.arguments.seed, class_names=self.class_names
+                data,
+                split,
+                augment=augment,
+                seed=run.arguments.seed,
+                class_names=self.class_names,
+                channels=tokenizer.config.in_channels,
             )
             self.class_names = images.class_names if split == "train" else self.class_names
             self.splits[split] = self._cached(images, split) if args.cache_latents else images
@@ -112,7 +137,7 @@ class Data:
             num_workers=run.arguments.dataloader_num_workers,
             is_main_process=run.is_main_process,
         )
-        return LatentsDataset(folder, random_flip=flip, seed=run.arguments.seed)
+        return LatentsDataset(folder, random_flip=flip, seed=run.arguments.seed, caption_column=data.caption_column)
 
     def latents(self, batch: dict) -> torch.Tensor:
         """Latents of a batch, on the device and not scaled."""
@@ -144,8 +169,10 @@ class Data:
 class Condition:
     """What the denoiser takes beside the noisy latents: nothing, a class, or a caption."""
 
-    def __init__(self, args: LatentDiffusionArguments, num_classes: int, device: torch.device):
-        self.args, self.num_classes, self.device = args, num_classes, device
+    def __init__(
+        self, args: LatentDiffusionArguments, caption_column: str | None, num_classes: int, device: torch.device
+    ):
+        self.args, self.caption_column, self.num_classes, self.device = args, caption_column, num_classes, device
         self.encoder = self.tokenizer = None
         if args.text_encoder is not None:
             self.encoder, self.tokenizer = load_text_encoder(args.text_encoder, device)
@@ -161,14 +188,14 @@ class Condition:
         """
         if self.kind is None:
             return {}
-        size = len(batch["label" if self.kind == "class" else self.args.caption_column])
+        size = len(batch["label" if self.kind == "class" else self.caption_column])
         numbers = torch.rand(size) if generators is None else rand_of_samples(generators)
         dropped = (numbers < dropout).to(self.device)
         if self.kind == "class":
             labels = batch["label"].to(self.device)
-            return {"class_labels": torch.where(dropped, self.num_classes, labels)}
-        texts = zip(batch[self.args.caption_column], dropped.tolist(), strict=True)
-        captions = ["" if drop else caption for caption, drop in texts]
+            return {"class_labels": torch.where(dropped | (labels == NO_LABEL), self.num_classes, labels)}
+        texts = zip(batch[self.caption_column], dropped.tolist(), strict=True)
+        captions = ["" if drop or caption is None else caption for caption, drop in texts]
         text = encode_text(self.encoder, self.tokenizer, captions, max_length=self.args.text_max_length)
         return {"encoder_hidden_states": text.embeddings, "encoder_attention_mask": text.mask}
 
@@ -235,7 +262,7 @@ def validate(
             arguments = {"class_labels": classes, "num_images_per_prompt": 8}
         elif condition.kind == "text":
             shown = next(iter(data.even_batches("validation", args.sample_classes, args.sample_classes)))
-            arguments = {"prompt": shown[args.caption_column], "num_images_per_prompt": 8}
+            arguments = {"prompt": shown[condition.caption_column], "num_images_per_prompt": 8}
         if condition.kind is not None:
             arguments["guidance_scale"] = args.guidance_scale
         images = pipe(
@@ -249,16 +276,16 @@ def validate(
 
 
 def main(argv: list[str] | None = None) -> None:
-    run_args, data_args, args = parse_arguments((RunArguments, DataArguments, LatentDiffusionArguments), argv)
-    if args.caption_column is not None:
-        if data_args.label_column is not None:
-            raise ValueError("caption_column and label_column: give the one that is the condition.")
-        data_args.extra_columns = sorted({*data_args.extra_columns, args.caption_column})
+    run_args, data_args, args = parse_arguments((RunArguments, CaptionedDataArguments, LatentDiffusionArguments), argv)
+    if (data_args.caption_column is None) != (args.text_encoder is None):
+        raise ValueError("caption_column and text_encoder are given together: one is the other's input.")
     run = TrainingRun(run_args)
     tokenizer = AutoModel.from_pretrained(args.tokenizer, dtype=torch.float32).to(run.device).eval()
     data = Data(run, data_args, args, tokenizer)
-    num_classes = count_classes(data.splits, data.class_names, data_args.label_column)
-    condition = Condition(args, num_classes, run.device)
+    num_classes = count_classes(
+        data.splits, data.class_names, data_args.label_column, data_args.missing_condition == "null"
+    )
+    condition = Condition(args, data_args.caption_column, num_classes, run.device)
     objective = DiffusionObjective(
         args.prediction_type, args.num_train_timesteps, args.beta_start, args.beta_end, args.min_snr_gamma
     )

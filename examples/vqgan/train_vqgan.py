@@ -4,19 +4,26 @@ python examples/vqgan/train_vqgan.py examples/vqgan/emoji_32.yaml --output_dir o
 accelerate launch examples/vqgan/train_vqgan.py CONFIG.yaml [--argument value ...]
 """
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 from hf_vq import VQGANConfig, VQGANModel, VQImageProcessor
 from hf_vq.training.data.image_datasets import DataArguments, load_image_dataset
+from hf_vq.training.fine_tuning import PARTS, train_part
 from hf_vq.training.objectives.discriminator import PatchDiscriminator
 from hf_vq.training.objectives.perceptual import build_perceptual
 from hf_vq.training.objectives.vqgan_loss import VQGANLoss
 from hf_vq.training.run import RunArguments, TrainingRun
-from hf_vq.training.run_arguments import parse_arguments, parse_mapping
+from hf_vq.training.run_arguments import check_agrees, check_numbers, parse_arguments, parse_mapping
 from hf_vq.training.sharing import save_trained
 from hf_vq.training.validation import validate_tokenizer
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -25,6 +32,10 @@ class VQGANArguments:
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Start from this tokenizer; the fields up to `quantizer_kwargs` are its own."}
+    )
+    train: str = field(
+        default="all",
+        metadata={"help": "What is trained: all, or the decoder on frozen codes.", "choices": list(PARTS)},
     )
     base_channels: int = 128
     channel_multiplier: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4])
@@ -35,6 +46,7 @@ class VQGANArguments:
     num_embeddings: int = 1024
     commitment_cost: float = 0.25
     quantizer: str = field(default="ema", metadata={"help": "vq, ema, gumbel, cosine, fsq, lfq or residual."})
+    in_channels: int = field(default=3, metadata={"help": "Channels of the images: 1 grey, 3 RGB, 4 RGBA."})
     quantizer_kwargs: str = field(default="{}", metadata={"help": "Its further arguments, a mapping or JSON."})
     reconstruction: str = field(default="l1", metadata={"help": "l1 or l2."})
     perceptual: str = field(
@@ -48,22 +60,49 @@ class VQGANArguments:
     disc_weight: float = field(default=0.8, metadata={"help": "0 trains without a discriminator."})
     disc_channels: int = 64
     disc_layers: int = 3
+    discriminator: str | None = field(
+        default=None,
+        metadata={
+            "help": 'Folder of a discriminator to continue with, or "none" for a new one; by default that in the folder '
+            "of model_name_or_path, if it has one."
+        },
+    )
     disc_loss: str = field(default="hinge", metadata={"help": "hinge or vanilla."})
     adam_beta1: float = 0.5
     adam_beta2: float = 0.9
 
     def __post_init__(self):
         self.quantizer_kwargs = parse_mapping("quantizer_kwargs", self.quantizer_kwargs)
+        check_numbers(
+            self,
+            at_least_0=("commitment_cost", "perceptual_weight", "quantizer_weight", "disc_weight"),
+            at_least_0_integer=("disc_start_step", "disc_warmup_steps"),
+            at_least_1_integer=(
+                "in_channels",
+                "base_channels",
+                "num_res_blocks",
+                "latent_channels",
+                "embed_dim",
+                "num_embeddings",
+                "disc_channels",
+                "disc_layers",
+            ),
+            share=("disc_start_fraction",),
+            below_1=("adam_beta1", "adam_beta2"),
+        )
         self.disc_start_fraction = float(
             self.disc_start_fraction
         )  # YAML's 1 is an int, which the loss takes for a step
 
 
-def build_model(args: VQGANArguments, resolution: int) -> VQGANModel:
+def build_model(args: VQGANArguments, resolution: int | Sequence[int]) -> VQGANModel:
     if args.model_name_or_path is not None:
-        return VQGANModel.from_pretrained(args.model_name_or_path, dtype=torch.float32)
+        tokenizer = VQGANModel.from_pretrained(args.model_name_or_path, dtype=torch.float32)
+        check_agrees("in_channels", args.in_channels, tokenizer.config.in_channels, args.model_name_or_path)
+        return tokenizer
     config = VQGANConfig(
         resolution=resolution,
+        in_channels=args.in_channels,
         base_channels=args.base_channels,
         channel_multiplier=args.channel_multiplier,
         num_res_blocks=args.num_res_blocks,
@@ -78,27 +117,54 @@ def build_model(args: VQGANArguments, resolution: int) -> VQGANModel:
     return VQGANModel(config)
 
 
+def build_discriminator(args: VQGANArguments) -> PatchDiscriminator:
+    """A new one, or the one to continue with: that which is named, or which lies in the folder of the tokenizer."""
+    folder = args.discriminator
+    if folder is None and args.model_name_or_path is not None:
+        beside = Path(args.model_name_or_path) / "discriminator"
+        folder = beside if beside.is_dir() else None
+    if folder is None or folder == "none":
+        return PatchDiscriminator(args.in_channels, args.disc_channels, args.disc_layers)
+    discriminator = PatchDiscriminator.from_folder(folder)
+    check_agrees("in_channels", args.in_channels, discriminator.arguments["in_channels"], folder)
+    logger.warning("Continuing with the discriminator in %s; disc_channels and disc_layers are its own.", folder)
+    return discriminator
+
+
+def check_sizes(size: tuple[int, int], args: VQGANArguments, critic, perceptual) -> None:
+    """Refuses images that are too small for a loss, before the first of them is read."""
+    parts = {"perceptual": perceptual} if perceptual is not None and args.perceptual_weight > 0 else {}
+    parts |= {"disc_layers": critic} if args.disc_weight > 0 else {}
+    for name, part in parts.items():
+        if min(size) < part.min_size:
+            raise ValueError(
+                f"resolution={size}: {name}={getattr(args, name)} needs at least {part.min_size} pixels in each direction."
+            )
+
+
 def main(argv: list[str] | None = None) -> None:
     run_args, data_args, args = parse_arguments((RunArguments, DataArguments, VQGANArguments), argv)
     run = TrainingRun(run_args)
-    dataset = load_image_dataset(data_args, "train", augment=True, seed=run_args.seed)
-    validation = load_image_dataset(data_args, "validation")
+    dataset = load_image_dataset(data_args, "train", augment=True, seed=run_args.seed, channels=args.in_channels)
+    validation = load_image_dataset(
+        data_args, "validation", class_names=dataset.class_names, channels=args.in_channels
+    )
 
     tokenizer = build_model(args, data_args.resolution).to(memory_format=torch.channels_last)
+    data_args.check_multiple_of(tokenizer.config.downsample_factor)
+    trained = train_part(tokenizer, args.train)
     model = run.add_model("model", tokenizer, ema=True)
-    discriminator = run.add_model(
-        "discriminator", PatchDiscriminator(base_channels=args.disc_channels, num_layers=args.disc_layers)
-    )
+    critic = build_discriminator(args)
+    discriminator = run.add_model("discriminator", critic)
     betas = (args.adam_beta1, args.adam_beta2)
-    optimizer = run.add_optimizer(
-        "optimizer", torch.optim.Adam(model.parameters(), lr=run_args.learning_rate, betas=betas)
-    )
+    optimizer = run.add_optimizer("optimizer", torch.optim.Adam(trained, lr=run_args.learning_rate, betas=betas))
     d_optimizer = run.add_optimizer(
         "d_optimizer", torch.optim.Adam(discriminator.parameters(), lr=run_args.learning_rate, betas=betas)
     )
     perceptual = build_perceptual(args.perceptual)
     if perceptual is not None:
         perceptual.to(run.device)
+    check_sizes(data_args.size, args, critic, perceptual)
     losses = VQGANLoss(
         perceptual,
         reconstruction=args.reconstruction,
@@ -143,7 +209,10 @@ def main(argv: list[str] | None = None) -> None:
 
     if run.is_main_process:
         with run.ema_weights("model"):
-            save_trained(run, tokenizer.eval(), "tokenizer", data_args, VQImageProcessor(size=data_args.resolution))
+            processor = VQImageProcessor(size=data_args.resolution, num_channels=args.in_channels)
+            save_trained(run, tokenizer.eval(), "tokenizer", data_args, processor)
+        if args.disc_weight > 0:  # beside the tokenizer, not in what is shared: --discriminator continues it
+            critic.save(run.output_dir / "discriminator")
     run.finish()
 
 

@@ -4,15 +4,17 @@ python examples/vqvae/train_vqvae.py examples/vqvae/emoji_32.yaml --output_dir o
 accelerate launch examples/vqvae/train_vqvae.py CONFIG.yaml [--argument value ...]
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from hf_vq import VQImageProcessor, VQVAEConfig, VQVAEModel
 from hf_vq.training.data.image_datasets import DataArguments, load_image_dataset, pixel_variance
+from hf_vq.training.fine_tuning import PARTS, train_part
 from hf_vq.training.objectives.perceptual import build_perceptual
 from hf_vq.training.run import RunArguments, TrainingRun
-from hf_vq.training.run_arguments import parse_arguments, parse_mapping
+from hf_vq.training.run_arguments import check_agrees, check_numbers, parse_arguments, parse_mapping
 from hf_vq.training.sharing import save_trained
 from hf_vq.training.validation import validate_tokenizer
 
@@ -25,6 +27,10 @@ class VQVAEArguments:
         default=None,
         metadata={"help": "Start from this tokenizer; the fields down to `quantizer_kwargs` are its own."},
     )
+    train: str = field(
+        default="all",
+        metadata={"help": "What is trained: all, or the decoder on frozen codes.", "choices": list(PARTS)},
+    )
     hidden_size: int = 128
     residual_hidden_size: int = 32
     num_residual_layers: int = 2
@@ -33,6 +39,7 @@ class VQVAEArguments:
     num_embeddings: int = 512
     commitment_cost: float = 0.25
     quantizer: str = field(default="ema", metadata={"help": "vq, ema, gumbel, cosine, fsq, lfq or residual."})
+    in_channels: int = field(default=3, metadata={"help": "Channels of the images: 1 grey, 3 RGB, 4 RGBA."})
     quantizer_kwargs: str = field(default="{}", metadata={"help": "Its further arguments, a mapping or JSON."})
     data_variance: float | None = field(
         default=None, metadata={"help": "Variance of the pixels; measured on the first 1000 images if not given."}
@@ -44,13 +51,23 @@ class VQVAEArguments:
 
     def __post_init__(self):
         self.quantizer_kwargs = parse_mapping("quantizer_kwargs", self.quantizer_kwargs)
+        check_numbers(
+            self,
+            at_least_0=("commitment_cost",),
+            positive=("data_variance",),
+            at_least_1_integer=("in_channels", "hidden_size", "residual_hidden_size", "embed_dim", "num_embeddings"),
+            at_least_0_integer=("num_residual_layers",),
+        )
 
 
-def build_model(args: VQVAEArguments, resolution: int, dataset) -> VQVAEModel:
+def build_model(args: VQVAEArguments, resolution: int | Sequence[int], dataset) -> VQVAEModel:
     if args.model_name_or_path is not None:
-        return VQVAEModel.from_pretrained(args.model_name_or_path, dtype=torch.float32)
+        tokenizer = VQVAEModel.from_pretrained(args.model_name_or_path, dtype=torch.float32)
+        check_agrees("in_channels", args.in_channels, tokenizer.config.in_channels, args.model_name_or_path)
+        return tokenizer
     config = VQVAEConfig(
         resolution=resolution,
+        in_channels=args.in_channels,
         hidden_size=args.hidden_size,
         residual_hidden_size=args.residual_hidden_size,
         num_residual_layers=args.num_residual_layers,
@@ -68,12 +85,16 @@ def build_model(args: VQVAEArguments, resolution: int, dataset) -> VQVAEModel:
 def main(argv: list[str] | None = None) -> None:
     run_args, data_args, args = parse_arguments((RunArguments, DataArguments, VQVAEArguments), argv)
     run = TrainingRun(run_args)
-    dataset = load_image_dataset(data_args, "train", augment=True, seed=run_args.seed)
-    validation = load_image_dataset(data_args, "validation")
+    dataset = load_image_dataset(data_args, "train", augment=True, seed=run_args.seed, channels=args.in_channels)
+    validation = load_image_dataset(
+        data_args, "validation", class_names=dataset.class_names, channels=args.in_channels
+    )
 
     tokenizer = build_model(args, data_args.resolution, validation).to(memory_format=torch.channels_last)
+    data_args.check_multiple_of(tokenizer.config.downsample_factor)
+    trained = train_part(tokenizer, args.train)
     model = run.add_model("model", tokenizer, ema=True)
-    optimizer = run.add_optimizer("optimizer", torch.optim.Adam(model.parameters(), lr=run_args.learning_rate))
+    optimizer = run.add_optimizer("optimizer", torch.optim.Adam(trained, lr=run_args.learning_rate))
     perceptual = build_perceptual(args.validation_perceptual)
     if perceptual is not None:
         perceptual.to(run.device)
@@ -98,7 +119,8 @@ def main(argv: list[str] | None = None) -> None:
 
     if run.is_main_process:
         with run.ema_weights("model"):
-            save_trained(run, tokenizer.eval(), "tokenizer", data_args, VQImageProcessor(size=data_args.resolution))
+            processor = VQImageProcessor(size=data_args.resolution, num_channels=args.in_channels)
+            save_trained(run, tokenizer.eval(), "tokenizer", data_args, processor)
     run.finish()
 
 

@@ -4,6 +4,7 @@ python examples/vqvae2/train_vqvae2.py examples/vqvae2/emoji_64.yaml --output_di
 accelerate launch examples/vqvae2/train_vqvae2.py CONFIG.yaml [--argument value ...]
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +14,7 @@ from hf_vq.evaluation.hierarchy import reconstruct_by_levels
 from hf_vq.training.data.image_datasets import DataArguments, load_image_dataset, pixel_variance
 from hf_vq.training.objectives.perceptual import build_perceptual
 from hf_vq.training.run import RunArguments, TrainingRun
-from hf_vq.training.run_arguments import parse_arguments, parse_mapping
+from hf_vq.training.run_arguments import check_agrees, check_numbers, parse_arguments, parse_mapping
 from hf_vq.training.sharing import save_trained
 from hf_vq.training.validation import validate_tokenizer
 
@@ -38,6 +39,7 @@ class VQVAE2Arguments:
     num_embeddings: int = 512
     commitment_cost: float = 0.25
     quantizer: str = field(default="ema", metadata={"help": "vq, ema, gumbel, cosine, fsq, lfq or residual."})
+    in_channels: int = field(default=3, metadata={"help": "Channels of the images: 1 grey, 3 RGB, 4 RGBA."})
     quantizer_kwargs: str = field(default="{}", metadata={"help": "Its further arguments, a mapping or JSON."})
     data_variance: float | None = field(
         default=None, metadata={"help": "Variance of the pixels; measured on the first 1000 images if not given."}
@@ -49,13 +51,31 @@ class VQVAE2Arguments:
 
     def __post_init__(self):
         self.quantizer_kwargs = parse_mapping("quantizer_kwargs", self.quantizer_kwargs)
+        check_numbers(
+            self,
+            at_least_0=("commitment_cost",),
+            positive=("data_variance",),
+            at_least_1_integer=(
+                "in_channels",
+                "hidden_size",
+                "residual_hidden_size",
+                "num_levels",
+                "embed_dim",
+                "num_embeddings",
+            ),
+            at_least_0_integer=("num_residual_layers",),
+            share=("level_dropout",),
+        )
 
 
-def build_model(args: VQVAE2Arguments, resolution: int, dataset) -> VQVAE2Model:
+def build_model(args: VQVAE2Arguments, resolution: int | Sequence[int], dataset) -> VQVAE2Model:
     if args.model_name_or_path is not None:
-        return VQVAE2Model.from_pretrained(args.model_name_or_path, dtype=torch.float32)
+        tokenizer = VQVAE2Model.from_pretrained(args.model_name_or_path, dtype=torch.float32)
+        check_agrees("in_channels", args.in_channels, tokenizer.config.in_channels, args.model_name_or_path)
+        return tokenizer
     config = VQVAE2Config(
         resolution=resolution,
+        in_channels=args.in_channels,
         hidden_size=args.hidden_size,
         residual_hidden_size=args.residual_hidden_size,
         num_residual_layers=args.num_residual_layers,
@@ -84,10 +104,14 @@ def validate(run: TrainingRun, tokenizer: VQVAE2Model, dataset, perceptual) -> d
 def main(argv: list[str] | None = None) -> None:
     run_args, data_args, args = parse_arguments((RunArguments, DataArguments, VQVAE2Arguments), argv)
     run = TrainingRun(run_args)
-    dataset = load_image_dataset(data_args, "train", augment=True, seed=run_args.seed)
-    validation = load_image_dataset(data_args, "validation")
+    dataset = load_image_dataset(data_args, "train", augment=True, seed=run_args.seed, channels=args.in_channels)
+    validation = load_image_dataset(
+        data_args, "validation", class_names=dataset.class_names, channels=args.in_channels
+    )
 
     tokenizer = build_model(args, data_args.resolution, validation).to(memory_format=torch.channels_last)
+    data_args.check_multiple_of(max(tokenizer.config.downsample_factors))
+    tokenizer.train()
     model = run.add_model("model", tokenizer, ema=True)
     optimizer = run.add_optimizer("optimizer", torch.optim.Adam(model.parameters(), lr=run_args.learning_rate))
     perceptual = build_perceptual(args.validation_perceptual)
@@ -114,7 +138,8 @@ def main(argv: list[str] | None = None) -> None:
 
     if run.is_main_process:
         with run.ema_weights("model"):
-            save_trained(run, tokenizer.eval(), "tokenizer", data_args, VQImageProcessor(size=data_args.resolution))
+            processor = VQImageProcessor(size=data_args.resolution, num_channels=args.in_channels)
+            save_trained(run, tokenizer.eval(), "tokenizer", data_args, processor)
     run.finish()
 
 

@@ -171,6 +171,44 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None 
     return parser.parse_args_into_dataclasses(argv)
 
 
+def check_numbers(
+    arguments,
+    *,
+    at_least_0: Sequence[str] = (),
+    positive: Sequence[str] = (),
+    share: Sequence[str] = (),
+    below_1: Sequence[str] = (),
+    at_least_0_integer: Sequence[str] = (),
+    at_least_1_integer: Sequence[str] = (),
+    finite: Sequence[str] = (),
+) -> None:
+    """Refuses the numbers of a dataclass that are out of range, NaN or infinite, when the run starts; None is passed over.
+
+    Args:
+        arguments: the dataclass.
+        at_least_0, positive, share, below_1, finite: names of real numbers: at least 0, above 0, in [0, 1], in [0, 1),
+            or any finite one.
+        at_least_0_integer, at_least_1_integer: names of whole numbers.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    reals = [(at_least_0, {"minimum": 0}), (positive, {"above": 0}), (share, {"minimum": 0, "maximum": 1})]
+    reals += [(below_1, {"minimum": 0, "below": 1}), (finite, {})]
+    integers = [(at_least_0_integer, {"minimum": 0}), (at_least_1_integer, {"minimum": 1})]
+    for check, groups in ((check_real, reals), (check_integer, integers)):
+        for names, limits in groups:
+            for name in names:
+                if getattr(arguments, name) is not None:
+                    check(name, getattr(arguments, name), **limits)
+
+
+def check_agrees(name: str, value, found, source) -> None:
+    """Refuses an argument that contradicts the model it starts from."""
+    if value != found:
+        raise ValueError(f"{name}={value}: it must be {found}, as in {source}.")
+
+
 def parse_mapping(name: str, value: str | dict) -> dict:
     """The mapping that the argument `name` holds: JSON from a command line, or a mapping from a file already."""
     example = f'{name}={value!r}: it must be a JSON object, for example {{"levels": [8, 8, 8]}}.'

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from ..images import as_rgb
 from .checkpointing import write_file_atomically
 from .run_arguments import RunArguments
 
@@ -33,9 +34,10 @@ def start_tracker(accelerator, arguments: RunArguments, output_dir: Path, step: 
 
 
 def image_grid(images: torch.Tensor, columns: int | None = None, gap: int = 2) -> Image.Image:
-    """`images` `(N, 3, H, W)` in [-1, 1] on a white sheet, row by row; about square if `columns` is not given."""
-    if images.ndim != 4 or images.shape[1] != 3 or len(images) == 0:
-        raise ValueError(f"images has shape {tuple(images.shape)}: it must be (N, 3, H, W) with N of at least 1.")
+    """`images` `(N, C, H, W)` in [-1, 1] on a white sheet, row by row; about square if `columns` is not given."""
+    if images.ndim != 4 or not images.shape[1] or len(images) == 0:
+        raise ValueError(f"images has shape {tuple(images.shape)}: it must be (N, C, H, W) with N of at least 1.")
+    images = as_rgb(images)
     count, _, height, width = images.shape
     columns = columns or int(count**0.5 + 0.999)
     rows = -(-count // columns)

@@ -165,13 +165,15 @@ def test_a_resumed_run_is_an_unbroken_one(inputs, tmp_path, monkeypatch):
     ("options", "message"),
     [
         (["--caption_column", "caption"], "caption_column and text_encoder are given together"),
-        (["--condition_dropout", "1"], r"must lie in \[0, 1\)"),
+        (["--condition_dropout", "1"], r"`condition_dropout` must be a number in \[0, 1\)"),
+        (["--sample_steps", "11"], "sample_steps=11: it must be at most num_train_timesteps=10"),
+        (["--truncation_rate", "nan"], "`truncation_rate` must be"),
         (["--crop", "random"], "have no effect on codes that are written once"),
         (["--learnable_null_embedding", "true"], "learnable_null_embedding=True needs a text_encoder"),
         (["--random_flip_codes", "true", "--cache_indices", "false"], "random_flip_codes=True needs cache_indices"),
         (["--cache_captions", "true"], "cache_captions=True needs a text_encoder"),
         (["--label_column", "number", "--caption_column", "caption", "--text_encoder", "x"], "give the one"),
-        (["--validation_timesteps", "11"], "`num_timesteps` must be an int in 1…10"),
+        (["--validation_timesteps", "11"], "validation_timesteps=11: it must be at most num_train_timesteps=10"),
         (["--label_column", "number", "--streaming", "true", "--cache_indices", "false"], "of a stream need names"),
     ],
 )

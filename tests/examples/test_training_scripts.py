@@ -6,10 +6,12 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from hf_vq import VQGPTForCausalLM, VQImageProcessor, VQVAEConfig, VQVAEModel
 from hf_vq.training.data import code_splits
+from hf_vq.training.data.code_splits import training_inputs
 from hf_vq.training.objectives.vqgan_loss import VQGANLoss
 from hf_vq.training.run_arguments import parse_arguments
 
@@ -107,6 +109,23 @@ def test_a_prior_on_strings_has_the_names_of_the_training_data(inputs):
     assert config.id2label == {0: "class 0", 1: "class 1", 2: "class 2"}
     cached = datasets.load_dataset("parquet", data_dir=str(inputs / "prior/indices/validation"), split="train")
     assert cached["label"][:] == [1, 2, 1]
+
+
+def test_rows_without_a_label_train_the_null_class(inputs):
+    saved = datasets.load_from_disk(str(inputs / "images"))
+    rows = saved["train"].remove_columns("number").add_column("number", [0, None, 2, 1, None, None, 2, 1])
+    datasets.DatasetDict({"train": rows, "validation": rows}).save_to_disk(inputs / "gaps")
+    options = ["--label_column", "number", "--dataset_name_or_path", str(inputs / "gaps")]
+    with pytest.raises(ValueError, match="the column 'number' has no value in row 1 and in 2 more rows"):
+        train_prior(inputs, *options)
+    config = train_prior(inputs, *options, "--missing_condition", "null")
+    assert config.condition_vocab_size == 3
+    prior = VQGPTForCausalLM(config)
+    indices = torch.zeros(3, *config.grid_size, dtype=torch.long)
+    ids = training_inputs(prior, indices, torch.tensor([2, -1, 0]))["input_ids"]
+    assert torch.equal(
+        ids[:, 0], torch.tensor([config.codebook_size + 2, config.null_class_token_id, config.codebook_size])
+    )
 
 
 def test_a_prior_without_labels(inputs):

@@ -1,7 +1,9 @@
 """The codes of a training and a validation set, and the names of their classes."""
 
+import torch
 from torch import nn
 
+from .columns import NO_LABEL
 from .image_datasets import DataArguments, load_image_dataset
 from .indices_cache import IndicesDataset, load_indices, write_indices
 
@@ -36,19 +38,24 @@ def load_code_splits(
             f"random_flip={data.random_flip} and crop={data.crop!r} have no effect on codes that are written "
             "once: leave them out, and use random_flip_codes=True for mirrored images."
         )
+    data.check_multiple_of(max(tokenizer.config.downsample_factors))
     arguments = run.arguments
     codes, class_names = {}, None
     for split in ("train", "validation"):
-        images = load_image_dataset(data, split, class_names=class_names)
+        images = load_image_dataset(data, split, class_names=class_names, channels=tokenizer.config.in_channels)
         class_names = images.class_names if split == "train" else class_names
         folder = run.output_dir / "indices" / split
         flip = random_flip and split == "train"
         write_indices(tokenizer, images, folder, flip=flip, num_workers=arguments.dataloader_num_workers)
-        codes[split] = load_indices(folder, tokenizer, random_flip=flip, seed=arguments.seed)
+        codes[split] = load_indices(
+            folder, tokenizer, random_flip=flip, seed=arguments.seed, caption_column=data.caption_column
+        )
     return codes, class_names
 
 
-def count_classes(splits: dict, class_names: list[str] | None, label_column: str | None) -> int:
+def count_classes(
+    splits: dict, class_names: list[str] | None, label_column: str | None, allow_missing: bool = False
+) -> int:
     """
     How many classes a conditional model needs: as many as there are names, or one more than the highest training label.
 
@@ -57,6 +64,7 @@ def count_classes(splits: dict, class_names: list[str] | None, label_column: str
             stream, which has none).
         class_names: names of the classes, where they have any.
         label_column: where the labels come from; None if there are none.
+        allow_missing: whether labels may be -1, which stands for none.
 
     Returns:
         0 without a label column.
@@ -71,6 +79,11 @@ def count_classes(splits: dict, class_names: list[str] | None, label_column: str
         raise ValueError(
             f"label_column={label_column!r}: the classes of a stream need names, from which their number follows."
         )
+    if allow_missing:
+        labels = {split: values if values is None else values[values != NO_LABEL] for split, values in labels.items()}
+    empty = [split for split, values in labels.items() if values is not None and not len(values)]
+    if empty:
+        raise ValueError(f"label_column={label_column!r}: no row of the {empty[0]} data has a label.")
     count = len(class_names) if class_names is not None else int(labels["train"].max()) + 1
     for split, values in labels.items():
         if values is not None and (values.min() < 0 or values.max() >= count):
@@ -80,4 +93,21 @@ def count_classes(splits: dict, class_names: list[str] | None, label_column: str
     return count
 
 
-__all__ = ["count_classes", "load_code_splits"]
+def training_inputs(prior: nn.Module, indices: torch.LongTensor, labels: torch.LongTensor | None) -> dict:
+    """What an autoregressive prior's `forward` takes in training; a label of -1 is the null class.
+
+    Args:
+        prior: with `prepare_inputs`.
+        indices: codes `(B, h, w)`.
+        labels: classes `(B,)`, or None.
+    """
+    if labels is None:
+        return prior.prepare_inputs(indices)
+    inputs = prior.prepare_inputs(indices, labels.clamp(min=0))
+    missing = (labels == NO_LABEL).to(inputs["input_ids"].device)
+    null = prior.config.null_class_token_id
+    inputs["input_ids"][:, 0] = torch.where(missing, null, inputs["input_ids"][:, 0])
+    return inputs
+
+
+__all__ = ["count_classes", "load_code_splits", "training_inputs"]

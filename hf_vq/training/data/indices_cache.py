@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from ...distributed import is_distributed
 from ..checkpointing import flush_file, preserved_random_state, remove_unfinished, write_file_atomically
 from .cache_identity import StaleIndicesError, images_fingerprint, read_sample, tokenizer_fingerprint
+from .columns import draw_caption
 from .streaming import StreamingImageDataset
 
 
@@ -329,6 +330,7 @@ def load_indices(
     random_flip: bool = False,
     seed: int = 0,
     in_memory: bool = True,
+    caption_column: str | None = None,
 ) -> "IndicesDataset":
     """Opens what `write_indices` has written.
 
@@ -338,6 +340,7 @@ def load_indices(
         random_flip (`bool`): in half of the cases give the indices of the mirrored image, drawn from
             `(seed, epoch, row)`; needs a cache written with `flip=True`.
         in_memory (`bool`): hold the indices in memory, in their small type; otherwise rows are read from the disk.
+        caption_column (`str`, *optional*): of several captions in it, give one, drawn from `(seed, epoch, row)`.
 
     Raises:
         StaleIndicesError: the indices are another tokenizer's.
@@ -356,7 +359,9 @@ def load_indices(
         )
     if random_flip and not info["flip"]:
         raise ValueError(f"random_flip=True needs mirrored indices: {path} was written with flip=False.")
-    return IndicesDataset([str(file) for file in _shards(path).values()], info, random_flip, seed, in_memory)
+    return IndicesDataset(
+        [str(file) for file in _shards(path).values()], info, random_flip, seed, in_memory, caption_column
+    )
 
 
 class IndicesDataset(Dataset):
@@ -369,7 +374,15 @@ class IndicesDataset(Dataset):
         class_names (`list[str]` or `None`): names of the labels.
     """
 
-    def __init__(self, files: list[str], info: dict, random_flip: bool, seed: int, in_memory: bool):
+    def __init__(
+        self,
+        files: list[str],
+        info: dict,
+        random_flip: bool,
+        seed: int,
+        in_memory: bool,
+        caption_column: str | None = None,
+    ):
         import datasets
 
         rows = datasets.Dataset.from_parquet(files)
@@ -378,6 +391,7 @@ class IndicesDataset(Dataset):
         self.grids = {name: grid for name, grid in info["grids"].items() if not name.endswith("_flipped")}
         self.random_flip = random_flip
         self.seed = seed
+        self.caption_column = caption_column
         label = rows.features.get("label")
         self.labels = np.asarray(rows["label"][:]) if label is not None else None
         self.class_names = list(label.names) if isinstance(label, datasets.ClassLabel) else None
@@ -406,4 +420,7 @@ class IndicesDataset(Dataset):
         }
         if self.labels is not None:
             sample["label"] = int(self.labels[index])
-        return {**sample, **(self._others[index] if self._others is not None else {})}
+        sample |= self._others[index] if self._others is not None else {}
+        if self.caption_column is not None:
+            sample[self.caption_column] = draw_caption(sample[self.caption_column], self.seed, epoch, index)
+        return sample

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from ...distributed import from_main_process
 from ..checkpointing import draft_folder, preserved_random_state, publish_folder
-from .cache_identity import StaleIndicesError, images_fingerprint, tokenizer_fingerprint
+from .cache_identity import StaleIndicesError, images_fingerprint, read_sample, tokenizer_fingerprint
+from .columns import draw_caption
 from .image_datasets import collate
 
 
@@ -86,11 +87,10 @@ def _write(tokenizer, dataset, path: Path, wanted: dict, batch_size: int, num_wo
     from tqdm.auto import tqdm
 
     draft = draft_folder(path)
-    loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=collate)
+    loader = DataLoader(_ReadableImages(dataset), batch_size=batch_size, num_workers=num_workers, collate_fn=collate)
     arrays, fields, start = {}, {}, 0
     for batch in tqdm(loader, desc="latents", unit="batch", mininterval=1.0):
         pixels = batch.pop("pixel_values")
-        batch.pop("broken_images", None)
         for suffix in ("", "_flipped") if wanted["flip"] else ("",):
             latents = encode_latents(tokenizer, pixels.flip(-1) if suffix else pixels).cpu().numpy()
             if start == 0:
@@ -108,6 +108,23 @@ def _write(tokenizer, dataset, path: Path, wanted: dict, batch_size: int, num_wo
     publish_folder(draft, path)
 
 
+class _ReadableImages(Dataset):
+    """Without augmentation and with all captions; in place of a broken image, the next that can be read."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict:
+        for row in range(index, index + len(self)):
+            sample = read_sample(self.dataset, row % len(self))
+            if sample is not None:
+                return sample
+        raise ValueError(f"none of the {len(self)} images of the data set can be read.")
+
+
 class LatentsDataset(Dataset):
     """What `write_latents` has written, read from the disk as it is needed.
 
@@ -119,7 +136,7 @@ class LatentsDataset(Dataset):
         labels (`np.ndarray` or `None`): all labels.
     """
 
-    def __init__(self, path: str | Path, random_flip: bool = False, seed: int = 0):
+    def __init__(self, path: str | Path, random_flip: bool = False, seed: int = 0, caption_column: str | None = None):
         path = Path(path)
         flipped = path / "latents_flipped.npy"
         if random_flip and not flipped.exists():
@@ -129,6 +146,7 @@ class LatentsDataset(Dataset):
         self.fields = json.loads((path / "fields.json").read_text())
         self.labels = np.asarray(self.fields["label"]) if "label" in self.fields else None
         self.seed = seed
+        self.caption_column = caption_column
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -142,7 +160,10 @@ class LatentsDataset(Dataset):
             raise IndexError(f"index={index}: there are the rows 0 to {len(self) - 1}.")
         mirrored = self.flipped is not None and np.random.default_rng((self.seed, epoch, index)).random() < 0.5
         latents = torch.from_numpy(np.array((self.flipped if mirrored else self.latents)[index]))
-        return {"latents": latents, **{name: values[index] for name, values in self.fields.items()}}
+        sample = {"latents": latents, **{name: values[index] for name, values in self.fields.items()}}
+        if self.caption_column is not None:
+            sample[self.caption_column] = draw_caption(sample[self.caption_column], self.seed, epoch, index)
+        return sample
 
 
 __all__ = ["LatentsDataset", "encode_latents", "write_latents"]

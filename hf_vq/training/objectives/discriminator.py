@@ -1,8 +1,12 @@
 """The patch discriminator of VQGAN training."""
 
+import json
 import math
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 
@@ -37,6 +41,12 @@ class PatchDiscriminator(nn.Module):
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
         if norm not in NORMS:
             raise ValueError(f"`norm` must be one of {NORMS}, got {norm!r}.")
+        self.arguments = {
+            "in_channels": in_channels,
+            "base_channels": base_channels,
+            "num_layers": num_layers,
+            "norm": norm,
+        }
         self.min_size = 3 * 2**num_layers  # two more 4x4 convolutions without stride take 2 pixels off
 
         layers = [nn.Conv2d(in_channels, base_channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2, inplace=True)]
@@ -52,6 +62,34 @@ class PatchDiscriminator(nn.Module):
         layers.append(nn.Conv2d(channels, 1, 4, stride=1, padding=1))
         self.main = nn.Sequential(*layers)
         self.apply(_init_weights)
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> "PatchDiscriminator":
+        """The discriminator that `save` has written, or the conversion of an original VQGAN with `--discriminator`.
+
+        Raises:
+            ValueError: a file is missing, cannot be read, or holds another network.
+        """
+        folder = Path(folder)
+        try:
+            network = cls(**json.loads((folder / "config.json").read_text()))
+            network.load_state_dict(load_file(folder / "model.safetensors"))
+        except (OSError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+            raise ValueError(
+                f"{folder} must hold a discriminator, config.json and model.safetensors: {error}"
+            ) from error
+        if not all(value.isfinite().all() for value in network.state_dict().values()):
+            raise ValueError(f"{folder / 'model.safetensors'} holds values that are not finite.")
+        return network
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the constructor's arguments and the weights."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {name: value.contiguous() for name, value in self.state_dict().items()}, folder / "model.safetensors"
+        )
+        (folder / "config.json").write_text(json.dumps(self.arguments, indent=2) + "\n")
 
     def forward(
         self, images: torch.Tensor, others: torch.Tensor | None = None

@@ -47,19 +47,34 @@ class PerceptualNetwork(nn.Module):
         A batch that needs no gradient, as a target does, is computed without a graph.
 
         Args:
-            images_a, images_b: `(B, 3, H, W)` in [-1, 1].
+            images_a, images_b: `(B, C, H, W)` in [-1, 1]. The networks see RGB: of other images each three channels are
+                taken as one picture and each further one as a grey one, and the distance is the mean over channels.
 
         Raises:
-            ValueError: if the shapes differ, or the images are not RGB or too small.
+            ValueError: if the shapes differ, or the images are too small.
         """
         if images_a.shape != images_b.shape:
             raise ValueError(
                 "`images_a` and `images_b` must have the same shape, "
                 f"got {tuple(images_a.shape)} and {tuple(images_b.shape)}."
             )
+        if images_a.ndim == 4 and images_a.shape[1] not in (0, 3):
+            return self._mean_over_channels(images_a, images_b)
         self._check_images(images_a)
         with torch.autocast(images_a.device.type, enabled=False):
             return self.distance(self.features(images_a.float()), self.features(images_b.float()))
+
+    def _mean_over_channels(self, images_a: torch.Tensor, images_b: torch.Tensor) -> torch.Tensor:
+        """Images of other than three channels: channels by threes as RGB, and each that is left over as grey."""
+        channels = images_a.shape[1]
+        whole = channels // 3 * 3
+        groups = [range(start, start + 3) for start in range(0, whole, 3)]
+        groups += [[channel] * 3 for channel in range(whole, channels)]
+        shares = [3.0] * (whole // 3) + [1.0] * (channels - whole)
+        distances = (
+            share * self(images_a[:, list(g)], images_b[:, list(g)]) for share, g in zip(shares, groups, strict=True)
+        )
+        return sum(distances) / channels
 
     def train(self, mode: bool = True) -> "PerceptualNetwork":
         """Keeps evaluation mode: the networks are frozen."""

@@ -398,11 +398,20 @@ def test_float32_under_autocast(either):
         assert torch.equal(either(a, b), expected)
 
 
+def test_other_numbers_of_channels_are_pictures_of_three(either):
+    """Grey is a picture of three equal channels; the distance is the mean over channels."""
+    a, b = images(2, 5, 32, 32), images(2, 5, 32, 32, seed=1)
+    grey = [either(a[:, [c, c, c]], b[:, [c, c, c]]) for c in range(5)]
+    torch.testing.assert_close(either(a[:, :1], b[:, :1]), grey[0])
+    torch.testing.assert_close(either(a[:, :2], b[:, :2]), (grey[0] + grey[1]) / 2)
+    torch.testing.assert_close(either(a, b), (3 * either(a[:, :3], b[:, :3]) + grey[3] + grey[4]) / 5)
+
+
 def test_image_errors(either):
     with pytest.raises(ValueError, match="same shape"):
         either(torch.zeros(1, 3, 32, 32), torch.zeros(2, 3, 32, 32))
     with pytest.raises(ValueError, match=r"\(B, 3, H, W\)"):
-        either(torch.zeros(1, 1, 32, 32), torch.zeros(1, 1, 32, 32))
+        either(torch.zeros(1, 0, 32, 32), torch.zeros(1, 0, 32, 32))
     with pytest.raises(ValueError, match=r"\(B, 3, H, W\)"):
         either(torch.zeros(3, 32, 32), torch.zeros(3, 32, 32))
 

@@ -1,0 +1,105 @@
+"""The tokenizer scripts on images of any channels and sizes, and going on from a trained tokenizer."""
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor
+
+from hf_vq import VQGANModel, VQVAEModel
+from hf_vq.training.fine_tuning import train_part
+from hf_vq.training.objectives.discriminator import PatchDiscriminator
+from tests.examples.test_training_scripts import script
+
+
+SMALL = {
+    "vqgan": "--base_channels 32 --channel_multiplier 1 1 --num_res_blocks 1 --attn_resolutions 4 --latent_channels 8 "
+    "--embed_dim 4 --num_embeddings 8 --perceptual none --disc_channels 4 --disc_layers 1 --disc_start_fraction 0",
+    "vqvae": "--hidden_size 8 --residual_hidden_size 4 --num_residual_layers 1 --embed_dim 4 --num_embeddings 8",
+    "vqvae2": "--hidden_size 8 --residual_hidden_size 4 --num_residual_layers 1 --embed_dim 4 --num_embeddings 8",
+}
+LENGTH = "--max_train_steps 2 --train_batch_size 4 --cpu true --min_codebook_perplexity 0 --learning_rate 0.01"
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    pixels = np.random.default_rng(0).integers(0, 255, (8, 16, 24, 3), np.uint8)
+    columns = {
+        "image": [Image.fromarray(image) for image in pixels],
+        "bands": np.repeat(pixels, 2, -1)[..., :5].tolist(),
+    }
+    features = datasets.Features({"image": datasets.Image(), "bands": datasets.Array3D((16, 24, 5), "uint8")})
+    rows = datasets.Dataset.from_dict(columns, features=features)
+    datasets.DatasetDict({"train": rows, "validation": rows.select(range(2))}).save_to_disk(folder)
+    return str(folder)
+
+
+def train(name, images, output, *options):
+    arguments = f"--dataset_name_or_path {images} --output_dir {output} {SMALL[name]} {LENGTH}".split()
+    script(name).main([*arguments, "--resolution", "16", "24", *options])
+    return output / "tokenizer"
+
+
+@pytest.mark.parametrize("name", ["vqgan", "vqvae", "vqvae2"])
+def test_grey_rectangles(images, tmp_path, name):
+    folder = train(name, images, tmp_path, "--in_channels", "1")
+    processor = AutoImageProcessor.from_pretrained(folder)
+    values = processor(Image.new("RGB", (50, 40), "white"), return_tensors="pt").pixel_values
+    assert values.shape == (1, 1, 16, 24) and values.min() == 1
+
+
+def test_arrays_of_five_channels(images, tmp_path):
+    folder = train("vqgan", images, tmp_path, "--in_channels", "5", "--image_column", "bands")
+    assert VQGANModel.from_pretrained(folder).config.in_channels == 5
+
+
+def test_what_does_not_fit_is_refused_at_the_start(images, tmp_path):
+    for name, options, message in (
+        ("vqvae", ["--resolution", "16", "22"], r"resolution.*multiple"),
+        ("vqgan", ["--disc_layers", "3"], "disc_layers=3 needs at least 24 pixels"),
+        ("vqgan", ["--commitment_cost", "nan"], "`commitment_cost` must be"),
+        ("vqgan", ["--adam_beta1", "1"], "`adam_beta1` must be"),
+        ("vqvae2", ["--level_dropout", "1.5"], "`level_dropout` must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(name, images, tmp_path / "refused", *options)
+
+
+@pytest.mark.parametrize("quantizer", ["ema", "vq"])
+@pytest.mark.parametrize("name,kind", [("vqgan", VQGANModel), ("vqvae", VQVAEModel)])
+def test_the_decoder_alone(images, tmp_path, name, kind, quantizer):
+    first = train(name, images, tmp_path / "first", "--quantizer", quantizer)
+    second = train(name, images, tmp_path / "second", "--model_name_or_path", str(first), "--train", "decoder")
+    before, after = (kind.from_pretrained(folder).state_dict() for folder in (first, second))
+    changed = {key.split(".")[0] for key in before if not torch.equal(before[key], after[key])}
+    assert changed == ({"decoder", "post_quant_conv"} if name == "vqgan" else {"decoder"})
+    third = train(name, images, tmp_path / "third", "--model_name_or_path", str(first))
+    after = kind.from_pretrained(third).state_dict()
+    changed = {key.split(".")[0] for key in before if not torch.equal(before[key], after[key])}
+    assert {"encoder", "quantize", "decoder"} <= changed  # a loaded model is in evaluation mode until it is trained
+
+
+def test_a_part_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match="`part` must be one of"):
+        train_part(torch.nn.Linear(1, 1), "encoder")
+    with pytest.raises(ValueError, match='`part` must be "all" for Linear'):
+        train_part(torch.nn.Linear(1, 1), "decoder")
+
+
+def test_a_discriminator_goes_on(images, tmp_path):
+    folder = train("vqgan", images, tmp_path / "first")
+    assert not (folder / "discriminator").exists()  # not shared
+    trained = PatchDiscriminator.from_folder(tmp_path / "first" / "discriminator")
+    trained.save(folder / "discriminator")  # where the conversion of an original writes it
+    options = ["--model_name_or_path", str(folder), "--disc_channels", "16", "--learning_rate", "1e-12"]
+    train("vqgan", images, tmp_path / "second", *options)
+    again = PatchDiscriminator.from_folder(tmp_path / "second" / "discriminator")
+    weights = {key: value for key, value in trained.state_dict().items() if "running" not in key and "num" not in key}
+    assert all(torch.allclose(again.state_dict()[key], value, atol=1e-9) for key, value in weights.items())
+    train("vqgan", images, tmp_path / "third", *options, "--discriminator", "none")
+    assert PatchDiscriminator.from_folder(tmp_path / "third" / "discriminator").arguments["base_channels"] == 16
+    (folder / "discriminator" / "model.safetensors").write_bytes(b"version https://git-lfs")
+    with pytest.raises(ValueError, match="discriminator must hold a discriminator"):
+        train("vqgan", images, tmp_path / "fourth", *options)
