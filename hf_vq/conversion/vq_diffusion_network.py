@@ -1,5 +1,6 @@
 """The denoiser and the noise schedule of the original VQ-Diffusion code."""
 
+import math
 import re
 
 import torch
@@ -9,32 +10,78 @@ from ..schedulers.scheduling_mask_replace import MaskReplaceScheduler
 from .checkpoints import drop_keys, load_exactly
 
 
-# Arguments of the original's transformers that do not change what they compute, or are read elsewhere.
-KNOWN_PARAMS = {
-    "attn_type",
-    "checkpoint",
-    "class_number",
-    "condition_dim",
-    "condition_seq_len",
-    "content_emb_config",
-    "content_seq_len",
-    "content_spatial_size",
-    "diffusion_step",
-    "mlp_hidden_times",
-    "mlp_type",
-    "n_embd",
-    "n_head",
-    "n_layer",
-    "resid_pdrop",
+# The original's classes of denoisers: the condition, the one attn_type that each takes, and its own defaults.
+NETWORKS = {
+    "UnCondition2ImageTransformer": (
+        "unconditional",
+        {
+            "attn_type": "self",
+            "class_type": "adalayernorm",
+            "n_layer": 24,
+            "n_embd": 512,
+            "content_seq_len": 256,
+            "content_spatial_size": (16, 16),
+            "mlp_type": "conv_mlp",
+        },
+    ),
+    "Condition2ImageTransformer": (
+        "class",
+        {
+            "attn_type": "selfcondition",
+            "class_type": "adalayernorm",
+            "class_number": 1000,
+            "n_layer": 24,
+            "n_embd": 1024,
+            "content_seq_len": 1024,
+            "content_spatial_size": (32, 32),
+            "mlp_type": "conv_mlp",
+        },
+    ),
+    "Text2ImageTransformer": (
+        "text",
+        {
+            "attn_type": "selfcross",
+            "condition_seq_len": 77,
+            "condition_dim": 512,
+            "n_layer": 14,
+            "n_embd": 1024,
+            "content_seq_len": 1024,
+            "content_spatial_size": (32, 32),
+            "mlp_type": "fc",
+            "checkpoint": False,  # of gradients
+        },
+    ),
 }
-# Arguments that `VQDiffusionTransformer2DModel` has no equivalent of, unless they have this value.
-FIXED_PARAMS = {
-    "attn_pdrop": 0.0,
-    "block_activate": "GELU2",
-    "class_type": "adalayernorm",
+# Defaults that the three share. The trainer sets diffusion_step and content_emb_config to those of `diffusion_config`.
+NETWORK_DEFAULTS = {
+    "n_head": 16,
+    "attn_pdrop": 0,
+    "resid_pdrop": 0,
+    "mlp_hidden_times": 4,
+    "block_activate": None,
     "timestep_type": "adalayernorm",
+    "diffusion_step": None,
+    "content_emb_config": None,
 }
-CONDITION_TYPES = {"self": "unconditional", "selfcondition": "class", "selfcross": "text"}
+CONTENT_DEFAULTS = {
+    "num_embed": 8192,
+    "spatial_size": (32, 32),
+    "embed_dim": 3968,
+    "trainable": True,
+    "pos_emb_type": "embedding",
+}
+DIFFUSION_DEFAULTS = {
+    "content_emb_config": None,
+    "condition_emb_config": None,
+    "transformer_config": None,
+    "diffusion_step": 100,
+    "alpha_init_type": "cos",
+    "auxiliary_loss_weight": 0,
+    "adaptive_auxiliary_loss": False,
+    "mask_weight": (1, 1),
+    "learnable_cf": False,
+}
+ACTIVATIONS = {"GELU": "gelu", "GELU2": "quick_gelu"}
 # Name in the original → name in `VQDiffusionTransformer2DModel`, outside of the blocks and in a block.
 OUTER_KEYS = {
     "content_emb": "latent_image_embedding",
@@ -62,6 +109,7 @@ BLOCK_KEYS = {
     "mlp.conv1": "ff.conv_in",
     "mlp.conv2": "ff.conv_out",
 }
+POSITION_KEYS = ("content_emb.height_emb", "content_emb.width_emb")
 SCHEDULE_KEYS = ("log_at", "log_bt", "log_ct", "log_1_min_ct")
 SCHEDULE_KEYS += ("log_cumprod_at", "log_cumprod_bt", "log_cumprod_ct", "log_1_min_cumprod_ct")
 # Tables beside the network, and why none becomes a weight.
@@ -72,52 +120,120 @@ TABLE_REASONS = {
 NULL_CLASS = 1000  # the original's, whatever the data set
 
 
+def with_defaults(given: dict, defaults: dict, section: str) -> dict:
+    """`given` over `defaults`.
+
+    Raises:
+        ValueError: for a name that has no default, which the original does not know.
+    """
+    unknown = sorted(set(given) - set(defaults))
+    if unknown:
+        raise ValueError(f"`config` has names in {section} that are not known: {unknown}.")
+    return {**defaults, **given}
+
+
 def transformer_config(diffusion: dict) -> dict:
     """
     The configuration of a denoiser, but for its class and null embeddings, which the weights tell.
 
     Args:
-        diffusion: `params` of the YAML's `diffusion_config`.
+        diffusion: `params` of the YAML's `diffusion_config`, defaults included.
 
     Raises:
-        ValueError: for an argument that `VQDiffusionTransformer2DModel` has no equivalent of.
+        ValueError: for an argument that the original does not take, or `VQDiffusionTransformer2DModel` has no equivalent
+            of, and for arguments that contradict each other.
     """
-    params = diffusion["transformer_config"]["params"]
-    for name, wanted in FIXED_PARAMS.items():
-        if params.get(name, wanted) != wanted:
-            raise ValueError(f"`config` must have {name}={wanted} in transformer_config, got {params[name]}.")
-    unknown = sorted(set(params) - KNOWN_PARAMS - set(FIXED_PARAMS))
-    if unknown:
-        raise ValueError(f"`config` has names in transformer_config that are not known: {unknown}.")
-    if params["attn_type"] not in CONDITION_TYPES:
-        raise ValueError(f"`config` has the attn_type {params['attn_type']!r}; known: {sorted(CONDITION_TYPES)}.")
-    content = diffusion["content_emb_config"]["params"]
-    if content.get("pos_emb_type", "embedding") != "embedding":
-        raise ValueError(f"`config` must have pos_emb_type=embedding, got {content['pos_emb_type']}.")
-    condition_type = CONDITION_TYPES[params["attn_type"]]
+    condition_type, params = _network_params(diffusion)
+    content = with_defaults(
+        _section(diffusion["content_emb_config"], "content_emb_config"), CONTENT_DEFAULTS, "content_emb_config"
+    )
+    if content["pos_emb_type"] not in ("embedding", "parameter"):
+        raise ValueError(f"`config` must have pos_emb_type=embedding or parameter, got {content['pos_emb_type']!r}.")
+    if content["embed_dim"] != params["n_embd"]:
+        raise ValueError(
+            f"`config` must have one width, got n_embd={params['n_embd']} in transformer_config and "
+            f"embed_dim={content['embed_dim']} in content_emb_config."
+        )
+    if params["n_embd"] % params["n_head"]:
+        raise ValueError(f"`config` must have n_embd a multiple of n_head={params['n_head']}, got {params['n_embd']}.")
+    if params["block_activate"] not in ACTIVATIONS:
+        raise ValueError(f"`config` must have block_activate=GELU or GELU2, got {params['block_activate']!r}.")
+    if "adalayernorm" not in params["timestep_type"]:
+        raise ValueError(
+            f"`config` must have timestep_type=adalayernorm or adalayernorm_abs, got {params['timestep_type']!r}: the "
+            "original has no other."
+        )
+    size = content["spatial_size"]
     return {
         "num_embeddings": content["num_embed"],
-        "sample_size": tuple(params["content_spatial_size"]),
-        "position_embedding_size": tuple(content["spatial_size"]),
+        "sample_size": _grid(params),
+        "position_embedding_size": (size, size) if isinstance(size, int) else tuple(size),
         "num_layers": params["n_layer"],
         "num_attention_heads": params["n_head"],
         "attention_head_dim": params["n_embd"] // params["n_head"],
         "num_train_timesteps": diffusion["diffusion_step"],
         "condition_type": condition_type,
         "cross_attention_dim": params["condition_dim"] if condition_type == "text" else None,
-        "mlp_type": "conv" if params.get("mlp_type", "fc") == "conv_mlp" else "fc",
+        "mlp_type": "conv" if params["mlp_type"] == "conv_mlp" else "fc",
         "mlp_ratio": params["mlp_hidden_times"],
         "dropout": params["resid_pdrop"],
+        "attention_dropout": params["attn_pdrop"],
+        "activation": ACTIVATIONS[params["block_activate"]],
+        "timestep_embedding": "sinusoidal" if "abs" in params["timestep_type"] else "learned",
     }
 
 
-def convert_transformer(diffusion: dict, state_dict: dict) -> tuple[VQDiffusionTransformer2DModel, dict[str, str]]:
+def _section(config: dict | None, name: str) -> dict:
+    """`params` of a section."""
+    if config is None:
+        raise ValueError(f"`config` lacks the section {name}.")
+    return config.get("params") or {}
+
+
+def _network_params(diffusion: dict) -> tuple[str, dict]:
+    """The kind of condition, and the arguments of the denoiser with the defaults of its class."""
+    section = diffusion["transformer_config"]
+    given = _section(section, "transformer_config")
+    target = str(section.get("target", "")).rpartition(".")[2]
+    if target not in NETWORKS:
+        raise ValueError(f"`config` has the denoiser {target!r} in transformer_config; known: {sorted(NETWORKS)}.")
+    condition_type, defaults = NETWORKS[target]
+    params = with_defaults(given, {**NETWORK_DEFAULTS, **defaults}, "transformer_config")
+    if params["attn_type"] != defaults["attn_type"]:
+        raise ValueError(
+            f"`config` must have attn_type={defaults['attn_type']} for {target}, got {params['attn_type']!r}."
+        )
+    if "content_seq_len" not in given:
+        raise ValueError("`config` must have content_seq_len in transformer_config.")
+    if "content_spatial_size" not in given and math.prod(params["content_spatial_size"]) != params["content_seq_len"]:
+        params["content_spatial_size"] = None  # the class's own default, which the original does not read
+    return condition_type, params
+
+
+def _grid(params: dict) -> tuple[int, int]:
+    """The codes' grid, which the original reads off their number where it needs one."""
+    size, length = params["content_spatial_size"], params["content_seq_len"]
+    side = math.isqrt(length)
+    size = (side, side) if size is None else (size, size) if isinstance(size, int) else tuple(size)
+    if math.prod(size) != length:
+        raise ValueError(
+            f"`config` must have as many positions in content_spatial_size as content_seq_len={length}, got {size}."
+        )
+    if params["mlp_type"] == "conv_mlp" and size != (side, side):
+        raise ValueError(f"`config` must have a square content_spatial_size with mlp_type=conv_mlp, got {size}.")
+    return size
+
+
+def convert_transformer(
+    diffusion: dict, state_dict: dict, learned_null: bool = False
+) -> tuple[VQDiffusionTransformer2DModel, dict[str, str]]:
     """
     A denoiser.
 
     Args:
         diffusion: `params` of the YAML's `diffusion_config`.
-        state_dict: the keys under `transformer.`, and the learned embedding `empty_text_embed` if there is one.
+        state_dict: the keys under `transformer.`, and the embedding `empty_text_embed` if there is one.
+        learned_null: is that embedding what guidance leads away from (learnable_cf)?
 
     Returns:
         the model, and for each key that it does not use, why.
@@ -130,16 +246,33 @@ def convert_transformer(diffusion: dict, state_dict: dict) -> tuple[VQDiffusionT
     weights = {key: value for key, value in state_dict.items() if key != "empty_text_embed"}
     masks = [key for key in weights if re.fullmatch(r"blocks\.\d+\.attn2\.mask", key)]
     weights, dropped = drop_keys(weights, dict.fromkeys(masks, "a causal mask that cross-attention does not read"))
+    _check_masks(masks, config)
+    # pos_emb_type "parameter" holds the same tables without a module, and with a dimension of 1 before them
+    weights = {
+        f"{key}.weight" if key in POSITION_KEYS else key: value[0] if key in POSITION_KEYS else value
+        for key, value in weights.items()
+    }
     new = {_new_name(key): value for key, value in weights.items()}
     if config["condition_type"] == "class":
-        config |= _with_null_class(new)
-    if null_embedding is not None:
+        config |= _class_fields(_network_params(diffusion)[1], new)
+    if learned_null and null_embedding is None:
+        raise ValueError("`checkpoint` lacks empty_text_embed, which `config` says was learned (learnable_cf).")
+    if learned_null:
         config |= {"learnable_null_embedding": True, "text_length": len(null_embedding)}
         new["null_embedding"] = null_embedding.float()
+    elif null_embedding is not None:
+        dropped["empty_text_embed"] = "what a text model learns for no text, which this one does not use"
     with torch.device("meta"):
         transformer = VQDiffusionTransformer2DModel(**config)
     load_exactly(transformer, new)
     return transformer.eval(), dropped
+
+
+def _check_masks(masks: list[str], config: dict) -> None:
+    expected = {f"blocks.{i}.attn2.mask" for i in range(config["num_layers"])}
+    missing = sorted(expected - set(masks)) if config["condition_type"] == "text" else []
+    if missing:
+        raise ValueError(f"`checkpoint` lacks transformer.transformer.{missing[0]}.")
 
 
 def _new_name(key: str) -> str:
@@ -153,19 +286,44 @@ def _new_name(key: str) -> str:
     return f"{prefix}{table[old]}{rest.removeprefix(old)}"
 
 
-def _with_null_class(weights: dict) -> dict:
+def _class_fields(params: dict, weights: dict) -> dict:
     """
-    The configuration of the classes. The null class has the number 1000; where the table is too short for it, the original
-    takes the mean of the table, which is added here as its last row.
+    The configuration of the classes, and into `weights` the null class's row.
+
+    The null class has the number 1000. A table that is too short for it is read by its mean (adalayernorm); in a longer
+    one it is a row as any other, and comes here after the last once more. Sinusoids have a place for every number, but
+    adalayernorm_abs looks for a table first and fails.
     """
-    names = [name for name in weights if name.endswith(".norm3.emb.weight")]
-    if not names:
-        raise ValueError("`checkpoint` lacks transformer.transformer.blocks.0.ln2.emb.weight, the classes.")
+    number, kind = params["class_number"], params["class_type"]
+    instance, sinusoidal = "adalayernorm" not in kind, "abs" in kind
+    names = [f"transformer_blocks.{i}.norm3.emb.weight" for i in range(params["n_layer"])]
+    fields = {"num_classes": number, "class_norm": "instance" if instance else "layer"}
+    if sinusoidal:
+        fields |= {"class_embedding": "sinusoidal", "null_class": instance or number > NULL_CLASS}
+        if fields["null_class"]:
+            fields["null_class_position"] = float(NULL_CLASS)
+        return fields
+    for name in names:
+        if name not in weights:
+            raise ValueError(f"`checkpoint` lacks {_old_name(name)}, the classes.")
+        if len(weights[name]) != number:
+            raise ValueError(
+                f"`checkpoint` has {len(weights[name])} classes in {_old_name(name)}, but `config` says "
+                f"class_number={number}."
+            )
+    if number == NULL_CLASS + 1:  # trained with it as the last class
+        return {**fields, "num_classes": NULL_CLASS, "null_class": True}
+    if instance and number <= NULL_CLASS:
+        return fields  # the original has no row for the null class, and no mean
     for name in names:
         table = weights[name]
-        if len(table) != NULL_CLASS + 1:
-            weights[name] = torch.cat([table, table.mean(dim=0, keepdim=True)])
-    return {"num_classes": len(weights[names[0]]) - 1, "null_class": True}
+        null = table[NULL_CLASS][None] if number > NULL_CLASS else table.mean(dim=0, keepdim=True)
+        weights[name] = torch.cat([table, null])
+    return {**fields, "null_class": True}
+
+
+def _old_name(name: str) -> str:
+    return f"transformer.transformer.blocks.{name.split('.')[1]}.ln2.emb.weight"
 
 
 def convert_schedule(diffusion: dict, state_dict: dict) -> MaskReplaceScheduler:
@@ -179,10 +337,21 @@ def convert_schedule(diffusion: dict, state_dict: dict) -> MaskReplaceScheduler:
     Raises:
         ValueError: for another schedule than "alpha1", or if the checkpoint's tables are not those of the configuration.
     """
-    if diffusion.get("alpha_init_type") != "alpha1":
-        raise ValueError(f"`config` must have alpha_init_type=alpha1, got {diffusion.get('alpha_init_type')!r}.")
-    codes, steps = diffusion["content_emb_config"]["params"]["num_embed"], diffusion["diffusion_step"]
-    scheduler = MaskReplaceScheduler(num_embeddings=codes, num_train_timesteps=steps)
+    if diffusion["alpha_init_type"] != "alpha1":
+        raise ValueError(
+            f"`config` must have alpha_init_type=alpha1, the original's only one, got {diffusion['alpha_init_type']!r}."
+        )
+    content = with_defaults(
+        _section(diffusion["content_emb_config"], "content_emb_config"), CONTENT_DEFAULTS, "content_emb_config"
+    )
+    steps = diffusion["diffusion_step"]
+    scheduler = MaskReplaceScheduler(
+        num_embeddings=content["num_embed"],
+        num_train_timesteps=steps,
+        auxiliary_loss_weight=diffusion["auxiliary_loss_weight"],
+        adaptive_auxiliary_loss=diffusion["adaptive_auxiliary_loss"],
+        mask_loss_weights=tuple(diffusion["mask_weight"]),
+    )
     expected = {
         "log_cumprod_at": scheduler.alphas_cumprod,
         "log_cumprod_bt": scheduler.betas_cumprod,

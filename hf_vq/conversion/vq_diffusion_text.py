@@ -6,6 +6,7 @@ import torch
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from .checkpoints import drop_keys, load_exactly
+from .vq_diffusion_network import with_defaults
 
 
 OUTER_KEYS = {
@@ -21,35 +22,74 @@ LAYER_KEYS = {
     "mlp.c_fc.": "mlp.fc1.",
     "mlp.c_proj.": "mlp.fc2.",
 }
-# What the original can also do to the encoding of a text, and none of its published models does.
-FIXED_PARAMS = {"additional_last_embedding": False, "keep_seq_len_dim": False, "pick_last_embedding": False}
-# What it can do to the tokens: the default, and what the published models have.
-FIXED_CODEC_PARAMS = {"add_start_and_end": (False, True), "clip_embedding": (False, False)}
+# The original's defaults, and the values that the pipeline has an equivalent of.
+ENCODER_DEFAULTS = {
+    "clip_name": "ViT-B/32",
+    "num_embed": 49408,
+    "normalize": True,
+    "pick_last_embedding": True,
+    "keep_seq_len_dim": False,
+    "additional_last_embedding": False,
+    "embed_dim": 1024,
+}
+ENCODER_VALUES = {
+    "pick_last_embedding": (False, "one state for a whole text"),
+    "additional_last_embedding": (False, "a second output"),
+}
+CODEC_DEFAULTS = {
+    "context_length": 256,
+    "add_start_and_end": False,
+    "just_token": False,
+    "with_mask": True,
+    "pad_value": 0,
+    "clip_embedding": False,
+    "condition_emb_config": None,
+    "tokenizer_config": None,
+}
+CODEC_VALUES = {
+    "add_start_and_end": (True, "texts without CLIP's start and end"),
+    "clip_embedding": (False, "a text encoder in the codec"),
+}
 
 
-def text_options(condition_codec: dict, condition_emb: dict) -> dict:
+def text_options(condition_codec: dict | None, condition_emb: dict | None) -> dict:
     """
     How the pipeline treats texts.
 
     Args:
-        condition_codec, condition_emb: `params` of the YAML's `condition_codec_config` and `condition_emb_config`.
+        condition_codec, condition_emb: the YAML's `condition_codec_config` and `condition_emb_config`.
 
     Raises:
         ValueError: for a treatment that the pipeline has no equivalent of.
     """
-    for name, wanted in FIXED_PARAMS.items():
-        if condition_emb.get(name, wanted) != wanted:
-            raise ValueError(f"`config` must have {name}={wanted} in condition_emb_config, got {condition_emb[name]}.")
-    for name, (default, wanted) in FIXED_CODEC_PARAMS.items():
-        value = condition_codec.get(name, default)
-        if value != wanted:
-            raise ValueError(f"`config` must have {name}={wanted} in condition_codec_config, got {value}.")
+    tables = (
+        ("condition_codec_config", condition_codec, "Tokenize", CODEC_DEFAULTS, CODEC_VALUES),
+        ("condition_emb_config", condition_emb, "CLIPTextEmbedding", ENCODER_DEFAULTS, ENCODER_VALUES),
+    )
+    found = []
+    for section, given, wanted_class, defaults, values in tables:
+        target = str((given or {}).get("target", "")).rpartition(".")[2]
+        if target != wanted_class:
+            raise ValueError(f"`config` must have a {wanted_class} as {section}, got {target or given!r}.")
+        params = with_defaults(given.get("params") or {}, defaults, section)
+        for name, (wanted, what) in values.items():
+            if params[name] != wanted:
+                raise ValueError(
+                    f"`config` must have {name}={wanted} in {section}, got {params[name]}: {what} has no equivalent here."
+                )
+        found.append(params)
+    codec, encoder = found
+    if encoder["embed_dim"] == 1024:
+        raise ValueError(
+            "`config` must have an embed_dim other than 1024, its default, in condition_emb_config: 1024 stands for each "
+            "state twice, which has no equivalent here."
+        )
     return {
-        "text_max_length": condition_codec["context_length"],
+        "text_max_length": codec["context_length"],
         "text_lower_case": True,
-        "text_normalize": condition_emb.get("normalize", True),
+        "text_normalize": encoder["normalize"],
         "text_mask": False,
-        "text_pad_token_id": condition_codec["pad_value"],
+        "text_pad_token_id": codec["pad_value"],
     }
 
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
+from ..argument_checks import check_integer
 from ..schedulers.sample_checks import check_indices
 from ..schedulers.scheduling_mask_replace import MaskReplaceScheduler
 
@@ -44,11 +45,9 @@ class DiffusionLikelihood(nn.Module):
     ):
         super().__init__()
         steps = scheduler.config.num_train_timesteps
-        num_timesteps = steps if num_timesteps is None else num_timesteps
-        if not isinstance(num_timesteps, int) or not 1 <= num_timesteps <= steps:
-            raise ValueError(
-                f"`num_timesteps` must be an int in 1…{steps}, the scheduler's steps, got {num_timesteps!r}."
-            )
+        if num_timesteps is None:
+            num_timesteps = steps
+        num_timesteps = check_integer("num_timesteps", num_timesteps, minimum=1, maximum=steps)
         self.transformer = transformer
         self.scheduler = scheduler
         self.prepare_condition = prepare_condition

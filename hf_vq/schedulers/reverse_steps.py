@@ -80,6 +80,8 @@ def purity_step(
     score = None if weight is None else purity(logits, temperature).reshape(sample.shape)
     if score is not None:
         score = score / score.amax(dim=1, keepdim=True)
+        if not (score > 0).all():  # also where they are not picked they change the order
+            raise ValueError("`model_output` must hold logits of which at least one is finite and none is NaN.")
     # times until events of rates `score`: the first ones are a draw without replacement in proportion to the score
     times = -torch.log1p(-uniform_positions(sample, generator))
     times = times if score is None else times / score

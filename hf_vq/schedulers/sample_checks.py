@@ -2,6 +2,8 @@
 
 import torch
 
+from ..argument_checks import check_real
+
 
 def check_indices(name: str, indices: torch.Tensor, highest: int, shape: torch.Size | None = None):
     """`indices` must be int64 `(B, *)`, of `shape` where it is given, and lie in 0…`highest`."""
@@ -47,8 +49,7 @@ def check_timesteps(name: str, timesteps, batch_size: int, lowest: int, highest:
 
 def check_rate(truncation_rate: float):
     """`truncation_rate` must be the mass of a nucleus."""
-    if not 0 < truncation_rate <= 1:
-        raise ValueError(f"`truncation_rate` must lie in (0, 1], got {truncation_rate!r}.")
+    check_real("truncation_rate", truncation_rate, above=0, maximum=1)
 
 
 def check_generators(generator, batch_size: int):

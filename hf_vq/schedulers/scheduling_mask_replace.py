@@ -8,6 +8,7 @@ from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 
+from ..argument_checks import check_integer, check_real
 from .categorical_draws import nucleus, uniform, uniform_positions
 from .posterior import posterior_kl, posterior_probs
 from .reverse_steps import posterior_step, purity_step
@@ -38,6 +39,10 @@ class MaskReplaceScheduler(SchedulerMixin, ConfigMixin):
         schedule: "linear" (the paper's), "cosine", "mask_only" or "uniform_only", see `cumulative_tables`.
         alpha_cumprod_start, alpha_cumprod_end: ᾱ, the probability that a code is kept, at timesteps 0 and T-1.
         gamma_cumprod_start, gamma_cumprod_end: γ̄, the probability of the mask; not read by "mask_only", "uniform_only".
+        auxiliary_loss_weight: what [`MaskReplaceObjective`] gives -log p(x_0 | x_t) by default.
+        adaptive_auxiliary_loss: with the further weight 1 + (1 - t/T), see `auxiliary_loss`.
+        mask_loss_weights: of the losses of positions that are masked in x_t, and of the others; read by
+            [`MaskReplaceObjective`].
 
     Raises:
         ValueError: numbers that no such chain has.
@@ -55,19 +60,35 @@ class MaskReplaceScheduler(SchedulerMixin, ConfigMixin):
         alpha_cumprod_end: float = 9e-6,
         gamma_cumprod_start: float = 9e-6,
         gamma_cumprod_end: float = 0.99999,
+        auxiliary_loss_weight: float = 5e-4,
+        adaptive_auxiliary_loss: bool = True,
+        mask_loss_weights: tuple[float, float] = (1.0, 1.0),
     ):
-        for name, value in (("num_embeddings", num_embeddings), ("num_train_timesteps", num_train_timesteps)):
-            if not isinstance(value, int) or value < 2:
-                raise ValueError(f"`{name}` must be an int of at least 2, got {value!r}.")
+        numbers = {
+            "num_embeddings": check_integer("num_embeddings", num_embeddings, minimum=2),
+            "num_train_timesteps": check_integer("num_train_timesteps", num_train_timesteps, minimum=2),
+            "auxiliary_loss_weight": check_real("auxiliary_loss_weight", auxiliary_loss_weight, minimum=0),
+        }
+        ends = {
+            "alpha_cumprod_start": alpha_cumprod_start,
+            "alpha_cumprod_end": alpha_cumprod_end,
+            "gamma_cumprod_start": gamma_cumprod_start,
+            "gamma_cumprod_end": gamma_cumprod_end,
+        }
+        numbers |= {name: check_real(name, value, minimum=0, maximum=1) for name, value in ends.items()}
+        if not isinstance(mask_loss_weights, (tuple, list)) or len(mask_loss_weights) != 2:
+            raise ValueError(f"`mask_loss_weights` must be two numbers, got {mask_loss_weights!r}.")
+        weights = tuple(check_real("mask_loss_weights", weight, minimum=0) for weight in mask_loss_weights)
+        self.register_to_config(**numbers, mask_loss_weights=weights)
         self._tables = cumulative_tables(
             schedule,
-            num_embeddings,
-            num_train_timesteps,
-            (alpha_cumprod_start, alpha_cumprod_end),
-            (gamma_cumprod_start, gamma_cumprod_end),
+            self.config.num_embeddings,
+            self.config.num_train_timesteps,
+            (self.config.alpha_cumprod_start, self.config.alpha_cumprod_end),
+            (self.config.gamma_cumprod_start, self.config.gamma_cumprod_end),
         )
         self.num_inference_steps = None
-        self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
+        self.timesteps = torch.arange(self.config.num_train_timesteps - 1, -1, -1)
 
     @property
     def mask_index(self) -> int:
@@ -108,11 +129,7 @@ class MaskReplaceScheduler(SchedulerMixin, ConfigMixin):
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("Exactly one of `num_inference_steps` and `timesteps` must be given.")
         if timesteps is None:
-            if not isinstance(num_inference_steps, int) or not 1 <= num_inference_steps <= train:
-                raise ValueError(
-                    f"`num_inference_steps` must be an int in 1…{train}, the steps of training, got "
-                    f"{num_inference_steps!r}."
-                )
+            num_inference_steps = check_integer("num_inference_steps", num_inference_steps, minimum=1, maximum=train)
             timesteps = [i * train // num_inference_steps - 1 for i in range(num_inference_steps, 0, -1)]
         given = torch.as_tensor(timesteps)
         if given.dtype not in (torch.int64, torch.int32) or given.ndim != 1:
@@ -317,7 +334,8 @@ class MaskReplaceScheduler(SchedulerMixin, ConfigMixin):
         self, model_output: torch.FloatTensor, original_samples: torch.LongTensor, timesteps
     ) -> torch.FloatTensor:
         """
-        -log p(x_0 | x_t) with its adaptive weight 1 + (1 - t/T) (Gu et al. 2022, section 4.2, and its published code).
+        -log p(x_0 | x_t) (Gu et al. 2022, section 4.2), with `adaptive_auxiliary_loss` times 1 + (1 - t/T), as in its
+        published code.
 
         Args:
             model_output, original_samples, timesteps: see `vlb_terms`.
@@ -331,8 +349,9 @@ class MaskReplaceScheduler(SchedulerMixin, ConfigMixin):
         now = check_timesteps("timesteps", timesteps, batch, 0, self.config.num_train_timesteps - 1)
         logits = model_output.float().reshape(-1, self.mask_index)
         nll = F.cross_entropy(logits, original_samples.flatten(), reduction="none").reshape(batch, -1)
-        weight = (2 - now / self.config.num_train_timesteps)[:, None].to(nll)
-        return (weight * nll).reshape(original_samples.shape)
+        if self.config.adaptive_auxiliary_loss:
+            nll = nll * (2 - now / self.config.num_train_timesteps)[:, None].to(nll)
+        return nll.reshape(original_samples.shape)
 
     def prior_kl(self) -> float:
         """
@@ -359,18 +378,15 @@ class MaskReplaceScheduler(SchedulerMixin, ConfigMixin):
 
     def _check_sampling(self, truncation_rate, prior_rule, prior_weight, temperature, prior_count):
         check_rate(truncation_rate)
-        if prior_rule not in (0, 1, 2):
-            raise ValueError(f"`prior_rule` must be 0, 1 or 2, got {prior_rule!r}.")
+        check_integer("prior_rule", prior_rule, minimum=0, maximum=2)
         if prior_rule and self.config.schedule == "uniform_only":
             raise ValueError("`prior_rule` needs a schedule with masks, got 'uniform_only'.")
-        if not 0 <= prior_weight < float("inf"):
-            raise ValueError(f"`prior_weight` must be at least 0 and finite, got {prior_weight!r}.")
+        check_real("prior_weight", prior_weight, minimum=0)
         if prior_weight and prior_rule != 2:
             raise ValueError(f"`prior_weight` needs `prior_rule` 2, got {prior_weight!r} with rule {prior_rule!r}.")
-        if not temperature > 0:
-            raise ValueError(f"`temperature` must be positive, got {temperature!r}.")
-        if prior_count is not None and (not isinstance(prior_count, int) or prior_count < 0):
-            raise ValueError(f"`prior_count` must be an int of at least 0, got {prior_count!r}.")
+        check_real("temperature", temperature, above=0)
+        if prior_count is not None:
+            check_integer("prior_count", prior_count, minimum=0)
 
     def _known(self, indices, mask, sample) -> tuple[torch.LongTensor, torch.BoolTensor]:
         """The known codes, and where they are; nowhere if there are none."""

@@ -153,14 +153,48 @@ WEIGHTS = "checkpoint/model"
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (f"{NETWORK}/block_activate", "GELU", "must have block_activate=GELU2 in transformer_config, got GELU"),
-        (f"{NETWORK}/attn_pdrop", 0.1, "must have attn_pdrop=0.0"),
-        (f"{NETWORK}/timestep_type", "adainsnorm", "must have timestep_type=adalayernorm"),
+        (f"{NETWORK}/block_activate", "ReLU", "must have block_activate=GELU or GELU2, got 'ReLU'"),
+        (f"{NETWORK}/timestep_type", "adainsnorm", "must have timestep_type=adalayernorm or adalayernorm_abs"),
+        (
+            f"{NETWORK}/content_seq_len",
+            17,
+            r"as many positions in content_spatial_size as content_seq_len=17, got \(4, 4",
+        ),
+        (f"{NETWORK}/class_number", 13, "has 12 classes in .*ln2.emb.weight, but `config` says class_number=13"),
+        (f"{NETWORK}/n_head", 3, "must have n_embd a multiple of n_head=3, got 16"),
+        (f"{NETWORK}/n_embd", 32, "must have one width, got n_embd=32 .* embed_dim=16"),
+        (
+            f"{DIFFUSION}/transformer_config/target",
+            "UnCondition2ImageTransformer",
+            "names in .* not known: .'class_number'",
+        ),
+        (f"{DIFFUSION}/condition_emb_config/params/identity", False, "a ClassEmbedding with identity=True"),
+        (f"{DIFFUSION}/surprise", 1, r"names in diffusion_config that are not known: \['surprise'\]"),
+        ("model/params/surprise", 1, r"names in model that are not known: \['surprise'\]"),
+        (
+            "model/params/content_codec_config/params/token_shape",
+            [2, 2],
+            r"grid \(4, 4\) as token_shape .* got \(2, 2\)",
+        ),
+        ("model/params/content_codec_config/params/quantize_number", 15, "got quantize_number=15 .* num_embed=16"),
+        ("model/target", "GPT_DALLE", "has the model 'GPT_DALLE'|has the model ''"),
         (f"{NETWORK}/surprise", 1, r"not known: \['surprise'\]"),
-        (f"{NETWORK}/attn_type", "cross", "attn_type 'cross'; known"),
-        (f"{NETWORK}/n_layer", 3, "does not fit VQDiffusionTransformer2DModel: it lacks transformer_blocks.2"),
-        (f"{DIFFUSION}/content_emb_config/params/pos_emb_type", "parameter", "must have pos_emb_type=embedding"),
-        (f"{DIFFUSION}/alpha_init_type", "cos", "must have alpha_init_type=alpha1, got 'cos'"),
+        (
+            f"{NETWORK}/attn_type",
+            "cross",
+            "must have attn_type=selfcondition for Condition2ImageTransformer, got 'cross'",
+        ),
+        (f"{NETWORK}/n_layer", 3, "lacks transformer.transformer.blocks.2.ln2.emb.weight, the classes"),
+        (
+            f"{DIFFUSION}/content_emb_config/params/pos_emb_type",
+            "sine",
+            "must have pos_emb_type=embedding or parameter",
+        ),
+        (
+            f"{DIFFUSION}/alpha_init_type",
+            "cos",
+            "must have alpha_init_type=alpha1, the original's only one, got 'cos'",
+        ),
         (f"{DIFFUSION}/diffusion_step", 50, "has another log_cumprod_at than `config` says"),
         ("checkpoint", {"state_dict": {}}, r"must hold the entry `model`, got \['state_dict'\]"),
         (f"{WEIGHTS}/transformer.surprise", torch.zeros(1), "has surprise only in one of `model` and `ema`"),
@@ -218,8 +252,10 @@ def test_texts_that_are_refused(vocabulary):
     with pytest.raises(ValueError, match="must have the text encoder's 1280 tokens, got 1281"):
         convert_model(**pieces, tokenizer=tokenizer)
     key = "transformer.condition_emb.transformer.resblocks.0.attn.surprise"
+    wrong = changed(pieces, f"{WEIGHTS}/{key}", torch.zeros(1))
+    wrong["checkpoint"].pop("ema")
     with pytest.raises(ValueError, match=f"unknown key {key}"):
-        convert_model(**changed(pieces, f"{WEIGHTS}/{key}", torch.zeros(1)), use_ema=False)
+        convert_model(**wrong)
     with pytest.raises(ValueError, match="`mapping` must not be given: `config` has no quantize_number"):
         convert_model(**{**pieces_of("vqdiff_uncond"), "mapping": torch.arange(16)})
 

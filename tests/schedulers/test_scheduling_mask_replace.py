@@ -407,7 +407,7 @@ def test_saving_and_loading(tmp_path):
         ({"alpha_cumprod_end": 0.9999999}, "falling"),
         ({"gamma_cumprod_start": 0.5}, "at most 1"),
         ({"gamma_cumprod_end": 0.0}, "rising"),
-        ({"alpha_cumprod_end": math.nan}, "probabilities"),
+        ({"alpha_cumprod_end": math.nan}, "`alpha_cumprod_end` must be a number in"),
     ],
 )
 def test_bad_configurations(arguments, message):
@@ -428,6 +428,7 @@ LOGITS = torch.zeros(2, 3, 3, 8)
         ({"model_output": torch.zeros(2, 3, 3, 9)}, "`model_output` must be floating"),
         ({"model_output": torch.zeros(2, 3, 3, 8, dtype=torch.long)}, "`model_output` must be floating"),
         ({"model_output": torch.full((2, 3, 3, 8), math.nan), "prev_timestep": -1}, "none is NaN"),
+        ({"model_output": torch.full((2, 3, 3, 8), math.inf), "prev_timestep": -1}, "none is NaN"),
         ({"model_output": LOGITS.tolist()}, "`model_output` must be a tensor"),
         ({"model_output": LOGITS[:0], "sample": X[:0]}, "`sample` must hold at least one index"),
         ({"timestep": 100}, "`timestep` must"),
@@ -439,9 +440,9 @@ LOGITS = torch.zeros(2, 3, 3, 8)
         ({"prev_timestep": -2}, "`prev_timestep` must lie in -1…99"),
         ({"truncation_rate": 0.0}, "`truncation_rate`"),
         ({"truncation_rate": 1.1}, "`truncation_rate`"),
-        ({"prior_rule": 3}, "`prior_rule` must be 0, 1 or 2"),
+        ({"prior_rule": 3}, "`prior_rule` must be an int in 0…2"),
         ({"prior_weight": -1.0}, "`prior_weight`"),
-        ({"prior_weight": math.inf, "prior_rule": 2}, "`prior_weight` must be at least 0 and finite"),
+        ({"prior_weight": math.inf, "prior_rule": 2}, "`prior_weight` must be a finite number of at least 0"),
         ({"prior_weight": 1.0, "prior_rule": 1}, "`prior_weight` needs `prior_rule` 2"),
         ({"prior_count": -1}, "`prior_count`"),
         ({"prior_rule": 1, "prev_timestep": torch.tensor([-1, 3])}, "last step together"),

@@ -3,6 +3,8 @@
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
+from ...argument_checks import check_integer, check_real
+
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "flow")
 
@@ -33,8 +35,11 @@ class DiffusionObjective:
     ):
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"`prediction_type` must be one of {PREDICTION_TYPES}, got {prediction_type!r}.")
-        if min_snr_gamma is not None and min_snr_gamma <= 0:
-            raise ValueError(f"`min_snr_gamma` must be positive or None, got {min_snr_gamma}.")
+        num_train_timesteps = check_integer("num_train_timesteps", num_train_timesteps, minimum=1)
+        if min_snr_gamma is not None:
+            min_snr_gamma = check_real("min_snr_gamma", min_snr_gamma, above=0)
+        beta_start = check_real("beta_start", beta_start, above=0, below=1)
+        beta_end = check_real("beta_end", beta_end, minimum=beta_start, below=1)
         self.prediction_type = prediction_type
         self.min_snr_gamma = min_snr_gamma
         self.num_train_timesteps = num_train_timesteps

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ...argument_checks import check_real
 from ...schedulers.scheduling_mask_replace import MaskReplaceScheduler
 
 
@@ -13,7 +14,8 @@ class MaskReplaceLoss:
     """
     Args:
         loss: scalar, float32, what is minimised; of the size of nats per position.
-        terms: float32 `(B,)`, nats, each sample's term of the bound at its timestep, detached.
+        terms: float32 `(B,)`, nats, each sample's term of the bound at its timestep, with the weights of its positions,
+            detached.
         bits_per_index: scalar, an unbiased estimate of the bound's sum over timesteps, detached.
     """
 
@@ -31,16 +33,20 @@ class MaskReplaceObjective:
     are drawn, and by the number of positions.
 
     Args:
-        scheduler: the forward chain.
-        auxiliary_weight: of the second part, before the scheduler's adaptive weight 1 + (1 - t/T); the original's is 5e-4,
-            or 1e-3 on ImageNet and FFHQ.
+        scheduler: the forward chain. Its `mask_loss_weights` weigh the positions that are masked in x_t and the others, in
+            both parts, but not at t = 0.
+        auxiliary_weight (*optional*): of the second part, before the scheduler's adaptive weight 1 + (1 - t/T); by default
+            the scheduler's `auxiliary_loss_weight`. The original's is 5e-4, or 1e-3 on ImageNet and FFHQ.
+
+    Raises:
+        ValueError: `auxiliary_weight` is not a finite number of at least 0.
     """
 
-    def __init__(self, scheduler: MaskReplaceScheduler, auxiliary_weight: float = 5e-4):
-        if not auxiliary_weight >= 0:
-            raise ValueError(f"`auxiliary_weight` must be at least 0, got {auxiliary_weight}.")
+    def __init__(self, scheduler: MaskReplaceScheduler, auxiliary_weight: float | None = None):
+        if auxiliary_weight is None:
+            auxiliary_weight = scheduler.config.auxiliary_loss_weight
         self.scheduler = scheduler
-        self.auxiliary_weight = auxiliary_weight
+        self.auxiliary_weight = check_real("auxiliary_weight", auxiliary_weight, minimum=0)
 
     def __call__(
         self,
@@ -68,14 +74,22 @@ class MaskReplaceObjective:
         if not (probabilities > 0).all():
             raise ValueError(f"`probabilities` must be positive, got {probabilities.tolist()}.")
         probabilities = probabilities.to(model_output.device)
-        terms = self.scheduler.vlb_terms(model_output, original_samples, sample, timesteps).flatten(1).sum(dim=1)
+        bound = self.scheduler.vlb_terms(model_output, original_samples, sample, timesteps).flatten(1)
+        weights = self._position_weights(sample, timesteps).flatten(1)
+        terms = (weights * bound).sum(dim=1)
         losses = terms
         if self.auxiliary_weight > 0:
-            auxiliary = self.scheduler.auxiliary_loss(model_output, original_samples, timesteps)
-            losses = losses + self.auxiliary_weight * auxiliary.flatten(1).sum(dim=1)
+            auxiliary = self.scheduler.auxiliary_loss(model_output, original_samples, timesteps).flatten(1)
+            losses = losses + self.auxiliary_weight * (weights * auxiliary).sum(dim=1)
         positions = original_samples.numel()
-        bits = (terms.detach() / probabilities).sum() / (positions * math.log(2))
+        bits = (bound.detach().sum(dim=1) / probabilities).sum() / (positions * math.log(2))
         return MaskReplaceLoss((losses / probabilities).sum() / positions, terms.detach(), bits)
+
+    def _position_weights(self, sample: torch.LongTensor, timesteps: torch.LongTensor) -> torch.FloatTensor:
+        masked, others = self.scheduler.config.mask_loss_weights
+        weights = torch.where(sample == self.scheduler.mask_index, masked, others)
+        is_first = (timesteps == 0).to(sample.device).view(-1, *[1] * (sample.ndim - 1))
+        return torch.where(is_first, 1.0, weights)
 
 
 __all__ = ["MaskReplaceLoss", "MaskReplaceObjective"]

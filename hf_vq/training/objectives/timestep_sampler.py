@@ -2,6 +2,7 @@
 
 import torch
 
+from ...argument_checks import check_integer
 from ...distributed import all_reduced
 
 
@@ -28,8 +29,7 @@ class ImportanceTimestepSampler:
     """
 
     def __init__(self, num_train_timesteps: int):
-        if not isinstance(num_train_timesteps, int) or num_train_timesteps < 2:
-            raise ValueError(f"`num_train_timesteps` must be an int of at least 2, got {num_train_timesteps!r}.")
+        num_train_timesteps = check_integer("num_train_timesteps", num_train_timesteps, minimum=2)
         self.num_train_timesteps = num_train_timesteps
         self.history = torch.zeros(num_train_timesteps, dtype=torch.float64)
         self.counts = torch.zeros(num_train_timesteps, dtype=torch.int64)
@@ -61,8 +61,7 @@ class ImportanceTimestepSampler:
         Returns:
             Timesteps, int64 `(B,)` in 0…T-1, and their probabilities, float32 `(B,)`, which losses are to be divided by.
         """
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` must be positive, got {batch_size}.")
+        batch_size = check_integer("batch_size", batch_size, minimum=1)
         probabilities = self.probabilities
         if isinstance(generator, list):
             if len(generator) != batch_size:

@@ -123,7 +123,7 @@ def test_timesteps():
 def test_errors():
     with pytest.raises(ValueError, match="`prediction_type` must be one of"):
         DiffusionObjective("noise")
-    with pytest.raises(ValueError, match="`min_snr_gamma` must be positive"):
+    with pytest.raises(ValueError, match="`min_snr_gamma` must be a finite number above 0, got"):
         DiffusionObjective("epsilon", min_snr_gamma=0)
 
 

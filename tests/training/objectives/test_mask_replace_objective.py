@@ -74,6 +74,59 @@ def test_the_learned_null_embedding_trains_as_in_the_original():
     golden.compare("cf.grad_empty_text_embed", transformer.null_embedding.grad)
 
 
+def matrix(scheduler, t):
+    """q(x_t | x_0), row by row, with the mask last; at -1 the data."""
+    codes = scheduler.mask_index
+    if t < 0:
+        return torch.eye(codes + 1, dtype=torch.float64)
+    found = torch.full((codes + 1, codes + 1), float(scheduler.betas_cumprod[t]), dtype=torch.float64)
+    found = found + float(scheduler.alphas_cumprod[t]) * torch.eye(codes + 1)
+    found[:, codes], found[codes, :], found[codes, codes] = float(scheduler.gammas_cumprod[t]), 0.0, 1.0
+    return found
+
+
+def losses_of_a_position(scheduler, logits, x0, xt, t):
+    """KL of the posteriors of x_{t-1}, by Bayes' rule over matrices, and -log p(x_0)."""
+    until_before, until_now = matrix(scheduler, t - 1), matrix(scheduler, t)
+    one_step = torch.linalg.solve(until_before, until_now)
+    joint = one_step[:, xt] * until_before[:-1] / until_now[:-1, xt, None]
+    probs = logits.double().softmax(-1)
+    true, model = joint[x0], (probs[:, None] * joint).sum(0)
+    return torch.where(true > 0, true * (true / model).log(), 0).sum(), -probs[x0].log()
+
+
+def original_loss(logits, x0, xt, t, probabilities, scheduler, weight, adaptive, mask_weights):
+    """The original's `_train_loss`, position by position."""
+    total = 0.0
+    for i in range(len(t)):
+        factor = 2 - float(t[i]) / len(scheduler.alphas_cumprod) if adaptive else 1.0
+        for j in range(x0.shape[1]):
+            kl, nll = losses_of_a_position(scheduler, logits[i, j], x0[i, j], xt[i, j], int(t[i]))
+            by_mask = mask_weights[0] if xt[i, j] == scheduler.mask_index else mask_weights[1]
+            first, second = (nll, nll) if t[i] == 0 else (by_mask * kl, by_mask * nll)
+            total += (first + factor * weight * second) / probabilities[i]
+    return total / x0.numel()
+
+
+@pytest.mark.parametrize("adaptive", [True, False])
+@pytest.mark.parametrize("mask_weights", [(1.0, 1.0), (1.0, 0.25), (0.5, 2.0)])
+def test_weights_by_mask_and_an_auxiliary_loss_that_does_not_adapt(adaptive, mask_weights):
+    generator = torch.Generator().manual_seed(3)
+    options = {"auxiliary_loss_weight": 0.3, "adaptive_auxiliary_loss": adaptive, "mask_loss_weights": mask_weights}
+    # all but the last step, where a code can no longer be
+    scheduler = MaskReplaceScheduler(5, 6, alpha_cumprod_end=0.1, gamma_cumprod_end=0.6, **options)
+    t, probabilities = torch.tensor([0, 2, 4, 5]), torch.tensor([0.1, 0.2, 0.3, 0.4])
+    x0 = torch.randint(5, (4, 7), generator=generator)
+    xt = scheduler.add_noise(x0, t, generator)
+    assert (xt == 5).any() and (xt < 5).any()
+    logits = torch.randn(4, 7, 5, generator=generator)
+    result = MaskReplaceObjective(scheduler)(logits, x0, xt, t, probabilities)
+    expected = original_loss(logits, x0, xt, t, probabilities, scheduler, 0.3, adaptive, mask_weights)
+    torch.testing.assert_close(result.loss, expected.float(), atol=1e-5, rtol=1e-5)
+    unweighted = MaskReplaceObjective(MaskReplaceScheduler(5, 6, alpha_cumprod_end=0.1, gamma_cumprod_end=0.6))
+    torch.testing.assert_close(result.bits_per_index, unweighted(logits, x0, xt, t, probabilities).bits_per_index)
+
+
 def test_the_expected_loss_does_not_depend_on_how_timesteps_are_drawn():
     generator = torch.Generator().manual_seed(0)
     scheduler = MaskReplaceScheduler(5, 4)
@@ -105,8 +158,11 @@ def test_the_expected_loss_does_not_depend_on_how_timesteps_are_drawn():
 
 def test_what_is_refused():
     scheduler = MaskReplaceScheduler(5, 4)
-    with pytest.raises(ValueError, match="`auxiliary_weight` must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="`auxiliary_weight` must be a finite number of at least 0, got -1"):
         MaskReplaceObjective(scheduler, -1)
+    for name, value in (("auxiliary_loss_weight", math.nan), ("mask_loss_weights", (1.0, -1.0))):
+        with pytest.raises(ValueError, match=f"`{name}` must be a finite number of at least 0"):
+            MaskReplaceScheduler(5, 4, **{name: value})
     x0 = torch.zeros(2, 3, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"`probabilities` must have the shape of `timesteps` \(2,\), got \(1,\)"):
         MaskReplaceObjective(scheduler)(torch.zeros(2, 3, 5), x0, x0, torch.tensor([0, 1]), torch.ones(1))

@@ -81,7 +81,7 @@ def test_a_restored_sampler_goes_on_alike():
     ("call", "message"),
     [
         (lambda s: ImportanceTimestepSampler(1), "`num_train_timesteps` must be an int of at least 2, got 1"),
-        (lambda s: s.sample(0), "`batch_size` must be positive, got 0"),
+        (lambda s: s.sample(0), "`batch_size` must be an int of at least 1, got 0"),
         (lambda s: s.update(torch.tensor([4]), torch.ones(1)), "must lie in 0…3, got 4 to 4"),
         (lambda s: s.update(torch.tensor([0]), torch.ones(2)), r"must have one shape \(B,\), got \(1,\) and \(2,\)"),
         (lambda s: s.update([0], torch.ones(1)), "`timesteps` must be a tensor, got a list"),

@@ -1,0 +1,252 @@
+"""What configurations of the original VQ-Diffusion can say, against its formulas written out over its own weights."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from hf_vq.conversion.convert_vq_diffusion import convert, convert_model, read_model
+from hf_vq.conversion.reading import load_checkpoint
+from hf_vq.models.priors.transformer_vq_diffusion import VQDiffusionTransformer2DModel
+from hf_vq.schedulers.scheduling_mask_replace import MaskReplaceScheduler
+from tests.conversion.golden import Golden
+
+
+WIDTH, STEPS = 16, 100
+
+
+def pieces_of(name: str) -> dict:
+    """A model of the original's, its averages left out."""
+    folder = Golden(name).folder
+    checkpoint = load_checkpoint(folder / "checkpoint.ckpt")
+    return {"model": read_model(folder / "config.yaml"), "checkpoint": {"model": dict(checkpoint["model"])}}
+
+
+def sections(pieces: dict) -> tuple[dict, dict, dict]:
+    """`params` of the diffusion, of its denoiser and of its embedding."""
+    diffusion = pieces["model"]["params"]["diffusion_config"]["params"]
+    return diffusion, diffusion["transformer_config"]["params"], diffusion["content_emb_config"]["params"]
+
+
+def sinusoid(ids, number):
+    half = WIDTH // 2
+    angles = ids.double()[:, None] / number * 4000 * (-math.log(10000) / (half - 1) * torch.arange(half)).exp()
+    return torch.cat([angles.sin(), angles.cos()], 1).float()
+
+
+def original_logits(weights, params, content, x, t, label=None, text=None):
+    """The denoiser of `transformer_utils.py` under its own names, one line for each of its steps."""
+
+    def linear(name, h):
+        return h @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+    def ada(name, h, ids, number, kind):
+        table = weights.get(f"{name}.emb.weight")
+        if table is None:
+            embedded = sinusoid(ids, number)
+        else:
+            embedded = torch.stack([table[i] if i < number else table.mean(0) for i in ids.tolist()])
+        scale, shift = linear(f"{name}.linear", F.silu(embedded))[:, None].chunk(2, -1)
+        over = -1 if "layer" in kind else 1
+        centred = h - h.mean(over, keepdim=True)
+        return centred / (centred.square().mean(over, keepdim=True) + 1e-5).sqrt() * (1 + scale) + shift
+
+    def attention(name, h, source):
+        heads = [
+            linear(f"{name}.{part}", of).unflatten(-1, (params["n_head"], -1)).transpose(1, 2)
+            for part, of in (("query", h), ("key", source), ("value", source))
+        ]
+        q, k, v = heads
+        mixed = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v
+        return linear(f"{name}.proj", mixed.transpose(1, 2).flatten(2))
+
+    def act(h):
+        return F.gelu(h) if params["block_activate"] == "GELU" else h * torch.sigmoid(1.702 * h)
+
+    def mlp(name, h):
+        if f"{name}.0.weight" in weights:
+            return linear(f"{name}.2", act(linear(f"{name}.0", h)))
+        side = math.isqrt(h.shape[1])
+        grid = h.mT.unflatten(2, (side, side))
+        grid = act(F.conv2d(grid, weights[f"{name}.conv1.weight"], weights[f"{name}.conv1.bias"], padding=1))
+        grid = F.conv2d(grid, weights[f"{name}.conv2.weight"], weights[f"{name}.conv2.bias"], padding=1)
+        return grid.flatten(2).mT
+
+    rows, columns = (
+        weights[f"content_emb.{side}_emb"][0]
+        if content["pos_emb_type"] == "parameter"
+        else weights[f"content_emb.{side}_emb.weight"]
+        for side in ("height", "width")
+    )
+    h = weights["content_emb.emb.weight"][x] + (rows[:, None] + columns).flatten(0, 1)[: x.shape[1]]
+    for i in range(params["n_layer"]):
+        block = f"blocks.{i}"
+        time = (t, STEPS, params.get("timestep_type", "adalayernorm"))
+        name = "attn1" if text is not None else "attn"
+        normed = ada(f"{block}.ln1", h, *time)
+        h = h + attention(f"{block}.{name}", normed, normed)
+        if text is not None:
+            h = h + attention(f"{block}.attn2", ada(f"{block}.ln1_1", h, *time), text)
+        if label is None:
+            normed = F.layer_norm(h, (h.shape[-1],), weights[f"{block}.ln2.weight"], weights[f"{block}.ln2.bias"])
+        else:
+            normed = ada(f"{block}.ln2", h, label, params["class_number"], params["class_type"])
+        h = h + mlp(f"{block}.mlp", normed)
+    h = F.layer_norm(h, (h.shape[-1],), weights["to_logits.0.weight"], weights["to_logits.0.bias"])
+    return linear("to_logits.1", h)
+
+
+def changed_network(pieces: dict, change) -> dict:
+    """Applies `change` to the denoiser's weights, which have no prefix for it."""
+    prefix, model = "transformer.transformer.", pieces["checkpoint"]["model"]
+    network = {k.removeprefix(prefix): model.pop(k) for k in list(model) if k.startswith(prefix)}
+    network = change(network)
+    model.update({prefix + key: value for key, value in network.items()})
+    return network
+
+
+def without(*endings):
+    return lambda weights: {k: v for k, v in weights.items() if not k.endswith(endings)}
+
+
+def as_parameters(weights):
+    names = ("content_emb.height_emb.weight", "content_emb.width_emb.weight")
+    return {k.removesuffix(".weight") if k in names else k: v[None] if k in names else v for k, v in weights.items()}
+
+
+def smaller_convolutions(weights):
+    def cut(key, value):
+        if key.endswith(("conv1.weight", "conv1.bias")):
+            return value[:40]
+        return value[:, :40] if key.endswith("conv2.weight") else value
+
+    return {key: cut(key, value).contiguous() for key, value in weights.items()}
+
+
+def longer_tables(rows):
+    def change(weights):
+        generator = torch.Generator().manual_seed(0)
+        return {
+            k: torch.randn(rows, WIDTH, generator=generator) if k.endswith("ln2.emb.weight") else v
+            for k, v in weights.items()
+        }
+
+    return change
+
+
+OPTIONS = {
+    "gelu": ({"block_activate": "GELU"}, {}, lambda weights: weights),
+    "sinusoidal_time": ({"timestep_type": "adalayernorm_abs"}, {}, without("ln1.emb.weight")),
+    "sinusoidal_class": ({"class_type": "adalayernorm_abs"}, {}, without("ln2.emb.weight")),
+    "instance": ({"class_type": "adainsnorm"}, {}, lambda weights: weights),
+    "sinusoidal_instance": ({"class_type": "adainsnorm_abs"}, {}, without("ln2.emb.weight")),
+    "positions": ({}, {"pos_emb_type": "parameter"}, as_parameters),
+    "ratio": ({"mlp_hidden_times": 2.5}, {}, smaller_convolutions),
+    "many_classes": ({"class_number": 1003}, {}, longer_tables(1003)),
+    "null_class_trained": ({"class_number": 1001}, {}, longer_tables(1001)),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@torch.no_grad()
+def test_options_of_the_class_model(name):
+    pieces = pieces_of("vqdiff_class")
+    _, params, content = sections(pieces)
+    params |= OPTIONS[name][0]
+    content |= OPTIONS[name][1]
+    weights = changed_network(pieces, OPTIONS[name][2])
+    pipe, _ = convert_model(**pieces)
+    generator = torch.Generator().manual_seed(1)
+    x, t = torch.randint(17, (3, 16), generator=generator), torch.tensor([0, 40, 99])
+    label = torch.tensor([2, 11, 7])
+    actual = pipe.transformer(x.view(3, 4, 4), t, class_labels=label).sample.flatten(1, 2)
+    expected = original_logits(weights, params, content, x, t, label)
+    tolerance = 1e-3 if "sinusoidal" in name else 2e-5  # float32 angles of up to 4000
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=2e-5)
+    # the original's null class is number 1000, where it has a row, a mean or a place for it
+    null = pipe.transformer.null_class_id
+    assert (null is None) == (name in ("sinusoidal_class", "instance"))
+    if null is not None:
+        actual = pipe.transformer(x.view(3, 4, 4), t, class_labels=torch.full((3,), null)).sample.flatten(1, 2)
+        expected = original_logits(weights, params, content, x, t, torch.full((3,), 1000))
+        torch.testing.assert_close(actual, expected, atol=tolerance, rtol=2e-5)
+
+
+@torch.no_grad()
+def test_defaults_of_each_class_of_denoiser():
+    """Neither says its mlp_type; both have convolutions, and a text model would have none."""
+    for name in ("vqdiff_uncond", "vqdiff_class"):
+        pieces = pieces_of(name)
+        _, params, content = sections(pieces)
+        for option in (
+            "mlp_type",
+            "attn_type",
+            "timestep_type",
+            "class_type",
+            "attn_pdrop",
+            "resid_pdrop",
+            "content_spatial_size",
+        ):
+            params.pop(option, None)
+        pipe, _ = convert_model(**copy.deepcopy(pieces))
+        assert pipe.transformer.config.mlp_type == "conv" and pipe.transformer.sample_size == (4, 4)
+    pieces = pieces_of("vqdiff_text_ithq")
+    sections(pieces)[1].pop("mlp_type", None)
+    assert convert_model(**pieces)[0].transformer.config.mlp_type == "fc"
+
+
+def test_the_training_loss_is_kept():
+    pieces = pieces_of("vqdiff_uncond")
+    diffusion, params, _ = sections(pieces)
+    diffusion |= {"mask_weight": [1, 0.5], "adaptive_auxiliary_loss": False, "auxiliary_loss_weight": 0.25}
+    params["attn_pdrop"] = 0.1
+    pipe, _ = convert_model(**pieces)
+    config = pipe.scheduler.config
+    assert tuple(config.mask_loss_weights) == (1.0, 0.5)
+    assert (config.adaptive_auxiliary_loss, config.auxiliary_loss_weight) == (False, 0.25)
+    assert pipe.transformer.config.attention_dropout == 0.1
+    for name in ("mask_weight", "adaptive_auxiliary_loss", "auxiliary_loss_weight"):
+        del diffusion[name]  # the original's defaults: no auxiliary loss
+    config = convert_model(**pieces)[0].scheduler.config
+    assert (config.adaptive_auxiliary_loss, config.auxiliary_loss_weight) == (False, 0)
+
+
+def test_without_a_codec_from_a_safetensors_file(tmp_path):
+    folder = Golden("vqdiff_class").folder
+    checkpoint = load_checkpoint(folder / "checkpoint.ckpt")
+    flat = {f"model.{k}": v.clone() for k, v in checkpoint["model"].items() if "content_codec" not in k}
+    flat |= {f"ema.{k}": v.clone() for k, v in checkpoint["ema"].items()}
+    save_file(flat, tmp_path / "model.safetensors")
+    convert(tmp_path / "model.safetensors", folder / "config.yaml", output=tmp_path / "out")
+    transformer = VQDiffusionTransformer2DModel.from_pretrained(tmp_path / "out/transformer")
+    assert MaskReplaceScheduler.from_pretrained(tmp_path / "out/scheduler").config.num_embeddings == 16
+    golden = Golden("vqdiff_class")
+    with torch.no_grad():
+        logits = transformer(golden["x_t.a"].view(2, 4, 4), golden["t.a"], class_labels=golden["label"]).sample
+    golden.compare("logits.a", logits.flatten(1, 2).mT)
+
+
+def test_both_sets_of_weights_are_checked():
+    for entry, value, message in (
+        ("model", torch.full((16, 16), math.nan), "entry model, has NaN in transformer.transformer.to_logits.1"),
+        ("model", torch.zeros(3, 16), "has transformer.to_logits.1.weight in two shapes"),
+    ):
+        checkpoint = load_checkpoint(Golden("vqdiff_class").folder / "checkpoint.ckpt")
+        checkpoint = {name: dict(checkpoint[name]) for name in ("model", "ema")}
+        checkpoint[entry]["transformer.transformer.to_logits.1.weight"] = value
+        with pytest.raises(ValueError, match=message):
+            convert_model(pieces_of("vqdiff_class")["model"], checkpoint)
+
+
+def test_missing_masks_and_guidance():
+    pieces = pieces_of("vqdiff_text_ithq")
+    key = next(k for k in pieces["checkpoint"]["model"] if k.endswith("attn2.mask"))
+    del pieces["checkpoint"]["model"][key]
+    with pytest.raises(ValueError, match=f"lacks {key}"):
+        convert_model(**pieces)
+    pieces = pieces_of("vqdiff_class")
+    pieces["model"]["params"]["guidance_scale"] = 3.0
+    assert "guidance_scale=3.0" in convert_model(**pieces)[1]["config.guidance_scale"]
