@@ -62,7 +62,8 @@ class VQTokenizerConfig(PreTrainedConfig):
         self.commitment_cost = check_real("commitment_cost", commitment_cost, minimum=0)
         self.legacy_beta = legacy_beta
         if remapped_from is not None:
-            remapped_from = check_integer("remapped_from", remapped_from, minimum=1)
+            used = self.num_embeddings - (unknown_code == "extra")
+            remapped_from = check_integer("remapped_from", remapped_from, minimum=used)
             if quantizer == "residual":
                 raise ValueError("`remapped_from` must be None for quantizer='residual', whose codes are several.")
         self.remapped_from = remapped_from

@@ -1,16 +1,20 @@
 """VQGAN and VQ-VAE with every quantizer."""
 
+import json
 import math
 import re
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, LDMPipeline, UNet2DModel
+from diffusers import DDIMScheduler, KandinskyV22Pipeline, LDMPipeline, UNet2DConditionModel, UNet2DModel, VQModel
+from PIL import Image
 from torch import nn
+from transformers import Trainer, TrainingArguments, pipeline
 
 from hf_vq.models.autoencoders.configuration_vqgan import VQGANConfig
 from hf_vq.models.autoencoders.configuration_vqvae import VQVAEConfig
-from hf_vq.models.autoencoders.modeling_vqgan import AttnBlock, NormLayers, ResnetBlock, VQGANModel
+from hf_vq.models.autoencoders.image_processing_vq import VQImageProcessor
+from hf_vq.models.autoencoders.modeling_vqgan import AttnBlock, NormLayers, ResnetBlock, SpatialNorm, VQGANModel
 from hf_vq.models.autoencoders.modeling_vqvae import VQVAEModel, VQVAEResidualBlock
 from tests.models.model_testing import ModelCase, ModelTests
 
@@ -293,6 +297,229 @@ def test_stock_latent_diffusion_pipeline_decodes_with_it():
     assert all((vector == codes).all(dim=1).any() for vector in vectors)
 
 
+# ------------------------------------------------------------------------------- options of the original configurations
+
+
+def vqgan(**overrides):
+    return make_case("vqgan", "vq", **overrides).make()
+
+
+def test_resampling_without_convolutions_averages_and_repeats():
+    model, features = vqgan(resamp_with_conv=False), torch.randn(2, 8, 4, 6)
+    assert not [name for name in model.state_dict() if "sample" in name]
+    expected = torch.stack([features[:, :, i::2, j::2] for i in range(2) for j in range(2)]).mean(0)
+    torch.testing.assert_close(model.encoder.down[0].downsample(features), expected)
+    larger = model.decoder.up[1].upsample(features)
+    assert larger.shape == (2, 8, 8, 12)
+    assert all(torch.equal(larger[:, :, i::2, j::2], features) for i in range(2) for j in range(2))
+
+
+def test_linear_attention_is_its_definition():
+    torch.manual_seed(0)
+    block, features = vqgan(attention_type="linear").encoder.mid.attn_1, torch.randn(2, 16, 3, 5)
+    weight = block.to_qkv.weight[:, :, 0, 0]
+    for image, result in zip(features, block(features), strict=True):
+        q, k, v = (weight @ image.flatten(1)).split(16)
+        k = k.exp() / k.exp().sum(dim=1, keepdim=True)
+        attended = torch.zeros(16, 15)
+        for position in range(15):
+            for n in range(15):
+                attended[:, position] += (k[:, n] @ q[:, position]) * v[:, n]
+        torch.testing.assert_close(result, block.to_out(attended.reshape(1, 16, 3, 5))[0], atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_tanh_out_and_give_pre_end():
+    plain, bounded, features = vqgan(), vqgan(tanh_out=True), vqgan(give_pre_end=True)
+    assert_equal = torch.testing.assert_close
+    expected = plain(pixels()).sample
+    assert_equal(bounded(pixels()).sample, expected.tanh())
+    before = features(pixels(), return_loss=False).sample
+    assert before.shape == (2, 8, 8, 8)
+    assert_equal(plain.decoder.conv_out(nn.functional.silu(plain.decoder.norm_out(before))), expected)
+    with pytest.raises(ValueError, match=r"`target_pixel_values` .* shape of the reconstruction, \(2, 8, 8, 8\)"):
+        features(pixels())
+
+
+@torch.no_grad()
+def test_a_decoder_of_other_widths_and_channels():
+    model, depth = vqgan(out_channels=1, decoder_channel_multiplier=(2, 3)), pixels()[:, :1]
+    assert model.decoder.conv_in.out_channels == 24 and model.encoder.conv_out.in_channels == 16
+    with pytest.raises(ValueError, match=r"`target_pixel_values` .* \(2, 1, 8, 8\), got \(2, 3, 8, 8\)"):
+        model(pixels())
+    output = model(pixels(), target_pixel_values=depth)
+    assert output.sample.shape == depth.shape
+    assert output.reconstruction_loss.item() == pytest.approx((output.sample - depth).square().mean().item(), rel=1e-5)
+
+
+SPATIAL = {
+    "base_channels": 32,
+    "norm_num_groups": 32,
+    "attn_resolutions": (),
+    "decoder_norm": "spatial",
+    "latent_channels": 4,
+}
+
+
+@torch.no_grad()
+def test_spatial_norms_decode_as_diffusers_do():
+    """The decoder of MoVQ, with the same weights in diffusers' own class."""
+    model = vqgan(**SPATIAL)
+    other = VQModel(
+        block_out_channels=(32, 64), down_block_types=("DownEncoderBlock2D",) * 2, layers_per_block=1,
+        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, vq_embed_dim=4, num_vq_embeddings=16, norm_type="spatial",
+    ).eval()  # fmt: skip
+    weights = {}
+    for name, value in model.state_dict().items():
+        if not name.startswith(("decoder", "post_quant_conv", "quantize")):
+            continue
+        up = re.match(r"decoder\.up\.(\d)\.(block\.(\d)|upsample)\.(.*)", name)
+        if up:
+            inner = f"resnets.{up[3]}" if up[3] else "upsamplers.0"
+            name = f"decoder.up_blocks.{1 - int(up[1])}.{inner}.{up[4]}"
+        name = name.replace("mid.block_1", "mid_block.resnets.0").replace("mid.block_2", "mid_block.resnets.1")
+        name = name.replace("nin_shortcut", "conv_shortcut").replace("norm_out", "conv_norm_out")
+        if "mid.attn_1" in name:
+            name = name.replace("mid.attn_1", "mid_block.attentions.0").replace(".norm.", ".spatial_norm.")
+            for own, theirs in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "to_out.0")):
+                if f".{own}." in name:
+                    name, value = (
+                        name.replace(f".{own}.", f".{theirs}."),
+                        value.flatten(1) if value.ndim == 4 else value,
+                    )
+        weights[name] = value
+    missing, unexpected = other.load_state_dict(weights, strict=False)
+    assert not unexpected and all(name.startswith(("encoder", "quant_conv")) for name in missing)
+    latents = torch.randn(2, 4, 4, 6, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(model.decode(latents).sample, other.decode(latents).sample, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_spatial_norm_is_its_equation():
+    torch.manual_seed(0)
+    norm, features, codes = SpatialNorm(8, 3, 2, add_conv=True), torch.randn(2, 8, 4, 6), torch.randn(2, 3, 2, 3)
+    resized = norm.conv(codes.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    grouped = features.reshape(2, 2, -1)
+    normed = (grouped - grouped.mean(-1, keepdim=True)) / (grouped.var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
+    expected = normed.reshape(features.shape) * norm.conv_y(resized) + norm.conv_b(resized)
+    torch.testing.assert_close(norm(features, codes), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_spatial_norms_train_under_checkpointing_and_tiling():
+    model, images = vqgan(**SPATIAL, spatial_norm_conv=True).train(), pixels()
+    model.activation_checkpointing_enable()
+    model(images).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    model.eval().enable_slicing()
+    torch.testing.assert_close(model(images).sample, model.decode(model.encode(images).latents).sample)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+@pytest.mark.parametrize("kind", ["vqgan", "vqvae"])
+@torch.no_grad()
+def test_any_number_of_channels(kind, channels):
+    config = make_config(kind, "vq", in_channels=channels)
+    model = {"vqgan": VQGANModel, "vqvae": VQVAEModel}[kind](config).eval()
+    images = torch.randn(2, channels, 8, 8)
+    assert model(images).sample.shape == images.shape
+
+
+@torch.no_grad()
+def test_rectangular_resolutions():
+    config = make_config("vqgan", "vq", resolution=(8, 16))
+    assert config.resolution == [8, 16] and config.image_size == (8, 16)
+    assert VQGANConfig(**json.loads(config.to_json_string())).resolution == [8, 16]
+    assert VQGANConfig(resolution=[64, 64]).resolution == 64
+    model = VQGANModel(config).eval()
+    names = {name for name, module in model.named_modules() if isinstance(module, AttnBlock) and "mid" not in name}
+    assert names == {"encoder.down.1.attn.0", "decoder.up.1.attn.0", "decoder.up.1.attn.1"}
+    assert model(pixels(1, 8, 16)).indices.shape == (1, 4, 8)
+    model.enable_tiling()
+    assert model.tile_size == 32
+
+
+# ------------------------------------------------------------------------------------- what the libraries ask of a model
+
+
+@torch.no_grad()
+def test_latents_that_are_not_finite_are_not_counted():
+    model, images = make_case("vqgan", "vq").make(), pixels()
+    latents = model.encode(images).latents
+    indices = model.quantize(latents).indices
+    expected = model._perplexity(indices[:, 1:], latents[:, :, 1:])
+    latents[:, 2, 0] = float("inf")
+    assert model._perplexity(indices, latents) == expected
+
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        return {"pixel_values": pixels(6)[index]}
+
+
+def test_trainer_trains_and_evaluates(tmp_path):
+    model = make_case("vqvae", "ema").make()
+    arguments = TrainingArguments(str(tmp_path), max_steps=2, per_device_train_batch_size=3, use_cpu=True,
+                                  per_device_eval_batch_size=2, report_to=[], save_strategy="no", disable_tqdm=True)  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=Rows(), eval_dataset=Rows())
+    trainer.train()
+    metrics = trainer.evaluate()
+    with torch.no_grad():
+        losses = [model.eval()(pixels(6)[start : start + 2]).loss.item() for start in (0, 2, 4)]
+    assert metrics["eval_loss"] == pytest.approx(sum(losses) / 3, rel=1e-5)
+
+
+@torch.no_grad()
+def test_the_image_feature_extraction_pipeline_gives_latents():
+    model, processor = make_case("vqgan", "vq").make(), VQImageProcessor(size=8)
+    image = Image.fromarray((torch.rand(8, 8, 3, generator=torch.Generator().manual_seed(0)) * 255).byte().numpy())
+    features = pipeline("image-feature-extraction", model=model, image_processor=processor, device="cpu")
+    expected = model.encode(processor(image, return_tensors="pt").pixel_values).latents
+    torch.testing.assert_close(torch.tensor(features(image)), expected)
+
+
+@torch.no_grad()
+def test_decode_takes_what_pipelines_of_diffusers_give(case):
+    model = case.make()
+    encoded = model.encode(pixels())
+    unquantized = model.decode(encoded.latents, quantize=False).sample
+    assert torch.equal(model.decode(encoded.latents, force_not_quantize=True).sample, unquantized)
+    if case.config.quantizer != "residual":
+        # aMUSEd gives codes and their grid
+        shape = (*encoded.indices.shape, model.config.latent_channels)
+        sample = model.decode(encoded.indices.flatten(1), force_not_quantize=True, shape=shape).sample
+        assert torch.equal(sample, model.decode_indices(encoded.indices).sample)
+
+
+def test_stock_kandinsky_pipeline_decodes_with_it():
+    """It reads `config.block_out_channels`, and decodes with `force_not_quantize=True`."""
+    torch.manual_seed(0)
+    movq = make_case("vqgan", "vq").make()
+    assert movq.config.block_out_channels == (8, 16)
+    assert len(make_config("vqvae", "vq").block_out_channels) == 2
+    unet = UNet2DConditionModel(
+        in_channels=4, out_channels=8, sample_size=4, block_out_channels=(32, 64), layers_per_block=1,
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"), encoder_hid_dim=8,
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"), encoder_hid_dim_type="image_proj",
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn", cross_attention_dim=8, attention_head_dim=4,
+        addition_embed_type="image", resnet_time_scale_shift="scale_shift",
+    ).eval()  # fmt: skip
+    pipe = KandinskyV22Pipeline(unet, DDIMScheduler(num_train_timesteps=10, prediction_type="epsilon"), movq)
+    pipe.set_progress_bar_config(disable=True)
+    embeds, seen = torch.randn(1, 8), []
+    movq.post_quant_conv.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    images = pipe(
+        embeds, -embeds, height=8, width=8, num_inference_steps=2, generator=torch.Generator().manual_seed(0),
+        output_type="np",
+    ).images  # fmt: skip
+    assert images.shape == (1, 8, 8, 3)
+    # latents as they came from the UNet, not the nearest codes
+    codes = movq.quantize.embedding.weight
+    assert not any((vector == codes).all(dim=1).any() for vector in seen[0].permute(0, 2, 3, 1).reshape(-1, 4))
+
+
 # ------------------------------------------------------------------------------------------------------------- errors
 
 
@@ -334,6 +561,22 @@ def test_wrong_inputs_are_refused(call, message):
         ("vqvae", {"quantizer": "ema", "legacy_beta": True}, "legacy_beta"),
         ("vqvae", {"quantizer": "gumbel", "legacy_beta": True}, "legacy_beta"),
         ("vqvae", {"num_embeddings": 0}, "num_embeddings"),
+        ("vqvae", {"commitment_cost": math.nan}, "`commitment_cost` must be .* got nan"),
+        ("vqvae", {"data_variance": math.inf}, "`data_variance` must be .* got inf"),
+        ("vqvae", {"scaling_factor": 0}, "`scaling_factor` must be .* above 0, got 0"),
+        ("vqvae", {"in_channels": 0}, "`in_channels` must be an int of at least 1, got 0"),
+        ("vqvae", {"resolution": 30}, r"`resolution` must be a multiple of 4 \(the downsample factor\), got 30"),
+        ("vqgan", {"resolution": (256, 250)}, r"`resolution` must be a multiple of 16 .* got \[256, 250\]"),
+        ("vqgan", {"resolution": (256, 256, 3)}, "`resolution` must be an int or .height, width., got"),
+        ("vqgan", {"resolution": "256"}, "`resolution` must be an int of at least 1, got '256'"),
+        ("vqgan", {"attention_type": "none"}, "`attention_type` must be 'vanilla' or 'linear', got 'none'"),
+        ("vqgan", {"decoder_norm": "layer"}, "`decoder_norm` must be 'group' or 'spatial', got 'layer'"),
+        ("vqgan", {"decoder_channel_multiplier": (1, 2)}, "must be as many numbers"),
+        ("vqgan", {"num_res_blocks": 0}, "`num_res_blocks` must be an int of at least 1, got 0"),
+        ("vqgan", {"dropout": math.nan}, "`dropout` must be .* got nan"),
+        ("vqgan", {"quantizer": "ema", "quantizer_kwargs": {"decay": math.nan}}, "`decay` must be .* got nan"),
+        ("vqgan", {"quantizer": "residual", "remapped_from": 2048}, "`remapped_from` must be None"),
+        ("vqgan", {"remapped_from": 512}, "`remapped_from` must be an int of at least 1024, got 512"),
         ("vqvae", {"embed_dim": 0}, "embed_dim"),
     ],
 )

@@ -1,0 +1,80 @@
+"""How much of a large codebook stays in use: plain VQ beside SimVQ, BSQ and the EMA codebook with restarts."""
+
+import argparse
+import time
+
+import torch
+from torch import nn
+
+from hf_vq.models.quantizers.build import build_quantizer
+from hf_vq.models.quantizers.codebook_statistics import code_counts, codebook_statistics
+
+
+TITLE = "Codebook usage at K = 65536"
+NOTES = """
+A linear autoencoder of 8×8 patches of smooth random images (64 values, 16 channels between, or 2 ** 16 codes on 16 bits),
+trained from scratch on fresh images at each step. "used" is the share of the K codes that 16·K latents of images never
+seen reach. SimVQ's frozen codes are 16 channels wide, as the latents are.
+"""
+SMOOTH = 3  # images are noise, blurred so often
+
+
+def patches(count: int, generator: torch.Generator) -> torch.Tensor:
+    """`(1, 64, count / 64, 64)`: patches with the falling spectrum of natural images, of unit variance."""
+    images = torch.randn(count, 1, 8 + 2 * SMOOTH, 8 + 2 * SMOOTH, generator=generator)
+    for _ in range(SMOOTH):
+        images = nn.functional.avg_pool2d(images, 3, stride=1)
+    images = images / images.std()
+    return images.flatten(1).t().reshape(1, 64, -1, 64)
+
+
+def train(name: str, num_codes: int, steps: int, batch: int, seed: int = 0, **options) -> dict:
+    """Usage, perplexity and error of one quantizer after `steps` steps."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    dim = num_codes.bit_length() - 1  # the bits of BSQ
+    quantizer = build_quantizer(name, num_codes, dim, **options).train()
+    encoder, decoder = nn.Conv2d(64, dim, 1), nn.Conv2d(dim, 64, 1)
+    parameters = [p for module in (encoder, quantizer, decoder) for p in module.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=1e-3)
+    began = time.perf_counter()
+    for _ in range(steps):
+        images = patches(batch, generator)
+        output = quantizer(encoder(images))
+        loss = (decoder(output.quantized) - images).square().mean() + output.loss
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    seconds = time.perf_counter() - began
+    quantizer.eval()
+    counts, error = torch.zeros(num_codes), 0.0
+    with torch.no_grad():
+        rounds = 16 * num_codes // 8192
+        for _ in range(rounds):
+            images = patches(8192, generator)
+            output = quantizer(encoder(images))
+            counts += code_counts(output.indices, num_codes)
+            error += (decoder(output.quantized) - images).square().mean().item() / rounds
+    statistics = codebook_statistics(counts)
+    return {
+        "quantizer": name,
+        "used": f"{100 * statistics.usage.item():.1f} %",
+        "perplexity": round(statistics.perplexity.item()),
+        "squared error": error,
+        "seconds": seconds,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--codes", type=int, default=2**16)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--quantizers", nargs="+", default=["vq", "simvq", "bsq"])
+    arguments = parser.parse_args()
+    for name in arguments.quantizers:
+        print(train(name, arguments.codes, arguments.steps, arguments.batch), flush=True)
+
+
+if __name__ == "__main__":
+    main()
