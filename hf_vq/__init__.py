@@ -14,10 +14,12 @@ __version__ = "0.1.0"
 
 # each name, imported when it is first used; the lines under TYPE_CHECKING below say the same to editors
 _MODULES = {
+    "BSQuantizer": "hf_vq.models.quantizers.scalar_quantizers",
     "CosineVectorQuantizer": "hf_vq.models.quantizers.vector_quantizers",
     "EMAVectorQuantizer": "hf_vq.models.quantizers.vector_quantizers",
     "FSQuantizer": "hf_vq.models.quantizers.scalar_quantizers",
     "GumbelQuantizer": "hf_vq.models.quantizers.gumbel_quantizer",
+    "IndexPropagationQuantizer": "hf_vq.models.quantizers.index_propagation_quantizer",
     "LFQuantizer": "hf_vq.models.quantizers.scalar_quantizers",
     "MaskReplaceScheduler": "hf_vq.schedulers.scheduling_mask_replace",
     "MaskReplaceSchedulerOutput": "hf_vq.schedulers.scheduling_mask_replace",
@@ -25,8 +27,10 @@ _MODULES = {
     "PixelCNNForCausalLM": "hf_vq.models.priors.modeling_pixelcnn",
     "PixelSNAILConfig": "hf_vq.models.priors.configuration_pixelsnail",
     "PixelSNAILForCausalLM": "hf_vq.models.priors.modeling_pixelsnail",
+    "Quantizer": "hf_vq.models.quantizers.quantizer",
     "QuantizerOutput": "hf_vq.models.modeling_outputs",
     "ResidualQuantizer": "hf_vq.models.quantizers.residual_quantizer",
+    "SimVectorQuantizer": "hf_vq.models.quantizers.vector_quantizers",
     "VQAutoregressivePipeline": "hf_vq.pipelines.pipeline_vq_autoregressive",
     "VQConditionProcessor": "hf_vq.models.autoencoders.image_processing_vq_condition",
     "VQDecoderOutput": "hf_vq.models.modeling_outputs",
@@ -103,11 +107,15 @@ if TYPE_CHECKING:
     from .models.quantizers.gradient_estimators import rotation_trick as rotation_trick
     from .models.quantizers.gradient_estimators import straight_through as straight_through
     from .models.quantizers.gumbel_quantizer import GumbelQuantizer as GumbelQuantizer
+    from .models.quantizers.index_propagation_quantizer import IndexPropagationQuantizer as IndexPropagationQuantizer
+    from .models.quantizers.quantizer import Quantizer as Quantizer
     from .models.quantizers.residual_quantizer import ResidualQuantizer as ResidualQuantizer
+    from .models.quantizers.scalar_quantizers import BSQuantizer as BSQuantizer
     from .models.quantizers.scalar_quantizers import FSQuantizer as FSQuantizer
     from .models.quantizers.scalar_quantizers import LFQuantizer as LFQuantizer
     from .models.quantizers.vector_quantizers import CosineVectorQuantizer as CosineVectorQuantizer
     from .models.quantizers.vector_quantizers import EMAVectorQuantizer as EMAVectorQuantizer
+    from .models.quantizers.vector_quantizers import SimVectorQuantizer as SimVectorQuantizer
     from .models.quantizers.vector_quantizers import VectorQuantizer as VectorQuantizer
     from .pipelines.pipeline_output import VQPipelineOutput as VQPipelineOutput
     from .pipelines.pipeline_vq_autoregressive import VQAutoregressivePipeline as VQAutoregressivePipeline

@@ -1,5 +1,6 @@
 """The README's Python examples run, in its order, from the project's root; its shell commands name real files."""
 
+import math
 import re
 from pathlib import Path
 
@@ -27,7 +28,14 @@ def test_example_runs(number, monkeypatch):
         # a picture comes back as itself, and not as another one
         assert (names["reconstruction"] - names["pixel_values"]).abs().mean() < 0.15
     if "bits" in names:
-        assert names["bits"].shape == (4,) and (names["bits"] > 0).all()
+        # between none and what a uniform draw of 64 codes costs, and less than that draw would
+        codes = names["indices"].shape[1:].numel()
+        uniform = codes * math.log2(names["prior"].config.codebook_size)
+        assert names["bits"].shape == (4,) and (names["bits"] > 1).all() and (names["bits"] < 0.9 * uniform).all()
+
+
+def test_public_names_are_enough():
+    assert not re.search(r"(?:from|import) hf_vq\.", TEXT)
 
 
 def test_files_that_the_readme_names_exist():
