@@ -3,12 +3,20 @@
 import hashlib
 import itertools
 import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch import nn
 
 from .streaming import StreamingImageDataset
+
+
+logger = logging.getLogger(__name__)
 
 
 class StaleIndicesError(ValueError):
@@ -49,4 +57,28 @@ def read_sample(dataset, row: int) -> dict | None:
     return dataset.read(row) if hasattr(dataset, "read") else dataset[row]
 
 
-__all__ = ["StaleIndicesError", "images_fingerprint", "read_sample", "tokenizer_fingerprint"]
+@contextmanager
+def cache_lock(path: Path, is_writer: bool) -> Iterator[None]:
+    """Held by the process that writes a cache: another run waits until it is complete, and then uses it.
+
+    Args:
+        path: the folder, made if it is not there.
+        is_writer: whether this process locks; the others of its run wait for it elsewhere.
+    """
+    if not is_writer:
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.parent / f".{path.name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.warning("Waiting for another run that writes %s.", path)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+__all__ = ["StaleIndicesError", "cache_lock", "images_fingerprint", "read_sample", "tokenizer_fingerprint"]

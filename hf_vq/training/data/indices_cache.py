@@ -14,6 +14,7 @@ missing. `config.json` says which tokenizer and which images the indices belong 
 
 import itertools
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +27,20 @@ from torch.utils.data import DataLoader, Dataset
 
 from ...distributed import is_distributed
 from ..checkpointing import flush_file, preserved_random_state, remove_unfinished, write_file_atomically
-from .cache_identity import StaleIndicesError, images_fingerprint, read_sample, tokenizer_fingerprint
+from .cache_identity import (
+    StaleIndicesError,
+    cache_lock,
+    images_fingerprint,
+    read_sample,
+    tokenizer_fingerprint,
+)
 from .columns import draw_caption
 from .streaming import StreamingImageDataset
 
 
-_LAYOUT = 1  # of the folder; raised when it changes
+logger = logging.getLogger(__name__)
+
+_LAYOUT = 2  # of the folder; raised when it changes
 
 
 def write_indices(
@@ -70,41 +79,81 @@ def write_indices(
         "flip": flip,
         "rows_per_shard": rows_per_shard,
     }
-    known = _read_info(path)
-    stale = _differences(known, wanted) if known is not None else []
-    if stale and not overwrite:
-        raise StaleIndicesError(
-            f"the indices in {path} differ in {', '.join(stale)} from what is asked for: give another folder, or "
-            "overwrite=True to replace them."
-        )
-    _barrier()  # all processes have read config.json before the main process changes it
-    if rank == 0:
-        path.mkdir(parents=True, exist_ok=True)
-        remove_unfinished(path)
-        if stale:
-            for shard in _shards(path).values():
-                shard.unlink()
-        if stale or known is None:
-            write_file_atomically(path / "config.json", json.dumps({**wanted, "complete": False}, indent=1))
-    _barrier()
-    if known is not None and not stale and known["complete"]:
-        return path
+    with cache_lock(path, is_writer=rank == 0):
+        _barrier()  # the main process has the lock
+        known = _read_info(path)
+        stale = _differences(known, wanted) if known is not None else []
+        if stale and not overwrite:
+            raise StaleIndicesError(
+                f"the indices in {path} differ in {', '.join(stale)} from what is asked for: give another folder, or "
+                "overwrite=True to replace them."
+            )
+        _barrier()  # all processes have read config.json before the main process changes it
+        if rank == 0:
+            path.mkdir(parents=True, exist_ok=True)
+            remove_unfinished(path)
+            complete = _remove_damaged(path, wanted, known) and not stale
+            if not complete:
+                write_file_atomically(path / "config.json", json.dumps({**wanted, "complete": False}, indent=1))
+        _barrier()
+        known = _read_info(path)
+        if known is None or not known["complete"]:
+            plan = _Plan(set(_shards(path)), rank, world, rows_per_shard, batch_size)
+            _write_missing(tokenizer, dataset, path, wanted, plan, num_workers, progress)
+        _barrier()
+    return path
 
+
+def _write_missing(
+    tokenizer, dataset, path: Path, wanted: dict, plan: "_Plan", num_workers: int, progress: bool
+) -> None:
     mode = tokenizer.training
     tokenizer.eval()
     try:
-        writer = _ShardWriter(tokenizer, dataset, path, flip)
-        plan = _Plan(set(_shards(path)), rank, world, rows_per_shard, batch_size)
+        writer = _ShardWriter(tokenizer, dataset, path, wanted)
         # a run that finds its cache goes on with the same random numbers as one that has to write it
         with preserved_random_state():
-            writer.write_all(plan, num_workers, show_progress=progress and rank == 0)
+            writer.write_all(plan, num_workers, show_progress=progress and plan.rank == 0)
     finally:
         tokenizer.train(mode)
     _barrier()
-    if rank == 0:
+    if plan.rank == 0:
         write_file_atomically(path / "config.json", json.dumps({**wanted, **writer.summary()}, indent=1))
-    _barrier()
-    return path
+
+
+def _damage(shard: Path, identity: dict | None = None) -> str | None:
+    """Why a shard cannot be used: it cannot be read, fails the checksums of its pages, or has another identity."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(shard, page_checksum_verification=True) as file:
+            found = json.loads((file.schema_arrow.metadata or {}).get(b"identity", b"null"))
+            for group in range(file.num_row_groups):
+                file.read_row_group(group)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        return str(error).splitlines()[0]
+    return None if identity is None or found == identity else "it holds other indices"
+
+
+def _remove_damaged(path: Path, wanted: dict, known: dict | None) -> bool:
+    """Removes shards that are damaged or belong to other codes, each named; whether the cache is complete without them."""
+    import pyarrow.parquet as pq
+
+    rows = {}
+    for number, shard in _shards(path).items():
+        damage = _damage(shard, wanted)
+        if damage is None:
+            rows[number] = pq.read_metadata(shard).num_rows
+        else:
+            logger.warning("Writing %s again: %s.", shard, damage)
+            shard.unlink()
+    if known is None or not known.get("complete"):
+        return False
+    missing = sorted(set(range(known["shards"])) - set(rows))
+    for number in missing:
+        logger.warning("Writing %s again: it is missing.", _shard_path(path, number))
+    return not missing and sum(rows.values()) == known["rows"]
 
 
 @dataclass
@@ -127,11 +176,12 @@ class _Plan:
 class _ShardWriter:
     """Encodes images and writes parquet shards `indices-<number>.parquet`."""
 
-    def __init__(self, tokenizer: nn.Module, dataset, path: Path, flip: bool):
+    def __init__(self, tokenizer: nn.Module, dataset, path: Path, wanted: dict):
         self.tokenizer = tokenizer
         self.dataset = dataset
         self.path = path
-        self.flip = flip
+        self.flip = wanted["flip"]
+        self.identity = wanted
         self.device = next(tokenizer.parameters()).device
         self.codebook_size = int(tokenizer.config.num_embeddings)
         self.rows_read: int | None = None
@@ -227,7 +277,8 @@ class _ShardWriter:
                     columns[name] += [sample[name] for sample in samples]
             bar.update(len(batch))
         schema = self.features.arrow_schema
-        schema = schema.with_metadata({**schema.metadata, b"broken_rows": json.dumps(broken).encode()})
+        own = {b"broken_rows": json.dumps(broken).encode(), b"identity": json.dumps(self.identity).encode()}
+        schema = schema.with_metadata({**schema.metadata, **own})
         arrays = []
         for name in self.features:
             if name in self.grids:
@@ -238,9 +289,9 @@ class _ShardWriter:
             else:
                 arrays.append(pa.array(columns[name], type=schema.field(name).type))
         draft = self.path / f".unfinished-{shard:05d}.parquet"
-        pq.write_table(pa.Table.from_arrays(arrays, schema=schema), draft)
+        pq.write_table(pa.Table.from_arrays(arrays, schema=schema), draft, write_page_checksum=True)
         flush_file(draft)
-        draft.rename(self.path / f"indices-{shard:05d}.parquet")
+        draft.rename(_shard_path(self.path, shard))
         flush_file(self.path)
 
     def summary(self) -> dict:
@@ -259,6 +310,7 @@ class _ShardWriter:
         return {
             "complete": True,
             "rows": rows,
+            "shards": len(shards),
             "broken_rows": broken,
             "grids": self.grids,
             "codebook_size": self.codebook_size,
@@ -306,13 +358,27 @@ def smallest_dtype(codebook_size: int) -> np.dtype:
     )
 
 
+def _shard_path(path: Path, number: int) -> Path:
+    return path / f"indices-{number:05d}.parquet"
+
+
 def _shards(path: Path) -> dict[int, Path]:
     return {int(file.stem.split("-")[1]): file for file in sorted(path.glob("indices-*.parquet"))}
 
 
 def _read_info(path: Path) -> dict | None:
+    """What `config.json` says; None where there is none, or one that cannot be read, which is named."""
     file = path / "config.json"
-    return json.loads(file.read_text()) if file.exists() else None
+    try:
+        info = json.loads(file.read_text())
+        if not isinstance(info, dict) or "complete" not in info:
+            raise ValueError("it must hold an object with the field `complete`")
+        return info
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        logger.warning("%s cannot be read: %s.", file, error)
+        return None
 
 
 def _differences(known: dict, wanted: dict) -> list[str]:
@@ -359,9 +425,16 @@ def load_indices(
         )
     if random_flip and not info["flip"]:
         raise ValueError(f"random_flip=True needs mirrored indices: {path} was written with flip=False.")
-    return IndicesDataset(
-        [str(file) for file in _shards(path).values()], info, random_flip, seed, in_memory, caption_column
-    )
+    shards = _shards(path)
+    missing = [_shard_path(path, number).name for number in range(info["shards"]) if number not in shards]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}: call write_indices again, it writes what is missing.")
+    for shard in shards.values():
+        damage = _damage(shard)
+        if damage is not None:
+            raise ValueError(f"{shard} is damaged ({damage}): call write_indices again, which replaces it.")
+    files = [str(shard) for shard in shards.values()]
+    return IndicesDataset(files, info, random_flip, seed, in_memory, caption_column)
 
 
 class IndicesDataset(Dataset):
@@ -386,6 +459,10 @@ class IndicesDataset(Dataset):
         import datasets
 
         rows = datasets.Dataset.from_parquet(files)
+        if len(rows) != info["rows"]:
+            raise ValueError(
+                f"{Path(files[0]).parent} holds {len(rows)} rows in place of {info['rows']}: call write_indices again."
+            )
         self.info = info
         self.codebook_size = info["codebook_size"]
         self.grids = {name: grid for name, grid in info["grids"].items() if not name.endswith("_flipped")}

@@ -8,6 +8,9 @@ dataset[0]  # {"latents": float32 (D, h, w), "label": int}
 """
 
 import json
+import logging
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +19,28 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from ...distributed import from_main_process
-from ..checkpointing import draft_folder, preserved_random_state, publish_folder
-from .cache_identity import StaleIndicesError, images_fingerprint, read_sample, tokenizer_fingerprint
+from ..checkpointing import (
+    draft_folder,
+    find_damage,
+    preserved_random_state,
+    publish_folder,
+    remove_folder,
+    write_manifest,
+)
+from .cache_identity import (
+    StaleIndicesError,
+    cache_lock,
+    images_fingerprint,
+    read_sample,
+    tokenizer_fingerprint,
+)
 from .columns import draw_caption
 from .image_datasets import collate
+
+
+logger = logging.getLogger(__name__)
+
+_LAYOUT = 1  # of the folder; raised when it changes
 
 
 @torch.no_grad()
@@ -65,22 +86,51 @@ def write_latents(
     error = None
     if is_main_process:
         wanted = {
+            "layout": _LAYOUT,
             "tokenizer": tokenizer_fingerprint(tokenizer),
             "images": images_fingerprint(dataset),
             "flip": flip,
         }
-        file = path / "config.json"
-        known = json.loads(file.read_text()) if file.exists() else None
-        stale = [name for name, value in wanted.items() if known is not None and known[name] != value]
-        if stale:
-            error = f"the latents in {path} differ in {', '.join(stale)} from what is asked for: give another folder."
-        elif known is None:
-            with preserved_random_state():
-                _write(tokenizer.eval(), dataset, path, wanted, batch_size, num_workers)
+        with cache_lock(path, is_writer=True):
+            known = _read_undamaged(path)
+            stale = [name for name, value in wanted.items() if known is not None and known.get(name) != value]
+            if stale:
+                error = (
+                    f"the latents in {path} differ in {', '.join(stale)} from what is asked for: give another folder."
+                )
+            elif known is None:
+                with preserved_random_state():
+                    _write(tokenizer.eval(), dataset, path, wanted, batch_size, num_workers)
     error = from_main_process(error)
     if error is not None:
         raise StaleIndicesError(error)
     return path
+
+
+def _read_undamaged(path: Path) -> dict | None:
+    """What `config.json` says of a whole cache; one that is damaged is named and removed."""
+    if not path.exists():
+        return None
+    damage = find_damage(path)
+    if damage is None:
+        return json.loads((path / "config.json").read_text())
+    logger.warning("Writing the latents in %s again: %s.", path, damage)
+    remove_folder(path)
+    return None
+
+
+def _new_array(file: Path, shape: tuple[int, ...]) -> np.memmap:
+    """An array on the disk whose space is taken at once: a full disk would end the process without a word later."""
+    size = 4 * int(np.prod(shape))
+    array = np.lib.format.open_memmap(file, "w+", dtype=np.float32, shape=shape)
+    try:
+        with open(file, "r+b") as opened:
+            os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+    except OSError as error:
+        free = shutil.disk_usage(file.parent).free
+        reason = f"the latents take {size} bytes, and {free} are free ({error.strerror})"
+        raise OSError(error.errno, reason, str(file)) from error
+    return array
 
 
 def _write(tokenizer, dataset, path: Path, wanted: dict, batch_size: int, num_workers: int) -> None:
@@ -96,7 +146,7 @@ def _write(tokenizer, dataset, path: Path, wanted: dict, batch_size: int, num_wo
             if start == 0:
                 shape = (len(dataset), *latents.shape[1:])
                 file = draft / f"latents{suffix}.npy"
-                arrays[suffix] = np.lib.format.open_memmap(file, "w+", dtype=np.float32, shape=shape)
+                arrays[suffix] = _new_array(file, shape)
             arrays[suffix][start : start + len(latents)] = latents
         for name, values in batch.items():
             fields.setdefault(name, []).extend(values.tolist() if torch.is_tensor(values) else values)
@@ -105,6 +155,7 @@ def _write(tokenizer, dataset, path: Path, wanted: dict, batch_size: int, num_wo
         array.flush()
     (draft / "fields.json").write_text(json.dumps(fields))
     (draft / "config.json").write_text(json.dumps(wanted, indent=1))
+    write_manifest(draft)
     publish_folder(draft, path)
 
 
@@ -138,6 +189,9 @@ class LatentsDataset(Dataset):
 
     def __init__(self, path: str | Path, random_flip: bool = False, seed: int = 0, caption_column: str | None = None):
         path = Path(path)
+        damage = find_damage(path)
+        if damage is not None:
+            raise ValueError(f"`path` must hold whole latents: {damage}. write_latents writes them again.")
         flipped = path / "latents_flipped.npy"
         if random_flip and not flipped.exists():
             raise ValueError(f"`random_flip` needs mirrored latents: {path} was written with flip=False.")

@@ -1,5 +1,7 @@
 import itertools
 import json
+import logging
+import threading
 from types import SimpleNamespace
 
 import datasets
@@ -99,12 +101,12 @@ def test_an_interrupted_cache_is_continued(source, tmp_path, monkeypatch, stream
 
     real, written = pq.write_table, []
 
-    def write_then_die(table, path):
+    def write_then_die(table, path, **options):
         if len(written) == 2:
             path.write_bytes(b"half a shard")
             raise OSError("No space left on device")
         written.append(path)
-        real(table, path)
+        real(table, path, **options)
 
     with monkeypatch.context() as patch, pytest.raises(OSError):
         patch.setattr(pq, "write_table", write_then_die)
@@ -217,3 +219,68 @@ def test_workers_change_nothing(source, tmp_path):
     ]
     first, second = (load_indices(path) for path in paths)
     assert all(torch.equal(a["indices"], b["indices"]) for a, b in itertools.zip_longest(iter(first), iter(second)))
+
+
+def zero_the_middle(file):
+    data = bytearray(file.read_bytes())
+    middle = data.find(b"PAR1", 4) // 3
+    data[middle : middle + 40] = bytes(40)
+    file.write_bytes(data)
+
+
+DAMAGES = {
+    "lost": ("indices-00001.parquet", lambda file: file.unlink()),
+    "empty": ("indices-00002.parquet", lambda file: file.write_bytes(b"")),
+    "truncated": ("indices-00001.parquet", lambda file: file.write_bytes(file.read_bytes()[:-20])),
+    "zeroed": ("indices-00000.parquet", zero_the_middle),
+    "half a configuration": ("config.json", lambda file: file.write_text(file.read_text()[:50])),
+    "a configuration of nothing": ("config.json", lambda file: file.write_text("[]")),
+    "another's shard": ("indices-00000.parquet", None),
+}
+
+
+@pytest.mark.parametrize("damage", list(DAMAGES))
+def test_what_is_damaged_is_named_and_written_again(source, tmp_path, caplog, damage):
+    tokenizer, images = ToyTokenizer(), open_images(source)
+    path = write_indices(tokenizer, images, tmp_path / "cache", rows_per_shard=9)
+    whole = {file.name: file.read_bytes() for file in path.iterdir()}
+    name, do = DAMAGES[damage]
+    if do is None:
+        other = write_indices(ToyTokenizer(301), images, tmp_path / "other", rows_per_shard=9)
+        do = lambda file: file.write_bytes((other / name).read_bytes())  # noqa: E731
+    do(path / name)
+    if damage != "another's shard":
+        with pytest.raises(ValueError, match=name if name != "config.json" else "holds no cached indices"):
+            load_indices(path)
+    times = {file.name: file.stat().st_mtime_ns for file in path.glob("*.parquet") if file.name != name}
+    with caplog.at_level(logging.WARNING):
+        write_indices(tokenizer, images, path, rows_per_shard=9)
+    assert any(name in record.getMessage() for record in caplog.records)
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == whole
+    assert all((path / other).stat().st_mtime_ns == time for other, time in times.items())
+    assert len(load_indices(path)) == 21
+
+
+def test_a_second_run_waits_for_the_first(source, tmp_path, caplog):
+    """And reads what that one has written."""
+    slow, quick = ToyTokenizer(), ToyTokenizer()
+    entered, may_go = threading.Event(), threading.Event()
+    encode = slow.encode
+
+    def slow_encode(pixel_values):
+        entered.set()
+        may_go.wait(20)
+        return encode(pixel_values)
+
+    slow.encode = slow_encode
+    first = threading.Thread(target=write_indices, args=(slow, open_images(source), tmp_path / "cache"))
+    second = threading.Thread(target=write_indices, args=(quick, open_images(source), tmp_path / "cache"))
+    first.start()
+    assert entered.wait(20)
+    with caplog.at_level(logging.WARNING):
+        second.start()
+        second.join(0.5)
+    assert second.is_alive() and any("Waiting for another run" in record.getMessage() for record in caplog.records)
+    may_go.set()
+    first.join(20), second.join(20)
+    assert not second.is_alive() and quick.images == 0 and len(load_indices(tmp_path / "cache")) == 21

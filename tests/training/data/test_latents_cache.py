@@ -1,5 +1,8 @@
 """Latents that are computed once."""
 
+import errno
+import os
+
 import pytest
 import torch
 from torch.utils.data import Dataset
@@ -93,3 +96,42 @@ def test_an_interrupted_write_leaves_no_folder(tmp_path):
 
 def test_latents_are_float32():
     assert encode_latents(make_tokenizer(), torch.zeros(1, 3, 8, 8)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("damage", ["zeroed", "truncated", "lost", "half a configuration"])
+def test_what_is_damaged_is_named_and_written_again(tmp_path, caplog, damage):
+    tokenizer, images, folder = make_tokenizer(), Images(), tmp_path / "latents"
+    write_latents(tokenizer, images, folder)
+    whole = {file.name: file.read_bytes() for file in folder.iterdir()}
+    file = folder / ("config.json" if damage == "half a configuration" else "latents.npy")
+    data = file.read_bytes()
+    if damage == "lost":
+        file.unlink()
+    else:
+        file.write_bytes(data[:128] + bytes(len(data) - 128) if damage == "zeroed" else data[: len(data) // 2])
+    with pytest.raises(ValueError, match=file.name):
+        LatentsDataset(folder)
+    write_latents(tokenizer, images, folder)
+    assert any(str(file) in record.getMessage() for record in caplog.records)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == whole
+
+
+def test_a_full_disk_is_an_error_before_anything_is_written(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"the latents take \d+ bytes, and \d+ are free .*latents.npy"):
+        write_latents(make_tokenizer(), Images(), tmp_path / "latents")
+
+
+def test_broken_images_and_several_captions(tmp_path):
+    class Several(Images):
+        def read(self, index):
+            captions = {"caption": [f"{index} a", f"{index} b"]}
+            return None if index == 1 else {**super().__getitem__(index), **captions}
+
+    folder = write_latents(make_tokenizer(), Several(), tmp_path / "latents")
+    dataset = LatentsDataset(folder, caption_column="caption")
+    assert {dataset.sample(0, epoch)["caption"] for epoch in range(30)} == {"0 a", "0 b"}
+    assert dataset.sample(1)["caption"][0] == "2" and torch.equal(dataset[1]["latents"], dataset[2]["latents"])
