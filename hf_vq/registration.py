@@ -30,6 +30,7 @@ MODELS = {
 DIFFUSERS_CLASSES = (
     "VQAutoregressivePipeline",
     "VQDiffusionImagePipeline",
+    "LatentUNet2DModel",
     "VQDiffusionTransformer2DModel",
     "VQLatentDiffusionPipeline",
     "VQVAE2Pipeline",

@@ -5,43 +5,43 @@ import re
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 
+from ..models.priors.unet_2d_latent import LatentUNet2DModel
 from .checkpoints import load_exactly
 
 
-# Arguments of `UNetModel` that do not change what it computes, or are read elsewhere.
-KNOWN_PARAMS = {
-    "attention_resolutions",
-    "channel_mult",
-    "context_dim",
-    "dropout",
-    "image_size",
-    "in_channels",
-    "legacy",
-    "model_channels",
-    "num_head_channels",
-    "num_heads",
-    "num_res_blocks",
-    "out_channels",
-    "transformer_depth",
-    "use_checkpoint",
-    "use_spatial_transformer",
-}
-# Arguments that a diffusers UNet has no equivalent of, unless they have this value.
-FIXED_PARAMS = {
+REQUIRED = ("image_size", "in_channels", "model_channels", "out_channels", "num_res_blocks", "attention_resolutions")
+# The other arguments of `UNetModel`, and their defaults.
+DEFAULTS = {
+    "dropout": 0,
+    "channel_mult": (1, 2, 4, 8),
     "conv_resample": True,
     "dims": 2,
-    "n_embed": None,
     "num_classes": None,
-    "num_heads_upsample": -1,
-    "resblock_updown": False,
+    "use_checkpoint": False,  # of gradients
     "use_fp16": False,
-    "use_new_attention_order": False,
+    "num_heads": -1,
+    "num_head_channels": -1,
+    "num_heads_upsample": -1,
     "use_scale_shift_norm": False,
+    "resblock_updown": False,
+    "use_new_attention_order": False,
+    "use_spatial_transformer": False,
+    "transformer_depth": 1,
+    "context_dim": None,
+    "n_embed": None,
+    "legacy": True,
+}
+# Those that a diffusers UNet has no equivalent of, unless they have this value, and why.
+FIXED_PARAMS = {
+    "dims": (2, "its images have two dimensions"),
+    "n_embed": (None, "a denoiser that predicts codes is no denoiser of latents"),
+    "use_fp16": (False, "the original's own conversion to half precision does nothing"),
 }
 OUTER_KEYS = {
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
     "input_blocks.0.0": "conv_in",
+    "label_emb": "class_embedding",
     "out.0": "conv_norm_out",
     "out.2": "conv_out",
 }
@@ -55,61 +55,123 @@ RESNET_KEYS = {
 }
 
 
-def unet_config(params: dict) -> tuple[type, dict]:
-    """The class and the configuration of a denoiser with the arguments `params` of the original's `UNetModel`.
+def unet_params(given: dict) -> dict:
+    """The arguments of the original's `UNetModel`, defaults included.
 
     Raises:
-        ValueError: for an argument that diffusers' classes have no equivalent of.
+        ValueError: for an argument that it does not have, or that diffusers' classes have no equivalent of.
     """
-    for name, wanted in FIXED_PARAMS.items():
-        if params.get(name, wanted) != wanted:
-            raise ValueError(f"`config` must have {name}={wanted} in unet_config, got {params[name]}.")
-    unknown = sorted(set(params) - KNOWN_PARAMS - set(FIXED_PARAMS))
+    unknown = sorted(set(given) - set(DEFAULTS) - set(REQUIRED))
     if unknown:
         raise ValueError(f"`config` has names in unet_config that are not known: {unknown}.")
+    missing = [name for name in REQUIRED if name not in given]
+    if missing:
+        raise ValueError(f"`config` lacks {missing[0]} in unet_config.")
+    params = {**DEFAULTS, **given}
+    for name, (wanted, why) in FIXED_PARAMS.items():
+        if params[name] != wanted:
+            raise ValueError(f"`config` must have {name}={wanted} in unet_config, got {params[name]}: {why}.")
+    if not isinstance(params["num_res_blocks"], int):
+        raise ValueError(f"`config` must have one num_res_blocks in unet_config, got {params['num_res_blocks']}.")
+    if params["channel_mult"][0] != 1:
+        raise ValueError(
+            f"`config` must have a channel_mult in unet_config that begins with 1, got {params['channel_mult']}: diffusers' "
+            "first convolution is as wide as the first level."
+        )
+    if params["num_heads"] == params["num_head_channels"] == -1:
+        raise ValueError("`config` must have num_heads or num_head_channels in unet_config.")
+    if params["use_spatial_transformer"]:
+        for name, wanted in (("resblock_updown", False), ("conv_resample", True)):
+            if params[name] != wanted:
+                raise ValueError(
+                    f"`config` must have {name}={wanted} in unet_config beside use_spatial_transformer, got {params[name]}: "
+                    "diffusers' blocks with cross-attention resample by convolutions."
+                )
+    if (params["context_dim"] is not None) != params["use_spatial_transformer"]:
+        raise ValueError(
+            "`config` must have context_dim in unet_config if and only if use_spatial_transformer is set."
+        )
+    return params
+
+
+def unet_config(given: dict) -> tuple[type, dict]:
+    """The class and the configuration of a denoiser with the arguments `given` to the original's `UNetModel`.
+
+    Raises:
+        ValueError: as `unet_params`, or for a width that its heads do not divide.
+    """
+    params = unet_params(given)
     widths = [params["model_channels"] * multiplier for multiplier in params["channel_mult"]]
     attends = [2**level in params["attention_resolutions"] for level in range(len(widths))]
+    _check_heads(params, [width for width, attention in zip(widths, attends, strict=True) if attention] + widths[-1:])
     config = {
         "sample_size": params["image_size"],
         "in_channels": params["in_channels"],
         "out_channels": params["out_channels"],
         "block_out_channels": widths,
         "layers_per_block": params["num_res_blocks"],
-        "dropout": params.get("dropout", 0),
+        "dropout": params["dropout"],
+        "num_class_embeds": params["num_classes"],
+        "resnet_time_scale_shift": "scale_shift" if params["use_scale_shift_norm"] else "default",
     }
-    if params.get("use_spatial_transformer", False):
-        kind, cross = UNet2DConditionModel, "CrossAttn"
+    if params["use_spatial_transformer"]:
+        kind, cross, plain = UNet2DConditionModel, "CrossAttn", ""
         config |= {
             "cross_attention_dim": params["context_dim"],
-            "transformer_layers_per_block": params.get("transformer_depth", 1),
+            "transformer_layers_per_block": params["transformer_depth"],
             "attention_head_dim": [_num_heads(params, width) for width in widths],  # diffusers' name for their number
         }
     else:
-        kind, cross = UNet2DModel, "Attn"
-        config["attention_head_dim"] = _head_width(params, widths, attends)
-    config["down_block_types"] = [f"{cross if attention else ''}DownBlock2D" for attention in attends]
-    config["up_block_types"] = [f"{cross if attention else ''}UpBlock2D" for attention in reversed(attends)]
+        kind, cross, plain = UNet2DModel, "Attn", ""
+        if params["resblock_updown"]:
+            config |= {"downsample_type": "resnet", "upsample_type": "resnet"}
+            plain = "Resnet"
+        if params["use_scale_shift_norm"]:
+            config["attn_norm_num_groups"] = 32  # else the middle block's attention has no norm beside such residuals
+        kind, fields = _heads(params, widths, attends)
+        config |= fields
+    config["down_block_types"] = [_block_type(cross if attention else plain, "Down") for attention in attends]
+    config["up_block_types"] = [_block_type(cross if attention else plain, "Up") for attention in reversed(attends)]
     return kind, config
 
 
+def _block_type(kind: str, way: str) -> str:
+    return f"Resnet{way}sampleBlock2D" if kind == "Resnet" else f"{kind}{way}Block2D"
+
+
 def _num_heads(params: dict, width: int) -> int:
-    channels = params.get("num_head_channels", -1)
+    channels = params["num_head_channels"]
     return params["num_heads"] if channels == -1 else width // channels
 
 
-def _head_width(params: dict, widths: list[int], attends: list[bool]) -> int:
-    """The channels of a head, which a UNet2DModel has one of for all its blocks (the middle one always attends)."""
-    found = {
-        width // _num_heads(params, width)
-        for width, attention in zip(widths, attends, strict=True)
-        if attention or width == widths[-1]
-    }
-    if len(found) > 1:
-        raise ValueError(
-            f"`config` must have num_head_channels in unet_config: with num_heads={params['num_heads']} the heads have "
-            f"{sorted(found)} channels, and those of a UNet2DModel have one width."
-        )
-    return found.pop()
+def _check_heads(params: dict, widths: list[int]) -> None:
+    name = "num_heads" if params["num_head_channels"] == -1 else "num_head_channels"
+    wrong = [width for width in widths if width % params[name]]
+    if wrong:
+        raise ValueError(f"`config` must have {name} divide the width {wrong[0]} in unet_config, got {params[name]}.")
+
+
+def _heads(params: dict, widths: list[int], attends: list[bool]) -> tuple[type, dict]:
+    """
+    The class, and how its heads are counted. A UNet2DModel has heads of one width; what else there is, and resampling
+    without convolutions, is [`LatentUNet2DModel`]'s.
+    """
+    by_width = params["num_head_channels"] != -1
+    up = params["num_heads_upsample"]
+    up = params["num_heads"] if up == -1 or by_width or not params["legacy"] else up
+    used = {width for width, attention in zip(widths, attends, strict=True) if attention} | {widths[-1]}
+    fields = {"attention_head_dim": params["num_head_channels"]}
+    if not by_width:
+        head_widths = {width // params["num_heads"] for width in used}
+        if len(head_widths) > 1 or up != params["num_heads"]:
+            fields = {"num_attention_heads": params["num_heads"], "num_up_attention_heads": up}
+        else:
+            fields = {"attention_head_dim": head_widths.pop()}
+    # blocks that resample by residual blocks have no convolution to leave out
+    if not params["conv_resample"] and not params["resblock_updown"]:
+        fields["resample_with_conv"] = False
+    is_stock = set(fields) == {"attention_head_dim"}
+    return UNet2DModel if is_stock else LatentUNet2DModel, fields
 
 
 def _renamed(key: str, layers: int, levels: int) -> str:
@@ -127,11 +189,15 @@ def _renamed(key: str, layers: int, levels: int) -> str:
     if part == "input_blocks":
         level, i = divmod(number - 1, layers + 1)
         block = f"down_blocks.{level}"
+        if i == layers and rest.startswith(tuple(RESNET_KEYS)):
+            return _inside(f"{block}.downsamplers.0", rest)
         if rest.startswith("op."):
             return f"{block}.downsamplers.0.conv.{rest.removeprefix('op.')}"
     else:
         level, i = divmod(number, layers + 1)
         block = f"up_blocks.{level}"
+        if module != "0" and rest.startswith(tuple(RESNET_KEYS)):
+            return _inside(f"{block}.upsamplers.0", rest)
         if rest.startswith("conv."):
             return f"{block}.upsamplers.0.{rest}"
     if level >= levels:
@@ -146,18 +212,25 @@ def _inside(block: str, rest: str) -> str:
     return f"{block}.{rest}"
 
 
-def _split_attention(name: str, weight: torch.Tensor, head_width: int) -> dict[str, torch.Tensor]:
+def _split_attention(name: str, weight: torch.Tensor, heads: int) -> dict[str, torch.Tensor]:
     """
     The 1-D convolutions of the original's attention as linear layers. `qkv` holds head after head, and in each its
-    queries, keys and values.
+    queries, keys and values; with 1 for `heads` the queries of all heads come first.
     """
     weight = weight[..., 0] if weight.ndim == 3 else weight
     if ".proj_out." in name:
         return {name.replace(".proj_out.", ".to_out.0."): weight}
     if ".norm." in name:
         return {name.replace(".norm.", ".group_norm."): weight}
-    heads = weight.reshape(-1, 3, head_width, *weight.shape[1:])
-    return {name.replace(".qkv.", f".to_{letter}."): heads[:, i].flatten(0, 1) for i, letter in enumerate("qkv")}
+    parts = weight.reshape(heads, 3, -1, *weight.shape[1:])
+    return {name.replace(".qkv.", f".to_{letter}."): parts[:, i].flatten(0, 1) for i, letter in enumerate("qkv")}
+
+
+def _heads_of(config: dict, name: str, width: int) -> int:
+    """The number of heads of an attention layer with `width` channels."""
+    if config.get("num_attention_heads") is None:
+        return max(width // config["attention_head_dim"], 1)
+    return config["num_up_attention_heads" if name.startswith("up_blocks") else "num_attention_heads"]
 
 
 def convert_unet(params: dict, state_dict: dict, **changes) -> UNet2DModel | UNet2DConditionModel:
@@ -179,8 +252,9 @@ def convert_unet(params: dict, state_dict: dict, **changes) -> UNet2DModel | UNe
         name = _renamed(key, layers, levels)
         if not name:
             raise ValueError(f"`checkpoint` has the unknown key model.diffusion_model.{key}.")
-        if kind is UNet2DModel and ".attentions." in name:
-            new.update(_split_attention(name, weight, config["attention_head_dim"]))
+        if kind is not UNet2DConditionModel and ".attentions." in name:
+            heads = 1 if params.get("use_new_attention_order") else _heads_of(config, name, len(weight) // 3)
+            new.update(_split_attention(name, weight, heads))
         else:
             new[name] = weight
     with torch.device("meta"):

@@ -172,7 +172,7 @@ def test_options_of_the_class_model(name):
     if null is not None:
         actual = pipe.transformer(x.view(3, 4, 4), t, class_labels=torch.full((3,), null)).sample.flatten(1, 2)
         expected = original_logits(weights, params, content, x, t, torch.full((3,), 1000))
-        torch.testing.assert_close(actual, expected, atol=tolerance, rtol=2e-5)
+        torch.testing.assert_close(actual, expected, atol=10 * tolerance, rtol=2e-5)
 
 
 @torch.no_grad()
