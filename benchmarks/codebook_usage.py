@@ -16,27 +16,33 @@ A linear autoencoder of 8×8 patches of smooth random images (64 values, 16 chan
 trained from scratch on fresh images at each step. "used" is the share of the K codes that 16·K latents of images never
 seen reach. SimVQ's frozen codes are 16 channels wide, as the latents are.
 """
+EVALUATED = 16  # latents a code
+# a stronger pull to use all codes than the default's, for so short a run
+OPTIONS = {"bsq": {"entropy_weight": 1.0}}
+DIM = 8  # channels of a latent, but for BSQ, which has one a bit
 SMOOTH = 3  # images are noise, blurred so often
 
 
 def patches(count: int, generator: torch.Generator) -> torch.Tensor:
     """`(1, 64, count / 64, 64)`: patches with the falling spectrum of natural images, of unit variance."""
-    images = torch.randn(count, 1, 8 + 2 * SMOOTH, 8 + 2 * SMOOTH, generator=generator)
+    images = torch.randn(count, 1, 8 + 2 * SMOOTH, 8 + 2 * SMOOTH, generator=generator, device=generator.device)
     for _ in range(SMOOTH):
         images = nn.functional.avg_pool2d(images, 3, stride=1)
     images = images / images.std()
     return images.flatten(1).t().reshape(1, 64, -1, 64)
 
 
-def train(name: str, num_codes: int, steps: int, batch: int, seed: int = 0, **options) -> dict:
-    """Usage, perplexity and error of one quantizer after `steps` steps."""
+def train(
+    name: str, num_codes: int, steps: int, batch: int, seed: int = 0, device: str = "cpu", **options: float
+) -> dict[str, str | float]:
+    """Usage, perplexity and error of one quantizer after `steps` steps; `options` go to the quantizer."""
     torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    dim = num_codes.bit_length() - 1  # the bits of BSQ
-    quantizer = build_quantizer(name, num_codes, dim, **options).train()
-    encoder, decoder = nn.Conv2d(64, dim, 1), nn.Conv2d(dim, 64, 1)
+    generator = torch.Generator(device).manual_seed(seed)
+    dim = num_codes.bit_length() - 1 if name == "bsq" else DIM
+    quantizer = build_quantizer(name, num_codes, dim, **options).train().to(device)
+    encoder, decoder = nn.Conv2d(64, dim, 1).to(device), nn.Conv2d(dim, 64, 1).to(device)
     parameters = [p for module in (encoder, quantizer, decoder) for p in module.parameters()]
-    optimizer = torch.optim.Adam(parameters, lr=1e-3)
+    optimizer = torch.optim.Adam(parameters, lr=3e-3)
     began = time.perf_counter()
     for _ in range(steps):
         images = patches(batch, generator)
@@ -47,9 +53,9 @@ def train(name: str, num_codes: int, steps: int, batch: int, seed: int = 0, **op
         optimizer.step()
     seconds = time.perf_counter() - began
     quantizer.eval()
-    counts, error = torch.zeros(num_codes), 0.0
+    counts, error = torch.zeros(num_codes, device=device), 0.0
     with torch.no_grad():
-        rounds = 16 * num_codes // 8192
+        rounds = EVALUATED * num_codes // 8192
         for _ in range(rounds):
             images = patches(8192, generator)
             output = quantizer(encoder(images))
@@ -68,12 +74,23 @@ def train(name: str, num_codes: int, steps: int, batch: int, seed: int = 0, **op
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--codes", type=int, default=2**16)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--batch", type=int, default=1024)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--quantizers", nargs="+", default=["vq", "simvq", "bsq"])
     arguments = parser.parse_args()
     for name in arguments.quantizers:
-        print(train(name, arguments.codes, arguments.steps, arguments.batch), flush=True)
+        print(
+            train(
+                name,
+                arguments.codes,
+                arguments.steps,
+                arguments.batch,
+                device=arguments.device,
+                **OPTIONS.get(name, {}),
+            ),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
