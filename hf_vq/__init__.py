@@ -55,6 +55,7 @@ _MODULES = {
     "VQVAEModel": "hf_vq.models.autoencoders.modeling_vqvae",
     "VectorQuantizer": "hf_vq.models.quantizers.vector_quantizers",
     "build_quantizer": "hf_vq.models.quantizers.build",
+    "load_tokenizer": "hf_vq.conversion.load_tokenizer",
     "model_card": "hf_vq.hub",
     "push_to_hub": "hf_vq.hub",
     "rotation_trick": "hf_vq.models.quantizers.gradient_estimators",
@@ -80,6 +81,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from .conversion.load_tokenizer import load_tokenizer as load_tokenizer
     from .hub import model_card as model_card
     from .hub import push_to_hub as push_to_hub
     from .hub import save_for_sharing as save_for_sharing

@@ -30,6 +30,11 @@ DIFFUSERS_NAMES = (
     (r"\.spatial_norm\.", ".norm."),
     (r"\.to_(q|k|v)\.", r".\1."),
     (r"\.to_out\.0\.", ".proj_out."),
+    # before diffusers 0.13
+    (r"\.query\.", ".q."),
+    (r"\.key\.", ".k."),
+    (r"\.value\.", ".v."),
+    (r"\.proj_attn\.", ".proj_out."),
 )
 # In the names of LlamaGen, and of Janus's first release → in `VQGANModel`'s.
 LLAMAGEN_NAMES = (
@@ -89,6 +94,7 @@ def to_diffusers(weights: dict) -> dict:
         (r"\.(down|up)sample\.", r".\1samplers.0."),
         (r"\.nin_shortcut\.", ".conv_shortcut."),
         (r"\.norm_out\.", ".conv_norm_out."),
+        (r"(attentions\.\d+)\.norm\.(?=norm_layer|conv_)", r"\1.spatial_norm."),
         (r"(attentions\.\d+)\.norm\.", r"\1.group_norm."),
         (r"(attentions\.\d+)\.([qkv])\.", r"\1.to_\2."),
         (r"\.proj_out\.", ".to_out.0."),
@@ -175,7 +181,8 @@ def build(weights: dict, resolution: int = 256, **fields) -> VQGANModel:
     Raises:
         ValueError: for a key that is missing or unknown.
     """
-    config = VQGANConfig(**{**network_fields(weights, resolution), **fields})
+    inferred = {} if "embed_dim" in fields else network_fields(weights, resolution)
+    config = VQGANConfig(**{**inferred, **fields})
     with torch.device("meta"):
         model = VQGANModel(config)
     load_exactly(model, weights)

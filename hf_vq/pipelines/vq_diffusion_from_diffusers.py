@@ -6,12 +6,11 @@ from pathlib import Path
 
 import torch
 import transformers
-from diffusers import Transformer2DModel, VQModel
+from diffusers import Transformer2DModel
 from diffusers.models.model_loading_utils import load_state_dict
 from huggingface_hub import snapshot_download
 
-from ..models.autoencoders.configuration_vqgan import VQGANConfig
-from ..models.autoencoders.modeling_vqgan import VQGANModel
+from ..conversion.diffusers_tokenizer import load_vqmodel, read_vqmodel_config
 from ..models.priors.transformer_vq_diffusion import VQDiffusionTransformer2DModel
 from ..schedulers.scheduling_mask_replace import MaskReplaceScheduler
 
@@ -28,29 +27,6 @@ TRANSFORMER_VALUES = {
     "norm_type": ("ada_norm",),
     "only_cross_attention": (False,),
 }
-VQMODEL_VALUES = {
-    "act_fn": ("silu", "swish"),
-    "lookup_from_codebook": (False,),
-    "norm_type": ("group",),
-}
-DOWN_BLOCKS = {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True}  # whether it has attention
-UP_BLOCKS = {"UpDecoderBlock2D": False, "AttnUpDecoderBlock2D": True}
-
-# In diffusers' names of a `VQModel`'s weights → in `VQGANModel`'s.
-WEIGHT_NAMES = (
-    (r"\.down_blocks\.(\d+)\.", r".down.\1."),
-    (r"\.mid_block\.resnets\.0\.", ".mid.block_1."),
-    (r"\.mid_block\.resnets\.1\.", ".mid.block_2."),
-    (r"\.mid_block\.attentions\.0\.", ".mid.attn_1."),
-    (r"\.resnets\.", ".block."),
-    (r"\.attentions\.", ".attn."),
-    (r"\.(down|up)samplers\.0\.", r".\1sample."),
-    (r"\.conv_shortcut\.", ".nin_shortcut."),
-    (r"\.conv_norm_out\.", ".norm_out."),
-    (r"\.group_norm\.", ".norm."),
-    (r"\.to_(q|k|v)\.", r".\1."),
-    (r"\.to_out\.0\.", ".proj_out."),
-)
 
 
 def load_parts(source: str | Path, **options) -> dict:
@@ -73,10 +49,10 @@ def load_parts(source: str | Path, **options) -> dict:
     tokenizer = getattr(transformers, index["tokenizer"][1]).from_pretrained(folder / "tokenizer")
     null_embedding = _null_embedding(folder / NULL_EMBEDDING)
     denoiser = _denoiser(folder / "transformer")
-    vqvae = VQModel.from_pretrained(folder / "vqvae")
+    vqvae = load_vqmodel(folder / "vqvae", resolution=_image_size(folder / "vqvae", denoiser.config.sample_size))
     transformer = convert_transformer(denoiser, null_embedding, text_length=tokenizer.model_max_length)
     return {
-        "vqvae": convert_tokenizer(vqvae, denoiser.config.sample_size),
+        "vqvae": vqvae,
         "transformer": transformer,
         "scheduler": convert_scheduler(_read_json(folder / "scheduler" / "scheduler_config.json")),
         "text_encoder": getattr(transformers, index["text_encoder"][1]).from_pretrained(folder / "text_encoder"),
@@ -142,61 +118,9 @@ def convert_transformer(
     return converted.eval()
 
 
-def convert_tokenizer(model: VQModel, grid_size: int) -> VQGANModel:
-    """
-    A `VQGANModel` with the same weights.
-
-    Args:
-        model: the original.
-        grid_size: side of the codes' grid that it is used with, which says what it was trained at.
-
-    Raises:
-        ValueError: `model` has an argument that `VQGANModel` has no equivalent of.
-    """
-    converted = VQGANModel(_tokenizer_config(model.config, grid_size))
-    levels = len(converted.config.channel_multiplier)
-    weights = {}
-    for name, value in model.state_dict().items():
-        for pattern, replacement in WEIGHT_NAMES:
-            name = re.sub(pattern, replacement, name)
-        # numbered from the lowest resolution there, from the highest here
-        name = re.sub(r"\.up_blocks\.(\d+)\.", lambda found: f".up.{levels - 1 - int(found[1])}.", name)
-        is_projection = re.search(r"\.(q|k|v|proj_out)\.weight$", name)
-        weights[name] = value[:, :, None, None] if is_projection else value
-    converted.load_state_dict(weights)
-    return converted.eval()
-
-
-def _tokenizer_config(config, grid_size: int) -> VQGANConfig:
-    _check_values(config, VQMODEL_VALUES, "VQModel")
-    widths, groups = config.block_out_channels, config.norm_num_groups
-    if any(width % widths[0] for width in widths):
-        raise ValueError(f"`vqvae` must have block_out_channels that are multiples of the first, got {widths}.")
-    for name, known in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
-        if unknown := sorted(set(config[name]) - set(known)):
-            raise ValueError(f"`vqvae` has {name} {unknown}; known: {sorted(known)}.")
-    attention = [DOWN_BLOCKS[kind] for kind in config.down_block_types]
-    if attention != [UP_BLOCKS[kind] for kind in reversed(config.up_block_types)]:
-        raise ValueError(
-            "`vqvae` must have attention at the same resolutions in down_block_types and up_block_types, got "
-            f"{config.down_block_types} and {config.up_block_types}."
-        )
-    resolution = grid_size * 2 ** (len(widths) - 1)
-    return VQGANConfig(
-        in_channels=config.in_channels,
-        out_channels=config.out_channels,
-        base_channels=widths[0],
-        channel_multiplier=[width // widths[0] for width in widths],
-        num_res_blocks=config.layers_per_block,
-        attn_resolutions=[resolution // 2**level for level, has_one in enumerate(attention) if has_one],
-        mid_attention=config.mid_block_add_attention,
-        latent_channels=config.latent_channels,
-        norm_num_groups=groups,
-        resolution=resolution,
-        embed_dim=config.latent_channels if config.vq_embed_dim is None else config.vq_embed_dim,
-        num_embeddings=config.num_vq_embeddings,
-        legacy_beta=True,  # fixed in the original's code
-    )
+def _image_size(folder: Path, grid_size: int) -> int:
+    """Side of the images that the tokenizer was trained on: `grid_size` is that of the codes it is used with."""
+    return grid_size * 2 ** (len(read_vqmodel_config(folder)["block_out_channels"]) - 1)
 
 
 def _denoiser(folder: Path) -> Transformer2DModel:
@@ -235,4 +159,4 @@ def _read_json(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-__all__ = ["convert_scheduler", "convert_tokenizer", "convert_transformer", "load_parts"]
+__all__ = ["convert_scheduler", "convert_transformer", "load_parts"]

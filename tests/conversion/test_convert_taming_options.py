@@ -70,6 +70,20 @@ def test_gumbel_draws_among_the_codes_in_use():
     torch.testing.assert_close(tokenizer.quantize.indices_to_latents(indices), codes)
 
 
+def test_codes_in_use_are_renumbered():
+    golden = Golden("taming_vqmodel_f2_plcallback")
+    model, state_dict = read("taming_vqmodel_f2_plcallback")
+    model = copy.deepcopy(model)
+    model["params"]["remap"] = "used.npy"
+    used = golden["indices"].unique().flip(0)
+    tokenizer, _ = convert_tokenizer(model, {**state_dict, "quantize.used": used})
+    encoded = tokenizer.encode(golden["x"])
+    golden.compare("quant", encoded.quantized)
+    assert torch.equal(used[encoded.indices].flatten(), golden["indices"].flatten())
+    golden.compare("xrec_from_code", tokenizer.decode_indices(encoded.indices).sample)
+    assert tokenizer.config.num_embeddings == len(used)
+
+
 def test_averages_of_a_first_stage():
     model, state_dict = read("ldm_vq_f4_firststage")
     averages = {

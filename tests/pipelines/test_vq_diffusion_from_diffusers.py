@@ -1,7 +1,6 @@
 """Repositories of diffusers' deprecated VQ-Diffusion, tiny and random, against diffusers' own classes."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from diffusers.pipelines.deprecated.vq_diffusion.pipeline_vq_diffusion import (
 from transformers import set_seed
 
 from hf_vq import VQDiffusionImagePipeline
-from hf_vq.pipelines.vq_diffusion_from_diffusers import convert_scheduler, convert_tokenizer, convert_transformer
+from hf_vq.pipelines.vq_diffusion_from_diffusers import convert_scheduler, convert_transformer
 from tests.pipelines.test_pipeline_vq_latent_diffusion import make_text_parts
 from tests.pipelines.vq_diffusion_parts import CODES, MASK, STEPS, seeded
 
@@ -58,12 +57,6 @@ def make_vqvae(**overrides):
     return model
 
 
-def changed(**config):
-    """A tokenizer of which only the configuration is right."""
-    original = make_vqvae().config
-    return SimpleNamespace(config=type(original)({**original, **config}))
-
-
 def write_repository(folder, learnable=True, **overrides):
     """The parts as the deprecated pipeline saves them; returns that pipeline."""
     text_encoder, tokenizer = make_text_parts()
@@ -104,33 +97,6 @@ def test_logits(bias):
             found = logits.log_softmax(-1).flatten(1, 2).mT  # (B, K, N), as diffusers has it
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert expected.std() > 0.1
-
-
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        {},
-        {"mid_block_add_attention": False, "vq_embed_dim": None},
-        {
-            "block_out_channels": (8, 8, 16),
-            "down_block_types": ("DownEncoderBlock2D",) * 3,
-            "up_block_types": ("UpDecoderBlock2D",) * 3,
-        },
-    ],
-)
-def test_codes_and_images(overrides):
-    model = make_vqvae(**overrides)
-    converted = convert_tokenizer(model, 4)
-    pixels = torch.randn(2, 3, 16, 16, generator=seeded())
-    with torch.no_grad():
-        latents = model.encode(pixels).latents
-        encoded = converted.encode(pixels)
-        torch.testing.assert_close(encoded.latents, latents, atol=1e-5, rtol=1e-5)
-        codes = model.quantize(latents)[2][2].reshape(encoded.indices.shape)
-        assert torch.equal(encoded.indices, codes) and codes.unique().numel() > 3
-        expected = model.decode(latents).sample
-        torch.testing.assert_close(converted.decode_indices(codes).sample, expected, atol=1e-5, rtol=1e-5)
-    assert converted.config.resolution == 4 * converted.config.downsample_factor
 
 
 def test_tables():
@@ -237,16 +203,6 @@ def test_an_old_repository(tmp_path):
         (
             lambda: convert_transformer(make_transformer(cross_attention_dim=None)),
             "with cross_attention_dim, got None",
-        ),
-        (lambda: convert_tokenizer(changed(norm_type="spatial"), 4), "norm_type='spatial' has no equivalent"),
-        (lambda: convert_tokenizer(make_vqvae(block_out_channels=(8, 12)), 4), "multiples of the first"),
-        (
-            lambda: convert_tokenizer(make_vqvae(down_block_types=("DownEncoderBlock2D",) * 2), 4),
-            "attention at the same resolutions",
-        ),
-        (
-            lambda: convert_tokenizer(changed(down_block_types=("DownBlock2D", "DownBlock2D")), 4),
-            r"down_block_types \['DownBlock2D'\]; known",
         ),
     ],
 )

@@ -4,6 +4,10 @@ Esser, Rombach and Ommer 2021, "Taming Transformers for High-Resolution Image Sy
 those of Ho et al. 2020). Module names follow the original VQGAN, so that converting its checkpoints hardly renames a key.
 """
 
+import importlib
+from os import PathLike
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -284,6 +288,42 @@ class VQGANModel(VQTokenizerModel):
     def _decode_codes(self, codes: torch.Tensor) -> torch.Tensor:
         spatial = self.config.decoder_norm == "spatial"
         return self.decoder(self.post_quant_conv(codes), codes if spatial else None)
+
+    @classmethod
+    def from_diffusers(
+        cls,
+        source: str | PathLike,
+        subfolder: str | None = None,
+        resolution: int | None = None,
+        scaling_factor: float = 1.0,
+        **options: Any,
+    ) -> "VQGANModel":
+        """A tokenizer from diffusers' `VQModel`, such as amused/amused-256 with `subfolder="vqvae"`. hf_vq must be installed.
+
+        Args:
+            source: a folder, or the id of a repository.
+            subfolder: the part of a pipeline's repository that holds it.
+            resolution: side of the images it was trained on, in pixels; by default the configuration's `sample_size`.
+            scaling_factor: what latents are multiplied by for diffusion. It is 1 for the published models, whatever their
+                configuration says: diffusers fills in that of Stable Diffusion.
+            options: of `hf_hub_download`, such as `revision`.
+
+        Returns:
+            the model in float32, in `eval` mode.
+
+        Raises:
+            ValueError: it is no `VQModel`, has an option that `VQGANModel` has no equivalent of, or lacks weights.
+        """
+        converter = importlib.import_module("hf_vq.conversion.diffusers_tokenizer")
+        return converter.load_vqmodel(source, subfolder, resolution, scaling_factor, **options)
+
+    def to_diffusers(self, folder: str | PathLike) -> None:
+        """Writes the tokenizer as diffusers' `VQModel`, which `VQModel.from_pretrained(folder)` loads.
+
+        Raises:
+            ValueError: an option that `VQModel` has no equivalent of, such as `quantizer="cosine"`.
+        """
+        importlib.import_module("hf_vq.conversion.diffusers_tokenizer").save_vqmodel(self, folder)
 
     def get_last_layer(self) -> nn.Parameter:
         """The weight of the decoder's last convolution, which the adaptive adversarial weight is measured on."""
