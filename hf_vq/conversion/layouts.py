@@ -182,7 +182,7 @@ def build(weights: dict, resolution: int = 256, **fields) -> VQGANModel:
         ValueError: for a key that is missing or unknown.
     """
     inferred = {} if "embed_dim" in fields else network_fields(weights, resolution)
-    config = VQGANConfig(**{**inferred, **fields})
+    config = VQGANConfig(**{"resolution": resolution, **inferred, **fields})
     with torch.device("meta"):
         model = VQGANModel(config)
     load_exactly(model, weights)

@@ -96,7 +96,7 @@ def load_tokenizer(
     """
     if layout is not None and layout not in LAYOUTS:
         raise ValueError(f"`layout` must be one of {LAYOUTS} or None, got {layout!r}.")
-    name = f"{source}{subfolder or ''}".lower()
+    name = Path(source).name.lower()
     if Path(source).is_file():
         return _convert(_read_file(Path(source)), name, layout, resolution or 256, use_ema)
     config = _read_json(source, "config.json", subfolder, options)
