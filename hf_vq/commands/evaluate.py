@@ -25,7 +25,8 @@ def evaluate(options) -> None:
             f"`MODEL` must be a tokenizer or a pipeline, got a {type(model).__name__}: give the pipeline that has it."
         )
     model = model.to(where)
-    resolution = options.size or getattr(model, "vqvae", model).config.resolution
+    tokenizer = getattr(model, "vqvae", model)
+    resolution = options.size or tokenizer.config.resolution
     data = DataArguments(
         options.data,
         image_column=options.image_column,
@@ -34,7 +35,7 @@ def evaluate(options) -> None:
         resolution=resolution,
         max_samples=options.max_images,
     )
-    dataset = load_image_dataset(data, options.split)
+    dataset = load_image_dataset(data, options.split, channels=tokenizer.config.in_channels)
     perceptual = build_perceptual(options.perceptual)
     network = build_perceptual(options.features)
     extractor = None if network is None else network.to(where)

@@ -72,9 +72,10 @@ def save_tokenizer(tokenizer, folder: str | Path) -> None:
 
 
 def save_image_processor(tokenizer, folder: str | Path) -> None:
-    """Writes the image processor of a tokenizer of colour images, which is what an image processor makes."""
-    if tokenizer.config.in_channels == 3:
-        save_with_code(VQImageProcessor(size=tokenizer.config.resolution), folder)
+    """Writes the image processor of a tokenizer of grey or colour images; others, such as label maps, have none."""
+    channels = tokenizer.config.in_channels
+    if channels in (1, 3):
+        save_with_code(VQImageProcessor(size=tokenizer.config.resolution, num_channels=channels), folder)
 
 
 def print_dropped(dropped: dict[str, str]) -> None:

@@ -117,7 +117,7 @@ def test_arguments_that_contradict_the_weights(changes, message, tmp_path):
 
 @pytest.mark.parametrize("channels", [1, 5])
 def test_any_number_of_channels(channels, tmp_path):
-    """Only colour images have an image processor."""
+    """Only grey and colour images have an image processor."""
     state_dict = load_state_dict(GOLDEN / "zalando_noema" / "checkpoint.pt")
     state_dict["_encoder._conv_1.weight"] = torch.randn(16, channels, 4, 4)
     state_dict["_decoder._conv_trans_2.weight"] = torch.randn(16, channels, 4, 4)
@@ -126,7 +126,9 @@ def test_any_number_of_channels(channels, tmp_path):
     convert(tmp_path / "model.pt", tmp_path / "output")
     model = VQVAEModel.from_pretrained(tmp_path / "output")
     assert model(torch.randn(1, channels, 8, 8)).sample.shape == (1, channels, 8, 8)
-    assert not (tmp_path / "output" / "preprocessor_config.json").exists()
+    assert (tmp_path / "output" / "preprocessor_config.json").exists() == (channels == 1)
+    if channels == 1:
+        assert AutoImageProcessor.from_pretrained(tmp_path / "output").num_channels == 1
 
 
 def test_no_residual_blocks():

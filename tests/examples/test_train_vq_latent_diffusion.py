@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from hf_vq import VQLatentDiffusionPipeline
 from tests.examples.test_killed_runs import COMMON, finish, kill_at, rows
@@ -113,7 +114,7 @@ def test_a_resumed_run_is_an_unbroken_one(inputs, tmp_path, monkeypatch):
 def test_the_saved_denoiser_is_the_average(inputs, tmp_path):
     pipe = train(inputs, tmp_path, "--ema_decay", "0.9", "--checkpointing_steps", "1", "--learning_rate", "0.01")
     before = torch.load(tmp_path / "checkpoint-1/unet-ema.pt")["averages"]["conv_in.weight"]
-    live = torch.load(tmp_path / "checkpoint-2/unet.pt")["conv_in.weight"]
+    live = load_file(tmp_path / "checkpoint-2/unet.safetensors")["conv_in.weight"]
     # after the second step the decay is (1 + 2) / (10 + 2), which is less than 0.9
     torch.testing.assert_close(pipe.unet.conv_in.weight.data, 0.25 * before + 0.75 * live)
     assert (pipe.unet.conv_in.weight - live).abs().max() > 1e-4
