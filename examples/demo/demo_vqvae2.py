@@ -75,7 +75,7 @@ def level_sheets(pipe: VQVAE2Pipeline, images: torch.Tensor, labels: list[int], 
     rows = [("original", images), ("top level", top_only[:COLUMNS])]
     for seed in range(4):
         generator = torch.Generator(pipe.device).manual_seed(seed)
-        output = pipe(labels, top, generator=generator, output_type="pt", **SAMPLING)
+        output = pipe(labels, top_indices=top, generator=generator, output_type="pt", **SAMPLING)
         rows.append((f"bottom {seed + 1}", output.images * 2 - 1))
     labelled_rows(rows).save(output_dir / "bottoms.png")
 
@@ -84,7 +84,9 @@ def level_sheets(pipe: VQVAE2Pipeline, images: torch.Tensor, labels: list[int], 
     rows = [("original", images), ("kept", kept)]
     for seed in range(4):
         generator = torch.Generator(pipe.device).manual_seed(seed)
-        output = pipe.complete(images, "top", class_labels=labels, generator=generator, output_type="pt", **SAMPLING)
+        mask = torch.zeros(images.shape[-2:])
+        mask[len(mask) // 2 :] = 1  # the lower half is painted
+        output = pipe(labels, images, mask, generator=generator, output_type="pt", **SAMPLING)
         rows.append((f"completion {seed + 1}", output.images * 2 - 1))
     labelled_rows(rows).save(output_dir / "completions.png")
 

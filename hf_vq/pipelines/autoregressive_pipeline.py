@@ -1,16 +1,19 @@
 """The base of the autoregressive pipelines: a causal LM over codes for each level of a tokenizer."""
 
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from ..images import to_pixel_values
-from .code_sampling import KnownCodes, LevelSampling, for_each_level, sample_level
-from .completion import complete
+from ..argument_checks import check_real
+from ..images import images_as, to_pixel_values
+from .code_sampling import KnownCodes, LevelSampling, count_steps, for_each_level, sample_level
+from .completion import check_outpaint, kept_at_levels, pad_to_outpaint, paste, random_mask
+from .conditioning import count_inputs, repeat_rows, to_mask
 from .rejection_sampling import rejection_sample
-from .vq_pipeline import VQPipeline, as_levels, check_codes, check_generator, check_part, onload
+from .vq_pipeline import VQPipeline, as_levels, check_codes, check_generator, check_part, of_levels, onload
 
 
 class AutoregressivePipeline(VQPipeline):
@@ -21,7 +24,6 @@ class AutoregressivePipeline(VQPipeline):
 
     _callback_tensor_inputs = ["indices", "level"]
 
-    complete = complete
     rejection_sample = rejection_sample
 
     @property
@@ -62,9 +64,17 @@ class AutoregressivePipeline(VQPipeline):
         return prompt[:, 0] - prior.config.condition_token_offset
 
     def given_codes(
-        self, image: Any = None, indices: torch.LongTensor | tuple[torch.LongTensor, ...] | None = None
+        self,
+        image: Any = None,
+        indices: torch.LongTensor | tuple[torch.LongTensor, ...] | None = None,
+        grid_sizes: Sequence[Sequence[int]] | None = None,
     ) -> tuple[torch.LongTensor, ...]:
-        """The codes `(B, h, w)` of each level, from top to bottom, of images or of `indices`."""
+        """
+        The codes `(B, h, w)` of each level, from top to bottom, of images or of `indices`, on the pipeline's device.
+
+        Raises:
+            ValueError: not exactly one of both, or other grids than `grid_sizes`, by default the priors' own.
+        """
         if (image is None) == (indices is None):
             raise ValueError("Exactly one of `image` and `indices` must be given.")
         name, levels = "indices", as_levels(indices)
@@ -76,12 +86,130 @@ class AutoregressivePipeline(VQPipeline):
             name, levels = "image", [torch.cat(of_level) for of_level in zip(*parts, strict=True)]
         if len(levels) != len(self.priors):
             raise ValueError(f"`{name}` must give codes of {len(self.priors)} levels, got {len(levels)}.")
-        return tuple(self.check_level(name, codes, prior) for codes, prior in zip(levels, self.priors, strict=True))
+        sizes = [prior.config.grid_size for prior in self.priors] if grid_sizes is None else grid_sizes
+        codebook_size, device = self.vqvae.config.num_embeddings, self._execution_device
+        return tuple(
+            check_codes(name, codes, size, codebook_size).to(device) for codes, size in zip(levels, sizes, strict=True)
+        )
 
-    def check_level(self, name: str, codes: torch.LongTensor, prior: PreTrainedModel) -> torch.LongTensor:
-        """`codes` on the pipeline's device, or a ValueError that names them if they are none of the prior's grids."""
-        config = prior.config
-        return check_codes(name, codes, config.grid_size, config.codebook_size).to(self._execution_device)
+    # The call
+
+    def draw_images(
+        self,
+        prompts: dict[str, Sequence[torch.Tensor]],
+        image: Any = None,
+        indices: torch.LongTensor | tuple[torch.LongTensor, ...] | None = None,
+        mask_image: Any = None,
+        keep_fraction: float | None = None,
+        outpaint: Sequence[int] | None = None,
+        size: tuple[int, int] | None = None,
+        top_indices: Sequence[torch.LongTensor] = (),
+        num_images_per_prompt: int = 1,
+        batch_size: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "pil",
+        decode_batch_size: int = 16,
+        **sampling,
+    ) -> tuple[Any, torch.LongTensor | tuple[torch.LongTensor, ...]]:
+        """
+        The images and the codes of a call.
+
+        Args:
+            prompts: what each level is conditioned on, under the name of the argument that it comes from: prefixes, or the
+                codes of a condition that windows are cut from.
+            size: height and width in pixels.
+            top_indices: codes of the first levels, which are not sampled.
+            sampling: further arguments of `sample_levels`. The others are those of the call.
+        """
+        times, decode_batch_size = self.check_output(num_images_per_prompt, output_type, decode_batch_size)
+        keep_fraction = None if keep_fraction is None else check_real("keep_fraction", keep_fraction, 0, 1)
+        given, mask, sizes = self._prepare_given(image, indices, mask_image, keep_fraction, outpaint, size)
+        rows = {**prompts, "top_indices": top_indices, "image": given, "mask_image": [] if mask is None else [mask]}
+        count = count_inputs(batch_size, *(tensor for tensors in rows.values() for tensor in tensors))
+        rows = repeat_rows({name: tensors for name, tensors in rows.items() if tensors}, times, count)
+        check_generator(generator, count * times)
+        known: list[KnownCodes | None] = [None] * len(self.priors)
+        for level, codes in enumerate(rows.get("top_indices", ())):
+            known[level] = KnownCodes(codes, torch.ones_like(codes, dtype=torch.bool))
+        if given:
+            if keep_fraction is None:
+                mask = rows["mask_image"][0]
+            else:
+                mask = random_mask((count * times, *sizes[0]), keep_fraction, generator)
+            kept = kept_at_levels(mask, sizes, self.vqvae.config.downsample_factors)
+            levels = zip(rows["image"], kept, strict=False)  # the pixels come last
+            known = [KnownCodes(codes, keep.to(codes.device)) for codes, keep in levels]
+        levels = self.sample_levels(
+            next(rows[name] for name in prompts), known, grid_sizes=sizes, generator=generator, **sampling
+        )
+        indices = of_levels(levels)
+        if image is None or output_type in ("indices", "latent"):
+            images = self.postprocess(indices, output_type, decode_batch_size)
+        else:
+            decoded = self.decode_indices(indices, decode_batch_size)
+            images = images_as(paste(decoded, rows["image"][-1], mask), output_type)
+        self.maybe_free_model_hooks()
+        return images, indices
+
+    def _prepare_given(self, image, indices, mask_image, keep_fraction, outpaint, size):
+        """The codes of each level and, of an image, its pixels last; the mask; and the grids `(h, w)` of the levels."""
+        factors = self.vqvae.config.downsample_factors
+        own = [side * factors[0] for side in self.priors[0].config.grid_size]
+        if image is None and indices is None:
+            names = {"mask_image": mask_image, "keep_fraction": keep_fraction, "outpaint": outpaint}
+            for name, value in names.items():
+                if value is not None:
+                    raise ValueError(f"`{name}` needs an `image`, or `indices`, that it is for.")
+            return [], None, self._grid_sizes(own if size is None else size)
+        if (mask_image is None) == (keep_fraction is None) and (outpaint is None or mask_image is not None):
+            raise ValueError(
+                "Exactly one of `mask_image` and `keep_fraction`, or `outpaint`, must be given for an image."
+            )
+        if keep_fraction is not None and outpaint is not None:
+            raise ValueError("`keep_fraction` and `outpaint` exclude each other.")
+        pixels = None
+        if image is not None:
+            pixels = image = to_pixel_values(image, self.vqvae.config.in_channels)
+            inner = list(pixels.shape[-2:])
+        else:
+            first = as_levels(indices)[0]
+            inner = [side * factors[0] for side in getattr(first, "shape", (0, 0))[-2:]]
+        margins = (0, 0, 0, 0) if outpaint is None else check_outpaint(outpaint, factors[0])
+        whole = [inner[0] + margins[0] + margins[1], inner[1] + margins[2] + margins[3]]
+        name, wanted = "indices" if image is None else "image", whole if size is None else list(size)
+        fits = whole == own if len(self.priors) > 1 else whole[0] >= own[0] and whole[1] >= own[1]
+        wanted = wanted if fits else own
+        if wanted != whole:
+            raise ValueError(
+                f"`{name}` must be {wanted[0]} high and {wanted[1]} wide, with what `outpaint` adds, got {whole[0]}x{whole[1]} "
+                "pixels."
+            )
+        codes = self.given_codes(image, indices, self._grid_sizes(inner, of_window=False))
+        mask = None if mask_image is None else to_mask(mask_image)
+        if keep_fraction is None and mask is None:
+            mask = torch.zeros(1, 1, *inner)
+        if outpaint is not None:
+            divisor = factors[0] if tuple(mask.shape[-2:]) == tuple(codes[0].shape[-2:]) else 1
+            mask = pad_to_outpaint(mask, margins, divisor, value=1)
+            codes = [pad_to_outpaint(level, margins, factor) for level, factor in zip(codes, factors, strict=True)]
+            pixels = None if pixels is None else pad_to_outpaint(pixels, margins)
+        given = [*codes, *([] if pixels is None else [pixels])]
+        return given, mask, self._grid_sizes(whole)
+
+    def _grid_sizes(self, size: Sequence[int], of_window: bool = True) -> list[tuple[int, int]]:
+        """The grids `(h, w)` of the levels of images of `size` pixels, or a ValueError; `of_window`, that can be sampled."""
+        factors = self.vqvae.config.downsample_factors
+        for name, side in zip(("height", "width"), size, strict=True):
+            if side % factors[0]:
+                raise ValueError(f"`{name}` must be a multiple of {factors[0]} (the downsample factor), got {side}.")
+        sizes = [(size[0] // factor, size[1] // factor) for factor in factors]
+        own = [tuple(prior.config.grid_size) for prior in self.priors]
+        if of_window and len(own) > 1 and sizes != own:
+            raise ValueError(
+                f"`height` and `width` must be {own[0][0] * factors[0]} and {own[0][1] * factors[0]}, the size of the "
+                f"priors' grids in pixels, got {size[0]} and {size[1]}."
+            )
+        return sizes
 
     def sample_levels(
         self,
@@ -96,56 +224,115 @@ class AutoregressivePipeline(VQPipeline):
         cache_implementation: str | None = None,
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("indices",),
+        grid_sizes: Sequence[tuple[int, int]] | None = None,
+        stride: int = 1,
     ) -> tuple[torch.LongTensor, ...]:
         """
-        The codes `(B, h, w)` of each level, given each prior's prefixes `(B, condition_length)` and the codes that are
-        `known`. The other arguments are those of the call.
+        The codes `(B, h, w)` of each level.
+
+        Args:
+            prompts: for each level the prior's prefixes `(B, condition_length)`, or the codes `(B, h', w')` of a condition
+                that windows are cut from.
+            known: for each level what is not sampled.
+            grid_sizes: of each level, by default the priors' own.
+            stride: see [`window_runs`]. The other arguments are those of the call.
         """
         count = len(self.priors)
         known = [None] * count if known is None else known
+        sizes = [tuple(prior.config.grid_size) for prior in self.priors] if grid_sizes is None else grid_sizes
         values = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         values = [for_each_level(name, value, count) for name, value in values.items()]
         settings = [LevelSampling(*of_level) for of_level in zip(*values, strict=True)]
-        for prior, prompt, setting in zip(self.priors, prompts, settings, strict=True):
-            setting.check_guidance(prior.config, prompt)
-        check_generator(generator, len(prompts[0]))
+        prefixes = [_prefixes(*of_level) for of_level in zip(self.priors, prompts, sizes, strict=True)]
+        for prior, prefix, setting in zip(self.priors, prefixes, settings, strict=True):
+            setting.check_guidance(prior.config, prefix((0, 0)))
+        batch_size = len(prompts[0])
+        check_generator(generator, batch_size)
         names = self.check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
-
-        missing = [
-            prior.config.image_seq_length - (0 if codes is None else codes.first)
-            for prior, codes in zip(self.priors, known, strict=True)
-        ]
+        missing = sum(count_steps(*of_level, stride) for of_level in zip(self.priors, known, sizes, strict=True))
         step, grids = 0, []
-        with self.progress_bar(total=sum(missing)) as progress_bar:
+        with self.progress_bar(total=missing) as progress_bar:
             for level, prior in enumerate(self.priors):
+                given, size = known[level], sizes[level]
+                seen = torch.zeros(batch_size, 0, dtype=torch.long, device=self._execution_device)
 
-                def after_each_code(codes, level=level):
-                    nonlocal step
+                def after_each_code(code, level=level):
+                    nonlocal step, seen
                     progress_bar.update()
                     if callback_on_step_end is not None:
-                        position = codes.shape[1] - 1
+                        seen = torch.cat([seen, code[:, None]], dim=1)
+                        position = seen.shape[1] - 1
                         changed = self.call_back(
-                            callback_on_step_end, names, step, position, "indices", codes, level=level
+                            callback_on_step_end, names, step, position, "indices", seen, level=level
                         )
-                        _check_last_code(codes, changed, self.vqvae.config.num_embeddings)
-                        codes = changed
+                        _check_last_code(seen, changed, self.vqvae.config.num_embeddings)
+                        seen = changed
+                        code = changed[:, -1]
                     step += 1
-                    return codes
+                    return code
+
+                def on_known(codes):
+                    nonlocal seen
+                    seen = torch.cat([seen, codes], dim=1)
 
                 inputs = {"condition_indices": grids[-1]} if grids else {}
                 grid = sample_level(
                     prior,
-                    prompts[level],
-                    known[level],
+                    prefixes[level],
+                    given,
                     settings[level],
                     generator,
                     after_each_code,
+                    on_known=on_known,
+                    grid_size=size,
+                    stride=stride,
                     use_cache=use_cache,
                     cache_implementation=cache_implementation,
                     **inputs,
                 )
                 grids.append(grid)
         return tuple(grids)
+
+
+def _prefixes(
+    prior: PreTrainedModel, prompt: torch.LongTensor, grid_size: tuple[int, int]
+) -> Callable[[tuple[int, int]], torch.LongTensor]:
+    """A function from the origin of a window on the grid to the prior's prefixes `(B, condition_length)` there."""
+    if prompt.ndim == 2:
+        is_null = (prompt == prior.config.null_class_token_id).all()
+        if (
+            prior.config.condition_type == "codes"
+            and tuple(grid_size) != tuple(prior.config.grid_size)
+            and not is_null
+        ):
+            raise ValueError(
+                f"`condition` must be a grid (B, h', w') in proportion to the {tuple(grid_size)} codes, got the codes of one "
+                "window."
+            )
+        return lambda origin: prompt
+    window, length = prior.config.grid_size, prior.config.condition_length
+    found = []
+    for side, whole, given in zip(window, grid_size, prompt.shape[1:], strict=True):
+        share = Fraction(given, whole) * side  # codes of the condition along a side of a window
+        found.append((int(share), Fraction(given, whole)) if share.denominator == 1 else None)
+    if None in found or found[0][0] * found[1][0] != length:
+        raise ValueError(
+            f"`condition` must have as many codes for each window as the prior's {length} condition ids, got a grid of "
+            f"{tuple(prompt.shape[1:])} for {tuple(grid_size)} codes."
+        )
+
+    def prefix(origin):
+        first = [position * ratio for position, (_, ratio) in zip(origin, found, strict=True)]
+        if any(place.denominator != 1 for place in first):
+            raise ValueError(
+                "`stride` and the distance to the sides must move the window by whole codes of the condition, got a window "
+                f"at {origin}, which is {tuple(map(str, first))} there."
+            )
+        top, left = map(int, first)
+        part = prompt[:, top : top + found[0][0], left : left + found[1][0]]
+        return prior.prepare_condition(part.flatten(1)).to(prompt.device)
+
+    return prefix
 
 
 def _check_last_code(codes: torch.LongTensor, changed: torch.LongTensor, codebook_size: int):

@@ -1,6 +1,6 @@
 """Sampling grids of codes from autoregressive priors, one for each level of a tokenizer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,22 +20,17 @@ from .vq_pipeline import check_guidance_scale, check_temperature
 
 @dataclass
 class KnownCodes:
-    """Codes `(B, h, w)` of one level; those where `keep` `(B, h, w)` is true are given, the others are to be sampled."""
+    """Codes `(B, h, w)` of one level; where `keep` `(B, h, w)` is true they are given, the others are to be sampled."""
 
     codes: torch.LongTensor
     keep: torch.BoolTensor
 
-    @property
-    def first(self) -> int:
-        """How many codes, row by row, come before the first one that is to be sampled in any image."""
-        return int(self.keep.flatten(1).all(dim=0).long().cumprod(dim=0).sum())
-
 
 class KeptCodes(LogitsProcessor):
-    """Forces the codes that are `known`; `start` is the prefix's length."""
+    """Forces codes `(B, N)` of a sequence where `keep` `(B, N)` is true; `start` is the prefix's length."""
 
-    def __init__(self, known: KnownCodes, start: int):
-        self.codes, self.keep, self.start = known.codes.flatten(1), known.keep.flatten(1), start
+    def __init__(self, codes: torch.LongTensor, keep: torch.BoolTensor, start: int):
+        self.codes, self.keep, self.start = codes, keep, start
 
     def __call__(self, input_ids, scores):
         position = input_ids.shape[1] - self.start
@@ -97,14 +92,13 @@ class GumbelMax(LogitsProcessor):
 
 
 class AfterEachCode(StoppingCriteria):
-    """Calls `function(codes)` after each code, puts what it returns as the last one in its place, and never stops."""
+    """Calls `function(codes (B,))` with each new code, puts what it returns in its place, and never stops."""
 
-    def __init__(self, function, start: int):
-        self.function, self.start = function, start
+    def __init__(self, function: Callable[[torch.LongTensor], torch.LongTensor]):
+        self.function = function
 
     def __call__(self, input_ids, scores, **kwargs):
-        # `generate` has not read the last code yet
-        input_ids[:, -1] = self.function(input_ids[:, self.start :])[:, -1]
+        input_ids[:, -1] = self.function(input_ids[:, -1])  # `generate` has not read it yet
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
@@ -129,9 +123,9 @@ class LevelSampling:
         if self.guidance_scale != 1 and (null is None or (prompt[:, : config.condition_length] == null).all()):
             raise ValueError("`guidance_scale` other than 1 needs a condition, and a prior that has a null condition.")
 
-    def processors(self, known: KnownCodes | None, start: int, generator) -> LogitsProcessorList:
-        """Given codes, temperature, top-k, top-p and the draw, in this order."""
-        processors = LogitsProcessorList([KeptCodes(known, start)] if known is not None else [])
+    def processors(self, first: LogitsProcessor | None, generator) -> LogitsProcessorList:
+        """`first`, temperature, top-k, top-p and the draw, in this order."""
+        processors = LogitsProcessorList([] if first is None else [first])
         if self.temperature != 1:
             processors.append(TemperatureLogitsWarper(self.temperature))
         if self.top_k is not None:
@@ -151,44 +145,166 @@ def for_each_level(name: str, value, count: int) -> list:
     return list(value)
 
 
+@dataclass
+class Run:
+    """Codes that are sampled in one window, one after the other.
+
+    Args:
+        origin: row and column of the window's first code on the grid.
+        start: how many codes of the window come before the first one of the run.
+        length: how many codes the run has.
+    """
+
+    origin: tuple[int, int]
+    start: int
+    length: int
+
+    def view(self, window: Sequence[int]) -> tuple[slice, ...]:
+        """The index of the window in a grid `(B, h, w)`."""
+        return slice(None), *(slice(first, first + side) for first, side in zip(self.origin, window, strict=True))
+
+
+def window_runs(grid_size: Sequence[int], window: Sequence[int], stride: int = 1) -> list[Run]:
+    """
+    Which window each code of a grid is sampled in, row by row (Esser et al. 2021, section 3.3 and figure 5).
+
+    A code lies in the middle of its window, half a window from the top and the left, but at the grid's sides, where the
+    window ends with the grid. With a `stride` of more than 1 the window moves by so many codes at a time, and what it has
+    read serves the codes until it moves. A window as large as the grid gives a single run.
+
+    Raises:
+        ValueError: a grid smaller than the window, or a stride that leaves a code outside of it.
+    """
+    for name, side, length in zip(("height", "width"), window, grid_size, strict=True):
+        if length < side:
+            raise ValueError(f"`{name}` must be at least the {side} codes of the prior's grid, got {length} codes.")
+    stride = check_integer("stride", stride, 1, min(side - side // 2 for side in window))
+
+    def origins(length: int, side: int) -> list[int]:
+        return [min(max(i - side // 2, 0) // stride * stride, length - side) for i in range(length)]
+
+    runs: list[Run] = []
+    rows, columns = origins(grid_size[0], window[0]), origins(grid_size[1], window[1])
+    for i, top in enumerate(rows):
+        for j, left in enumerate(columns):
+            place = (i - top) * window[1] + j - left
+            if runs and runs[-1].origin == (top, left) and runs[-1].start + runs[-1].length == place:
+                runs[-1].length += 1
+            else:
+                runs.append(Run((top, left), place, 1))
+    return runs
+
+
+def code_order(prior) -> torch.LongTensor:
+    """The place on the grid, row by row, of each code of a prior's sequence, int64 `(h * w,)`."""
+    order = getattr(prior.config, "code_order", None)
+    return torch.arange(prior.config.image_seq_length) if order is None else torch.as_tensor(order)
+
+
+def count_steps(prior, known: KnownCodes | None, grid_size: Sequence[int], stride: int = 1) -> int:
+    """How many codes of a grid take a step of the prior: not those at the beginning of a run that every image has."""
+    window = tuple(prior.config.grid_size)
+    runs = window_runs(grid_size, window, stride)
+    if known is None:
+        return sum(run.length for run in runs)
+    order = code_order(prior).to(known.keep.device)
+    return sum(run.length - _ready(known.keep[run.view(window)].flatten(1)[:, order], run) for run in runs)
+
+
+def _ready(keep: torch.BoolTensor, run: Run) -> int:
+    """How many codes at the beginning of a run are kept in each image; `keep` `(B, N)` is the window's."""
+    return int(keep[:, run.start : run.start + run.length].all(dim=0).long().cumprod(dim=0).sum())
+
+
 def sample_level(
     prior,
-    prompt: torch.LongTensor,
+    prompt: torch.LongTensor | Callable[[tuple[int, int]], torch.LongTensor],
     known: KnownCodes | None,
     setting: LevelSampling,
-    generator,
+    generator: torch.Generator | list[torch.Generator] | None,
     after_each_code: Callable[[torch.LongTensor], torch.LongTensor] | None = None,
+    on_known: Callable[[torch.LongTensor], None] | None = None,
+    grid_size: Sequence[int] | None = None,
+    stride: int = 1,
     **options,
 ) -> torch.LongTensor:
     """
     The codes `(B, h, w)` of one level, from its prior.
 
     Args:
-        prompt (`(B, condition_length)`): the prior's prefixes.
+        prompt (`(B, condition_length)`): the prior's prefixes, or a function from a window's origin to them.
         known: codes that are given.
         setting: how the others are drawn.
         generator: as in the pipelines' calls.
-        after_each_code (*optional*): from the codes `(B, position + 1)` so far to the same ones, or with others in the last place.
+        after_each_code (*optional*): from each new code `(B,)` to itself, or to others in its place.
+        on_known (*optional*): called with codes `(B, N)` that every image has, and that take no step.
+        grid_size (*optional*): `(h, w)`, where it is larger than the prior's own grid: see [`window_runs`].
+        stride: of the window.
         options: of the prior's `generate`.
     """
-    start, first = prior.config.condition_length, 0 if known is None else known.first
-    steps = prior.config.image_seq_length - first
-    if first:
-        # what is known at the beginning is read at once, as part of the prompt
-        prompt = torch.cat([prompt, known.codes.flatten(1)[:, :first]], dim=1)
-    if steps:
-        followers = [] if after_each_code is None else [AfterEachCode(after_each_code, start)]
-        prompt = prior.generate(
-            prompt,
-            do_sample=False,
-            num_beams=1,
-            max_new_tokens=steps,
-            guidance_scale=setting.guidance_scale,
-            logits_processor=setting.processors(known, start, generator),
-            stopping_criteria=StoppingCriteriaList(followers),
-            **options,
+    window = tuple(prior.config.grid_size)
+    height, width = window if grid_size is None else grid_size
+    order = code_order(prior)
+    if (height, width) != window and not torch.equal(order, torch.arange(len(order))):
+        raise ValueError("`height` and `width` beyond the prior's grid need a prior that reads row by row.")
+    prompt_at = prompt if callable(prompt) else lambda origin: prompt
+    batch_size, device = len(prompt_at((0, 0))), prompt_at((0, 0)).device
+    order = order.to(device)
+    if known is None:
+        shape = (batch_size, height, width)
+        known = KnownCodes(
+            torch.zeros(shape, dtype=torch.long, device=device), torch.zeros(shape, dtype=torch.bool, device=device)
         )
-    return prior.extract_indices(prompt)
+    grid = known.codes.clone()
+    for run in window_runs((height, width), window, stride):
+        view = run.view(window)
+        codes, keep = grid[view].flatten(1)[:, order], known.keep[view].flatten(1)[:, order]
+        end = run.start + run.length
+        ready = _ready(keep, run)
+        if ready and on_known is not None:
+            on_known(codes[:, run.start : run.start + ready])
+        if ready == run.length:
+            continue
+        sequence = _sample_run(
+            prior,
+            prompt_at(run.origin),
+            codes,
+            keep,
+            (run.start + ready, end),
+            setting,
+            generator,
+            after_each_code,
+            options,
+        )
+        codes = torch.cat([sequence, codes[:, end:]], dim=1)
+        grid[view] = torch.empty_like(codes).scatter(1, order.expand_as(codes), codes).unflatten(1, window)
+    return grid
 
 
-__all__ = ["KnownCodes", "LevelSampling", "draw_codes", "for_each_level", "sample_level"]
+def _sample_run(prior, prompt, codes, keep, span, setting, generator, after_each_code, options) -> torch.LongTensor:
+    """The codes `(B, span[1])` of a window's sequence, of which those from `span[0]` on are sampled or kept."""
+    first, end = span
+    start = prompt.shape[1]
+    sequence = prior.generate(
+        torch.cat([prompt, codes[:, :first]], dim=1),
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=end - first,
+        guidance_scale=setting.guidance_scale,
+        logits_processor=setting.processors(KeptCodes(codes, keep, start) if keep.any() else None, generator),
+        stopping_criteria=StoppingCriteriaList([] if after_each_code is None else [AfterEachCode(after_each_code)]),
+        **options,
+    )
+    return sequence[:, start:]
+
+
+__all__ = [
+    "KnownCodes",
+    "LevelSampling",
+    "Run",
+    "count_steps",
+    "draw_codes",
+    "for_each_level",
+    "sample_level",
+    "window_runs",
+]

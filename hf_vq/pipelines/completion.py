@@ -1,128 +1,95 @@
-"""Completion: part of an image is kept, an autoregressive prior samples the rest."""
+"""Completion: a part of an image is kept, the rest is drawn anew."""
 
-import numpy as np
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 
-from .code_sampling import KnownCodes
-from .conditioning import repeat_rows
-from .pipeline_output import VQPipelineOutput
-from .vq_pipeline import of_levels
+from ..argument_checks import check_integer
 
 
-HALVES = ("top", "bottom", "left", "right")
-
-
-def kept_positions(keep, grid_size, downsample_factor: int) -> torch.BoolTensor:
+def kept_codes(mask: torch.FloatTensor, grid_size: Sequence[int], downsample_factor: int) -> torch.BoolTensor:
     """
-    Which codes are kept.
+    The codes `(B, h, w)` that a mask keeps: those without a painted pixel.
 
     Args:
-        keep: "top", "bottom", "left" or "right" for that half (rounded up), or a bool array or tensor, true where the image
-            is kept: on the grid, `(h, w)` or `(B, h, w)`, or on pixels, `(H, W)` or `(B, H, W)`, where a code is kept if all
-            its pixels are.
+        mask: from `to_mask`, `(B, 1, H, W)` of pixels or `(B, 1, h, w)` of codes; 1 is painted.
         grid_size: `(h, w)`.
         downsample_factor: `H / h`.
 
-    Returns:
-        bool `(1 or B, h, w)`.
+    Raises:
+        ValueError: a mask of another size.
     """
-    height, width = grid_size
-    if isinstance(keep, str):
-        if keep not in HALVES:
-            raise ValueError(f"`keep` must be one of {HALVES} or a mask, got {keep!r}.")
-        rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-        half = {
-            "top": rows < (height + 1) // 2,
-            "bottom": rows >= height // 2,
-            "left": columns < (width + 1) // 2,
-            "right": columns >= width // 2,
-        }
-        return half[keep][None]
-    mask = keep if isinstance(keep, torch.Tensor) else torch.as_tensor(np.asarray(keep))
-    if mask.dtype != torch.bool or mask.ndim not in (2, 3):
+    grid, size = tuple(grid_size), tuple(mask.shape[-2:])
+    pixels = tuple(side * downsample_factor for side in grid)
+    if size not in (grid, pixels):
         raise ValueError(
-            f"`keep` must be a bool mask of 2 or 3 dimensions, got {mask.dtype} of shape {tuple(mask.shape)}."
+            f"`mask_image` must have the size {pixels} of the images, or {grid} of the codes, got {size}."
         )
-    mask = mask[None] if mask.ndim == 2 else mask
-    if tuple(mask.shape[1:]) == (height, width):
-        return mask
-    factor = downsample_factor
-    if tuple(mask.shape[1:]) != (height * factor, width * factor):
-        raise ValueError(
-            f"`keep` must have shape ({height}, {width}) on the grid or ({height * factor}, {width * factor}) on pixels, got "
-            f"{tuple(mask.shape[1:])}."
-        )
-    return mask.unflatten(2, (width, factor)).unflatten(1, (height, factor)).all(dim=4).all(dim=2)
+    if size != grid:
+        mask = F.max_pool2d(mask, downsample_factor)
+    return mask[:, 0] == 0
 
 
-def kept_at_levels(keep, grid_sizes, downsample_factors) -> list[torch.BoolTensor]:
-    """`kept_positions` of each level, from top to bottom; a mask on the grid is one on the top level's grid."""
-    top = kept_positions(keep, grid_sizes[0], downsample_factors[0])
-    on_grid = not isinstance(keep, str) and tuple(np.shape(keep)[-2:]) == tuple(grid_sizes[0])
+def kept_at_levels(
+    mask: torch.FloatTensor, grid_sizes: Sequence[Sequence[int]], downsample_factors: Sequence[int]
+) -> list[torch.BoolTensor]:
+    """`kept_codes` of each level, from top to bottom; a mask of codes is one of the top level's."""
+    top = kept_codes(mask, grid_sizes[0], downsample_factors[0])
     kept = [top]
     for grid_size, factor in zip(grid_sizes[1:], downsample_factors[1:], strict=True):
-        if on_grid:
+        if tuple(mask.shape[-2:]) == tuple(grid_sizes[0]):
             ratio = downsample_factors[0] // factor
             kept.append(top.repeat_interleave(ratio, dim=1).repeat_interleave(ratio, dim=2))
         else:
-            kept.append(kept_positions(keep, grid_size, factor))
+            kept.append(kept_codes(mask, grid_size, factor))
     return kept
 
 
-@torch.no_grad()
-def complete(
-    pipeline,
-    image=None,
-    keep="top",
-    indices: torch.LongTensor | tuple[torch.LongTensor, ...] | None = None,
-    class_labels=None,
-    condition=None,
-    num_images_per_prompt: int = 1,
-    output_type: str = "pil",
-    return_dict: bool = True,
-    decode_batch_size: int = 16,
-    **sampling,
-) -> VQPipelineOutput | tuple:
+def random_mask(
+    shape: Sequence[int], keep_fraction: float, generator: torch.Generator | list[torch.Generator] | None = None
+) -> torch.FloatTensor:
     """
-    Keeps the codes of a part of an image, unchanged at every level, and samples the others.
-
-    A prior reads row by row: a sampled code is conditioned on the codes before it, kept or sampled, and never on kept
-    codes of its level that come after it. The top half is therefore completed from all of it, while what is sampled
-    above a kept bottom half does not know it. The encoder has seen all of `image`, so a kept code near the border may
-    hold traces of the pixels beyond.
+    A mask `(B, 1, h, w)` of codes that keeps the same number of them in each image, in random places.
 
     Args:
-        pipeline ([`AutoregressivePipeline`]): samples.
-        image: PIL images or a tensor `(B, C, H, W)` in [-1, 1], of the size that the priors' grids stand for.
-        keep: what to keep, see [`kept_positions`]; a mask on the grid is one on the top level's.
-        indices (int `(B, h, w)`, or a tuple of them from top to bottom, *optional*): codes to complete, in place of
-            `image`.
-        class_labels, condition, num_images_per_prompt, output_type, return_dict, decode_batch_size: as in the call.
-            One image goes with several classes, and one class with several images.
-        sampling: `guidance_scale`, `temperature`, `top_k`, `top_p`, `generator`, `use_cache`, `cache_implementation`
-            and `callback_on_step_end` of the call.
-
-    Returns:
-        [`VQPipelineOutput`] with `B * num_images_per_prompt` images, those of one input adjacent.
-
-    Raises:
-        ValueError: both or none of `image` and `indices`, wrong shapes, or as in the call.
+        shape: `(B, h, w)`.
+        keep_fraction: the share of the codes that is kept, rounded to whole codes.
+        generator: one for all, or a list of one for each image.
     """
-    times, decode_batch_size = pipeline.check_output(num_images_per_prompt, output_type, decode_batch_size)
-    codes = pipeline.given_codes(image, indices)
-    grid_sizes = [tuple(prior.config.grid_size) for prior in pipeline.priors]
-    keep = kept_at_levels(keep, grid_sizes, pipeline.vqvae.config.downsample_factors)
-    rows = {
-        "image": codes,
-        "class_labels": pipeline.prepare_prompts(class_labels, condition),
-        "keep": [mask.to(pipeline._execution_device) for mask in keep],
-    }
-    rows = repeat_rows(rows, times)
-    known = [KnownCodes(*of_level) for of_level in zip(rows["image"], rows["keep"], strict=True)]
-    indices = of_levels(pipeline.sample_levels(rows["class_labels"], known, **sampling))
-    images = pipeline.postprocess(indices, output_type, decode_batch_size)
-    pipeline.maybe_free_model_hooks()
-    return VQPipelineOutput(images=images, indices=indices) if return_dict else (images, indices)
+    count, length = shape[0], shape[1] * shape[2]
+    sources = generator if isinstance(generator, list) else [generator] * count
+    noise = [torch.rand(length, generator=one, device="cpu" if one is None else one.device).cpu() for one in sources]
+    ranks = torch.stack(noise).argsort(dim=1).argsort(dim=1)
+    return (ranks >= round(keep_fraction * length)).float().view(count, 1, *shape[1:])
 
 
-__all__ = ["complete", "kept_at_levels", "kept_positions"]
+def pad_to_outpaint(values: torch.Tensor, outpaint: Sequence[int], divisor: int = 1, value: float = 0) -> torch.Tensor:
+    """`values` `(..., H, W)` with `outpaint`, pixels above, below, left and right, over `divisor` added to its sides."""
+    top, bottom, left, right = (margin // divisor for margin in outpaint)
+    return F.pad(values, (left, right, top, bottom), value=value)
+
+
+def check_outpaint(outpaint: Sequence[int], downsample_factor: int) -> tuple[int, ...]:
+    """`outpaint` as four ints, or a ValueError."""
+    margins = tuple(outpaint) if isinstance(outpaint, (list, tuple)) else ()
+    if len(margins) != 4:
+        raise ValueError(f"`outpaint` must be the pixels to add (top, bottom, left, right), got {outpaint!r}.")
+    margins = tuple(check_integer("outpaint", margin, 0) for margin in margins)
+    if any(margin % downsample_factor for margin in margins) or not any(margins):
+        raise ValueError(
+            f"`outpaint` must be multiples of {downsample_factor} (the downsample factor), not all 0, got {margins}."
+        )
+    return margins
+
+
+def paste(images: torch.FloatTensor, image: torch.FloatTensor, mask: torch.FloatTensor) -> torch.FloatTensor:
+    """
+    `images` `(B, C, H, W)` in [0, 1] where the mask `(B, 1, H, W)`, or of codes, is painted, and the pixels of `image` in
+    [-1, 1] elsewhere.
+    """
+    mask = F.interpolate(mask, size=images.shape[-2:]).to(images.device)
+    return torch.where(mask == 1, images, image.to(images.device) / 2 + 0.5)
+
+
+__all__ = ["check_outpaint", "kept_at_levels", "kept_codes", "pad_to_outpaint", "paste", "random_mask"]

@@ -247,17 +247,21 @@ def resize_map(values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return F.interpolate(values, size=size, mode="bilinear", align_corners=False)
 
 
-def repeat_rows(rows: dict[str, Sequence[torch.Tensor]], num_images_per_prompt: int) -> dict[str, list[torch.Tensor]]:
+def repeat_rows(
+    rows: dict[str, Sequence[torch.Tensor]], num_images_per_prompt: int, batch_size: int | None = None
+) -> dict[str, list[torch.Tensor]]:
     """
     Tensors with 1 or B rows, to `B * num_images_per_prompt` rows, those of one input adjacent.
 
     Args:
         rows: by the name of the argument that they come from, a tensor for each level.
+        num_images_per_prompt: images for each input.
+        batch_size: B, by default the most rows that one of them has.
 
     Raises:
-        ValueError: two of them have different numbers of rows, none of them 1.
+        ValueError: one of them has another number of rows.
     """
-    batch_size = max(len(tensor) for tensors in rows.values() for tensor in tensors)
+    batch_size = batch_size or max(len(tensor) for tensors in rows.values() for tensor in tensors)
     for name, tensors in rows.items():
         for tensor in tensors:
             if len(tensor) not in (1, batch_size):

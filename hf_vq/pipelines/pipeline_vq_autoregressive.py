@@ -1,10 +1,12 @@
 """Sampling images from an autoregressive prior over code indices."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from ..argument_checks import check_integer
 from .autoregressive_pipeline import AutoregressivePipeline, check_prior
 from .pipeline_output import VQPipelineOutput
 from .vq_pipeline import check_tokenizer
@@ -12,8 +14,8 @@ from .vq_pipeline import check_tokenizer
 
 class VQAutoregressivePipeline(AutoregressivePipeline):
     """
-    Samples a grid of codes with `prior`, row by row, and decodes it with `vqvae`: a call samples whole images, `complete`
-    keeps a part of a given image, `rejection_sample` keeps the best of many by a classifier.
+    Samples a grid of codes with `prior`, row by row, and decodes it with `vqvae`: a call samples whole images, of any
+    size, or completes a part of given ones; `rejection_sample` keeps the best of many by a classifier.
 
     Args:
         vqvae ([`VQGANModel`] or another tokenizer): decodes the codes.
@@ -36,6 +38,11 @@ class VQAutoregressivePipeline(AutoregressivePipeline):
         self.register_modules(vqvae=vqvae, prior=prior)
 
     @property
+    def lora_components(self) -> tuple[str, ...]:
+        """The name of the prior."""
+        return ("prior",)
+
+    @property
     def priors(self) -> tuple[PreTrainedModel]:
         """The one prior."""
         return (self.prior,)
@@ -44,8 +51,17 @@ class VQAutoregressivePipeline(AutoregressivePipeline):
     def __call__(
         self,
         class_labels: int | str | list[int | str] | torch.LongTensor | None = None,
+        image: Any = None,
+        mask_image: Any = None,
+        height: int | None = None,
+        width: int | None = None,
         condition: torch.LongTensor | None = None,
+        indices: torch.LongTensor | None = None,
+        keep_fraction: float | None = None,
+        outpaint: Sequence[int] | None = None,
+        stride: int = 1,
         num_images_per_prompt: int = 1,
+        batch_size: int | None = None,
         guidance_scale: float = 1.0,
         temperature: float = 1.0,
         top_k: int | None = None,
@@ -60,12 +76,31 @@ class VQAutoregressivePipeline(AutoregressivePipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("indices",),
     ) -> VQPipelineOutput | tuple:
         """
+        With an image, the codes of a part of it are kept unchanged, and the others are sampled. A prior reads its codes in
+        one order: a sampled code is conditioned on the codes before it, kept or sampled, and never on kept codes that come
+        after it. Row by row, the top half is therefore completed from all of it, while what is sampled above a kept bottom
+        half does not know it. The encoder has seen all of the image, so a kept code near the border may hold traces of the
+        pixels beyond.
+
+        Images larger than the prior's grid are sampled by a window of its size that moves over them, see [`window_runs`].
+        `vqvae.enable_tiling()` decodes them in tiles.
+
         Args:
             class_labels: a class or a list of classes, as ids or as names of the prior's `id2label`; `None` samples
                 unconditionally (with the null condition, where the prior is conditional).
+            image: images to keep a part of, see [`~images.to_pixel_values`].
+            mask_image: a mask of pixels or of codes, see [`~conditioning.to_mask`]: 1 (white) is painted anew. A code is
+                kept if none of its pixels is painted; pixels that are not painted are those of `image` in the end.
+            height, width: of the images, multiples of the tokenizer's downsample factor; by default the size of the prior's
+                grid, or of the image.
             condition (int `(B, h', w')` or `(B, condition_length)`, *optional*): for a prior whose `condition_type` is
-                "codes", the codes of the conditions.
-            num_images_per_prompt: images for each class or condition; those of one class are adjacent.
+                "codes", the codes of the conditions; for images larger than its grid, a grid that is larger in proportion.
+            indices: codes `(B, h, w)` in place of `image`.
+            keep_fraction: in place of a mask, the share of the codes that is kept, in random places: a variation.
+            outpaint: pixels `(top, bottom, left, right)` to add around the image.
+            stride: codes that the window moves by. More than 1 is faster, with a little less in view of each code.
+            num_images_per_prompt: images for each class, condition or image; those of one are adjacent.
+            batch_size: how many inputs there are where no argument says it: without class, condition and image.
             guidance_scale: classifier-free guidance, `null + scale * (conditional - null)` on the log-probabilities
                 (Ho & Salimans, 2022); 1 is off.
             temperature, top_k, top_p: reshape each code's distribution, in this order.
@@ -75,30 +110,58 @@ class VQAutoregressivePipeline(AutoregressivePipeline):
             return_dict: a [`VQPipelineOutput`] or the tuple `(images, indices)`.
             use_cache, cache_implementation: key-value cache of `generate`; "static" is compiled on accelerators.
             decode_batch_size: images decoded at a time.
-            callback_on_step_end: called after each code as `callback(pipe, step, position, {"indices": (B, position + 1)})`; it
-                may return a dict with `indices` that have other codes in the last place.
+            callback_on_step_end: called after each code as `callback(pipe, step, position, {"indices": (B, position + 1)})`;
+                it may return a dict with `indices` that have other codes in the last place.
             callback_on_step_end_tensor_inputs: the names of what it is given, of `_callback_tensor_inputs`.
 
         Raises:
             ValueError: an argument out of range, or a condition that the prior does not take.
         """
-        times, decode_batch_size = self.check_output(num_images_per_prompt, output_type, decode_batch_size)
-        (prompt,) = self.prepare_prompts(class_labels, condition)
-        (indices,) = self.sample_levels(
-            [prompt.repeat_interleave(times, dim=0)],
+        name = "class_labels" if condition is None else "condition"
+        size = self._size(height, width)
+        if (
+            torch.is_tensor(condition)
+            and condition.ndim == 3
+            and condition[0].numel() != self.prior.config.condition_length
+        ):
+            self.prepare_prompts(
+                class_labels, condition.flatten(1)[:, : self.prior.config.condition_length]
+            )  # checked
+            prompts = [condition.to(self._execution_device)]
+        else:
+            prompts = self.prepare_prompts(class_labels, condition)
+        images, indices = self.draw_images(
+            {name: prompts},
+            image,
+            indices,
+            mask_image,
+            keep_fraction,
+            outpaint,
+            size,
+            num_images_per_prompt=num_images_per_prompt,
+            batch_size=batch_size,
             guidance_scale=guidance_scale,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
             generator=generator,
+            output_type=output_type,
+            decode_batch_size=decode_batch_size,
             use_cache=use_cache,
             cache_implementation=cache_implementation,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            stride=stride,
         )
-        images = self.postprocess(indices, output_type, decode_batch_size)
-        self.maybe_free_model_hooks()
         return VQPipelineOutput(images=images, indices=indices) if return_dict else (images, indices)
+
+    def _size(self, height: int | None, width: int | None) -> tuple[int, int] | None:
+        """`height` and `width`, the prior's own where one of them is missing; None where both are."""
+        if height is None and width is None:
+            return None
+        own = [side * self.vqvae.config.downsample_factor for side in self.prior.config.grid_size]
+        pairs = (("height", height, own[0]), ("width", width, own[1]))
+        return tuple(default if value is None else check_integer(name, value, 1) for name, value, default in pairs)
 
 
 __all__ = ["VQAutoregressivePipeline"]

@@ -5,12 +5,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import ModelMixin, SchedulerMixin
 from transformers import PreTrainedModel
 
 from ..argument_checks import check_integer, check_real
 from ..images import images_as, to_pixel_values
+from .completion import kept_codes, paste
 from .conditioning import TextCondition, class_names, count_inputs, repeat_inputs, repeat_to, to_mask
 from .denoising_pipeline import DenoisingPipeline, check_text_parts, last_steps
 from .pipeline_output import VQPipelineOutput
@@ -118,6 +118,11 @@ class VQDiffusionImagePipeline(DenoisingPipeline):
     # The condition
 
     @property
+    def lora_components(self) -> tuple[str, ...]:
+        """The name of the denoiser."""
+        return ("transformer",)
+
+    @property
     def denoiser(self) -> ModelMixin:
         """The transformer."""
         return self.transformer
@@ -183,20 +188,6 @@ class VQDiffusionImagePipeline(DenoisingPipeline):
         onload(self.vqvae)
         pixels = image.to(self._execution_device, self.vqvae.dtype)
         return torch.cat([self.vqvae.encode(part).indices for part in pixels.split(batch_size)])
-
-    def kept_codes(self, mask: torch.FloatTensor) -> torch.BoolTensor:
-        """
-        The codes `(B, h, w)` that a mask `(B, 1, H, W)` of pixels, or `(B, 1, h, w)` of codes, keeps: those without a
-        painted pixel.
-        """
-        grid, size = tuple(self.transformer.sample_size), tuple(mask.shape[-2:])
-        if size not in (grid, self.image_size):
-            raise ValueError(
-                f"`mask_image` must have the size {self.image_size} of the images, or {grid} of the codes, got {size}."
-            )
-        if size != grid:
-            mask = F.max_pool2d(mask, self.vqvae.config.downsample_factor)
-        return (mask[:, 0] == 0).to(self._execution_device)
 
     def set_timesteps(
         self,
@@ -355,7 +346,10 @@ class VQDiffusionImagePipeline(DenoisingPipeline):
             image = repeat_to(image, count, "image", times)
         if mask is not None:
             mask = repeat_to(mask, count, "mask_image", times)
-        kept = None if mask is None else self.kept_codes(mask)
+        kept = None
+        if mask is not None:
+            kept = kept_codes(mask, self.transformer.sample_size, self.vqvae.config.downsample_factor)
+            kept = kept.to(self._execution_device)
         if strength is None:
             strength = 0.7 if indices is not None and kept is None else 1.0
         strength = check_real("strength", strength, above=0, maximum=1)
@@ -403,10 +397,7 @@ class VQDiffusionImagePipeline(DenoisingPipeline):
     def _images(self, indices, output_type: str, decode_batch_size: int, image, mask):
         if image is None or mask is None or output_type in ("indices", "latent"):
             return self.postprocess(indices, output_type, decode_batch_size)
-        images = self.decode_indices(indices, decode_batch_size)
-        mask = F.interpolate(mask, size=self.image_size)  # of codes, if it is no mask of pixels
-        images = torch.where(mask.to(images.device) == 1, images, image.to(images.device) / 2 + 0.5)
-        return images_as(images, output_type)
+        return images_as(paste(self.decode_indices(indices, decode_batch_size), image, mask), output_type)
 
 
 __all__ = ["VQDiffusionImagePipeline"]

@@ -126,6 +126,11 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
     # The condition
 
     @property
+    def lora_components(self) -> tuple[str, ...]:
+        """The name of the denoiser."""
+        return ("unet",)
+
+    @property
     def denoiser(self) -> UNet2DModel | UNet2DConditionModel:
         """The U-Net."""
         return self.unet

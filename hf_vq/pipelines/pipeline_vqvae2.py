@@ -1,23 +1,23 @@
 """Sampling images from the hierarchy of priors of VQ-VAE-2."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from ..argument_checks import check_integer
 from .autoregressive_pipeline import AutoregressivePipeline, check_prior
-from .code_sampling import KnownCodes
 from .conditioning import repeat_rows
 from .pipeline_output import VQPipelineOutput
-from .vq_pipeline import as_levels, check_any_tokenizer
+from .vq_pipeline import as_levels, check_any_tokenizer, check_codes
 
 
 class VQVAE2Pipeline(AutoregressivePipeline):
     """
     Samples the codes of each level from top to bottom, `top_prior` without and the others with the codes of the level
-    above, and decodes them with `vqvae` (Razavi, van den Oord and Vinyals 2019, section 3.2): a call samples whole images or
-    the lower levels of given top codes, `complete` keeps a part of a given image, `rejection_sample` keeps the best of many
-    by a classifier.
+    above, and decodes them with `vqvae` (Razavi, van den Oord and Vinyals 2019, section 3.2): a call samples whole images, the
+    lower levels of given top codes, or a part of given images; `rejection_sample` keeps the best of many by a classifier.
 
     Args:
         vqvae ([`VQVAE2Model`]): decodes the codes.
@@ -44,6 +44,11 @@ class VQVAE2Pipeline(AutoregressivePipeline):
         self.register_modules(vqvae=vqvae, top_prior=top_prior, bottom_prior=bottom_prior, middle_prior=middle_prior)
         if not any(part is None for part in (vqvae, top_prior, bottom_prior)):
             self._check_components()
+
+    @property
+    def lora_components(self) -> tuple[str, ...]:
+        """The names of the priors, from top to bottom."""
+        return ("top_prior", *(() if self.middle_prior is None else ("middle_prior",)), "bottom_prior")
 
     @property
     def priors(self) -> tuple[PreTrainedModel, ...]:
@@ -87,8 +92,15 @@ class VQVAE2Pipeline(AutoregressivePipeline):
     def __call__(
         self,
         class_labels: int | str | list[int | str] | torch.LongTensor | None = None,
+        image: Any = None,
+        mask_image: Any = None,
+        height: int | None = None,
+        width: int | None = None,
         top_indices: torch.LongTensor | tuple[torch.LongTensor, ...] | None = None,
+        indices: tuple[torch.LongTensor, ...] | None = None,
+        keep_fraction: float | None = None,
         num_images_per_prompt: int = 1,
+        batch_size: int | None = None,
         guidance_scale: float | Sequence[float] = 1.0,
         temperature: float | Sequence[float] = 1.0,
         top_k: int | None | Sequence[int | None] = None,
@@ -106,9 +118,17 @@ class VQVAE2Pipeline(AutoregressivePipeline):
         Args:
             class_labels: a class or a list of classes, as ids or as names of the top prior's `id2label`; `None` samples
                 unconditionally (with the null condition, where the priors are conditional).
+            image: images to keep a part of, see [`~images.to_pixel_values`].
+            mask_image: a mask of pixels, or of codes of the top level, see [`~conditioning.to_mask`]: 1 (white) is painted
+                anew. At every level a code is kept if none of its pixels is painted; pixels that are not painted are those
+                of `image` in the end.
+            height, width: of the images; the priors' grids have one size.
             top_indices (int64 `(B, h, w)`, *optional*): codes of the top level, which are not sampled; or a tuple of those
                 of several levels from the top on. One grid goes with several classes, and one class with several grids.
-            num_images_per_prompt: images for each class or grid; those of one are adjacent.
+            indices: codes of all levels, from top to bottom, in place of `image`.
+            keep_fraction: in place of a mask, the share of the codes that is kept, in random places: a variation.
+            num_images_per_prompt: images for each class, grid or image; those of one are adjacent.
+            batch_size: how many inputs there are where no argument says it: without class, codes and image.
             guidance_scale: classifier-free guidance, `null + scale * (conditional - null)` on the log-probabilities
                 (Ho & Salimans, 2022); 1 is off. The null condition has no class, but the codes of the level above.
             temperature, top_k, top_p: reshape each code's distribution, in this order. These and `guidance_scale` are one
@@ -127,25 +147,33 @@ class VQVAE2Pipeline(AutoregressivePipeline):
         Raises:
             ValueError: an argument out of range, or a condition that the priors do not take.
         """
-        times, decode_batch_size = self.check_output(num_images_per_prompt, output_type, decode_batch_size)
-        rows = {"class_labels": self.prepare_prompts(class_labels), "top_indices": self._check_top(top_indices)}
-        rows = repeat_rows({name: tensors for name, tensors in rows.items() if tensors}, times)
-        given = [KnownCodes(codes, torch.ones_like(codes, dtype=torch.bool)) for codes in rows.get("top_indices", ())]
-        indices = self.sample_levels(
-            rows["class_labels"],
-            [*given, *[None] * (len(self.priors) - len(given))],
+        if top_indices is not None and (image is not None or indices is not None):
+            raise ValueError("`top_indices` and `image`, or `indices`, exclude each other.")
+        own = [side * self.vqvae.config.downsample_factors[0] for side in self.top_prior.config.grid_size]
+        for name, value, side in (("height", height, own[0]), ("width", width, own[1])):
+            if value is not None and check_integer(name, value, 1) != side:
+                raise ValueError(f"`{name}` must be {side}, the size of the priors' grids in pixels, got {value}.")
+        images, indices = self.draw_images(
+            {"class_labels": self.prepare_prompts(class_labels)},
+            image,
+            indices,
+            mask_image,
+            keep_fraction,
+            top_indices=self._check_top(top_indices),
+            num_images_per_prompt=num_images_per_prompt,
+            batch_size=batch_size,
             guidance_scale=guidance_scale,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
             generator=generator,
+            output_type=output_type,
+            decode_batch_size=decode_batch_size,
             use_cache=use_cache,
             cache_implementation=cache_implementation,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
-        images = self.postprocess(indices, output_type, decode_batch_size)
-        self.maybe_free_model_hooks()
         return VQPipelineOutput(images=images, indices=indices) if return_dict else (images, indices)
 
     def _check_top(self, top_indices) -> list[torch.LongTensor]:
@@ -157,9 +185,11 @@ class VQVAE2Pipeline(AutoregressivePipeline):
                 f"`top_indices` must hold the codes of 1 to {len(self.priors) - 1} levels, got {len(levels)}."
             )
         # fewer levels than priors: those from the top on
-        return [
-            self.check_level("top_indices", codes, prior) for codes, prior in zip(levels, self.priors, strict=False)
+        grids = [
+            check_codes("top_indices", codes, prior.config.grid_size, prior.config.codebook_size)
+            for codes, prior in zip(levels, self.priors, strict=False)
         ]
+        return [grid.to(self._execution_device) for grid in grids]
 
     @torch.no_grad()
     def log_likelihood(self, image=None, indices=None, class_labels=None) -> torch.FloatTensor:

@@ -16,6 +16,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from ..argument_checks import check_integer, check_real
 from ..images import images_as
 from ..models.checked_loading import check_parts
+from .lora import load_lora_weights, unload_lora_weights
 
 
 PREPROCESSOR = "preprocessor_config.json"
@@ -29,6 +30,14 @@ class VQPipeline(DiffusionPipeline):
     """
 
     _callback_tensor_inputs: list[str] = []
+
+    load_lora_weights = load_lora_weights
+    unload_lora_weights = unload_lora_weights
+
+    @property
+    def lora_components(self) -> tuple[str, ...]:
+        """The names of the networks that `load_lora_weights` can go to."""
+        raise NotImplementedError
 
     def register_modules(self, **modules: Any) -> None:
         check_parts(modules)

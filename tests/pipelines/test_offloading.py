@@ -4,6 +4,7 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 
 from tests.pipelines import test_pipeline_vq_autoregressive, test_pipeline_vq_latent_diffusion, vq_diffusion_parts
+from tests.pipelines.completing import complete
 
 
 class Recorder(ModelHook):
@@ -54,5 +55,5 @@ def test_sequences():
     pipeline()
     assert in_order(seen) == pipeline.model_cpu_offload_seq
     seen.clear()
-    pipeline.complete(image=torch.zeros(1, 3, 8, 8))
+    complete(pipeline, image=torch.zeros(1, 3, 8, 8))
     assert in_order(seen) == "vqvae->prior->vqvae"

@@ -16,8 +16,9 @@ from hf_vq.models.autoencoders.modeling_vqvae import VQVAEModel
 from hf_vq.models.priors.configuration_vq_gpt import VQGPTConfig
 from hf_vq.models.priors.modeling_vq_gpt import VQGPTForCausalLM
 from hf_vq.pipelines.code_sampling import draw_codes
-from hf_vq.pipelines.completion import kept_positions
+from hf_vq.pipelines.completion import kept_codes
 from hf_vq.pipelines.pipeline_vq_autoregressive import VQAutoregressivePipeline
+from tests.pipelines.completing import complete
 
 
 KINDS = {
@@ -334,7 +335,7 @@ def test_completion_keeps_a_half(kind, half):
     pipeline = make_pipeline(kind)
     options = {name: value for name, value in arguments(kind).items() if name != "num_images_per_prompt"}
     indices = random_indices()
-    output = pipeline.complete(indices=indices, keep=half, generator=seeded(), **options)
+    output = complete(pipeline, indices=indices, keep=half, generator=seeded(), **options)
     rows, columns = {
         "top": (slice(0, 2), slice(None)),
         "bottom": (slice(2, 4), slice(None)),
@@ -352,7 +353,7 @@ def test_completion_of_the_top_is_generation_from_a_prompt():
     prompt = torch.cat([pipeline.prior.prepare_condition([0, 1]), indices.flatten(1)[:, :8]], dim=1)
     for scale in (1.0, 4.0):
         expected = pipeline.prior.generate(prompt, do_sample=False, guidance_scale=scale)
-        output = pipeline.complete(indices=indices, keep="top", class_labels=[0, 1], top_k=1, guidance_scale=scale)
+        output = complete(pipeline, indices=indices, keep="top", class_labels=[0, 1], top_k=1, guidance_scale=scale)
         assert torch.equal(output.indices, pipeline.prior.extract_indices(expected))
 
 
@@ -361,7 +362,7 @@ def test_sampled_codes_are_conditioned_on_the_kept_ones_before_them():
     indices = random_indices(1)
     keep = torch.zeros(4, 4, dtype=torch.bool)
     keep[1, 2] = keep[2, 0] = True
-    output = pipeline.complete(indices=indices, keep=keep, class_labels=1, top_k=1).indices.flatten()
+    output = complete(pipeline, indices=indices, keep=keep, class_labels=1, top_k=1).indices.flatten()
     sequence = pipeline.prior.prepare_condition(1)
     for position in range(16):
         with torch.no_grad():
@@ -379,13 +380,13 @@ def test_completion_of_different_parts_and_of_images():
     keep = torch.zeros(2, 4, 4, dtype=torch.bool)
     keep[0, :, 1] = True
     keep[1, 3] = True
-    output = pipeline.complete(image, keep, class_labels=[0, 1], num_images_per_prompt=2, generator=seeded())
+    output = complete(pipeline, image, keep, class_labels=[0, 1], num_images_per_prompt=2, generator=seeded())
     assert output.indices.shape == (4, 4, 4)
     for i in range(4):
         kept = keep[i // 2]
         assert torch.equal(output.indices[i][kept], indices[0][kept])
     picture = numpy_to_pil(image[None].permute(0, 2, 3, 1).numpy() / 2 + 0.5)[0]
-    from_picture = pipeline.complete(picture, torch.ones(4, 4, dtype=torch.bool), class_labels=0)
+    from_picture = complete(pipeline, picture, torch.ones(4, 4, dtype=torch.bool), class_labels=0)
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 127.5 - 1
     assert torch.equal(from_picture.indices, pipeline.vqvae.encode(pixels[None]).indices)
 
@@ -418,17 +419,18 @@ def test_pixel_masks_keep_a_code_only_with_all_its_pixels():
     mask[3, 5] = False
     expected = torch.ones(1, 4, 4, dtype=torch.bool)
     expected[0, 1, 2] = False
-    assert torch.equal(kept_positions(mask, (4, 4), 2), expected)
-    assert torch.equal(kept_positions(mask.numpy(), (4, 4), 2), expected)
-    assert kept_positions("top", (3, 2), 2).tolist() == [[[True, True], [True, True], [False, False]]]
+    assert torch.equal(kept_codes((~mask).float()[None, None], (4, 4), 2), expected)
 
 
 @pytest.mark.parametrize(
     "bad, message",
     [
-        ({}, "Exactly one"),
+        ({}, "`mask_image` needs an `image`"),
         ({"image": torch.zeros(3, 8, 8), "indices": torch.zeros(1, 4, 4)}, "Exactly one"),
-        ({"image": torch.zeros(3, 16, 16)}, "image"),
+        (
+            {"image": torch.zeros(3, 4, 8), "keep": torch.ones(4, 8, dtype=torch.bool)},
+            "`image` must be 8 high and 8 wide",
+        ),
         ({"image": torch.zeros(8, 8)}, "image"),
         ({"image": "picture.png"}, "image"),
         (
@@ -437,15 +439,13 @@ def test_pixel_masks_keep_a_code_only_with_all_its_pixels():
         ),
         ({"indices": torch.zeros(1, 4, 4)}, "int64"),
         ({"indices": torch.full((1, 4, 4), 8)}, "0 … 7"),
-        ({"indices": random_indices(), "keep": "middle"}, "keep"),
-        ({"indices": random_indices(), "keep": torch.ones(4, 4)}, "keep"),
-        ({"indices": random_indices(), "keep": torch.ones(5, 4, dtype=torch.bool)}, "keep"),
+        ({"indices": random_indices(), "keep": torch.ones(5, 4, dtype=torch.bool)}, "mask_image"),
         ({"indices": random_indices(), "class_labels": [0, 1, 2]}, "rows"),
     ],
 )
 def test_bad_completions(bad, message):
     with pytest.raises(ValueError, match=message):
-        make_pipeline().complete(**bad)
+        complete(make_pipeline(), **bad)
 
 
 # ---------------------------------------------------------------------------------------------------- rejection

@@ -5,6 +5,7 @@ import PIL.Image
 import pytest
 import torch
 
+from hf_vq.pipelines.completion import kept_codes
 from hf_vq import MaskReplaceScheduler
 from tests.pipelines.vq_diffusion_parts import (
     CODES,
@@ -154,7 +155,7 @@ def test_a_code_with_one_painted_pixel_is_painted():
     mask[5, 2] = 1
     expected = torch.ones(1, 4, 4, dtype=torch.bool)
     expected[0, 2, 1] = False
-    assert torch.equal(pipeline.kept_codes(mask[None, None]), expected)
+    assert torch.equal(kept_codes(mask[None, None], (4, 4), 2), expected)
     found = torch.cat([indices_of(pipeline, indices=given, mask_image=mask, generator=seeded(i)) for i in range(5)])
     assert torch.equal((found == given).all(dim=0), expected[0])
     on_grid = 1 - expected[0].float()

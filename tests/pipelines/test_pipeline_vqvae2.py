@@ -17,8 +17,10 @@ from hf_vq.models.priors.configuration_vq_gpt import VQGPTConfig
 from hf_vq.models.priors.modeling_pixelsnail import PixelSNAILForCausalLM
 from hf_vq.models.priors.modeling_vq_gpt import VQGPTForCausalLM
 from hf_vq.pipelines.completion import kept_at_levels
+from hf_vq.pipelines.conditioning import to_mask
 from hf_vq.pipelines.pipeline_vq_autoregressive import VQAutoregressivePipeline
 from hf_vq.pipelines.pipeline_vqvae2 import VQVAE2Pipeline
+from tests.pipelines.completing import complete
 
 
 CLASSES = {"condition_type": "class", "num_classes": 3, "id2label": {0: "cat", 1: "dog", 2: "owl"}}
@@ -156,7 +158,7 @@ def test_log_likelihood_is_that_of_the_product(small):
 
 def test_given_top_codes_are_kept_and_condition_the_bottom(small):
     top = torch.tensor([[[1]]])
-    output = small(1, top, num_images_per_prompt=4000, generator=seeded(), output_type="indices")
+    output = small(1, top_indices=top, num_images_per_prompt=4000, generator=seeded(), output_type="indices")
     assert torch.equal(output.indices[0], top.expand(4000, 1, 1))
     _, bottom = all_images()
     with torch.no_grad():
@@ -218,7 +220,7 @@ def test_arguments_for_each_level():
     top, bottom = pipeline(**options, top_k=(None, 1)).indices
     assert len(top.flatten(1).unique(dim=0)) > 1
     for one, below in zip(top, bottom, strict=True):
-        assert torch.equal(pipeline(1, one[None], top_k=1, output_type="indices").indices[1][0], below)
+        assert torch.equal(pipeline(1, top_indices=one[None], top_k=1, output_type="indices").indices[1][0], below)
 
 
 def test_guidance_weighs_the_class_and_not_the_level_above():
@@ -271,16 +273,16 @@ def test_callback_sees_every_code_of_every_level():
         assert pipe is pipeline
         assert torch.equal(found["indices"], output.indices[found["level"]].flatten(1)[:, : position + 1])
     seen.clear()
-    pipeline(0, output.indices[0][:1], callback_on_step_end=lambda *args: seen.append(args))
+    pipeline(0, top_indices=output.indices[0][:1], callback_on_step_end=lambda *args: seen.append(args))
     assert len(seen) == 16
 
 
 def test_one_grid_goes_with_several_classes_and_one_class_with_several_grids():
     pipeline = make_pipeline(3)
     top, middle, _ = pipeline([0, 1], generator=seeded(), output_type="indices").indices
-    output = pipeline([0, 1, 2], top[:1], top_k=1, output_type="indices").indices
+    output = pipeline([0, 1, 2], top_indices=top[:1], top_k=1, output_type="indices").indices
     assert torch.equal(output[0], top[:1].expand(3, -1, -1)) and len(output[1]) == len(output[2]) == 3
-    output = pipeline("owl", (top, middle), num_images_per_prompt=2, output_type="indices").indices
+    output = pipeline("owl", top_indices=(top, middle), num_images_per_prompt=2, output_type="indices").indices
     assert torch.equal(output[0], top.repeat_interleave(2, 0)) and torch.equal(
         output[1], middle.repeat_interleave(2, 0)
     )
@@ -305,7 +307,7 @@ def test_completion_keeps_a_half_of_every_level(half):
     pipeline = make_pipeline()
     image = torch.rand(2, 3, 8, 8, generator=seeded(4)) * 2 - 1
     codes = pipeline.vqvae.encode(image).indices
-    output = pipeline.complete(image, half, class_labels=[0, 1], generator=seeded()).indices
+    output = complete(pipeline, image, half, class_labels=[0, 1], generator=seeded()).indices
     for level, side in enumerate((2, 4)):
         first, second = slice(0, side // 2), slice(side // 2, side)
         rows, columns = {
@@ -328,7 +330,7 @@ def test_completion_is_conditioned_on_what_is_kept():
     keep[0][0, 1] = True
     keep[1][:2, 2:] = True
     keep[1][3, 0] = True
-    output = pipeline.complete(indices=codes, keep=pixels, class_labels=1, top_k=1).indices
+    output = complete(pipeline, indices=codes, keep=pixels, class_labels=1, top_k=1).indices
     assert same(output, greedy(pipeline, 1, list(zip(codes, keep, strict=True))))
     assert torch.equal(output[0][0, 0, 1], codes[0][0, 0, 1]) and torch.equal(output[1][0, 3, 0], codes[1][0, 3, 0])
 
@@ -341,11 +343,11 @@ def test_an_image_with_its_own_generator_and_mask_is_completed_as_if_alone(guida
     keep[0, :8] = True  # read at once if this image were alone
     keep[1, 4:, 4:] = True
     options = {"guidance_scale": guidance_scale, "output_type": "indices"}
-    together = pipeline.complete(
-        image, keep, class_labels=[0, 1, 2], generator=[seeded(i) for i in range(3)], **options
+    together = complete(
+        pipeline, image, keep, class_labels=[0, 1, 2], generator=[seeded(i) for i in range(3)], **options
     )
     for i in range(3):
-        alone = pipeline.complete(image[i], keep[i], class_labels=i, generator=[seeded(i)], **options)
+        alone = complete(pipeline, image[i], keep[i], class_labels=i, generator=[seeded(i)], **options)
         assert same([level[0] for level in alone.indices], [level[i] for level in together.indices])
 
 
@@ -353,12 +355,12 @@ def test_masks_of_pixels_and_of_the_top_grid():
     pixels = torch.ones(16, 8, dtype=torch.bool)
     pixels[5, 3] = False
     grids, factors = [(4, 2), (8, 4), (16, 8)], (4, 2, 1)
-    for kept, factor in zip(kept_at_levels(pixels, grids, factors), factors, strict=True):
+    for kept, factor in zip(kept_at_levels(to_mask(~pixels), grids, factors), factors, strict=True):
         expected = torch.ones(1, 16 // factor, 8 // factor, dtype=torch.bool)
         expected[0, 5 // factor, 3 // factor] = False
         assert torch.equal(kept, expected)
     top = torch.tensor([[True, False], [False, False], [True, True], [False, True]])
-    for kept, factor in zip(kept_at_levels(top.numpy(), grids, factors), factors, strict=True):
+    for kept, factor in zip(kept_at_levels(to_mask(~top), grids, factors), factors, strict=True):
         rows, columns = torch.arange(16 // factor) * factor // 4, torch.arange(8 // factor) * factor // 4
         assert torch.equal(kept[0], top[rows][:, columns])
 
@@ -485,16 +487,17 @@ def test_bad_arguments(bad, message):
 @pytest.mark.parametrize(
     "bad, message",
     [
-        ({}, "Exactly one"),
+        ({"image": torch.zeros(1, 3, 8, 8), "indices": 1}, "Exactly one"),
+        ({}, "`mask_image` needs an `image`"),
         ({"indices": torch.zeros(1, 2, 2).long()}, "`indices` must give codes of 2 levels, got 1"),
         ({"indices": (torch.zeros(1, 2, 2).long(), torch.zeros(1, 2, 2).long())}, r"shape \(B, 4, 4\)"),
         ({"image": torch.zeros(3, 16, 16)}, "image"),
-        ({"image": torch.zeros(3, 8, 8), "keep": torch.ones(3, 3, dtype=torch.bool)}, "keep"),
+        ({"image": torch.zeros(3, 8, 8), "keep": torch.ones(3, 3, dtype=torch.bool)}, "mask_image"),
     ],
 )
 def test_bad_completions(bad, message):
     with pytest.raises(ValueError, match=message):
-        make_pipeline().complete(**bad)
+        complete(make_pipeline(), **bad)
 
 
 @pytest.mark.parametrize(

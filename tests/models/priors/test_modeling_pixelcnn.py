@@ -16,6 +16,7 @@ from hf_vq.pipelines.code_sampling import draw_codes
 from hf_vq.pipelines.pipeline_vq_autoregressive import VQAutoregressivePipeline
 from tests.models.model_testing import ModelCase
 from tests.models.priors.code_prior_testing import CodePriorTests, classes, make_indices, operations
+from tests.pipelines.completing import complete
 
 
 TINY = {
@@ -248,7 +249,7 @@ def test_incremental_sampling_equals_whole_passes(kind, guidance_scale, grid, ke
     for use_cache in (True, False):
         options.update(generator=torch.Generator().manual_seed(7), use_cache=use_cache)
         if kept:
-            indices = pipeline.complete(indices=given, keep=keep, **options).indices
+            indices = complete(pipeline, indices=given, keep=keep, **options).indices
         else:
             count = 3 if labels is None else 1
             indices = pipeline(num_images_per_prompt=count, **options).indices
