@@ -74,22 +74,26 @@ def unload_lora_weights(pipeline) -> None:
 def _load_into_denoiser(network, component: str, source, adapter_name: str, weight_name: str, options: dict) -> None:
     if not hasattr(network, "load_lora_adapter"):
         raise ValueError(f"`component` must be a network that takes LoRA weights, got a {type(network).__name__}.")
-    where = "a mapping"
+    where, given, own = "a mapping", source, {}
     if not isinstance(source, Mapping):
         path = Path(source) / weight_name if Path(source).is_dir() else Path(source)
         if not path.is_file():
             path = Path(hf_hub_download(str(source), weight_name, **options))
         where, source = str(path), load_file(path)
+        given, own = str(path.parent), {"weight_name": path.name}  # from the file, which also says how much they weigh
     prefix = f"{component}."
     weights = {name.removeprefix(prefix): weight for name, weight in source.items()}
     modules = dict(network.named_modules())
+    if len({name.startswith(prefix) for name in source}) > 1:
+        weights = dict(source)  # some have the prefix of this component, and others belong to another one
     strangers = [name for name in weights if _module_of(name) not in modules]
     if strangers or not weights:
         raise ValueError(
             f"`pretrained_model_name_or_path_or_dict` must hold LoRA weights of `{component}`, a {type(network).__name__}, "
             f"but {where} has {len(weights)} weights, among them of other networks {strangers[:5]}."
         )
-    network.load_lora_adapter(weights, prefix=None, adapter_name=adapter_name)
+    has_prefix = all(name.startswith(prefix) for name in source)
+    network.load_lora_adapter(given, prefix=component if has_prefix else None, adapter_name=adapter_name, **own)
 
 
 def _module_of(name: str) -> str:

@@ -1,0 +1,68 @@
+"""Masks as people have them."""
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from hf_vq.pipelines.conditioning import class_ids, to_mask
+
+
+WANTED = torch.zeros(1, 1, 4, 6)
+WANTED[..., 1:3, 2:] = 1
+ARRAY = WANTED[0, 0].numpy()
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        *(
+            PIL.Image.fromarray((ARRAY * 255).astype(np.uint8)).convert(mode)
+            for mode in ("1", "L", "RGB", "P", "RGBA")
+        ),
+        PIL.Image.fromarray((ARRAY * 65535).astype(np.uint16)),
+        *(ARRAY.astype(kind) for kind in (bool, np.uint8, np.int64, np.float32, np.float64)),
+        (ARRAY * 255).astype(np.uint8),
+        ARRAY[..., None],
+        ARRAY[None],
+        [ARRAY],
+        WANTED.bool(),
+        WANTED.long(),
+        WANTED[0],
+        WANTED[0, 0],
+    ],
+)
+def test_kinds_of_masks(mask):
+    assert torch.equal(to_mask(mask), WANTED)
+
+
+@pytest.mark.parametrize(
+    "mask", ["mask.png", np.array(["a"]), 3, torch.full((4, 4), 2.0), ARRAY * np.nan, [], ARRAY[:0]]
+)
+def test_what_is_no_mask(mask):
+    with pytest.raises(ValueError, match="`mask_image` must"):
+        to_mask(mask)
+
+
+def test_a_mask_that_paints_nothing():
+    with pytest.warns(UserWarning, match="`mask_image` paints nothing .* in row 1 of 2"):
+        to_mask(torch.stack([torch.ones(4, 4), torch.zeros(4, 4)]))
+
+
+def test_classes():
+    names = {0: "cat", 1: "dog"}
+    for one in (
+        1,
+        "dog",
+        np.int32(1),
+        np.array(1),
+        torch.tensor(1),
+        torch.tensor([1]),
+        ["dog"],
+        [np.int64(1)],
+        ("dog",),
+    ):
+        assert class_ids(one, 3, names, null_class_id=2).tolist() == [1]
+    for bad in (2, -1, 1.0, True, "owl", "LABEL_1", None, [], torch.tensor(1.0), np.array([True])):
+        with pytest.raises(ValueError, match="`class_labels` must"):
+            class_ids(bad, 3, names, null_class_id=2)
