@@ -11,7 +11,7 @@ from ..argument_checks import check_real
 from ..images import images_as, to_pixel_values
 from .code_sampling import KnownCodes, LevelSampling, count_steps, for_each_level, sample_level
 from .completion import check_outpaint, kept_at_levels, pad_to_outpaint, paste, random_mask
-from .conditioning import count_inputs, repeat_rows, to_mask
+from .conditioning import class_ids, count_inputs, repeat_rows, to_mask
 from .rejection_sampling import rejection_sample
 from .vq_pipeline import VQPipeline, as_levels, check_codes, check_generator, check_part, of_levels, onload
 
@@ -49,6 +49,11 @@ class AutoregressivePipeline(VQPipeline):
         for name, wanted in (("class_labels", "class"), ("condition", "codes")):
             if given[wanted] is not None and wanted not in kinds:
                 raise ValueError(f"`{name}` needs a prior whose condition_type is {wanted!r}, got {kinds[0]!r}.")
+        for config in (prior.config for prior in self.priors):
+            if class_labels is not None and config.condition_type == "class":
+                names = {i: name for i, name in (config.id2label or {}).items() if name != f"LABEL_{i}"}
+                given["class"] = class_ids(class_labels, config.condition_vocab_size, names)
+                break
         return tuple(
             prior.prepare_condition(given.get(kind)).to(self._execution_device)
             for prior, kind in zip(self.priors, kinds, strict=True)

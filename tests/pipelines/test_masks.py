@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hf_vq.pipelines.conditioning import class_ids, to_mask
+from tests.pipelines.test_pipeline_vq_autoregressive import make_pipeline
 
 
 WANTED = torch.zeros(1, 1, 4, 6)
@@ -36,9 +37,7 @@ def test_kinds_of_masks(mask):
     assert torch.equal(to_mask(mask), WANTED)
 
 
-@pytest.mark.parametrize(
-    "mask", ["mask.png", 3, torch.full((4, 4), 2.0), ARRAY * np.nan, [], ARRAY[:0]]
-)
+@pytest.mark.parametrize("mask", ["mask.png", 3, torch.full((4, 4), 2.0), ARRAY * np.nan, [], ARRAY[:0]])
 def test_what_is_no_mask(mask):
     with pytest.raises(ValueError, match="`mask_image` must"):
         to_mask(mask)
@@ -66,3 +65,12 @@ def test_classes():
     for bad in (2, -1, 1.0, True, "owl", "LABEL_1", None, [], torch.tensor(1.0), np.array([True])):
         with pytest.raises(ValueError, match="`class_labels` must"):
             class_ids(bad, 3, names, null_class_id=2)
+
+
+def test_placeholders_are_no_names_of_classes():
+    pipeline = make_pipeline(id2label=None)
+    assert pipeline.prior.config.id2label[1] == "LABEL_1"
+    with pytest.raises(ValueError, match="`class_labels` must be ids from 0 to 2, got 'LABEL_1'"):
+        pipeline("LABEL_1")
+    with pytest.raises(ValueError, match="'LABEL_1' is not one name"):
+        pipeline.prior.prepare_condition("LABEL_1")

@@ -281,8 +281,8 @@ def test_index_of_a_folder_with_code_names_the_installed_classes(tmp_path):
 @pytest.mark.parametrize(
     "kind, bad, message",
     [
-        ("class", {"class_labels": [3]}, "condition"),
-        ("class", {"class_labels": "cow"}, "id2label"),
+        ("class", {"class_labels": [3]}, "`class_labels` must be ids from 0 to 2"),
+        ("class", {"class_labels": "cow"}, "`class_labels` must be .*, or one of"),
         ("class", {"condition": torch.zeros(1, 4, dtype=torch.long)}, "condition_type is 'codes'"),
         ("codes", {"class_labels": [1]}, "condition_type is 'class'"),
         ("unconditional", {"class_labels": [1]}, "condition_type is 'class'"),

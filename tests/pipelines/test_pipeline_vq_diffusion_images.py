@@ -5,8 +5,8 @@ import PIL.Image
 import pytest
 import torch
 
-from hf_vq.pipelines.completion import kept_codes
 from hf_vq import MaskReplaceScheduler
+from hf_vq.pipelines.completion import kept_codes
 from tests.pipelines.vq_diffusion_parts import (
     CODES,
     CONDITIONS,

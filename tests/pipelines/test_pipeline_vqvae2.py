@@ -453,8 +453,8 @@ def test_the_card_names_levels_and_priors():
 @pytest.mark.parametrize(
     "bad, message",
     [
-        ({"class_labels": [3]}, "condition"),
-        ({"class_labels": "cow"}, "id2label"),
+        ({"class_labels": [3]}, "`class_labels` must be ids from 0 to 2"),
+        ({"class_labels": "cow"}, "`class_labels` must be .*, or one of"),
         ({"guidance_scale": 2.0}, "guidance_scale"),
         ({"class_labels": 0, "guidance_scale": (1.0, -1.0)}, "guidance_scale"),
         ({"class_labels": 0, "guidance_scale": float("nan")}, "guidance_scale"),

@@ -93,7 +93,8 @@ class CodeSequenceMixin:
         if not isinstance(label, str):
             return label
         names = self.config.id2label or {}
-        found = [i for i, name in names.items() if name == label]
+        # transformers names classes without names "LABEL_0", …
+        found = [i for i, name in names.items() if name == label != f"LABEL_{i}"]
         if self.config.condition_type != "class" or len(found) != 1:
             raise ValueError(
                 f"`condition` {label!r} is not one name of `config.id2label`: {list(names.values())[:10]}."
