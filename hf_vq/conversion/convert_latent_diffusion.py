@@ -36,6 +36,15 @@ SCHEDULE_KEYS = (
     "posterior_mean_coef2",
     "logvar",
 )
+# Arguments of `LatentDiffusion` that are read here, or change nothing of what a trained model predicts.
+KNOWN_PARAMS = set(
+    "beta_schedule channels ckpt_path clip_denoised concat_mode cond_stage_config cond_stage_key cond_stage_trainable "
+    "conditioning_key cosine_s first_stage_config first_stage_key ignore_keys image_size l_simple_weight learn_logvar "
+    "linear_end linear_start load_only_unet log_every_t logvar_init loss_type monitor num_timesteps_cond "
+    "original_elbo_weight parameterization scale_by_std scale_factor scheduler_config timesteps unet_config use_ema "
+    "use_positional_encodings v_posterior".split()
+)
+FIXED_PARAMS = ("cond_stage_forward", "given_betas")  # None in every published model
 PREDICTION_TYPES = {"eps": "epsilon", "x0": "sample"}
 
 
@@ -81,6 +90,12 @@ def averaged_weights(live: dict, averages: dict) -> dict:
     missing = [key for key, name in names.items() if name not in averages]
     if missing:
         raise ValueError(f"`checkpoint` lacks the average model_ema.{names[missing[0]]}; convert its own weights.")
+    surplus = sorted(set(averages) - set(names.values()) - {"decay", "num_updates"})
+    if surplus:
+        raise ValueError(f"`checkpoint` has the average model_ema.{surplus[0]} of a weight that it does not have.")
+    other = [key for key, name in names.items() if averages[name].shape != live[key].shape]
+    if other:
+        raise ValueError(f"`checkpoint` has model.diffusion_model.{other[0]} and its average in two shapes.")
     return {key: averages[name] for key, name in names.items()}
 
 
@@ -110,6 +125,12 @@ def convert_model(model: dict, state_dict: dict, use_ema: bool = True, null_clas
         ValueError: for a part that has no equivalent here, or a key that is missing or unknown.
     """
     params = model["params"]
+    unknown = sorted(set(params) - KNOWN_PARAMS - set(FIXED_PARAMS))
+    if unknown:
+        raise ValueError(f"`config` has names in the model's params that are not known: {unknown}.")
+    for name in FIXED_PARAMS:
+        if params.get(name) is not None:
+            raise ValueError(f"`config` must have {name}=None, got {params[name]!r}: hf_vq has no equivalent.")
     schedule = {key: state_dict[key] for key in SCHEDULE_KEYS if key in state_dict}
     rest = {key: value for key, value in state_dict.items() if key not in (*schedule, "scale_factor")}
     live, averages, first_stage, cond_stage = split_by_prefix(rest, PREFIXES).values()

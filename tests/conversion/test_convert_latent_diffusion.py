@@ -370,6 +370,8 @@ def changed(model, path, value):
         ("scale_by_std", True, "lacks scale_factor"),
         ("cond_stage_config", {"target": "ldm.FrozenCLIPEmbedder"}, "no equivalent here: FrozenCLIPEmbedder"),
         ("unet_config.params.resblock_updown", True, "does not fit UNet2DModel: it lacks down_blocks.0.downsamplers"),
+        ("surprise", 1, r"names in the model's params that are not known: \['surprise'\]"),
+        ("given_betas", [0.1], r"must have given_betas=None, got \[0.1\]"),
         ("unet_config.params.surprise", 1, r"not known: \['surprise'\]"),
         ("unet_config.params.num_res_blocks", 2, "does not fit UNet2DModel"),
         ("first_stage_config.params.ddconfig.attn_type", "axial", "must have attn_type=vanilla or none or linear"),
@@ -385,6 +387,12 @@ def test_keys_that_are_refused():
     model, state_dict = read()
     with pytest.raises(ValueError, match="lacks the average model_ema.diffusion_modeltime_embed0weight"):
         convert_model(model, {k: v for k, v in state_dict.items() if not k.endswith("time_embed0weight")})
+    for key, value, message in (
+        ("model_ema.surprise", torch.zeros(1), "the average model_ema.surprise of a weight that it does not have"),
+        ("model.diffusion_model.time_embed.0.weight", torch.zeros(1), "time_embed.0.weight and its average in two"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert_model(model, {**state_dict, key: value})
     with pytest.raises(ValueError, match="it has the unknown key class_embedding.weight"):
         convert_model(model, {**state_dict, "model.diffusion_model.label_emb.weight": torch.zeros(1)}, use_ema=False)
     with pytest.raises(ValueError, match="`null_class_id` needs a model with a table of classes"):
