@@ -1,6 +1,7 @@
 """A function in several real processes: forks of this one, joined by gloo."""
 
 import multiprocessing
+import os
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +41,8 @@ def in_processes(count: int, folder: Path, function: Callable, *arguments) -> li
 
 def _run(rank: int, count: int, rendezvous: Path, pipe, function: Callable, arguments: tuple) -> None:
     torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29999")  # for who asks; the processes meet in a file
     try:
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=count)
         pipe.send((function(*arguments), None))

@@ -212,14 +212,12 @@ def main(argv: list[str] | None = None) -> None:
             run.log({"loss": loss.detach()})
         run.finish_step()
 
-    if run.is_main_process:
-        prior.eval()
-        with run.ema_weights("model"):
-            if level.is_whole:
-                pipe = VQAutoregressivePipeline(vqvae=tokenizer, prior=prior)
-                save_trained(run, pipe, "pipeline", data_args, AutoImageProcessor.from_pretrained(args.tokenizer))
-            else:
-                save_trained(run, prior, "prior", data_args)
+    with run.trained_model("model") as trained:
+        if run.is_main_process and level.is_whole:
+            pipe = VQAutoregressivePipeline(vqvae=tokenizer, prior=trained)
+            save_trained(run, pipe, "pipeline", data_args, AutoImageProcessor.from_pretrained(args.tokenizer))
+        elif run.is_main_process:
+            save_trained(run, trained, "prior", data_args)
     run.finish()
 
 

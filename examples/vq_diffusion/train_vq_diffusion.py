@@ -321,9 +321,9 @@ def main(argv: list[str] | None = None) -> None:
             run.log({"loss": output.loss.detach(), "bits_per_index": output.bits_per_index})
         run.finish_step()
 
-    if run.is_main_process:
-        transformer.eval()
-        with run.ema_weights("transformer"):
+    with run.trained_model("transformer") as trained:
+        if run.is_main_process:
+            pipe.register_modules(transformer=trained)
             save_trained(run, pipe, "pipeline", data_args, AutoImageProcessor.from_pretrained(args.tokenizer))
     run.finish()
 

@@ -143,9 +143,9 @@ def main(argv: list[str] | None = None) -> None:
             run.log({"loss": loss.detach()})
         run.finish_step()
 
-    if run.is_main_process:
-        pipe = VQAutoregressivePipeline(vqvae=tokenizer, prior=prior.eval())
-        with run.ema_weights("model"):
+    with run.trained_model("model") as trained:
+        if run.is_main_process:
+            pipe = VQAutoregressivePipeline(vqvae=tokenizer, prior=trained)
             save_trained(run, pipe, "pipeline", data_args, AutoImageProcessor.from_pretrained(args.tokenizer))
     run.finish()
 

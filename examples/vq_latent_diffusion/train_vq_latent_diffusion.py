@@ -319,9 +319,9 @@ def main(argv: list[str] | None = None) -> None:
             run.log({"loss": loss.detach()})
         run.finish_step()
 
-    if run.is_main_process:
-        unet.eval()
-        with run.ema_weights("unet"):
+    with run.trained_model("unet") as trained:
+        if run.is_main_process:
+            pipe.register_modules(unet=trained)
             save_trained(run, pipe, "pipeline", data_args, AutoImageProcessor.from_pretrained(args.tokenizer))
     run.finish()
 

@@ -153,7 +153,8 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = build_model(args, data_args.resolution).to(memory_format=torch.channels_last)
     data_args.check_multiple_of(tokenizer.config.downsample_factor)
     trained = train_part(tokenizer, args.train)
-    model = run.add_model("model", tokenizer, ema=True)
+    # whole: the adaptive weight of the adversarial loss is a ratio of gradients of the last layer
+    model = run.add_model("model", tokenizer, ema=True, shard=False)
     critic = build_discriminator(args)
     discriminator = run.add_model("discriminator", critic)
     betas = (args.adam_beta1, args.adam_beta2)
@@ -207,12 +208,13 @@ def main(argv: list[str] | None = None) -> None:
             run.log(metrics)
         run.finish_step()
 
-    if run.is_main_process:
-        with run.ema_weights("model"):
+    with run.trained_model("model") as trained:
+        if run.is_main_process:
             processor = VQImageProcessor(size=data_args.resolution, num_channels=args.in_channels)
-            save_trained(run, tokenizer.eval(), "tokenizer", data_args, processor)
-        if args.disc_weight > 0:  # beside the tokenizer, not in what is shared: --discriminator continues it
-            critic.save(run.output_dir / "discriminator")
+            save_trained(run, trained, "tokenizer", data_args, processor)
+    if run.is_main_process and args.disc_weight > 0:
+        # beside the tokenizer, not in what is shared: --discriminator continues it
+        critic.save(run.output_dir / "discriminator")
     run.finish()
 
 

@@ -92,9 +92,10 @@ def main(argv: list[str] | None = None) -> None:
 
     tokenizer = build_model(args, data_args.resolution, validation).to(memory_format=torch.channels_last)
     data_args.check_multiple_of(tokenizer.config.downsample_factor)
-    trained = train_part(tokenizer, args.train)
+    train_part(tokenizer, args.train)
     model = run.add_model("model", tokenizer, ema=True)
-    optimizer = run.add_optimizer("optimizer", torch.optim.Adam(trained, lr=run_args.learning_rate))
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = run.add_optimizer("optimizer", torch.optim.Adam(parameters, lr=run_args.learning_rate))
     perceptual = build_perceptual(args.validation_perceptual)
     if perceptual is not None:
         perceptual.to(run.device)
@@ -117,10 +118,10 @@ def main(argv: list[str] | None = None) -> None:
             run.log_codes(output.indices, tokenizer.config.num_embeddings)
         run.finish_step()
 
-    if run.is_main_process:
-        with run.ema_weights("model"):
+    with run.trained_model("model") as trained:
+        if run.is_main_process:
             processor = VQImageProcessor(size=data_args.resolution, num_channels=args.in_channels)
-            save_trained(run, tokenizer.eval(), "tokenizer", data_args, processor)
+            save_trained(run, trained, "tokenizer", data_args, processor)
     run.finish()
 
 

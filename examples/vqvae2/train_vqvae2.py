@@ -136,10 +136,10 @@ def main(argv: list[str] | None = None) -> None:
             run.log_codes(output.indices, tokenizer.config.num_embeddings)
         run.finish_step()
 
-    if run.is_main_process:
-        with run.ema_weights("model"):
+    with run.trained_model("model") as trained:
+        if run.is_main_process:
             processor = VQImageProcessor(size=data_args.resolution, num_channels=args.in_channels)
-            save_trained(run, tokenizer.eval(), "tokenizer", data_args, processor)
+            save_trained(run, trained, "tokenizer", data_args, processor)
     run.finish()
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .run_arguments import RunArguments
+from .sharding import take_launchers_wish
 
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ def build_accelerator(arguments: RunArguments, find_unused_parameters: bool):
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 
+    if take_launchers_wish():
+        arguments.fsdp = "full_shard"
     if arguments.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -45,8 +48,8 @@ def build_accelerator(arguments: RunArguments, find_unused_parameters: bool):
     supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
     if accelerator.distributed_type not in supported:
         raise ValueError(
-            f"distributed_type={accelerator.distributed_type.value}: runs work on one process or with data parallelism "
-            "(accelerate launch --multi_gpu, also with the argument --cpu)."
+            f"distributed_type={accelerator.distributed_type.value}: runs work on one process, with data parallelism "
+            "(accelerate launch --multi_gpu, also with the argument --cpu), or sharded by FSDP2 (--fsdp full_shard)."
         )
     # Accelerate's launcher for the CPU sets the address of a main process, but starts one process only (without MPI).
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"

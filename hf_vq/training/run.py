@@ -22,9 +22,10 @@ for batch in run.batches(dataset):                      # micro-batches of this 
         run.log({"loss": output.loss})
         run.log_codes(output.indices, config.num_embeddings)
     run.finish_step()                                   # schedules, EMA, metrics, guards, validation, checkpoint
-if run.is_main_process:
-    with run.ema_weights("model"), atomic_folder(run.output_dir / "tokenizer") as folder:
-        run.unwrap(model).save_pretrained(folder)
+with run.trained_model("model") as trained:             # whole, with the averaged weights
+    if run.is_main_process:
+        with atomic_folder(run.output_dir / "tokenizer") as folder:
+            trained.save_pretrained(folder)
 run.finish()                                            # closes trackers and processes
 ```
 
@@ -40,7 +41,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -79,6 +80,16 @@ from .output_lock import FolderInUseError, lock_folder, unlock_folder
 from .processes import build_accelerator, prepare_model, seed_process
 from .run_arguments import RunArguments, learning_rate_factor
 from .sample_generators import sample_generators
+from .sharding import (
+    gather_model,
+    load_sharded,
+    save_sharded,
+    set_gradient_exchange,
+    shard_model,
+    skeleton_of,
+    unsharded,
+    whole,
+)
 from .trackers import start_tracker, track_images
 from .weight_ema import WeightEMA
 
@@ -130,6 +141,7 @@ class TrainingRun:
         self.models: dict[str, nn.Module] = {}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.emas: dict[str, WeightEMA] = {}
+        self._skeletons: dict[str, nn.Module] = {}  # of the sharded models
         self.states: dict[str, object] = {}
         self.global_step = 0
         self.samples_seen = 0
@@ -161,24 +173,46 @@ class TrainingRun:
 
     # What is trained
 
-    def add_model(self, name: str, model: nn.Module, ema: bool = False) -> nn.Module:
+    def add_model(self, name: str, model: nn.Module, ema: bool = False, shard: bool = True) -> nn.Module:
         """Moves a model to the device and prepares it for precision and processes; returns what the loop calls.
 
         With `ema`, an average of its weights is kept if `ema_decay` is set. Parameters that are not trained must have
-        `requires_grad=False` already.
+        `requires_grad=False` already. Where the run is sharded, so is a model that names its blocks in `_no_split_modules`,
+        unless `shard` is false; the others are kept whole on every process. Make its optimizer afterwards.
         """
         self._check_new(name)
         if self.arguments.compile:
             model.compile()
         self.models[name] = model
-        prepared = prepare_model(self.accelerator, model)
+        if self._is_to_be_sharded(name, model, shard):
+            prepared = (
+                model.to(self.device) if self.accelerator.num_processes > 1 else prepare_model(self.accelerator, model)
+            )
+            self._skeletons[name] = skeleton_of(model)
+            shard_model(model, self.device, self.arguments.mixed_precision)
+        else:
+            prepared = prepare_model(self.accelerator, model)
         if ema and self.arguments.ema_decay:
             self.emas[name] = WeightEMA(model, self.arguments.ema_decay)
         return prepared
 
+    def _is_to_be_sharded(self, name: str, model: nn.Module, shard: bool) -> bool:
+        if self.arguments.fsdp == "no":
+            return False
+        if not shard or not getattr(model, "_no_split_modules", None):
+            self.accelerator.print(f"fsdp=full_shard: {name!r} is kept whole on every process.")
+            return False
+        return True
+
     def add_optimizer(self, name: str, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """Registers an optimizer. Its learning rates become the peaks of the schedule that the arguments name."""
         self._check_new(name)
+        if self._skeletons:
+            known = {parameter for model in self.models.values() for parameter in model.parameters()}
+            if any(parameter not in known for group in optimizer.param_groups for parameter in group["params"]):
+                raise ValueError(
+                    f"the optimizer {name!r} has parameters of no model of this run: make it after add_model()."
+                )
         self.optimizers[name] = optimizer
         self._peak_rates[name] = [group["lr"] for group in optimizer.param_groups]
         return optimizer
@@ -206,6 +240,17 @@ class TrainingRun:
     def ema_weights(self, name: str):
         """A context in which a model has its averaged weights (its own, if no average is kept)."""
         return self.emas[name].applied() if name in self.emas else ExitStack()
+
+    @contextmanager
+    def trained_model(self, name: str) -> Iterator[nn.Module | None]:
+        """What is to be saved of a model: in eval mode, with its averaged weights. Entered by every process.
+
+        It is the model itself; of a sharded one, an ordinary copy on the CPU on the main process, `None` on the others.
+        """
+        model = self.models[name]
+        with self.ema_weights(name):
+            found = gather_model(model, self._skeletons[name]) if name in self._skeletons else model
+            yield None if found is None else found.eval()
 
     def _check_new(self, name: str) -> None:
         if self._started:
@@ -312,7 +357,14 @@ class TrainingRun:
 
     def accumulate(self, *models: nn.Module):
         """The context of one micro-batch: gradients are exchanged between processes only in the last of a step."""
-        return self.accelerator.accumulate(*models)
+        return self._accumulate(*models)
+
+    @contextmanager
+    def _accumulate(self, *models: nn.Module) -> Iterator[None]:
+        with self.accelerator.accumulate(*models):
+            for name in self._skeletons:
+                set_gradient_exchange(self.models[name], self.accelerator.sync_gradients)
+            yield
 
     def backward(self, loss: torch.Tensor, retain_graph: bool = False) -> None:
         """Gradients of the loss of a micro-batch: scaled for fp16, and averaged over the micro-batches of a step."""
@@ -333,7 +385,7 @@ class TrainingRun:
         if scaler is not None:
             scaler.unscale_(optimizer)
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        norm = nn.utils.clip_grad_norm_(parameters, self.arguments.max_grad_norm or float("inf"))
+        norm = whole(nn.utils.clip_grad_norm_(parameters, self.arguments.max_grad_norm or float("inf")))
         # After the exchange of gradients all processes hold the same norm, and so take the same branch.
         if torch.isfinite(norm):
             self._window.add({f"grad_norm/{name}": norm})
@@ -496,6 +548,8 @@ class TrainingRun:
             stack.enter_context(torch.no_grad())
             for name, model in self.models.items():
                 stack.enter_context(self.ema_weights(name))
+                if name in self._skeletons:
+                    stack.enter_context(unsharded(model))
                 stack.enter_context(evaluation_mode(model))
             metrics = self._validation() or {}
         self._validation_due = False
@@ -525,11 +579,24 @@ class TrainingRun:
     # Checkpoints
 
     def _parts(self) -> dict[str, object]:
+        """What one process writes for all."""
         parts = {**self.models, **self.optimizers, **self.states}
         parts.update({f"{name}-ema": ema for name, ema in self.emas.items()})
         if self.accelerator.scaler is not None:
             parts["grad_scaler"] = self.accelerator.scaler
-        return parts
+        sharded = {name for kind in self._sharded_parts() for name in kind}
+        return {name: part for name, part in parts.items() if name not in sharded}
+
+    def _sharded_parts(self) -> tuple[dict, dict, dict]:
+        """What every process writes its share of: models, `(model, optimizer)`, and averages, by name."""
+        models = {name: self.models[name] for name in self._skeletons}
+        owners = {parameter: model for model in models.values() for parameter in model.parameters()}
+        optimizers = {
+            name: (owners[first], optimizer)
+            for name, optimizer in self.optimizers.items()
+            if (first := optimizer.param_groups[0]["params"][0]) in owners
+        }
+        return models, optimizers, {f"{name}-ema": self.emas[name] for name in models if name in self.emas}
 
     def save_checkpoint(self, path: str | Path | None = None) -> Path:
         """Writes `output_dir/checkpoint-<step>`, which appears complete or not at all.
@@ -547,16 +614,20 @@ class TrainingRun:
     def _open_draft(self, draft: Path, path: Path) -> None:
         if not self.is_main_process:
             return
-        needed, free = size_of_parts(self._parts()), shutil.disk_usage(self.output_dir).free
+        needed, free = self._size(), shutil.disk_usage(self.output_dir).free
         if needed > free:
             raise OSError(errno.ENOSPC, "the disk is too full")
         draft_folder(path)
 
     def _write_state(self, draft: Path, path: Path) -> None:
         # The main process's buffers are with its models; BatchNorm's statistics, for one, are each process's own.
-        buffers = {} if self.is_main_process else get_buffers(self.models)
+        buffers = {}
+        if not self.is_main_process:
+            buffers = get_buffers({name: part for name, part in self.models.items() if name not in self._skeletons})
         own = {"random": get_random_state(), "window": self._window.state_dict(), "buffers": buffers}
         torch.save(own, draft / f"process-{self.accelerator.process_index}.pt")
+        if self._skeletons:
+            save_sharded(draft / "sharded", *self._sharded_parts())
         if self.is_main_process:
             save_parts(draft, self._parts())
             (draft / "run.json").write_text(json.dumps(self._position(), indent=1))
@@ -579,7 +650,13 @@ class TrainingRun:
             return
         if self.is_main_process:
             shutil.rmtree(draft, ignore_errors=True)
-        raise write_error(path, reasons[0], size_of_parts(self._parts())) from cause
+        raise write_error(path, reasons[0], self._size()) from cause
+
+    def _size(self) -> int:
+        """About how many bytes a checkpoint takes."""
+        models, optimizers, emas = self._sharded_parts()
+        sharded = {**models, **{name: optimizer for name, (_, optimizer) in optimizers.items()}, **emas}
+        return size_of_parts({**self._parts(), **sharded})
 
     def _position(self) -> dict:
         return {
@@ -630,7 +707,14 @@ class TrainingRun:
         return None, damages
 
     def _load_checkpoint(self, path: Path) -> None:
+        if (path / "sharded").exists() != bool(self._skeletons):
+            raise ValueError(
+                f"the checkpoint {path} was written {'without' if self._skeletons else 'with'} fsdp=full_shard: "
+                "continue it in the same way."
+            )
         load_parts(path, self._parts())
+        if self._skeletons:
+            load_sharded(path / "sharded", *self._sharded_parts())
         position = json.loads((path / "run.json").read_text())
         self.global_step = position["step"]
         self.samples_seen = position["samples_seen"]

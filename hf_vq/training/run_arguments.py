@@ -78,6 +78,13 @@ class RunArguments:
         default=5, metadata={"help": "Consecutive metric rows with a perplexity below the minimum that stop the run."}
     )
     dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read data ahead."})
+    fsdp: str = field(
+        default="no",
+        metadata={
+            "help": "Shard parameters, gradients, optimizer and averages over the processes (FSDP2).",
+            "choices": ["no", "full_shard"],
+        },
+    )
     compile: bool = field(default=False, metadata={"help": "Compile the models with torch.compile."})
     deterministic: bool = field(default=False, metadata={"help": "Only deterministic kernels (slower on a GPU)."})
     cpu: bool = field(default=False, metadata={"help": "Train on the CPU even if there is a GPU."})
@@ -89,6 +96,7 @@ class RunArguments:
         for name, choices in (
             ("lr_scheduler", ("constant", "constant_with_warmup", "cosine", "linear")),
             ("mixed_precision", ("no", "bf16", "fp16")),
+            ("fsdp", ("no", "full_shard")),
             ("report_to", ("none", "tensorboard", "trackio", "wandb")),
         ):
             if getattr(self, name) not in choices:

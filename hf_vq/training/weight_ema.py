@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from .sharding import local
+
 
 class WeightEMA:
     """Keeps a float32 average of a model's trained parameters; everything else is copied.
@@ -13,7 +15,7 @@ class WeightEMA:
     At update `n` (from 1) the average becomes `d·a + (1 - d)·w` with `d = min(decay, (1 + n) / (10 + n))`: early
     averages follow the weights closely, so that the random initial weights are forgotten. Buffers (BatchNorm's
     statistics, the codebook of an EMA quantizer) and parameters that are frozen when the object is made are copied
-    as they are: they are averages already, or constant.
+    as they are: they are averages already, or constant. Of a sharded model each process averages its own part.
 
     Args:
         model (`nn.Module`): the model that is trained; the object keeps a reference to it.
@@ -45,10 +47,12 @@ class WeightEMA:
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         live = self._live()
         torch._foreach_lerp_(
-            list(self.averages.values()), [live[name].float() for name in self.averages], weight=1.0 - decay
+            [local(average) for average in self.averages.values()],
+            [local(live[name]).float() for name in self.averages],
+            weight=1.0 - decay,
         )
         for name, copy in self.copies.items():
-            copy.copy_(live[name])
+            local(copy).copy_(local(live[name]))
 
     @contextmanager
     def applied(self) -> Iterator[nn.Module]:
@@ -65,7 +69,7 @@ class WeightEMA:
     @torch.no_grad()
     def _write(live: dict[str, torch.Tensor], values: dict[str, torch.Tensor]) -> None:
         for name, value in live.items():
-            value.copy_(values[name])
+            local(value).copy_(local(values[name]))
 
     def state_dict(self) -> dict:
         return {"num_updates": self.num_updates, "averages": self.averages, "copies": self.copies}
@@ -78,5 +82,5 @@ class WeightEMA:
                     f"the saved average has other {kind} than the model: {sorted(ours.keys() ^ theirs.keys())}"
                 )
             for name, value in ours.items():
-                value.copy_(theirs[name])
+                local(value).copy_(local(theirs[name]))
         self.num_updates = state["num_updates"]
