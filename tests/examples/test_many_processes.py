@@ -1,0 +1,108 @@
+"""The real training scripts, all seven: ended by SIGTERM, on two processes, sharded, and on two "machines"."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.examples.test_killed_runs import ROOT, finish, rows, start
+
+
+pytestmark = pytest.mark.slow
+
+TOKENIZER = ["--tokenizer", "examples/checkpoints/emoji-32/vqvae"]
+COMMON = [
+    "--dataset_name_or_path", "examples/data/emoji-64", "--max_samples", "64", "--cpu", "true", "--seed", "3",
+    "--train_batch_size", "8", "--logging_steps", "1", "--validation_steps", "0", "--checkpointing_steps", "1000",
+]  # fmt: skip
+SCRIPTS = {
+    "vqvae": ["examples/vqvae/train_vqvae.py", "examples/vqvae/emoji_32.yaml"],
+    "vqvae2": ["examples/vqvae2/train_vqvae2.py", "examples/vqvae2/emoji_64.yaml"],
+    "vqgan": ["examples/vqgan/train_vqgan.py", "examples/vqgan/emoji_32.yaml", "--disc_start_fraction", "0.2"],
+    "vq_gpt": ["examples/vq_gpt/train_vq_gpt.py", "examples/vq_gpt/emoji_32.yaml", *TOKENIZER, "--pkeep", "1.0"],
+    "pixelcnn": ["examples/pixelcnn/train_pixelcnn.py", "examples/pixelcnn/emoji_32.yaml", *TOKENIZER],
+    "vq_diffusion": ["examples/vq_diffusion/train_vq_diffusion.py", "examples/vq_diffusion/emoji_32.yaml", *TOKENIZER],
+    "vq_latent_diffusion": [
+        "examples/vq_latent_diffusion/train_vq_latent_diffusion.py", "examples/vq_latent_diffusion/emoji_32.yaml",
+        *TOKENIZER,
+    ],
+}  # fmt: skip
+UNDISTURBED = {  # what each process draws for itself
+    "vq_gpt": ["--dropout", "0", "--attention_dropout", "0", "--condition_dropout", "0"],
+    "pixelcnn": ["--dropout", "0", "--condition_dropout", "0"],
+    "vq_diffusion": ["--dropout", "0"],
+    "vq_latent_diffusion": ["--dropout", "0"],
+}
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_sigterm_loses_no_step(name, tmp_path):
+    command = [*SCRIPTS[name], *COMMON, "--max_train_steps", "300"]
+    process = start(command, tmp_path)
+    while process.poll() is None and len(rows(tmp_path)) < 3:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 143, errors.decode()
+    (checkpoint,) = tmp_path.glob("checkpoint-*")
+    assert checkpoint.name == f"checkpoint-{rows(tmp_path)[-1]['step']}"
+
+
+def launch(command: list[str], output_dir: Path, *, processes: int = 2, options: tuple[str, ...] = ()):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), *options]
+    launcher += [] if options else ["--master_port", str(free_port())]
+    return subprocess.Popen(
+        [*launcher, *command, "--output_dir", str(output_dir)],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def losses(output_dir: Path) -> list[float]:
+    name = "generator_loss" if "generator_loss" in rows(output_dir)[0] else "loss"
+    return [row[name] for row in rows(output_dir) if name in row]
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["data_parallel", "fsdp"])
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_two_processes_have_the_losses_of_one(name, sharded, tmp_path):
+    command = [*SCRIPTS[name], *COMMON, *UNDISTURBED.get(name, []), "--max_train_steps", "6"]
+    finish(command, tmp_path / "one")
+    process = launch([*command, *(["--fsdp", "full_shard"] if sharded else [])], tmp_path / "two")
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    difference = max(abs(a - b) / abs(a) for a, b in zip(one, two, strict=True))
+    print(f"{name} {'fsdp' if sharded else 'ddp'}: largest relative difference of the losses {difference:.2e}")
+    assert len(one) == 6 and difference < 2e-4
+    assert list((tmp_path / "two").glob("*/**/*.safetensors"))
+
+
+def test_two_machines_on_loopback(tmp_path):
+    """Two launchers, as two nodes have them, that share the output folder."""
+    command = [*SCRIPTS["vq_gpt"], *COMMON, *UNDISTURBED["vq_gpt"], "--max_train_steps", "4"]
+    finish(command, tmp_path / "one")
+    port = str(free_port())
+    machines = []
+    for rank in ("0", "1"):
+        options = ("--nnodes", "2", "--node_rank", rank, "--master_addr", "127.0.0.1", "--master_port", port)
+        machines.append(launch(command, tmp_path / "two", processes=1, options=options))
+    for machine in machines:
+        output, _ = machine.communicate(timeout=400)
+        assert machine.returncode == 0, output
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-4)
