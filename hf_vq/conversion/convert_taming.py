@@ -13,11 +13,13 @@ from safetensors.torch import save_file
 
 from ..hub import save_with_code
 from ..models.autoencoders.modeling_vqgan import VQGANModel
+from ..models.priors.code_orders import CODE_ORDERS, code_order
 from ..models.priors.configuration_vq_gpt import VQGPTConfig
 from ..models.priors.modeling_vq_gpt import VQGPTForCausalLM
 from ..pipelines.pipeline_vq_autoregressive import VQAutoregressivePipeline
 from .checkpoints import (
     argument_parser,
+    check_agrees,
     load_exactly,
     print_dropped,
     push_folder,
@@ -25,7 +27,7 @@ from .checkpoints import (
     save_tokenizer,
     split_by_prefix,
 )
-from .reading import load_state_dict, read_model
+from .reading import Options, load_state_dict, read_model
 from .taming_tokenizer import convert_discriminator, convert_tokenizer
 
 
@@ -48,22 +50,16 @@ GPT_OUTER_KEYS = {
     "ln_f.bias": "transformer.ln_f.bias",
     "head.weight": "lm_head.weight",
 }
-# Arguments of a Net2NetTransformer that do not change what a trained model computes, or are read elsewhere here.
-NET2NET_PARAMS = {
-    "ckpt_path",
-    "cond_stage_config",
-    "cond_stage_key",
-    "downsample_cond_size",
-    "first_stage_config",
-    "first_stage_key",
-    "ignore_keys",
-    "permuter_config",
-    "pkeep",
-    "sos_token",
-    "transformer_config",
-    "unconditional",
-}
 NET2NET_PREFIXES = ("first_stage_model.", "cond_stage_model.", "transformer.", "permuter.")
+# Options of the original's GPT that follow from its weights → (field of `VQGPTConfig`, the original's default).
+GPT_FIELDS = {
+    "vocab_size": ("input_vocab_size", None),
+    "block_size": ("n_positions", None),
+    "n_layer": ("n_layer", 12),
+    "n_embd": ("n_embd", 256),
+    "n_unmasked": ("n_unmasked", 0),
+}
+PERMUTERS = ("Identity", "Subsample", "ZCurve", "SpiralOut", "SpiralIn", "Random", "AlternateParsing")
 
 
 def convert_gpt_state_dict(state_dict, codebook_size=None) -> tuple[dict, dict]:
@@ -72,8 +68,8 @@ def convert_gpt_state_dict(state_dict, codebook_size=None) -> tuple[dict, dict]:
 
     Args:
         state_dict (`dict`): the checkpoint's `state_dict`; only its `transformer.*` keys are read.
-        codebook_size (`int`, *optional*): number of codes of the image tokenizer where the GPT's vocabulary is larger, which
-            cuts the head to them; the whole vocabulary by default.
+        codebook_size (`int`, *optional*): number of codes of the image tokenizer where the GPT's vocabulary is larger; the
+            whole vocabulary by default. The head keeps its other columns, which count in a likelihood.
 
     Returns:
         the arguments of `VQGPTConfig` that follow from the weights (all but the number of heads, the grid and the
@@ -99,9 +95,9 @@ def convert_gpt_state_dict(state_dict, codebook_size=None) -> tuple[dict, dict]:
     codebook_size = num_ids if codebook_size is None else codebook_size
     if codebook_size > num_ids:
         raise ValueError(f"`codebook_size` must be at most the GPT's vocabulary of {num_ids}, got {codebook_size}.")
-    new["lm_head.weight"] = new["lm_head.weight"][:codebook_size]
     kwargs = {
         "codebook_size": codebook_size,
+        "vocab_size": new["lm_head.weight"].shape[0],
         "input_vocab_size": num_ids,
         "share_condition_embedding": True,
         "n_positions": new["transformer.wpe.weight"].shape[0],
@@ -125,11 +121,27 @@ def _convert_gpt_block(old: dict, i: int) -> dict:
     return new
 
 
-def _n_unmasked(masks) -> int:
-    """The width of the bidirectional prefix, read from the attention mask that the original keeps as a buffer."""
-    if not masks or masks[0] is None:
-        return 0
+def _n_unmasked(masks: list) -> int:
+    """The width of the bidirectional prefix, read from the attention masks that the original keeps as buffers.
+
+    Raises:
+        ValueError: if a mask is missing, or is not causal but for such a prefix.
+    """
+    for i, mask in enumerate(masks):
+        if mask is None:
+            raise ValueError(f"`state_dict` lacks the key transformer.blocks.{i}.attn.mask of an original GPT.")
+    if not masks or masks[0].is_meta or masks[0].stride(-1) == 0:
+        return 0  # only its shape is known
+    length = masks[0].shape[-1]
     visible_to_first = int(masks[0][0, 0, 0].sum())
+    expected = torch.ones(length, length).tril()
+    expected[:visible_to_first, :visible_to_first] = 1
+    for i, mask in enumerate(masks):
+        if not torch.equal(mask[0, 0].float(), expected):
+            raise ValueError(
+                f"`state_dict` has a mask in transformer.blocks.{i}.attn.mask that is not causal after the first "
+                f"{visible_to_first} positions."
+            )
     return visible_to_first if visible_to_first > 1 else 0
 
 
@@ -148,69 +160,110 @@ def convert_net2net(model: dict, state_dict: dict):
     Raises:
         ValueError: for a part that hf_vq has no equivalent of, or a key that is missing or unknown.
     """
-    params = model["params"]
-    unknown = sorted(set(params) - NET2NET_PARAMS)
-    if unknown:
-        raise ValueError(f"`config` has parameters of Net2NetTransformer that are not known: {unknown}.")
-    parts = split_by_prefix(state_dict, NET2NET_PREFIXES)
-    first_stage, cond_stage, _, permuter = parts.values()
-    vqvae, dropped = convert_tokenizer(params["first_stage_config"], first_stage)
+    params = Options(model["params"], "model.params")
+    params.training_only("ckpt_path", "cond_stage_key", "first_stage_key", "ignore_keys")
+    first_stage, cond_stage, _, permuter = split_by_prefix(state_dict, NET2NET_PREFIXES).values()
+    vqvae, dropped = convert_tokenizer(params.take("first_stage_config"), first_stage)
     dropped = {f"first_stage_model.{key}": why for key, why in dropped.items()}
-    side = vqvae.config.resolution // vqvae.config.downsample_factor
-    _check_order(params.get("permuter_config"), permuter, side**2)
-    dropped |= dict.fromkeys([f"permuter.{key}" for key in permuter], "the order of the codes: row by row, as here")
+    order = _code_order(params, permuter, vqvae.config.resolution // vqvae.config.downsample_factor)
+    dropped |= dict.fromkeys(
+        [f"permuter.{key}" for key in permuter], "the order of the codes, which the prior computes"
+    )
 
-    condition, condition_tokenizer, dropped_here = _convert_condition(params, cond_stage, first_stage, vqvae)
-    dropped |= {f"cond_stage_model.{key}": why for key, why in dropped_here.items()}
-
-    gpt = params["transformer_config"]["params"]
+    gpt_class, gpt = params.node("transformer_config")
+    if gpt_class != "GPT":
+        raise ValueError(f"`config` has a transformer of the class {gpt_class}; known: GPT.")
     kwargs, weights = convert_gpt_state_dict(state_dict, vqvae.config.num_embeddings)
+    for name, (field, default) in GPT_FIELDS.items():
+        configured = gpt.take(name) if default is None else gpt.take(name, default)
+        if name != "n_unmasked" or configured > 1:  # one position sees itself anyway
+            check_agrees(f"transformer_config.{name}", configured, kwargs[field])
     masks = [key for key in state_dict if key.startswith("transformer.") and key.endswith(".attn.mask")]
     dropped |= dict.fromkeys(masks, "the causal mask, which is computed")
+
+    condition, condition_tokenizer, reasons = _convert_condition(
+        params, cond_stage, first_stage, vqvae, kwargs["input_vocab_size"], kwargs["n_positions"], order["grid_size"]
+    )
+    dropped |= {f"cond_stage_model.{key}": why for key, why in reasons.items()}
     config = VQGPTConfig(
         **kwargs,
         **condition,
-        grid_size=side,
-        n_head=gpt["n_head"],
-        pkeep=params.get("pkeep", 1.0),
-        **{name: gpt.get(name, 0.0) for name in ("embd_pdrop", "resid_pdrop", "attn_pdrop")},
+        **order,
+        n_head=gpt.take("n_head", 8),
+        pkeep=params.take("pkeep", 1.0),
+        **{name: gpt.take(name, 0.0) for name in ("embd_pdrop", "resid_pdrop", "attn_pdrop")},
     )
+    gpt.finish()
+    params.finish()
     with torch.device("meta"):
         prior = VQGPTForCausalLM(config)
     load_exactly(prior, weights)
     return VQAutoregressivePipeline(vqvae=vqvae, prior=prior.eval()), condition_tokenizer, dropped
 
 
-def _check_order(permuter_config: dict | None, permuter: dict, length: int) -> None:
-    """The priors here read codes row by row: a ValueError for any other order."""
-    name = (permuter_config or {}).get("target", "Identity").rpartition(".")[2]
+def _code_order(params: Options, permuter: dict, side: int) -> dict:
+    """The fields of `VQGPTConfig` for the grid and the order in which its codes are read."""
+    if params.take("permuter_config", None) is None:
+        name, grid = "Identity", (side, side)
+    else:
+        name, sizes = params.node("permuter_config")
+        grid = (sizes.take("H", side), sizes.take("W", side))
+        sizes.finish()
+    if name not in PERMUTERS:
+        raise ValueError(f"`config` has a permuter of the class {name}; known: {', '.join(PERMUTERS)}.")
     order = permuter.get("forward_shuffle_idx")
-    if order is None and name != "Identity":
-        raise ValueError(f"`checkpoint` lacks permuter.forward_shuffle_idx, the order of {name}.")
-    if order is not None and not torch.equal(order, torch.arange(length)):
-        raise ValueError(f"`config` has the permuter {name}, but the codes of a VQGPT are read row by row.")
+    if order is None:
+        if name != "Identity":
+            raise ValueError(f"`checkpoint` lacks permuter.forward_shuffle_idx, the order of {name}.")
+        return {"grid_size": grid}
+    positions = order.tolist()
+    if sorted(positions) != list(range(grid[0] * grid[1])):
+        raise ValueError(
+            f"`checkpoint` has a permuter.forward_shuffle_idx of {len(positions)} positions, which is no order of "
+            f"{grid[0]}x{grid[1]} codes."
+        )
+    known = (known for known in CODE_ORDERS if known != "random" and code_order(known, *grid) == positions)
+    found = next(known, "random")
+    return {"grid_size": grid, "order": found, **({"permutation": positions} if found == "random" else {})}
 
 
-def _convert_condition(params: dict, cond_stage: dict, first_stage: dict, vqvae: VQGANModel):
+def _convert_condition(
+    params: Options,
+    cond_stage: dict,
+    first_stage: dict,
+    vqvae: VQGANModel,
+    num_ids: int,
+    block_size: int,
+    grid_size: tuple[int, int],
+):
     """The fields of `VQGPTConfig` for the condition, its tokenizer or `None`, and the keys not used, with why."""
-    stage = params["cond_stage_config"]
-    target = stage if isinstance(stage, str) else stage["target"].rpartition(".")[2]
-    image_length = (vqvae.config.resolution // vqvae.config.downsample_factor) ** 2
+    stage = params.take("cond_stage_config")
+    options = Options(None, "model.params.cond_stage_config.params")
+    if isinstance(stage, dict):
+        target, options = params.node("cond_stage_config")
+    else:
+        target = str(stage)
+    sos_token, size = params.take("sos_token", 0), params.take("downsample_cond_size", -1)
     tokenizer, dropped = None, {}
-    if params.get("unconditional", False) or target == "__is_unconditional__":
-        if params.get("sos_token", 0) != 0:
-            raise ValueError(f"`config` must have sos_token=0, got {params['sos_token']}.")
-        fields = {"condition_type": "unconditional"}
+    if params.take("unconditional", False) or target == "__is_unconditional__":
+        fields, options = {"condition_type": "unconditional", "bos_token_id": sos_token}, None
+    elif target == "SOSProvider":
+        options.training_only("quantize_interface")
+        fields = {"condition_type": "unconditional", "bos_token_id": options.take("sos_token")}
     elif target == "Labelator":
-        fields = {"condition_type": "class", "num_classes": stage["params"]["n_classes"]}
+        options.training_only("quantize_interface")
+        fields = {"condition_type": "class", "num_classes": options.take("n_classes")}
     elif target == "CoordStage":
-        length = (vqvae.config.resolution // stage["params"]["down_factor"]) ** 2
-        fields = _code_condition(stage["params"]["n_embed"], length)
+        # its coordinates are rounded to 0 … n_embed, the ends included; the published models cannot embed the last one
+        side = (vqvae.config.resolution if size < 0 else size) // options.take("down_factor")
+        num_coordinates = min(options.take("n_embed") + 1, num_ids)
+        fields = {**_code_condition(num_coordinates, side**2), "condition_type": "coordinates"}
     elif target == "DummyCondStage":
-        gpt = params["transformer_config"]["params"]
-        fields = _code_condition(gpt["vocab_size"], gpt["block_size"] - image_length)
+        options.training_only("conditional_key")
+        fields = _code_condition(num_ids, block_size - grid_size[0] * grid_size[1])
     elif target == "__is_first_stage__":
-        fields = _code_condition(vqvae.config.num_embeddings, image_length)
+        side = (vqvae.config.resolution if size < 0 else size) // vqvae.config.downsample_factor
+        fields = _code_condition(vqvae.config.num_embeddings, side**2)
         if cond_stage.keys() != first_stage.keys() or any(
             not torch.equal(cond_stage[key], first_stage[key]) for key in cond_stage
         ):
@@ -220,11 +273,12 @@ def _convert_condition(params: dict, cond_stage: dict, first_stage: dict, vqvae:
         dropped = dict.fromkeys(cond_stage, "the image tokenizer once more")
     elif isinstance(stage, dict):
         tokenizer, dropped = convert_tokenizer(stage, cond_stage)
-        side = params.get("downsample_cond_size", -1)
-        side = tokenizer.config.resolution if side < 0 else side
-        fields = _code_condition(tokenizer.config.num_embeddings, (side // tokenizer.config.downsample_factor) ** 2)
+        side = (tokenizer.config.resolution if size < 0 else size) // tokenizer.config.downsample_factor
+        fields, options = _code_condition(tokenizer.config.num_embeddings, side**2), None
     else:
         raise ValueError(f"`config` has a cond_stage_config that is not known: {stage!r}.")
+    if options is not None:
+        options.finish()
     left = sorted(set(cond_stage) - set(dropped))
     if left and tokenizer is None:
         raise ValueError(f"`checkpoint` has keys that {target} does not have: cond_stage_model.{left[0]}.")
@@ -235,13 +289,14 @@ def _code_condition(vocab_size: int, length: int) -> dict:
     return {"condition_type": "codes", "condition_vocab_size": vocab_size, "condition_length": length}
 
 
-def convert(checkpoint, config, output, discriminator: bool = False) -> dict[str, str]:
+def convert(checkpoint, config, output, discriminator: bool = False, use_ema: bool = True) -> dict[str, str]:
     """
     Writes the folder `output`: a model with its image processor, or a pipeline (and `condition_tokenizer` in it).
 
     Args:
         checkpoint, config, output (`str` or `Path`): the original's file, its YAML, and the folder.
         discriminator (`bool`): also write the discriminator's weights and arguments to `output/discriminator`.
+        use_ema (`bool`): take the averages of a first stage's weights, where the checkpoint has them.
 
     Returns:
         for each key that is not used, why.
@@ -258,7 +313,7 @@ def convert(checkpoint, config, output, discriminator: bool = False) -> dict[str
             save_tokenizer(condition_tokenizer, output / "condition_tokenizer")
         save_image_processor(pipeline.vqvae, output / "vqvae")
         return dropped
-    tokenizer, dropped = convert_tokenizer(model, state_dict)
+    tokenizer, dropped = convert_tokenizer(model, state_dict, use_ema)
     save_tokenizer(tokenizer, output)
     if discriminator:
         network, arguments = convert_discriminator(model, state_dict)
@@ -274,7 +329,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argument_parser("An original VQGAN, or VQGAN with its GPT, to hf_vq.")
     parser.add_argument("--config", required=True, help="the YAML that the checkpoint was trained with")
     parser.add_argument("--discriminator", action="store_true", help="also save the discriminator of a VQGAN")
+    parser.add_argument("--live", action="store_true", help="take the weights themselves, not their averages")
     options = parser.parse_args(arguments)
-    print_dropped(convert(options.checkpoint, options.config, options.output, options.discriminator))
+    print_dropped(convert(options.checkpoint, options.config, options.output, options.discriminator, not options.live))
     if options.push_to_hub:
         print(push_folder(options.output, options.push_to_hub))

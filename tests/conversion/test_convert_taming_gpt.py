@@ -89,14 +89,19 @@ def test_bidirectional_prefix_is_read_from_the_mask():
     for i in range(2):
         state_dict[f"transformer.blocks.{i}.attn.mask"][..., :5, :5] = 1
     assert convert_gpt_state_dict(state_dict)[0]["n_unmasked"] == 5
+    state_dict["transformer.blocks.1.attn.mask"][..., 2, 3] = 0
+    with pytest.raises(ValueError, match="blocks.1.attn.mask that is not causal after the first 5"):
+        convert_gpt_state_dict(state_dict)
+    del state_dict["transformer.blocks.1.attn.mask"]
+    with pytest.raises(ValueError, match="lacks the key transformer.blocks.1.attn.mask"):
+        convert_gpt_state_dict(state_dict)
 
 
-def test_head_is_cut_to_the_codebook(golden):
-    model, tensors, condition, _ = golden
+def test_head_keeps_what_is_beyond_the_codebook(golden):
+    model, tensors, condition, atol = golden
     state_dict = torch.load(GOLDEN / "taming_gpt_class" / "checkpoint.ckpt", weights_only=True)["state_dict"]
     kwargs, weights = convert_gpt_state_dict(state_dict, codebook_size=20)
-    assert kwargs["codebook_size"] == 20 and kwargs["input_vocab_size"] == 40
-    assert torch.equal(weights["lm_head.weight"], state_dict["transformer.head.weight"][:20])
+    assert kwargs["codebook_size"] == 20 and kwargs["input_vocab_size"] == kwargs["vocab_size"] == 40
     VQGPTForCausalLM(
         VQGPTConfig(**kwargs, n_head=4, grid_size=4, condition_type="class", num_classes=10)
     ).load_state_dict(weights)

@@ -106,7 +106,8 @@ def test_every_published_key_has_its_place(name, length, vocab_size, monkeypatch
     assert condition_tokenizer is None
     assert set(dropped) == {key for key in state_dict if key.endswith(".attn.mask")}
     config, gpt = pipeline.prior.config, model["params"]["transformer_config"]["params"]
-    assert (config.condition_type, config.condition_length) == ("codes", length)
+    condition_type = "coordinates" if "faceshq" in name else "codes"
+    assert (config.condition_type, config.condition_length) == (condition_type, length)
     assert config.condition_vocab_size == config.codebook_size == vocab_size
     assert config.n_positions == gpt["block_size"] and config.n_layer == gpt["n_layer"]
     assert config.attn_pdrop == gpt.get("attn_pdrop", 0.0)
@@ -130,6 +131,9 @@ def test_a_condition_by_the_first_stage(uncond):
         key.replace(first, "cond_stage_model."): value for key, value in state_dict.items() if key.startswith(first)
     }
     longer = {**state_dict, **copies, "transformer.pos_emb": torch.randn(1, 32, 32)}
+    for i in range(2):
+        longer[f"transformer.blocks.{i}.attn.mask"] = torch.ones(32, 32).tril()[None, None]
+    params["transformer_config"]["params"]["block_size"] = 32
     pipeline, tokenizer, dropped = convert_net2net(model, longer)
     assert tokenizer is None and pipeline.prior.config.condition_length == 16
     assert dropped["cond_stage_model.quant_conv.bias"] == "the image tokenizer once more"
@@ -138,23 +142,71 @@ def test_a_condition_by_the_first_stage(uncond):
         convert_net2net(model, longer)
 
 
+@torch.no_grad()
 def test_the_order_of_the_codes(uncond):
-    model, state_dict = uncond
-    model["params"]["permuter_config"] = {"target": "taming.modules.transformer.permuter.SubSample"}
-    with pytest.raises(ValueError, match="lacks permuter.forward_shuffle_idx"):
+    golden = Golden("taming_gpt_uncond")
+    model, state_dict = copy.deepcopy(uncond[0]), uncond[1]
+    model["params"]["permuter_config"] = {
+        "target": "taming.modules.transformer.permuter.SpiralIn",
+        "params": {"H": 4, "W": 4},
+    }
+    with pytest.raises(ValueError, match="lacks permuter.forward_shuffle_idx, the order of SpiralIn"):
         convert_net2net(model, state_dict)
-    shuffled = {**state_dict, "permuter.forward_shuffle_idx": torch.arange(16).flip(0)}
-    with pytest.raises(ValueError, match="permuter SubSample, but the codes of a VQGPT are read row by row"):
-        convert_net2net(model, shuffled)
-    _, _, dropped = convert_net2net(model, {**state_dict, "permuter.forward_shuffle_idx": torch.arange(16)})
-    assert "permuter.forward_shuffle_idx" in dropped
+    for order in (torch.arange(16).flip(0), torch.randperm(16)):
+        shuffled = {
+            **state_dict,
+            "permuter.forward_shuffle_idx": order,
+            "permuter.backward_shuffle_idx": order.argsort(),
+        }
+        pipeline, _, dropped = convert_net2net(model, shuffled)
+        assert "permuter.forward_shuffle_idx" in dropped
+        # what the original reads as its sequence is the grid in this order
+        grid = golden["z_indices"][:, order.argsort()]
+        log_likelihood = pipeline.prior.log_likelihood(grid.view(2, 4, 4))
+        golden.compare("loss", -log_likelihood.mean() / 16)
+    with pytest.raises(ValueError, match="of 9 positions, which is no order of 4x4 codes"):
+        convert_net2net(model, {**state_dict, "permuter.forward_shuffle_idx": torch.arange(9)})
+
+
+@torch.no_grad()
+def test_another_start_token(uncond):
+    """The original puts it before the codes; the first code's logits are those after it."""
+    model, state_dict = copy.deepcopy(uncond[0]), uncond[1]
+    model["params"]["sos_token"] = 3
+    prior = convert_net2net(model, state_dict)[0].prior
+    assert prior.prepare_condition(batch_size=2).tolist() == [[3], [3]]
+
+
+def test_coordinates_and_smaller_conditions(uncond):
+    """The ends of the coordinates' range are both ids; the size of a condition is that after downsampling."""
+    model, state_dict = copy.deepcopy(uncond[0]), uncond[1]
+    longer = {**state_dict, "transformer.pos_emb": torch.randn(1, 20, 32)}
+    for i in range(2):
+        longer[f"transformer.blocks.{i}.attn.mask"] = torch.ones(20, 20).tril()[None, None]
+    model["params"]["transformer_config"]["params"]["block_size"] = 20
+    coordinates = {"target": "taming.modules.misc.coord.CoordStage", "params": {"n_embed": 31, "down_factor": 8}}
+    for stage, size, ids in ((coordinates, -1, 32), ("__is_first_stage__", 8, 32)):
+        model["params"] |= {"cond_stage_config": stage, "downsample_cond_size": size, "unconditional": False}
+        first = "first_stage_model."
+        copies = {k.replace(first, "cond_stage_model."): v for k, v in longer.items() if k.startswith(first)}
+        weights = {**longer, **(copies if isinstance(stage, str) else {})}
+        config = convert_net2net(model, weights)[0].prior.config
+        assert (config.condition_vocab_size, config.condition_length) == (ids, 4)
+
+
+@pytest.mark.parametrize(("name", "value"), [("n_layer", 3), ("n_embd", 64), ("vocab_size", 33), ("block_size", 32)])
+def test_options_that_contradict_the_weights(name, value, uncond):
+    model, state_dict = copy.deepcopy(uncond[0]), uncond[1]
+    model["params"]["transformer_config"]["params"][name] = value
+    with pytest.raises(ValueError, match=f"transformer_config.{name}={value}, but the weights"):
+        convert_net2net(model, state_dict)
 
 
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"sos_token": 3}, "must have sos_token=0, got 3"),
-        ({"lr": 1}, r"parameters of Net2NetTransformer that are not known: \['lr'\]"),
+        ({"lr": 1}, r"options in model.params that are not known: \['lr'\]"),
+        ({"permuter_config": {"target": "a.Other"}}, "a permuter of the class Other; known: Identity"),
         ({"cond_stage_config": "__other__"}, "cond_stage_config that is not known: '__other__'"),
         ({"cond_stage_config": {"target": "a.Other", "params": {}}}, "a first stage of the class a.Other"),
     ],
