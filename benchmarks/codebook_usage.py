@@ -12,15 +12,15 @@ from hf_vq.models.quantizers.codebook_statistics import code_counts, codebook_st
 
 TITLE = "Codebook usage at K = 65536"
 NOTES = """
-A linear autoencoder of 8×8 patches of smooth random images (64 values, 16 channels between, or 2 ** 16 codes on 16 bits),
-trained from scratch on fresh images at each step. "used" is the share of the K codes that 16·K latents of images never
-seen reach. SimVQ's frozen codes are 16 channels wide, as the latents are.
+A linear autoencoder of 8×8 patches of blurred noise (64 values, 8 channels between; BSQ has one for each of its bits),
+trained from scratch on fresh patches at each step. "used" is the share of the K codes that 16·K latents of patches never
+seen reach.
 """
 EVALUATED = 16  # latents a code
-# a stronger pull to use all codes than the default's, for so short a run
-OPTIONS = {"bsq": {"entropy_weight": 1.0}}
+# the entropy of all 16 bits together: groups of 9 leave bits of different groups free to repeat one another
+OPTIONS = {"bsq": {"bits_per_group": 16}}
 DIM = 8  # channels of a latent, but for BSQ, which has one a bit
-SMOOTH = 3  # images are noise, blurred so often
+SMOOTH = 1  # images are noise, blurred so often
 
 
 def patches(count: int, generator: torch.Generator) -> torch.Tensor:
