@@ -18,8 +18,8 @@ from .vq_pipeline import VQPipeline, as_levels, check_codes, check_generator, ch
 
 class AutoregressivePipeline(VQPipeline):
     """
-    Base of the pipelines whose property `priors` holds a causal LM over codes for each level of the tokenizer `vqvae`, from
-    top to bottom. All but the first take the codes of the level above as `condition_indices`.
+    Base of the pipelines whose property `priors` holds a causal LM over codes for each level of the tokenizer `vqvae`,
+    from top to bottom. All but the first take the codes of the level above as `condition_indices`.
     """
 
     _callback_tensor_inputs = ["indices", "level"]
@@ -120,8 +120,8 @@ class AutoregressivePipeline(VQPipeline):
         The images and the codes of a call.
 
         Args:
-            prompts: what each level is conditioned on, under the name of the argument that it comes from: prefixes, or the
-                codes of a condition that windows are cut from.
+            prompts: what each level is conditioned on, under the name of the argument that it comes from: prefixes, or
+                the codes of a condition that windows are cut from.
             size: height and width in pixels.
             top_indices: codes of the first levels, which are not sampled.
             sampling: further arguments of `sample_levels`. The others are those of the call.
@@ -236,8 +236,8 @@ class AutoregressivePipeline(VQPipeline):
         The codes `(B, h, w)` of each level.
 
         Args:
-            prompts: for each level the prior's prefixes `(B, condition_length)`, or the codes `(B, h', w')` of a condition
-                that windows are cut from.
+            prompts: for each level the prior's prefixes `(B, condition_length)`, or the codes `(B, h', w')` of a
+                condition that windows are cut from.
             known: for each level what is not sampled.
             grid_sizes: of each level, by default the priors' own.
             stride: see [`window_runs`]. The other arguments are those of the call.

@@ -47,8 +47,8 @@ def draw_codes(log_probs: torch.FloatTensor, generator=None) -> torch.LongTensor
 
     Args:
         log_probs (`(B, K)`): log-probabilities up to a constant of the row; -inf is never drawn.
-        generator: `None` for torch's global randomness, a `torch.Generator`, or a list of one for each row, with which a
-            row's sample does not depend on the other rows.
+        generator: `None` for torch's global randomness, a `torch.Generator`, or a list of one for each row, with which
+            a row's sample does not depend on the other rows.
 
     Returns:
         int64 `(B,)`.
@@ -168,9 +168,9 @@ def window_runs(grid_size: Sequence[int], window: Sequence[int], stride: int = 1
     """
     Which window each code of a grid is sampled in, row by row (Esser et al. 2021, section 3.3 and figure 5).
 
-    A code lies in the middle of its window, half a window from the top and the left, but at the grid's sides, where the
-    window ends with the grid. With a `stride` of more than 1 the window moves by so many codes at a time, and what it has
-    read serves the codes until it moves. A window as large as the grid gives a single run.
+    A code lies in the middle of its window, half a window from the top and the left, but at the grid's sides, where
+    the window ends with the grid. With a `stride` of more than 1 the window moves by so many codes at a time, and what
+    it has read serves the codes until it moves. A window as large as the grid gives a single run.
 
     Raises:
         ValueError: a grid smaller than the window, or a stride that leaves a code outside of it.

@@ -85,8 +85,8 @@ def check_outpaint(outpaint: Sequence[int], downsample_factor: int) -> tuple[int
 
 def paste(images: torch.FloatTensor, image: torch.FloatTensor, mask: torch.FloatTensor) -> torch.FloatTensor:
     """
-    `images` `(B, C, H, W)` in [0, 1] where the mask `(B, 1, H, W)`, or of codes, is painted, and the pixels of `image` in
-    [-1, 1] elsewhere.
+    `images` `(B, C, H, W)` in [0, 1] where the mask `(B, 1, H, W)`, or of codes, is painted, and the pixels of `image`
+    in [-1, 1] elsewhere.
     """
     mask = F.interpolate(mask, size=images.shape[-2:]).to(images.device)
     return torch.where(mask == 1, images, image.to(images.device) / 2 + 0.5)

@@ -171,12 +171,13 @@ def _warn_of_cuts(tokenizer, prompts: list[str], longest: int) -> None:
 
 def to_mask(mask: Any, name: str = "mask_image") -> torch.FloatTensor:
     """
-    What a pipeline is given as a mask, as 0 and 1 `(B, 1, H, W)`, float32; 1 is painted, and values from the middle on are 1.
+    What a pipeline is given as a mask, as 0 and 1 `(B, 1, H, W)`, float32; 1 is painted, and values from the middle on
+    are 1.
 
     Args:
-        mask: a Pillow image of any mode (white is painted), or a list of them; or an array or tensor `(H, W)`, `(B, H, W)`,
-            `(B, 1, H, W)`, or an array with one channel last: of bool, of numbers in [0, 1], or uint8 in 0 … 255. uint8
-            without a value above 1 counts as 0 and 1. A list of arrays or tensors stands for their rows.
+        mask: a Pillow image of any mode (white is painted), or a list of them; or an array or tensor `(H, W)`, `(B, H,
+            W)`, `(B, 1, H, W)`, or an array with one channel last: of bool, of numbers in [0, 1], or uint8 in 0 … 255.
+            uint8 without a value above 1 counts as 0 and 1. A list of arrays or tensors stands for their rows.
         name: of the argument, for error messages.
 
     Raises:
@@ -277,7 +278,8 @@ def repeat_rows(
 
 def repeat_to(values: torch.Tensor, count: int, name: str, times: int = 1) -> torch.Tensor:
     """
-    The rows for `count` inputs with `times` images each, those of one input adjacent. `values`, of the argument `name`, has
+    The rows for `count` inputs with `times` images each, those of one input adjacent. `values`, of the argument
+    `name`, has
     a row for each input, or 1 for all: nothing else says which rows belong together.
     """
     if len(values) not in (1, count):
@@ -294,8 +296,8 @@ def repeat_inputs(inputs: dict[str, torch.Tensor] | None, times: int) -> dict[st
 
 def count_inputs(batch_size: int | None, *values: Any) -> int:
     """
-    How many inputs the arguments of a call hold together: as many as the longest of `values`, or `batch_size`, which is for
-    calls without any.
+    How many inputs the arguments of a call hold together: as many as the longest of `values`, or `batch_size`, which
+    is for calls without any.
 
     Raises:
         ValueError: `batch_size` is no positive int, or contradicts the values.

@@ -13,8 +13,8 @@ from .vq_pipeline import VQPipeline, check_part
 
 class DenoisingPipeline(VQPipeline):
     """
-    Base of the pipelines with `vqvae`, a denoiser, `scheduler`, and perhaps `text_encoder` and its `tokenizer`, whose config
-    has the `text_…` options of [`encode_text`].
+    Base of the pipelines with `vqvae`, a denoiser, `scheduler`, and perhaps `text_encoder` and its `tokenizer`, whose
+    config has the `text_…` options of [`encode_text`].
     """
 
     _optional_components = ["text_encoder", "tokenizer"]
@@ -114,7 +114,8 @@ class DenoisingPipeline(VQPipeline):
         mask: torch.BoolTensor | None = None,
     ) -> TextCondition | None:
         """
-        What the arguments `name`, `{name}_embeds` and `{name}_attention_mask` of a call stand for; None if none is given.
+        What the arguments `name`, `{name}_embeds` and `{name}_attention_mask` of a call stand for; None if none is
+        given.
 
         Raises:
             ValueError: text and states at once, a mask without states, or states or a mask of the wrong shape.
@@ -153,8 +154,8 @@ class DenoisingPipeline(VQPipeline):
         """
         The denoiser's keyword arguments for `batch_size` conditions and, if `guided`, those of the null condition.
 
-        The null condition is the negative prompt, or else `null_text`; of classes it is the null class. It is also what an
-        image without condition has.
+        The null condition is the negative prompt, or else `null_text`; of classes it is the null class. It is also
+        what an image without condition has.
 
         Raises:
             ValueError: a condition that the denoiser does not take, or guidance without a null condition.

@@ -12,9 +12,10 @@ from diffusers.utils import BaseOutput
 class VQPipelineOutput(BaseOutput):
     """
     Args:
-        images: by `output_type`, a list of `PIL.Image.Image` ("pil"), an array `(B, H, W, C)` in [0, 1] ("np"), a tensor
-            `(B, C, H, W)` in [0, 1] ("pt"), the quantized latents `(B, D, h, w)` that `vqvae.decode(…, quantize=False)`
-            takes, of a tokenizer with levels a tuple of them ("latent"), or `None` ("indices": nothing is decoded).
+        images: by `output_type`, a list of `PIL.Image.Image` ("pil"), an array `(B, H, W, C)` in [0, 1] ("np"), a
+            tensor `(B, C, H, W)` in [0, 1] ("pt"), the quantized latents `(B, D, h, w)` that `vqvae.decode(…,
+            quantize=False)` takes, of a tokenizer with levels a tuple of them ("latent"), or `None` ("indices":
+            nothing is decoded).
         indices: the sampled codes, int64 `(B, h, w)`; of a tokenizer with levels a tuple of them, from top to bottom.
     """
 

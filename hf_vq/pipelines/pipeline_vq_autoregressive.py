@@ -76,25 +76,26 @@ class VQAutoregressivePipeline(AutoregressivePipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("indices",),
     ) -> VQPipelineOutput | tuple:
         """
-        With an image, the codes of a part of it are kept unchanged, and the others are sampled. A prior reads its codes in
-        one order: a sampled code is conditioned on the codes before it, kept or sampled, and never on kept codes that come
-        after it. Row by row, the top half is therefore completed from all of it, while what is sampled above a kept bottom
-        half does not know it. The encoder has seen all of the image, so a kept code near the border may hold traces of the
-        pixels beyond.
+        With an image, the codes of a part of it are kept unchanged, and the others are sampled. A prior reads its
+        codes in one order: a sampled code is conditioned on the codes before it, kept or sampled, and never on kept
+        codes that come after it. Row by row, the top half is therefore completed from all of it, while what is sampled
+        above a kept bottom half does not know it. The encoder has seen all of the image, so a kept code near the
+        border may hold traces of the pixels beyond.
 
-        Images larger than the prior's grid are sampled by a window of its size that moves over them, see [`window_runs`].
-        `vqvae.enable_tiling()` decodes them in tiles.
+        Images larger than the prior's grid are sampled by a window of its size that moves over them, see
+        [`window_runs`]. `vqvae.enable_tiling()` decodes them in tiles.
 
         Args:
             class_labels: a class or a list of classes, as ids or as names of the prior's `id2label`; `None` samples
                 unconditionally (with the null condition, where the prior is conditional).
             image: images to keep a part of, see [`~images.to_pixel_values`].
-            mask_image: a mask of pixels or of codes, see [`~conditioning.to_mask`]: 1 (white) is painted anew. A code is
-                kept if none of its pixels is painted; pixels that are not painted are those of `image` in the end.
-            height, width: of the images, multiples of the tokenizer's downsample factor; by default the size of the prior's
-                grid, or of the image.
+            mask_image: a mask of pixels or of codes, see [`~conditioning.to_mask`]: 1 (white) is painted anew. A code
+                is kept if none of its pixels is painted; pixels that are not painted are those of `image` in the end.
+            height, width: of the images, multiples of the tokenizer's downsample factor; by default the size of the
+                prior's grid, or of the image.
             condition (int `(B, h', w')` or `(B, condition_length)`, *optional*): for a prior whose `condition_type` is
-                "codes", the codes of the conditions; for images larger than its grid, a grid that is larger in proportion.
+                "codes", the codes of the conditions; for images larger than its grid, a grid that is larger in
+                proportion.
             indices: codes `(B, h, w)` in place of `image`.
             keep_fraction: in place of a mask, the share of the codes that is kept, in random places: a variation.
             outpaint: pixels `(top, bottom, left, right)` to add around the image.
@@ -110,8 +111,8 @@ class VQAutoregressivePipeline(AutoregressivePipeline):
             return_dict: a [`VQPipelineOutput`] or the tuple `(images, indices)`.
             use_cache, cache_implementation: key-value cache of `generate`; "static" is compiled on accelerators.
             decode_batch_size: images decoded at a time.
-            callback_on_step_end: called after each code as `callback(pipe, step, position, {"indices": (B, position + 1)})`;
-                it may return a dict with `indices` that have other codes in the last place.
+            callback_on_step_end: called after each code as `callback(pipe, step, position, {"indices": (B, position +
+                1)})`; it may return a dict with `indices` that have other codes in the last place.
             callback_on_step_end_tensor_inputs: the names of what it is given, of `_callback_tensor_inputs`.
 
         Raises:

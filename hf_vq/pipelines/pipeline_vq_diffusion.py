@@ -27,11 +27,11 @@ from .vq_pipeline import (
 
 class VQDiffusionImagePipeline(DenoisingPipeline):
     """
-    VQ-Diffusion (Gu et al. 2022): a grid of masked codes is revealed step by step by `transformer` and `scheduler`, and
-    decoded by `vqvae`. With an image it makes variations of it, or paints a part of it anew.
+    VQ-Diffusion (Gu et al. 2022): a grid of masked codes is revealed step by step by `transformer` and `scheduler`,
+    and decoded by `vqvae`. With an image it makes variations of it, or paints a part of it anew.
 
-    The condition is the transformer's `condition_type`: nothing, classes, or text. The null condition of guidance is what
-    the transformer has learned (Tang et al. 2022) or its null class; a text model without it takes the empty
+    The condition is the transformer's `condition_type`: nothing, classes, or text. The null condition of guidance is
+    what the transformer has learned (Tang et al. 2022) or its null class; a text model without it takes the empty
     prompt.
 
     Args:
@@ -284,31 +284,33 @@ class VQDiffusionImagePipeline(DenoisingPipeline):
             prompt: a text or a list of texts.
             class_labels: a class or a list of classes, ids or names of `id2label`; None is the null class.
             image: images to make variations of or to paint into, see [`~images.to_pixel_values`].
-            mask_image: a mask of pixels or of codes, see [`~conditioning.to_mask`]: 1 (white) is painted anew. A code is
-                kept, at every step, if none of its pixels is painted; pixels that are not painted are those of `image` in
-                the end.
+            mask_image: a mask of pixels or of codes, see [`~conditioning.to_mask`]: 1 (white) is painted anew. A code
+                is kept, at every step, if none of its pixels is painted; pixels that are not painted are those of
+                `image` in the end.
             height, width: of the images; the grid of codes has one size, `image_size`.
             negative_prompt: what guidance leads away from, in place of the null condition.
-            strength: the share of the steps that is taken, in (0, 1]: the image's codes are noised to the first of these
-                timesteps. 1, the default with a mask, leaves nothing of what is painted; the default without is 0.7.
+            strength: the share of the steps that is taken, in (0, 1]: the image's codes are noised to the first of
+                these timesteps. 1, the default with a mask, leaves nothing of what is painted; the default without is
+                0.7.
             num_inference_steps, timesteps: how many steps, all T of training by default, or which ones.
             guidance_scale: see `predict`; 1 is off.
             truncation_rate: the probability mass of the codes that are drawn from, in (0, 1]; 1 draws from all.
             prior_rule, prior_weight: the purity prior, see [`MaskReplaceScheduler.step`].
             temperature: divides the logits.
-            num_images_per_prompt: images for each class, prompt or image; those of one are adjacent. Arguments with several
-                entries have the same number of them, and one with a single entry goes with all of theirs.
+            num_images_per_prompt: images for each class, prompt or image; those of one are adjacent. Arguments with
+                several entries have the same number of them, and one with a single entry goes with all of theirs.
             batch_size: how many inputs there are where no argument says it: without class, prompt and image.
             generator: one `torch.Generator` for the call, or a list with one for each image, which makes an image
                 independent of the others in its batch.
             indices: codes `(B, h, w)` in place of `image`; a mask may then have their size.
             prompt_embeds, negative_prompt_embeds: `(B, S, D)`, in place of the texts.
-            prompt_attention_mask, negative_prompt_attention_mask: `(B, S)`, false where these are padded; by default nowhere.
+            prompt_attention_mask, negative_prompt_attention_mask: `(B, S)`, false where these are padded; by default
+                nowhere.
             output_type: "pil", "np", "pt", "latent" or "indices", see [`VQPipelineOutput`].
             return_dict: a [`VQPipelineOutput`] or the tuple `(images, indices)`.
             decode_batch_size: images decoded at a time.
-            callback_on_step_end: called after each step as `callback(pipe, step, timestep, {"indices": (B, h, w)})`, with
-                the index K where a code is masked; it may return a dict with other `indices`.
+            callback_on_step_end: called after each step as `callback(pipe, step, timestep, {"indices": (B, h, w)})`,
+                with the index K where a code is masked; it may return a dict with other `indices`.
             callback_on_step_end_tensor_inputs: the names of what it is given, of `_callback_tensor_inputs`.
 
         Raises:

@@ -36,8 +36,8 @@ LATENT_OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 class VQLatentDiffusionPipelineOutput(BaseOutput):
     """
     Args:
-        images: by `output_type`, a list of `PIL.Image.Image` ("pil"), an array `(B, H, W, C)` in [0, 1] ("np"), a tensor
-            `(B, C, H, W)` in [0, 1] ("pt"), or the latents ("latent": nothing is decoded).
+        images: by `output_type`, a list of `PIL.Image.Image` ("pil"), an array `(B, H, W, C)` in [0, 1] ("np"), a
+            tensor `(B, C, H, W)` in [0, 1] ("pt"), or the latents ("latent": nothing is decoded).
         latents: `(B, D, h, w)`, as `vqvae.decode` takes them: not scaled, not quantized.
     """
 
@@ -52,7 +52,8 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
 
     The condition follows from the parts: class labels (`num_class_embeds`, or a table of class vectors as the
     `encoder_hid_proj` of a `UNet2DConditionModel` without text encoder), text (`text_encoder` and `tokenizer`, or
-    `prompt_embeds`), and maps that are concatenated to the latents (as many channels as `unet` has beyond the latents').
+    `prompt_embeds`), and maps that are concatenated to the latents (as many channels as `unet` has beyond the
+    latents').
 
     Args:
         vqvae ([`VQGANModel`] or another tokenizer): its codes are one map of vectors.
@@ -183,7 +184,8 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
         times: int = 1,
     ) -> torch.Tensor | None:
         """
-        The maps `(count * times, C, h, w)` that are concatenated to the noisy latents of `times` images for each input, or None.
+        The maps `(count * times, C, h, w)` that are concatenated to the noisy latents of `times` images for each
+        input, or None.
 
         Inpainting (`mask` `(B, 1, H, W)`, 1 is painted): the latents of the image with its masked pixels black, not
         scaled, and the mask in {-1, 1}, nearest. Otherwise `condition_image`, resized to the latents.
@@ -385,8 +387,8 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
             condition_image: a map for each image that is resized to the latents, whose proportions it has, and
                 concatenated: a tensor `(B, C, H, W)` (one-hot classes of a semantic map; a low-resolution image in
                 [-1, 1]), or images, see [`~images.to_pixel_values`].
-            image: images, see [`~images.to_pixel_values`]: with `strength`, where sampling starts; with `mask_image`, what
-                is painted into.
+            image: images, see [`~images.to_pixel_values`]: with `strength`, where sampling starts; with `mask_image`,
+                what is painted into.
             mask_image: a mask, see [`~conditioning.to_mask`]: 1 (white) is painted anew, the other pixels are kept.
             height, width: of the images, multiples of the tokenizer's downsample factor; by default the denoiser's
                 `sample_size`, or the size of `image`.
@@ -402,11 +404,12 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
                 independent of the others in its batch.
             latents: the standard normal noise `(B, D, h, w)` to start from.
             prompt_embeds, negative_prompt_embeds: `(B, S, D)`, in place of the texts.
-            prompt_attention_mask, negative_prompt_attention_mask: `(B, S)`, false where these are padded; by default nowhere.
+            prompt_attention_mask, negative_prompt_attention_mask: `(B, S)`, false where these are padded; by default
+                nowhere.
             output_type: "pil", "np", "pt" or "latent", see [`VQLatentDiffusionPipelineOutput`].
             decode_batch_size: images decoded at a time.
-            callback_on_step_end: called after each step as `callback(pipe, step, timestep, {"latents": (B, D, h, w)})`,
-                scaled; it may return a dict with other `latents`.
+            callback_on_step_end: called after each step as `callback(pipe, step, timestep, {"latents": (B, D, h,
+                w)})`, scaled; it may return a dict with other `latents`.
             callback_on_step_end_tensor_inputs: the names of what it is given, of `_callback_tensor_inputs`.
 
         Raises:

@@ -16,14 +16,16 @@ from .vq_pipeline import as_levels, check_any_tokenizer, check_codes
 class VQVAE2Pipeline(AutoregressivePipeline):
     """
     Samples the codes of each level from top to bottom, `top_prior` without and the others with the codes of the level
-    above, and decodes them with `vqvae` (Razavi, van den Oord and Vinyals 2019, section 3.2): a call samples whole images, the
-    lower levels of given top codes, or a part of given images; `rejection_sample` keeps the best of many by a classifier.
+    above, and decodes them with `vqvae` (Razavi, van den Oord and Vinyals 2019, section 3.2): a call samples whole
+    images, the lower levels of given top codes, or a part of given images; `rejection_sample` keeps the best of many
+    by a classifier.
 
     Args:
         vqvae ([`VQVAE2Model`]): decodes the codes.
         top_prior ([`PixelSNAILForCausalLM`] or another causal LM over codes): the prior of the top level.
         bottom_prior ([`PixelSNAILForCausalLM`]): that of the bottom level, with a `conditioning_grid_size`.
-        middle_prior ([`PixelSNAILForCausalLM`], *optional*): that of the level between them, of a tokenizer of three levels.
+        middle_prior ([`PixelSNAILForCausalLM`], *optional*): that of the level between them, of a tokenizer of three
+            levels.
     """
 
     model_cpu_offload_seq = "top_prior->middle_prior->bottom_prior->vqvae"
@@ -116,32 +118,33 @@ class VQVAE2Pipeline(AutoregressivePipeline):
     ) -> VQPipelineOutput | tuple:
         """
         Args:
-            class_labels: a class or a list of classes, as ids or as names of the top prior's `id2label`; `None` samples
-                unconditionally (with the null condition, where the priors are conditional).
+            class_labels: a class or a list of classes, as ids or as names of the top prior's `id2label`; `None`
+                samples unconditionally (with the null condition, where the priors are conditional).
             image: images to keep a part of, see [`~images.to_pixel_values`].
-            mask_image: a mask of pixels, or of codes of the top level, see [`~conditioning.to_mask`]: 1 (white) is painted
-                anew. At every level a code is kept if none of its pixels is painted; pixels that are not painted are those
-                of `image` in the end.
+            mask_image: a mask of pixels, or of codes of the top level, see [`~conditioning.to_mask`]: 1 (white) is
+                painted anew. At every level a code is kept if none of its pixels is painted; pixels that are not
+                painted are those of `image` in the end.
             height, width: of the images; the priors' grids have one size.
-            top_indices (int64 `(B, h, w)`, *optional*): codes of the top level, which are not sampled; or a tuple of those
-                of several levels from the top on. One grid goes with several classes, and one class with several grids.
+            top_indices (int64 `(B, h, w)`, *optional*): codes of the top level, which are not sampled; or a tuple of
+                those of several levels from the top on. One grid goes with several classes, and one class with several
+                grids.
             indices: codes of all levels, from top to bottom, in place of `image`.
             keep_fraction: in place of a mask, the share of the codes that is kept, in random places: a variation.
             num_images_per_prompt: images for each class, grid or image; those of one are adjacent.
             batch_size: how many inputs there are where no argument says it: without class, codes and image.
             guidance_scale: classifier-free guidance, `null + scale * (conditional - null)` on the log-probabilities
                 (Ho & Salimans, 2022); 1 is off. The null condition has no class, but the codes of the level above.
-            temperature, top_k, top_p: reshape each code's distribution, in this order. These and `guidance_scale` are one
-                value, or a list or tuple of one for each level from top to bottom.
+            temperature, top_k, top_p: reshape each code's distribution, in this order. These and `guidance_scale` are
+                one value, or a list or tuple of one for each level from top to bottom.
             generator: one `torch.Generator` for the call, or a list with one for each image, which makes an image
                 independent of the others in its batch. The global random state is used, and moved, only without one.
             output_type: "pil", "np", "pt", "latent" or "indices", see [`VQPipelineOutput`].
             return_dict: a [`VQPipelineOutput`] or the tuple `(images, indices)`, where `indices` is a tuple of levels.
             use_cache, cache_implementation: cache of `generate`.
             decode_batch_size: images decoded at a time.
-            callback_on_step_end: called after each code as `callback(pipe, step, position, {"indices": (B, position + 1),
-                "level": level})`; steps are counted over the levels, positions within one. It may return a dict with
-                `indices` that have other codes in the last place.
+            callback_on_step_end: called after each code as `callback(pipe, step, position, {"indices": (B, position +
+                1), "level": level})`; steps are counted over the levels, positions within one. It may return a dict
+                with `indices` that have other codes in the last place.
             callback_on_step_end_tensor_inputs: the names of what it is given, of `_callback_tensor_inputs`.
 
         Raises:

@@ -23,8 +23,8 @@ class RejectionSamplingOutput(BaseOutput):
         indices (int64 `(N, h, w)`, or a tuple of those of each level): their codes.
         class_ids (int64 `(N,)`): their classes.
         scores (float `(N,)`): what the classifier gave them.
-        acceptance_rate (`float`): accepted over drawn images; it is below the rate asked for where the number of images
-            does not divide evenly.
+        acceptance_rate (`float`): accepted over drawn images; it is below the rate asked for where the number of
+            images does not divide evenly.
         threshold (`float`): the lowest score that was accepted.
     """
 
@@ -71,8 +71,8 @@ def rejection_sample(
 ) -> RejectionSamplingOutput | dict[float, RejectionSamplingOutput]:
     """
     Draws `num_images_per_class / rate` images of every class and keeps those with the highest scores (Razavi et al.,
-    "Generating Diverse High-Fidelity Images with VQ-VAE-2", 2019, on classifier-based rejection sampling; Esser et al.,
-    2021). A low rate trades diversity for fidelity.
+    "Generating Diverse High-Fidelity Images with VQ-VAE-2", 2019, on classifier-based rejection sampling; Esser et
+    al., 2021). A low rate trades diversity for fidelity.
 
     Args:
         pipeline ([`AutoregressivePipeline`]): a class-conditional one.

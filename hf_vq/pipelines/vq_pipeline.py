@@ -26,7 +26,8 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent", "indices")
 class VQPipeline(DiffusionPipeline):
     """Base of the pipelines that decode what a prior draws with the image tokenizer `vqvae`.
 
-    The configuration of an image processor in the folder that `vqvae` was loaded from is kept, and saved beside it again.
+    The configuration of an image processor in the folder that `vqvae` was loaded from is kept, and saved beside it
+    again.
     """
 
     _callback_tensor_inputs: list[str] = []
@@ -141,8 +142,8 @@ class VQPipeline(DiffusionPipeline):
         self, indices: torch.LongTensor | tuple[torch.LongTensor, ...], batch_size: int = 16
     ) -> torch.FloatTensor:
         """
-        Codes `(B, h, w)`, or a tuple of those of each level, to images `(B, C, H, W)` in [0, 1], float32, `batch_size` at a
-        time.
+        Codes `(B, h, w)`, or a tuple of those of each level, to images `(B, C, H, W)` in [0, 1], float32, `batch_size`
+        at a time.
         """
         batch_size = check_integer("batch_size", batch_size, 1)
         onload(self.vqvae)
@@ -292,7 +293,8 @@ def check_temperature(value: float) -> float:
 
 def onload(model):
     """
-    Moves a model to its device if `enable_model_cpu_offload` waits for its `forward`, which `encode` and `decode` pass by.
+    Moves a model to its device if `enable_model_cpu_offload` waits for its `forward`, which `encode` and `decode` pass
+    by.
     """
     hook = getattr(model, "_hf_hook", None)
     if hook is not None:
