@@ -5,6 +5,8 @@ import torch
 from torch import nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from .code_decoding import CodeDecoder, preallocated_cache, sample_codes
+
 
 def _integers(values, name: str) -> torch.LongTensor:
     """`values` as an int64 tensor, or a ValueError that names the argument."""
@@ -282,9 +284,47 @@ class CodeSequenceMixin:
         if self.config.vocab_size > self.config.codebook_size:
             processors = kwargs.get("logits_processor") or []
             kwargs["logits_processor"] = LogitsProcessorList([CodesOnly(self.config.codebook_size), *processors])
-        if length < getattr(self.config, "n_unmasked", 0):
+        if self._is_drawn_plainly(prompt, kwargs, setting):
+            kwargs["custom_generate"] = sample_codes
+            if kwargs.get("negative_prompt_ids") is not None:
+                kwargs["null_prompt"] = kwargs.pop("negative_prompt_ids").to(prompt.device)
+                kwargs["null_scale"], kwargs["guidance_scale"] = setting("guidance_scale"), 1.0
+        elif length < getattr(self.config, "n_unmasked", 0):
             kwargs["use_cache"] = False  # what has been read changes with each code among the first positions
         return super().generate(inputs, generation_config=generation_config, **kwargs)
+
+    prompt_inputs = ()
+    """The arguments of `forward` that belong to the prompt, a row for each example."""
+
+    def new_cache(self, length: int):
+        """The cache of a sequence of `length` ids at most; `None` if the model makes its own."""
+        return preallocated_cache(self.config.num_hidden_layers, length)
+
+    def code_decoder(self, batch_size: int, length: int, **inputs):
+        """What reads sequences of `length` ids at most, code by code: see [`CodeDecoder`]."""
+        return CodeDecoder(self, length, **inputs)
+
+    def _is_drawn_plainly(self, prompt, kwargs: dict, setting) -> bool:
+        """
+        Whether `sample_codes` does what `generate` is asked for: one code of each row after another, with nothing but the
+        sequences returned. All else is transformers' own loop.
+        """
+        if prompt is None or self.training or setting("eos_token_id") is not None or setting("use_cache") is False:
+            return False
+        others = (
+            "cache_implementation past_key_values inputs_embeds attention_mask position_ids streamer assistant_model "
+            "custom_generate negative_prompt_attention_mask stop_strings prompt_lookup_num_tokens synced_gpus "
+            "return_dict_in_generate penalty_alpha dola_layers constraints force_words_ids prefill_chunk_size"
+        )
+        if any(setting(name) is not None and setting(name) is not False for name in others.split()):
+            return False
+        negative = kwargs.get("negative_prompt_ids")
+        if negative is not None and negative.shape != (
+            len(prompt) * (setting("num_return_sequences") or 1),
+            prompt.shape[1],
+        ):
+            return False
+        return (setting("num_beams") or 1) == 1
 
     def _negative_prompt(self, prompt, negative, setting):
         if (setting("num_beams") or 1) > 1:

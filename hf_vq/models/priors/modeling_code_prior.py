@@ -77,6 +77,7 @@ class CodePriorForCausalLM(CodeSequenceMixin, CheckedLoadingMixin, PreTrainedMod
 
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]
+    prompt_inputs = ("condition_indices",)
 
     def __init__(self, config):
         super().__init__(config)
@@ -308,6 +309,9 @@ class CodePriorForCausalLM(CodeSequenceMixin, CheckedLoadingMixin, PreTrainedMod
         return super().generate(inputs, generation_config=generation_config, **kwargs)
 
     generate.__doc__ = CodeSequenceMixin.generate.__doc__
+
+    def new_cache(self, length: int) -> None:
+        """The first pass makes the cache."""
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """Called by `generate`: nothing to prepare, since the first forward pass makes the cache."""

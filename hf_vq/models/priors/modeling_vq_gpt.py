@@ -9,6 +9,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2PreTrainedModel
 from transformers.utils import can_return_tuple
 
 from ..checked_loading import CheckedLoadingMixin
+from .code_decoding import CodeDecoder
 from .code_sequences import CodeSequenceMixin
 from .configuration_vq_gpt import VQGPTConfig
 
@@ -172,6 +173,20 @@ class VQGPTForCausalLM(CodeSequenceMixin, VQGPTPreTrainedModel, GenerationMixin)
             or_mask_function=_bidirectional_prefix(n_unmasked),
         )
 
+    # ------------------------------------------------------------------------------------------------ sampling
+
+    def code_decoder(self, batch_size: int, length: int, **inputs):
+        """[`GPTDecoder`], where GPT-2's blocks are called as they are; else what runs `forward`."""
+        config = self.config
+        as_usual = config.scale_attn_weights and not config.scale_attn_by_inverse_layer_idx
+        as_usual = as_usual and not config.reorder_and_upcast_attn
+        as_usual = as_usual and config._attn_implementation in ("sdpa", "eager")
+        blocks = [part for block in self.transformer.h for part in (block, block.attn)]
+        is_hooked = any(part._forward_hooks or part._forward_pre_hooks or hasattr(part, "_hf_hook") for part in blocks)
+        if as_usual and not is_hooked and len(set(getattr(self, "hf_device_map", {}).values())) < 2:
+            return GPTDecoder(self, batch_size, length)
+        return CodeDecoder(self, length, **inputs)
+
     @staticmethod
     def create_masks_for_generate(config, **kwargs):
         """Called by `generate` before a compiled step: the same masks as above."""
@@ -180,4 +195,51 @@ class VQGPTForCausalLM(CodeSequenceMixin, VQGPTPreTrainedModel, GenerationMixin)
         return create_masks_for_generate(config=config, **kwargs)
 
 
-__all__ = ["VQGPTForCausalLM", "VQGPTPreTrainedModel"]
+class GPTDecoder:
+    """
+    A `VQGPTForCausalLM` that reads a sequence part by part, with all keys and values in memory of the final length: called with
+    the ids `(B, L)` that follow those it has read, it returns the logits `(B, vocab_size)` of what comes next. The layers are
+    called, so that adapters and quantized weights act; what stands between them in `GPT2Model` is done once, or not at all.
+    """
+
+    def __init__(self, model: VQGPTForCausalLM, batch_size: int, length: int):
+        self.model, config = model, model.config
+        self.num_heads, self.num_open = config.n_head, config.n_unmasked
+        weight = model.transformer.wte.weight
+        shape = (2, batch_size, config.n_head, length, config.n_embd // config.n_head)
+        self.memory = [weight.new_empty(shape) for _ in range(config.n_layer)]
+        self.positions = torch.arange(length, device=weight.device)
+        self.past, self.ids = 0, None
+
+    def __call__(self, ids: torch.LongTensor) -> torch.FloatTensor:
+        ids = ids if self.ids is None else torch.cat([self.ids, ids], dim=1)
+        # as long as the first positions see each other, a new one changes what has been read
+        is_open = self.past + ids.shape[1] < self.num_open
+        self.ids = ids if is_open else None
+        transformer, end = self.model.transformer, self.past + ids.shape[1]
+        hidden_states = transformer.wte(ids) + transformer.wpe(self.positions[self.past : end])
+        mask = self._mask(end) if ids.shape[1] > 1 else None
+        for block, memory in zip(transformer.h, self.memory, strict=True):
+            hidden_states = hidden_states + self._attend(block.attn, block.ln_1(hidden_states), memory, mask)
+            hidden_states = hidden_states + block.mlp(block.ln_2(hidden_states))
+        self.past = 0 if is_open else end
+        return self.model.lm_head(transformer.ln_f(hidden_states[:, -1]))
+
+    def _mask(self, end: int) -> torch.BoolTensor:
+        """Which positions `(L, end)` the last L see: those up to their own, and all of an open prefix each other."""
+        queries, keys = self.positions[self.past : end, None], self.positions[:end]
+        return (keys <= queries) | ((queries < self.num_open) & (keys < self.num_open))
+
+    def _attend(self, attention, hidden_states, memory, mask) -> torch.Tensor:
+        batch_size, length, channels = hidden_states.shape
+        end = self.past + length
+        # (B, L, 3, heads, d) to (3, B, heads, L, d)
+        projected = attention.c_attn(hidden_states).view(batch_size, length, 3, self.num_heads, -1)
+        projected = projected.permute(2, 0, 3, 1, 4)
+        memory[:, :, :, self.past : end] = projected[1:]
+        keys, values = memory[:, :, :, :end]
+        attended = nn.functional.scaled_dot_product_attention(projected[0], keys, values, attn_mask=mask)
+        return attention.c_proj(attended.transpose(1, 2).reshape(batch_size, length, channels))
+
+
+__all__ = ["GPTDecoder", "VQGPTForCausalLM", "VQGPTPreTrainedModel"]

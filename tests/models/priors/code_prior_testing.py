@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import WatermarkingConfig
+from transformers import WatermarkingConfig, set_seed
 
 from hf_vq.models.priors.modeling_code_prior import IncrementalCache
 from tests.models.model_testing import ModelTests
@@ -177,6 +177,19 @@ class CodePriorTests(ModelTests):
         for whole, first, second in zip(output.hidden_states, start.hidden_states, step.hidden_states, strict=True):
             torch.testing.assert_close(first, whole[:, :3], atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(second, whole[:, 3:5], atol=1e-5, rtol=1e-5)
+
+    @pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
+    def test_the_loop_for_codes_draws_what_transformers_draws(self, case, guidance_scale):
+        model, inputs = case.make(), case.inputs()
+        del inputs["labels"]
+        prompt = inputs.pop("input_ids")[:, :3]
+        if guidance_scale != 1 and model.config.condition_type == "unconditional":
+            return
+        options = {"do_sample": True, "top_k": 0, "num_return_sequences": 2, "guidance_scale": guidance_scale}
+        set_seed(4)
+        expected = model.generate(prompt, return_dict_in_generate=True, **options, **inputs).sequences
+        set_seed(4)
+        assert torch.equal(model.generate(prompt, **options, **inputs), expected)
 
     @torch.no_grad()
     def test_scores_of_generation_are_as_wide_as_the_vocabulary(self, case):
