@@ -12,6 +12,11 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def num_processes() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if is_distributed() else 1
+
+
 def is_main_process() -> bool:
     """Whether this is process 0, or the only one."""
     return not is_distributed() or dist.get_rank() == 0
@@ -101,6 +106,7 @@ __all__ = [
     "is_distributed",
     "is_main_process",
     "maxima_over_processes",
+    "num_processes",
     "share_of_process",
     "union_over_processes",
 ]

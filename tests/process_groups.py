@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +30,7 @@ def in_processes(count: int, folder: Path, function: Callable, *arguments) -> li
     try:
         for receiver, _ in pipes:
             assert receiver.poll(60), "a process gave no answer in a minute"
-            value, error = receiver.recv()
+            value, error = pickle.loads(receiver.recv_bytes())
             assert error is None, error
             results.append(value)
     finally:
@@ -45,7 +46,7 @@ def _run(rank: int, count: int, rendezvous: Path, pipe, function: Callable, argu
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29999")  # for who asks; the processes meet in a file
     try:
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=count)
-        pipe.send((function(*arguments), None))
+        pipe.send_bytes(pickle.dumps((function(*arguments), None)))  # `send` shares a tensor's memory
         dist.destroy_process_group()
     except BaseException:
-        pipe.send((None, traceback.format_exc()))
+        pipe.send_bytes(pickle.dumps((None, traceback.format_exc())))

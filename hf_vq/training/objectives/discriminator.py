@@ -9,6 +9,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ...distributed import all_reduced, is_distributed, num_processes
+
 
 NORMS = ("batch", "group", "none")
 
@@ -23,7 +25,7 @@ class PatchDiscriminator(nn.Module):
         in_channels: channels of the images.
         base_channels: width of the first convolution (`ndf`); it doubles at every layer, up to 8 times.
         num_layers: stride-2 convolutions; each also widens the patch a logit sees.
-        norm: `"batch"` (the original), `"group"` (statistics of one image: nothing to keep in step over processes,
+        norm: `"batch"` (the original, over the batches of all processes), `"group"` (statistics of one image: nothing to keep in step over processes,
             and no dependence on the batch's other images) or `"none"`.
 
     Raises:
@@ -118,9 +120,44 @@ class PatchDiscriminator(nn.Module):
         return self.main(images)
 
 
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum of a tensor over all processes; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(context, values: torch.Tensor) -> torch.Tensor:
+        return all_reduced(values)
+
+    @staticmethod
+    def backward(context, gradient: torch.Tensor) -> torch.Tensor:
+        return all_reduced(gradient)
+
+
+class SyncedBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm whose statistics in training are of the batches of all processes, on GPUs and on CPUs.
+
+    torch's `SyncBatchNorm` does the same on GPUs alone. Every process must bring as many pixels as the others. With one
+    process, and in evaluation mode, it is `nn.BatchNorm2d`.
+    """
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if not self.training or not is_distributed():
+            return super().forward(images)
+        values = images.float()
+        count = values.numel() // values.shape[1] * num_processes()
+        mean = _SumOverProcesses.apply(values.sum(dim=(0, 2, 3))) / count
+        centred = values - mean[:, None, None]
+        variance = _SumOverProcesses.apply(centred.square().sum(dim=(0, 2, 3))) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / max(count - 1, 1), self.momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(images.dtype)
+
+
 def _norm_layer(norm: str, channels: int) -> nn.Module:
     if norm == "batch":
-        return nn.BatchNorm2d(channels)
+        return SyncedBatchNorm2d(channels)
     if norm == "group":
         return nn.GroupNorm(math.gcd(32, channels), channels)
     return nn.Identity()

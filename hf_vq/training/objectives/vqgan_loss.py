@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...distributed import all_reduced, num_processes
+
 
 def l1_loss(reconstructions: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
     """Mean absolute error, a scalar. Both arguments have the same shape."""
@@ -57,7 +59,7 @@ def adaptive_weight(nll: torch.Tensor, g_loss: torch.Tensor, last_layer: torch.T
     """Weight that gives the adversarial loss the reconstruction loss's pull on the decoder's last layer.
 
     λ = clamp(‖∇nll‖ / (‖∇g‖ + 1e-4), 0, 1e4), gradients with respect to `last_layer` (Esser et al. 2021,
-    https://arxiv.org/abs/2012.09841, eq. 7).
+    https://arxiv.org/abs/2012.09841, eq. 7), those of the mean loss over all processes, which all call this.
 
     Args:
         nll: reconstruction (and perceptual) loss, a scalar that depends on `last_layer`.
@@ -72,7 +74,9 @@ def adaptive_weight(nll: torch.Tensor, g_loss: torch.Tensor, last_layer: torch.T
     """
     nll_grad = torch.autograd.grad(nll, last_layer, retain_graph=True)[0]
     g_grad = torch.autograd.grad(g_loss, last_layer, retain_graph=True)[0]
-    weight = nll_grad.float().norm() / (g_grad.float().norm() + 1e-4)
+    grads = torch.stack([nll_grad, g_grad]).float()
+    nll_grad, g_grad = all_reduced(grads) / num_processes()
+    weight = nll_grad.norm() / (g_grad.norm() + 1e-4)
     return weight.clamp(0.0, 1e4).detach()
 
 

@@ -5,7 +5,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_vq.training.objectives.discriminator import PatchDiscriminator
+from hf_vq.distributed import share_of_process
+from hf_vq.training.objectives.discriminator import PatchDiscriminator, SyncedBatchNorm2d
+from tests.process_groups import in_processes
 
 
 GOLDEN = Path(__file__).parents[2] / "fixtures" / "golden" / "taming_vqmodel_f4"
@@ -87,3 +89,30 @@ def test_smallest_image():
 def test_bad_arguments(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):
         PatchDiscriminator(**arguments)
+
+
+def normalise(images, weights):
+    """Outputs, the gradients of a loss that is the mean over processes, and the state, of this process's share."""
+    norm = SyncedBatchNorm2d(3)
+    norm.weight.data = torch.tensor([1.0, 2.0, 0.5])
+    images = torch.as_tensor(share_of_process(images)).clone().requires_grad_()
+    output = norm(images)
+    (output.square() * torch.as_tensor(share_of_process(weights))).mean().backward()
+    return output.detach(), images.grad, norm.weight.grad, dict(norm.state_dict())
+
+
+def test_batch_statistics_are_of_all_processes(tmp_path):
+    images = torch.randn(6, 3, 4, 5, generator=torch.Generator().manual_seed(0)) * 3 + 7
+    weights = torch.rand(6, 1, 1, 1, generator=torch.Generator().manual_seed(1))
+    plain = torch.nn.BatchNorm2d(3)
+    plain.weight.data = torch.tensor([1.0, 2.0, 0.5])
+    whole = images.clone().requires_grad_()
+    output = plain(whole)
+    (output.square() * weights).mean().backward()
+    outputs, grads, weight_grads, states = zip(*in_processes(2, tmp_path, normalise, images, weights), strict=True)
+    torch.testing.assert_close(torch.cat(outputs), output.detach())
+    torch.testing.assert_close(torch.cat(grads) / 2, whole.grad)  # of the mean of the two losses
+    torch.testing.assert_close(sum(weight_grads) / 2, plain.weight.grad)
+    for state in states:
+        torch.testing.assert_close(state, dict(plain.state_dict()))
+    assert (normalise(images[:3], weights[:3])[0] - outputs[0]).abs().max() > 0.01
