@@ -304,7 +304,8 @@ def _prefixes(
 ) -> Callable[[tuple[int, int]], torch.LongTensor]:
     """A function from the origin of a window on the grid to the prior's prefixes `(B, condition_length)` there."""
     if prompt.ndim == 2:
-        is_null = (prompt == prior.config.null_class_token_id).all()
+        null = prior.config.null_class_token_id
+        is_null = null is not None and bool((prompt == null).all())
         if (
             prior.config.condition_type == "codes"
             and tuple(grid_size) != tuple(prior.config.grid_size)
