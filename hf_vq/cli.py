@@ -130,6 +130,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_images(command, "*")
     command.add_argument("--output", type=Path, help="the picture (default: named for what it shows, .png)")
 
+    add_convert(add)
+
     command = add(
         "evaluate",
         "evaluate.evaluate",
@@ -174,6 +176,38 @@ def build_parser() -> argparse.ArgumentParser:
     add_batches(command)
     add_json(command)
     return parser
+
+
+def add_convert(add) -> None:
+    """The subcommand `convert`, with the options of every source's converter."""
+    command = add(
+        "convert",
+        "convert.convert",
+        "turn an original checkpoint into a folder of hf_vq",
+        "taming --checkpoint last.ckpt --config model.yaml --output vqgan",
+        "--checkpoint vq_ds16_c2i.pt --output llamagen    # the source is recognised",
+        "diffusers --checkpoint amused/amused-256 --part vqvae --output amused",
+    )
+    sources = ["taming", "latent_diffusion", "vq_diffusion", "rosinality", "zalando", "llamagen", "diffusers"]
+    command.add_argument("source", nargs="?", choices=sources, help="(default: what the checkpoint looks like)")
+    command.add_argument("--checkpoint", required=True, help="the original file; of diffusers a repository or folder")
+    command.add_argument("--config", help="the YAML or JSON that it was trained with")
+    command.add_argument("--part", help="diffusers: the subfolder that holds the tokenizer")
+    command.add_argument("--layout", help="diffusers: the layout of a tokenizer, where it cannot be told")
+    command.add_argument("--verify", metavar="FILE", help="safetensors of inputs, and of what the original computed")
+    command.add_argument("--output", type=Path, required=True, help="the folder to write")
+    command.add_argument("--push_to_hub", metavar="REPO", help='also upload the folder, to "user/name"')
+    command.add_argument("--license", default="other", help="of the weights, for the card (default: %(default)s)")
+    command.add_argument("--live", action="store_true", help="take the weights themselves, not their averages")
+    command.add_argument("--discriminator", action="store_true", help="taming: also save the discriminator")
+    command.add_argument("--codec_config", help="vq_diffusion: the YAML of the image codec")
+    command.add_argument("--mapping", help="vq_diffusion: the table of the codes in use")
+    command.add_argument("--tokenizer", help="vq_diffusion: a folder with CLIP's vocabulary")
+    command.add_argument("--top", help="rosinality: the top prior")
+    command.add_argument("--bottom", help="rosinality: the bottom prior")
+    command.add_argument("--resolution", type=int, help="of the images, where the file does not hold it")
+    command.add_argument("--data_variance", type=float, help="zalando: of the pixels in [-0.5, 0.5]")
+    command.add_argument("--null_class_id", type=int, help="latent_diffusion: the class that stands for none")
 
 
 def add_tokenizer(command: argparse.ArgumentParser, also: str = "") -> None:

@@ -1,0 +1,140 @@
+"""`hf-vq convert`: an original checkpoint as a folder of hf_vq, checked and described."""
+
+import importlib
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+
+# Source → what it is, and the licence of its code; weights have their own.
+SOURCES = {
+    "taming": ("CompVis/taming-transformers", "MIT"),
+    "latent_diffusion": ("CompVis/latent-diffusion", "MIT"),
+    "vq_diffusion": ("microsoft/VQ-Diffusion", "MIT"),
+    "rosinality": ("rosinality/vq-vae-2-pytorch", "MIT"),
+    "zalando": ("zalandoresearch/pytorch-vq-vae", "MIT"),
+    "llamagen": ("FoundationVision/LlamaGen", "MIT"),
+    "diffusers": ("diffusers, or another layout that `load_tokenizer` knows", "of the repository"),
+}
+# Beginnings of keys that show a source, the most particular first.
+SIGNS = (
+    ("latent_diffusion", ("model.diffusion_model.",)),
+    ("vq_diffusion", ("content_codec.", "transformer.transformer.")),
+    ("taming", ("transformer.blocks.", "first_stage_model.")),
+    ("rosinality", ("enc_b.", "background", "module.enc_b.", "module.background")),
+    ("zalando", ("_vq_vae.",)),
+    ("llamagen", ("encoder.conv_blocks.",)),
+    ("diffusers", ("encoder.down_blocks.", "model.vqmodel.", "gen_vision_model.", "ema_encoder.")),
+    ("taming", ("encoder.down.",)),
+)
+# Sources whose first stages are saved alike.
+ALIKE = {"taming", "latent_diffusion"}
+
+
+def convert(options) -> None:
+    """Converts, verifies, and writes a model card; an output folder of another kind is left as it is."""
+    from ..hub import model_card
+    from .sources import load
+
+    source = chosen_source(options)
+    output = options.output
+    module = importlib.import_module(f"hf_vq.conversion.convert_{source}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
+        module.main([*converter_arguments(options), "--output", folder])
+        check_output(output, Path(folder))
+        model = load(folder)
+        errors = {}
+        if options.verify is not None:
+            from ..conversion.verification import largest_errors
+
+            errors = largest_errors(model, options.verify)
+            for name, error in errors.items():
+                print(f"{name}: largest error {error:.2g}")
+        repository, licence = SOURCES[source]
+        card = model_card(
+            model,
+            repo_id=options.push_to_hub or output.name,
+            license=options.license,
+            dataset="that of the original checkpoint",
+            description=f"Converted from `{Path(options.checkpoint).name}` of {repository} (code: {licence}). The weights "
+            f"keep the licence of that checkpoint.{error_table(errors)}",
+        )
+        card.save(Path(folder) / "README.md")
+        shutil.copytree(folder, output, dirs_exist_ok=True)
+    print(output)
+    if options.push_to_hub:
+        from ..conversion.checkpoints import push_folder
+
+        print(push_folder(output, options.push_to_hub))
+
+
+def error_table(errors: dict[str, float]) -> str:
+    """The largest errors as a table of Markdown; nothing without any."""
+    if not errors:
+        return ""
+    rows = "\n".join(f"| {name} | {error:.2g} |" for name, error in errors.items())
+    return f"\n\nAgainst the original program:\n\n| output | largest error |\n|---|---|\n{rows}"
+
+
+def converter_arguments(options) -> list[str]:
+    """The options of the command that are given, as the converter of the source reads them."""
+    own = ("checkpoint", "config", "part", "codec_config", "mapping", "tokenizer", "top", "bottom", "resolution",
+           "data_variance", "null_class_id", "layout")  # fmt: skip
+    given = [(name, getattr(options, name)) for name in own if getattr(options, name) is not None]
+    arguments = [text for name, value in given for text in (f"--{name}", str(value))]
+    return arguments + [f"--{name}" for name in ("discriminator", "live") if getattr(options, name)]
+
+
+def chosen_source(options) -> str:
+    """The source that is named, or the one that the checkpoint looks like.
+
+    Raises:
+        ValueError: if it looks like another one, or like none.
+    """
+    found = recognise(options.checkpoint)
+    named = options.source
+    if found is None and named is None:
+        raise ValueError(
+            f"`--checkpoint` {options.checkpoint} looks like none of {', '.join(SOURCES)}; name its source."
+        )
+    if named is None:
+        print(f"this looks like a {found} checkpoint")
+        return found
+    if named != "diffusers" and found not in (None, named) and not {found, named} <= ALIKE:
+        raise ValueError(f"`--checkpoint` {options.checkpoint} looks like a {found} checkpoint, not like {named}.")
+    return named
+
+
+def recognise(checkpoint: str) -> str | None:
+    """The source of a checkpoint by the names of its weights; None if they are not known."""
+    from ..conversion.reading import load_checkpoint
+
+    if not Path(checkpoint).is_file():
+        return "diffusers"
+    content = load_checkpoint(checkpoint)
+    keys = []
+    while isinstance(content, dict):
+        keys += [key for key in content if isinstance(key, str)]
+        content = next((content[name] for name in ("state_dict", "model", "ema") if name in content), None)
+    return next((name for name, signs in SIGNS if any(key.startswith(signs) for key in keys)), None)
+
+
+def check_output(output: Path, folder: Path) -> None:
+    """A `ValueError` if `output` exists and holds another kind of thing than `folder`."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"`--output` {output} must be a folder, but it is a file.")
+    if output.is_dir() and any(output.iterdir()) and kind_of(output) != kind_of(folder):
+        raise ValueError(
+            f"`--output` {output} exists and holds {kind_of(output)}, not {kind_of(folder)}; name another."
+        )
+
+
+def kind_of(folder: Path) -> str:
+    """What a folder holds: the class of a pipeline or model, or other files."""
+    for name, entry in (("model_index.json", "_class_name"), ("config.json", "architectures")):
+        if (folder / name).is_file():
+            value = json.loads((folder / name).read_text(encoding="utf-8")).get(entry)
+            return f"a {value[-1] if isinstance(value, list) else value}"
+    return "other files"
