@@ -254,12 +254,13 @@ def convert_pixelsnail(state_dict: dict, dropout: float = 0.1) -> tuple[PixelSNA
     hidden_size, codebook_size, _, kernel_size = _shape(state_dict, "horizontal.conv.conv.weight_v")
     above = {}
     if "cond_resnet.blocks.0.conv.weight_v" in state_dict:
-        channels, codes = _shape(state_dict, "cond_resnet.blocks.0.conv.weight_v")[:2]
+        channels, codes, _, conditioning_kernel_size = _shape(state_dict, "cond_resnet.blocks.0.conv.weight_v")
         above = {
             "conditioning_codebook_size": codes,
             "conditioning_grid_size": tuple(side // 2 for side in grid_size),
             "num_conditioning_res_blocks": _count(state_dict, r"cond_resnet\.blocks\.(\d+)\.conv1\."),
             "conditioning_channels": channels,
+            "conditioning_kernel_size": conditioning_kernel_size,
         }
     config = PixelSNAILConfig(
         codebook_size=codebook_size,

@@ -4,6 +4,7 @@ import argparse
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoImageProcessor
 
 import hf_vq.conversion.convert_rosinality
@@ -252,6 +253,32 @@ def test_greyscale(tmp_path):
     model = VQVAE2Model.from_pretrained(tmp_path / "output")
     assert model(torch.randn(1, 1, 32, 32)).sample.shape == (1, 1, 32, 32)
     assert AutoImageProcessor.from_pretrained(tmp_path / "output").num_channels == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [1, 5])
+def test_size_of_the_conditioning_kernels(size):
+    """With the golden kernels in the middle of larger ones nothing changes; those of 1×1 see no neighbours."""
+    golden = Golden("rosinality_pixelsnail_bottom")
+    state_dict, _ = load(CHECKPOINTS["pixelsnail_bottom"])
+    keys = [
+        key for key in state_dict if key.startswith("cond_resnet.") and state_dict[key].ndim == 4 and "weight_v" in key
+    ]
+    keys = [key for key in keys if state_dict[key].shape[-1] == 3]
+    for key in keys:
+        weight = state_dict[key]
+        state_dict[key] = F.pad(weight, [1] * 4) if size == 5 else weight[:, :, 1:2, 1:2].clone()
+    model, _ = convert_pixelsnail(state_dict)
+    assert model.config.conditioning_kernel_size == size
+    above = golden["condition"]
+    features = model.encode_condition(torch.zeros(2, dtype=torch.int64) + model.config.codebook_size, above)
+    if size == 5:
+        golden.compare("cond_features", features.repeat_interleave(2, 1).repeat_interleave(2, 2).movedim(-1, 1))
+    else:
+        changed = above.clone()
+        changed[:, 0, 0] = (changed[:, 0, 0] + 1) % 32
+        others = model.encode_condition(torch.zeros(2, dtype=torch.int64) + model.config.codebook_size, changed)
+        assert (features != others).any(-1).sum() == 2
 
 
 class Other:

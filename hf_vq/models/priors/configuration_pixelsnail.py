@@ -26,6 +26,7 @@ class PixelSNAILConfig(CodePriorConfig):
         num_conditioning_res_blocks (`int`, defaults to 0): gated blocks over that level's codes.
         conditioning_channels (`int`, defaults to 256): channels of what conditions every gated block, a map of the level
             above and the embedding of a class, added.
+        conditioning_kernel_size (`int`, defaults to 3): odd side of the convolutions over that level's codes.
         hidden_size (`int`, defaults to 256): channels of the hidden states.
         kernel_size (`int`, defaults to 5): odd side of the causal convolutions.
         num_blocks (`int`, defaults to 4): how often residual blocks and attention are repeated.
@@ -47,6 +48,7 @@ class PixelSNAILConfig(CodePriorConfig):
     conditioning_grid_size: int | list[int] | tuple[int, ...] | None = None
     num_conditioning_res_blocks: int = 0
     conditioning_channels: int = 256
+    conditioning_kernel_size: int = 3
 
     hidden_size: int = 256
     kernel_size: int = 5
@@ -93,6 +95,10 @@ class PixelSNAILConfig(CodePriorConfig):
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
         if self.kernel_size < 3 or self.kernel_size % 2 == 0:
             raise ValueError(f"`kernel_size` must be odd and at least 3, got {self.kernel_size}.")
+        if self.conditioning_kernel_size < 1 or self.conditioning_kernel_size % 2 == 0:
+            raise ValueError(
+                f"`conditioning_kernel_size` must be odd and at least 1, got {self.conditioning_kernel_size}."
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"`dropout` must lie in [0, 1), got {self.dropout}.")
         if self.attention and (self.hidden_size % 2 or self.hidden_size // 2 % self.num_attention_heads):

@@ -269,18 +269,19 @@ class CodeStem(nn.Module):
 
 class ConditioningStack(nn.Module):
     """
-    What the codes of the level above say, int64 `(B, h', w') -> (B, h', w', conditioning_channels)`: a 3×3 convolution and
+    What the codes of the level above say, int64 `(B, h', w') -> (B, h', w', conditioning_channels)`: a convolution and
     gated residual blocks that see all around (Razavi et al. 2019, section 3.2).
     """
 
     def __init__(self, config: PixelSNAILConfig):
         super().__init__()
         channels = config.conditioning_channels
-        around = [(row, column) for row in (-1, 0, 1) for column in (-1, 0, 1)]
+        half = config.conditioning_kernel_size // 2
+        around = [(row, column) for row in range(-half, half + 1) for column in range(-half, half + 1)]
         self.codes = CodeConv(config.conditioning_codebook_size, channels, around)
 
         def conv(c_in, c_out):
-            return Conv(c_in, c_out, kernel_size=3)
+            return Conv(c_in, c_out, kernel_size=config.conditioning_kernel_size)
 
         self.residual_blocks = nn.ModuleList(
             GatedResidualBlock(channels, channels, conv, config.dropout)
