@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .code_bundle import bundle
+from .hub_requests import request_patiently
 from .registration import MODELS
 
 
@@ -94,13 +95,21 @@ def push_to_hub(
         card: becomes README.md (see `model_card`); without one, a README.md that is there already stays.
         image_processor, with_code: as in `save_for_sharing`.
         private, token, commit_message: as in `huggingface_hub`.
+
+    A Hub that is busy or out of order is asked again for ten minutes.
+
+    Raises:
+        PermissionError: there is no token, or one that may not write there.
     """
     with tempfile.TemporaryDirectory() as folder:
         save_for_sharing(folder, model, card, image_processor, with_code)
         api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        created = request_patiently(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
         message = commit_message or f"Upload {type(model).__name__}"
-        return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message).commit_url
+        uploaded = request_patiently(
+            lambda: api.upload_folder(repo_id=created.repo_id, folder_path=folder, commit_message=message)
+        )
+        return uploaded.commit_url
 
 
 def model_card(

@@ -55,11 +55,14 @@ def save_trained(run, model, name: str, data: DataArguments, image_processor=Non
     """Writes `output_dir/name`, complete or not at all, and pushes it if the arguments say so. Main process only.
 
     Args:
-        run (`TrainingRun`): finished, within its `ema_weights`.
+        run (`TrainingRun`): finished, within its `trained_model`.
         model: a model or a pipeline of hf_vq, with the weights that are to be shared.
         name: of the folder.
         data: what it was trained on, for the card.
         image_processor: saved with a model; with a pipeline, beside its tokenizer.
+
+    Raises:
+        RuntimeError: the push failed; the folder is there.
 
     The folder is for those who have hf_vq; what is pushed carries its code, and each has the card that says so.
     """
@@ -67,5 +70,11 @@ def save_trained(run, model, name: str, data: DataArguments, image_processor=Non
     with atomic_folder(run.output_dir / name) as folder:
         save_for_sharing(folder, model, cards[False], image_processor, with_code=False)
     if run.arguments.push_to_hub:
-        push_to_hub(model, run.arguments.hub_model_id, card=cards[True], image_processor=image_processor)
+        try:
+            push_to_hub(model, run.arguments.hub_model_id, card=cards[True], image_processor=image_processor)
+        except Exception as error:  # whatever it is, the model is there
+            raise RuntimeError(
+                f"the model is saved in {run.output_dir / name}, but was not pushed to {run.arguments.hub_model_id!r}: {error} "
+                "The same command pushes it again, without training."
+            ) from error
     return run.output_dir / name
