@@ -43,6 +43,8 @@ _MODULES = {
     "VQGANModel": "hf_vq.models.autoencoders.modeling_vqgan",
     "VQGPTConfig": "hf_vq.models.priors.configuration_vq_gpt",
     "VQGPTForCausalLM": "hf_vq.models.priors.modeling_vq_gpt",
+    "VQLlamaConfig": "hf_vq.models.priors.configuration_vq_llama",
+    "VQLlamaForCausalLM": "hf_vq.models.priors.modeling_vq_llama",
     "VQImageProcessor": "hf_vq.models.autoencoders.image_processing_vq",
     "VQLatentDiffusionPipeline": "hf_vq.pipelines.pipeline_vq_latent_diffusion",
     "VQLatentDiffusionPipelineOutput": "hf_vq.pipelines.pipeline_vq_latent_diffusion",
@@ -101,9 +103,11 @@ if TYPE_CHECKING:
     from .models.priors.configuration_pixelcnn import PixelCNNConfig as PixelCNNConfig
     from .models.priors.configuration_pixelsnail import PixelSNAILConfig as PixelSNAILConfig
     from .models.priors.configuration_vq_gpt import VQGPTConfig as VQGPTConfig
+    from .models.priors.configuration_vq_llama import VQLlamaConfig as VQLlamaConfig
     from .models.priors.modeling_pixelcnn import PixelCNNForCausalLM as PixelCNNForCausalLM
     from .models.priors.modeling_pixelsnail import PixelSNAILForCausalLM as PixelSNAILForCausalLM
     from .models.priors.modeling_vq_gpt import VQGPTForCausalLM as VQGPTForCausalLM
+    from .models.priors.modeling_vq_llama import VQLlamaForCausalLM as VQLlamaForCausalLM
     from .models.priors.transformer_vq_diffusion import VQDiffusionTransformer2DModel as VQDiffusionTransformer2DModel
     from .models.priors.transformer_vq_diffusion import VQDiffusionTransformerOutput as VQDiffusionTransformerOutput
     from .models.priors.unet_2d_latent import LatentUNet2DModel as LatentUNet2DModel

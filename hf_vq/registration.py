@@ -20,6 +20,7 @@ from typing import Any
 # model_type: (config class, {auto class: class})
 MODELS = {
     "hf_vq_gpt": ("VQGPTConfig", {"AutoModelForCausalLM": "VQGPTForCausalLM"}),
+    "hf_vq_llama": ("VQLlamaConfig", {"AutoModelForCausalLM": "VQLlamaForCausalLM"}),
     "hf_vq_pixelcnn": ("PixelCNNConfig", {"AutoModelForCausalLM": "PixelCNNForCausalLM"}),
     "hf_vq_pixelsnail": ("PixelSNAILConfig", {"AutoModelForCausalLM": "PixelSNAILForCausalLM"}),
     "hf_vq_vqgan": ("VQGANConfig", {"AutoModel": "VQGANModel", "AutoImageProcessor": "VQImageProcessor"}),

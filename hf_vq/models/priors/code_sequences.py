@@ -212,6 +212,31 @@ class CodeSequenceMixin:
             shift_labels=targets,
         )
 
+    def check_inputs(self, input_ids, inputs_embeds, labels) -> torch.Tensor:
+        """The one of `input_ids` and `inputs_embeds` that is given, or a ValueError."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
+        if input_ids is not None and (input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32)):
+            raise ValueError(
+                f"`input_ids` must be int64 of shape (B, T), got {input_ids.dtype} of shape {tuple(input_ids.shape)}."
+            )
+        inputs = input_ids if input_ids is not None else inputs_embeds
+        if labels is not None and labels.shape != inputs.shape[:2]:
+            raise ValueError(f"`labels` must have shape {tuple(inputs.shape[:2])}, got {tuple(labels.shape)}.")
+        if labels is not None and labels.shape[1] <= self.config.condition_length:
+            raise ValueError(f"`labels` must reach beyond the {self.config.condition_length} condition ids.")
+        return inputs
+
+    def check_length(self, length: int, past) -> None:
+        """A ValueError if `length` ids after the `past` ones are more than the model has positions for."""
+        if not isinstance(past, int):
+            return  # a static cache counts on the device, and reading it there would stall: `generate` has checked
+        if past + length > self.config.n_positions:
+            raise ValueError(
+                f"`input_ids` reach position {past + length}, but the model has {self.config.n_positions}: a prefix of P ids "
+                "and N codes takes P + N - 1, since the last code is never an input."
+            )
+
     def log_likelihood(self, indices, condition=None, **inputs) -> torch.FloatTensor:
         """
         `log p(indices | condition)` in nats, summed over the codes, in float32. Call it in `eval()` mode.

@@ -79,7 +79,7 @@ class VQGPTForCausalLM(CodeSequenceMixin, VQGPTPreTrainedModel, GenerationMixin)
             ValueError: both or none of `input_ids` and `inputs_embeds`, ids that are not integers, more positions than
                 `config.n_positions`, labels of another shape than the inputs.
         """
-        inputs = self._check_inputs(input_ids, inputs_embeds, labels)
+        inputs = self.check_inputs(input_ids, inputs_embeds, labels)
         if labels is not None:
             use_cache = bool(use_cache)  # by default none, since nothing is sampled
             if self.training and (self.config.pkeep < 1 or self.config.condition_dropout > 0):
@@ -119,29 +119,11 @@ class VQGPTForCausalLM(CodeSequenceMixin, VQGPTPreTrainedModel, GenerationMixin)
             attentions=outputs.attentions,
         )
 
-    def _check_inputs(self, input_ids, inputs_embeds, labels):
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
-        if input_ids is not None and (input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32)):
-            raise ValueError(
-                f"`input_ids` must be int64 of shape (B, T), got {input_ids.dtype} of shape {tuple(input_ids.shape)}."
-            )
-        inputs = input_ids if input_ids is not None else inputs_embeds
-        if labels is not None and labels.shape != inputs.shape[:2]:
-            raise ValueError(f"`labels` must have shape {tuple(inputs.shape[:2])}, got {tuple(labels.shape)}.")
-        if labels is not None and labels.shape[1] <= self.config.condition_length:
-            raise ValueError(f"`labels` must reach beyond the {self.config.condition_length} condition ids.")
-        return inputs
-
     def _check_length(self, length: int, past_key_values, use_cache):
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        self.check_length(length, past)
         if not isinstance(past, int):
-            return  # a static cache counts on the device, and reading it there would stall: `generate` has checked
-        if past + length > self.config.n_positions:
-            raise ValueError(
-                f"`input_ids` reach position {past + length}, but the model has {self.config.n_positions}: a prefix of P ids "
-                "and N codes takes P + N - 1, since the last code is never an input."
-            )
+            return
         if past_key_values is None and not use_cache:
             return
         if past < self.config.n_unmasked and (past or length < self.config.n_unmasked):
