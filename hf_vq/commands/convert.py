@@ -49,7 +49,7 @@ def convert(options) -> None:
         if options.verify is not None:
             from ..conversion.verification import largest_errors
 
-            errors = largest_errors(model, options.verify)
+            errors = largest_errors(model, options.verify, options.live)
             for name, error in errors.items():
                 print(f"{name}: largest error {error:.2g}")
         repository, licence = SOURCES[source]

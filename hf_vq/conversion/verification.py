@@ -23,14 +23,16 @@ TOKENIZER_OUTPUTS: dict[str, Callable] = {
 
 
 @torch.no_grad()
-def largest_errors(model, path: str | Path) -> dict[str, float]:
+def largest_errors(model, path: str | Path, live: bool = False) -> dict[str, float]:
     """For each output in a file that `model` computes, the largest difference; of indices, the share that differs.
 
     Args:
         model: a tokenizer, an autoregressive prior or a pipeline.
         path: a safetensors file of inputs and outputs, named as the original programs name them: of a tokenizer `x`, and
             any of `h`, `quant`, `indices`, `xrec` (of VQ-VAE-2 `id_t`, `id_b`, `dec`); of a GPT `z_indices`, `c_indices`
-            and `all_logits`; of a PixelSNAIL `codes`, `condition` and `logits`; of latent diffusion `x_t`, `t` and `eps`.
+            and `all_logits`; of a PixelSNAIL `codes`, `condition` and `logits`; of latent diffusion `x_t`, `t` and `eps`, or
+            `eps_ema` of the averages; of VQ-Diffusion's codec `img` and `codec_tokens`.
+        live: whether the weights themselves were converted, not their averages.
 
     Raises:
         ValueError: if the file cannot be read, or holds no output that the model computes.
@@ -38,6 +40,7 @@ def largest_errors(model, path: str | Path) -> dict[str, float]:
     if file_format(path, "verify") != "safetensors":
         raise ValueError(f"`verify` {path} must be a safetensors file.")
     tensors = load_file(path)
+    tensors |= {name.removeprefix("fs."): value for name, value in tensors.items() if name.startswith("fs.")}
     computed = {}
     parts = model.components if hasattr(model, "components") else {"model": model}
     for part in parts.values():
@@ -49,8 +52,9 @@ def largest_errors(model, path: str | Path) -> dict[str, float]:
             condition = None if part.config.condition_type == "unconditional" else tensors["c_indices"]
             inputs = part.eval().prepare_inputs(_in_grid(part, tensors["z_indices"]), condition)["input_ids"]
             computed["all_logits"] = part(input_ids=inputs[:, :-1]).logits
-    if {"x_t", "t"} <= tensors.keys() and "unet" in parts and "eps" in tensors:
-        computed["eps"] = parts["unet"](tensors["x_t"], tensors["t"]).sample
+    prediction = "eps" if live or "eps_ema" not in tensors else "eps_ema"
+    if {"x_t", "t", prediction} <= tensors.keys() and "unet" in parts:
+        computed[prediction] = parts["unet"](tensors["x_t"], tensors["t"]).sample
     errors = {name: _error(value, tensors[name]) for name, value in computed.items() if name in tensors}
     if not errors:
         raise ValueError(f"`verify` {path} holds no output that this model computes; it has {sorted(tensors)[:8]}.")
@@ -58,14 +62,36 @@ def largest_errors(model, path: str | Path) -> dict[str, float]:
 
 
 def _of_tokenizer(model, tensors: dict) -> dict:
+    is_gumbel = model.config.quantizer == "gumbel"
+    if {"img", "codec_tokens"} <= tensors.keys():  # the original draws a Gumbel codec's tokens
+        name = "codec_tokens_argmax" if is_gumbel else "codec_tokens"
+        return {name: model.encode(tensors["img"]).indices}
     x = tensors.get("x")
     if x is None or x.ndim != 4:
         return {}
+    if is_gumbel:
+        return _of_gumbel(model, x, tensors.get("gumbel_noise"))
     if isinstance(model, VQVAE2Model):
         indices = model.encode(x).indices
         return {"id_t": indices[0], "id_b": indices[1], "dec": model(x).sample}
     scale = 2 if "x_recon" in tensors else 1  # the images of the VQ-VAE notebook lie in [-0.5, 0.5]
     return {name: output(model, scale * x, scale) for name, output in TOKENIZER_OUTPUTS.items() if name in tensors}
+
+
+def _of_gumbel(model, x: torch.Tensor, noise: torch.Tensor | None) -> dict:
+    """The original draws its codes at every encoding; without its noise the most likely ones are compared."""
+    latents = model.encode(x).latents
+    most_likely = model.quantize(latents).indices
+    computed = {
+        "h": latents,
+        "indices_argmax": most_likely,
+        "xrec_from_argmax": model.decode_indices(most_likely).sample,
+    }
+    if noise is None:
+        return computed
+    drawn = model.quantize(latents, noise=noise)
+    sample = model.decode(drawn.quantized, quantize=False).sample
+    return {**computed, "indices": drawn.indices, "z_q": drawn.quantized, "xrec": sample}
 
 
 def _of_pixelsnail(model, tensors: dict) -> dict:
