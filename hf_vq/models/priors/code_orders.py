@@ -9,7 +9,7 @@ CODE_ORDERS = ("raster", "alternate", "subsample", "z-curve", "spiral-out", "spi
 def code_order(name: str, height: int, width: int, permutation: list[int] | None = None) -> list[int]:
     """
     The raster positions `row * width + column` of a grid in the order in which their codes are read, those of the
-    original VQGAN's permuters (Esser et al., "Taming Transformers for High-Resolution Image Synthesis", 2021, figure 47).
+    original VQGAN's permuters (Esser et al., "Taming Transformers for High-Resolution Image Synthesis", 2021).
 
     Args:
         name: one of `CODE_ORDERS`:
