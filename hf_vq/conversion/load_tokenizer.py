@@ -174,7 +174,9 @@ def _read_msgpack(path: Path) -> dict[str, torch.Tensor]:
     try:
         import msgpack
     except ImportError as error:
-        raise ValueError(f"`source` {path} is a Flax checkpoint; reading it needs `pip install msgpack`.") from error
+        raise ValueError(
+            f"`source` {path} is a Flax checkpoint; reading it needs `pip install hf_vq[flax]`."
+        ) from error
 
     def array(code: int, data: bytes):
         if code != 1:  # an array; the others are numbers
