@@ -199,7 +199,7 @@ def add_convert(add) -> None:
     command.add_argument("--push_to_hub", metavar="REPO", help='also upload the folder, to "user/name"')
     command.add_argument("--license", default="other", help="of the weights, for the card (default: %(default)s)")
     command.add_argument("--live", action="store_true", help="take the weights themselves, not their averages")
-    command.add_argument("--discriminator", action="store_true", help="taming: also save the discriminator")
+    command.add_argument("--discriminator", action="store_true", help="of a first stage: also save its discriminator")
     command.add_argument("--codec_config", help="vq_diffusion: the YAML of the image codec")
     command.add_argument("--mapping", help="vq_diffusion: the table of the codes in use")
     command.add_argument("--tokenizer", help="vq_diffusion: a folder with CLIP's vocabulary")

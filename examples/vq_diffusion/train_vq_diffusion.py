@@ -242,7 +242,12 @@ def build_pipeline(args: VQDiffusionArguments, tokenizer, codes: Codes) -> VQDif
     )
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-    scheduler = MaskReplaceScheduler(tokenizer.config.num_embeddings, args.num_train_timesteps, args.schedule)
+    scheduler = MaskReplaceScheduler(
+        tokenizer.config.num_embeddings,
+        args.num_train_timesteps,
+        args.schedule,
+        auxiliary_loss_weight=args.auxiliary_weight,
+    )
     pipe = VQDiffusionImagePipeline(tokenizer, transformer.to(codes.run.device), scheduler, **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -303,7 +308,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     optimizer = run.add_optimizer("optimizer", weights)
     sampler = run.add_state("timesteps", ImportanceTimestepSampler(args.num_train_timesteps))
-    objective = MaskReplaceObjective(pipe.scheduler, args.auxiliary_weight)
+    objective = MaskReplaceObjective(pipe.scheduler)
 
     run.on_validation(lambda: validate(run, pipe, codes, condition, args))
     run.start()

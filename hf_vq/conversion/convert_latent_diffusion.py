@@ -11,13 +11,20 @@ import torch
 from diffusers import DDIMScheduler
 
 from ..hub import save_with_code
-from ..models.autoencoders.image_processing_vq import VQImageProcessor
 from ..pipelines.pipeline_vq_latent_diffusion import VQLatentDiffusionPipeline
-from .checkpoints import argument_parser, print_dropped, push_folder, split_by_prefix
+from .checkpoints import (
+    argument_parser,
+    drop_keys,
+    print_dropped,
+    push_folder,
+    save_image_processor,
+    save_tokenizer,
+    split_by_prefix,
+)
 from .ldm_conditioner import convert_conditioner
 from .ldm_unet import convert_unet
 from .reading import load_state_dict, read_model
-from .taming_tokenizer import convert_tokenizer
+from .taming_tokenizer import convert_tokenizer, save_discriminator
 
 
 PREFIXES = ("model.diffusion_model.", "model_ema.", "first_stage_model.", "cond_stage_model.")
@@ -137,6 +144,9 @@ def convert_model(model: dict, state_dict: dict, use_ema: bool = True, null_clas
     dropped = dict.fromkeys(schedule, "the noise schedule, which is computed")
 
     first_config = params["first_stage_config"]
+    # the denoiser is trained on, and decoded by, the first stage's own weights
+    first_stage, reasons = drop_keys(first_stage, {"model_ema.": "averages that the denoiser was not trained with"})
+    dropped |= {f"first_stage_model.{key}": why for key, why in reasons.items()}
     vqvae, reasons = convert_tokenizer(first_config, first_stage)
     vqvae.config.scaling_factor = scale_factor(params, state_dict)
     dropped |= {f"first_stage_model.{key}": why for key, why in reasons.items()}
@@ -155,41 +165,58 @@ def convert_model(model: dict, state_dict: dict, use_ema: bool = True, null_clas
     return VQLatentDiffusionPipeline(vqvae=vqvae, unet=unet, scheduler=scheduler, **arguments), dropped
 
 
-def convert(checkpoint, config, output, use_ema: bool = True, null_class_id: int | None = None) -> dict[str, str]:
+def convert(
+    checkpoint, config, output, use_ema: bool = True, null_class_id: int | None = None, discriminator: bool = False
+) -> dict[str, str]:
     """
     Writes the folder `output`: a pipeline, or a first stage with its image processor.
 
     Args:
         checkpoint, config, output (`str` or `Path`): the original's file, its YAML, and the folder.
-        use_ema, null_class_id: see `convert_model`.
+        use_ema (`bool`): take the averages, of the denoiser's weights or of a first stage's, where there are any.
+        null_class_id (`int`, *optional*): see `convert_model`.
+        discriminator (`bool`): also write a first stage's discriminator to `output/discriminator`.
 
     Returns:
         for each key that is not used, why.
+
+    Raises:
+        ValueError: as `convert_model`, or for an argument that the checkpoint has no use for.
     """
     output = Path(output)
     model = read_model(config)
     state_dict = load_state_dict(checkpoint)
     if model["target"].rpartition(".")[2] == "LatentDiffusion":
+        if discriminator:
+            raise ValueError("`--discriminator` needs the checkpoint of a first stage.")
         pipeline, dropped = convert_model(model, state_dict, use_ema, null_class_id)
         save_with_code(pipeline, output)
-        tokenizer, folder = pipeline.vqvae, output / "vqvae"
-    else:
-        tokenizer, dropped = convert_tokenizer(model, state_dict)
-        save_with_code(tokenizer, output)
-        folder = output
-    if tokenizer.config.in_channels == 3:
-        save_with_code(VQImageProcessor(size=tokenizer.config.resolution), folder)
-    return dropped
+        save_image_processor(pipeline.vqvae, output / "vqvae")
+        return dropped
+    if null_class_id is not None:
+        raise ValueError(f"`null_class_id` needs a whole model, got a first stage ({model['target']}).")
+    tokenizer, dropped = convert_tokenizer(model, state_dict, use_ema)
+    save_tokenizer(tokenizer, output)
+    return save_discriminator(model, state_dict, output, dropped) if discriminator else dropped
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argument_parser("An original latent diffusion model with a VQ first stage, or that stage, to hf_vq.")
     parser.add_argument("--config", required=True, help="the YAML that the checkpoint was trained with")
-    parser.add_argument("--live", action="store_true", help="take the denoiser's own weights, not their averages")
+    parser.add_argument("--live", action="store_true", help="take the weights themselves, not their averages")
+    parser.add_argument("--discriminator", action="store_true", help="also save the discriminator of a first stage")
     parser.add_argument(
         "--null_class_id", type=int, help="the class that stands for none; by default the last of 1001"
     )
     options = parser.parse_args(arguments)
-    print_dropped(convert(options.checkpoint, options.config, options.output, not options.live, options.null_class_id))
+    dropped = convert(
+        options.checkpoint,
+        options.config,
+        options.output,
+        not options.live,
+        options.null_class_id,
+        options.discriminator,
+    )
+    print_dropped(dropped)
     if options.push_to_hub:
         print(push_folder(options.output, options.push_to_hub))

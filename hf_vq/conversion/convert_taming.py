@@ -5,11 +5,9 @@
 A first stage (VQModel, GumbelVQ) becomes a `VQGANModel`, a whole model (Net2NetTransformer) a `VQAutoregressivePipeline`.
 """
 
-import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from ..hub import save_with_code
 from ..models.autoencoders.modeling_vqgan import VQGANModel
@@ -28,7 +26,7 @@ from .checkpoints import (
     split_by_prefix,
 )
 from .reading import Options, load_state_dict, read_model
-from .taming_tokenizer import convert_discriminator, convert_tokenizer
+from .taming_tokenizer import convert_tokenizer, save_discriminator
 
 
 # Original name inside a block → (GPT-2 name, transposed): GPT-2 keeps its projections as (in, out).
@@ -316,12 +314,7 @@ def convert(checkpoint, config, output, discriminator: bool = False, use_ema: bo
     tokenizer, dropped = convert_tokenizer(model, state_dict, use_ema)
     save_tokenizer(tokenizer, output)
     if discriminator:
-        network, arguments = convert_discriminator(model, state_dict)
-        folder = output / "discriminator"
-        folder.mkdir(exist_ok=True)
-        save_file(network.state_dict(), folder / "model.safetensors")
-        (folder / "config.json").write_text(json.dumps(arguments, indent=2) + "\n")
-        dropped = {key: why for key, why in dropped.items() if not key.startswith("loss.discriminator.")}
+        dropped = save_discriminator(model, state_dict, output, dropped)
     return dropped
 
 

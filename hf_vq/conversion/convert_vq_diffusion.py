@@ -10,9 +10,8 @@ import torch
 from transformers import CLIPTokenizer
 
 from ..hub import save_with_code
-from ..models.autoencoders.image_processing_vq import VQImageProcessor
 from ..pipelines.pipeline_vq_diffusion import VQDiffusionImagePipeline
-from .checkpoints import argument_parser, print_dropped, push_folder, split_by_prefix
+from .checkpoints import argument_parser, print_dropped, push_folder, save_image_processor, split_by_prefix
 from .reading import check_not_nan, load_checkpoint, read_model
 from .vq_diffusion_codec import convert_codec
 from .vq_diffusion_network import (
@@ -299,7 +298,7 @@ def convert(
                 part.save_pretrained(output / name)
         return dropped
     save_with_code(pipeline, output)
-    save_with_code(VQImageProcessor(size=pipeline.vqvae.config.resolution), output / "vqvae")
+    save_image_processor(pipeline.vqvae, output / "vqvae")
     return dropped
 
 

@@ -1,5 +1,7 @@
 """First stages of the original VQGAN code (CompVis/taming-transformers), and of latent diffusion, as `VQGANModel`s."""
 
+from pathlib import Path
+
 import torch
 
 from ..models.autoencoders.configuration_vqgan import VQGANConfig
@@ -36,9 +38,10 @@ TRAINING_PARAMS = (
     "scheduler_config",
 )
 TARGETS = ("VQModel", "VQModelInterface", "VQNoDiscModel", "VQSegmentationModel", "EMAVQ", "GumbelVQ")
+DISCRIMINATOR = "loss.discriminator."
 DROPPED_KEYS = {
     "loss.perceptual_loss.": "the perceptual network, which is not part of the model",
-    "loss.discriminator.": "the discriminator, which only training needs; --discriminator saves it",
+    DISCRIMINATOR: "the discriminator, which only training needs; --discriminator saves it",
     "colorize": "random colours for logging segmentation maps",
 }
 AVERAGES = "model_ema."
@@ -220,18 +223,17 @@ def _remapped(weights: dict, used: torch.Tensor, config: VQGANConfig) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def convert_discriminator(model: dict, state_dict: dict) -> tuple[PatchDiscriminator, dict]:
-    """The discriminator in a first stage's checkpoint, and its constructor's arguments.
+def convert_discriminator(model: dict, state_dict: dict) -> PatchDiscriminator:
+    """The discriminator in a first stage's checkpoint.
 
     ActNorm, an offset and a scale of each channel, goes into the convolution before it.
 
     Raises:
         ValueError: if there is none, or the configuration contradicts it.
     """
-    prefix = "loss.discriminator."
-    weights = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+    weights = {k.removeprefix(DISCRIMINATOR): v for k, v in state_dict.items() if k.startswith(DISCRIMINATOR)}
     if not weights:
-        raise ValueError("`checkpoint` holds no discriminator (no key starts with loss.discriminator.).")
+        raise ValueError(f"`checkpoint` holds no discriminator (no key starts with {DISCRIMINATOR}).")
     loss = Options(model["params"], "model.params").node("lossconfig")[1]
     has_actnorm = loss.take("use_actnorm", False)
     arguments = {
@@ -245,7 +247,14 @@ def convert_discriminator(model: dict, state_dict: dict) -> tuple[PatchDiscrimin
     with torch.device("meta"):
         discriminator = PatchDiscriminator(**arguments)
     load_exactly(discriminator, weights)
-    return discriminator.eval(), arguments
+    return discriminator.eval()
+
+
+def save_discriminator(model: dict, state_dict: dict, output: Path, dropped: dict[str, str]) -> dict[str, str]:
+    """Writes the discriminator to `output/discriminator`, where `PatchDiscriminator.from_folder` and the training script
+    find it, and returns what is still dropped."""
+    convert_discriminator(model, state_dict).save(output / "discriminator")
+    return {key: why for key, why in dropped.items() if not key.startswith(DISCRIMINATOR)}
 
 
 def _fold_actnorm(weights: dict) -> dict:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from diffusers import DDIMScheduler, UNet2DConditionModel, UNet2DModel
+from PIL import Image
 
 import hf_vq.conversion.ldm_conditioner
 import hf_vq.conversion.ldm_unet
@@ -17,9 +18,11 @@ from hf_vq.conversion.convert_latent_diffusion import convert, convert_model, ma
 from hf_vq.conversion.ldm_conditioner import convert_bert_embedder
 from hf_vq.conversion.ldm_unet import unet_config
 from hf_vq.conversion.reading import load_state_dict
-from hf_vq.conversion.taming_tokenizer import convert_discriminator, convert_tokenizer
+from hf_vq.conversion.taming_tokenizer import convert_tokenizer
+from hf_vq.models.autoencoders.image_processing_vq import VQImageProcessor
 from hf_vq.models.autoencoders.modeling_vqgan import VQGANModel
 from hf_vq.pipelines.pipeline_vq_latent_diffusion import VQLatentDiffusionPipeline
+from hf_vq.training.objectives.discriminator import PatchDiscriminator
 from tests.conversion.golden import GOLDEN, Golden, published
 
 
@@ -167,10 +170,12 @@ def test_nothing_is_left_out(golden):
     golden.assert_all_compared({"loss_vlb", "lvlb_weights", "post_mean", "post_logvar", "ddim_eta0_img"})
 
 
-def test_first_stage_alone(tmp_path):
+def test_first_stage_alone(tmp_path, capsys):
     golden = Golden("ldm_vq_f4_firststage")
     arguments = {"checkpoint": "checkpoint.ckpt", "config": "config.yaml"}
-    main([*(f"--{name}={golden.folder / file}" for name, file in arguments.items()), f"--output={tmp_path}"])
+    main([
+        *(f"--{name}={golden.folder / file}" for name, file in arguments.items()), f"--output={tmp_path}", "--discriminator"
+    ])  # fmt: skip
     model = VQGANModel.from_pretrained(tmp_path)
     with torch.no_grad():
         encoded = model.encode(golden["x"])
@@ -182,10 +187,67 @@ def test_first_stage_alone(tmp_path):
         vectors = model.quantize.indices_to_latents(encoded.indices)
         golden.compare("quant_from_code", vectors)
         golden.compare("xrec_from_code", model.decode(vectors, quantize=False).sample)
-        config = yaml.safe_load((golden.folder / "config.yaml").read_text())["model"]
-        network, _ = convert_discriminator(config, load_state_dict(golden.folder / "checkpoint.ckpt"))
-        golden.compare("disc_logits_x", network(golden["x"]))
+        discriminator = PatchDiscriminator.from_folder(tmp_path / "discriminator").eval()
+        golden.compare("disc_logits_x", discriminator(golden["x"]))
     golden.assert_all_compared()
+    assert "dropped" not in capsys.readouterr().out
+
+
+def test_options_without_use(tmp_path):
+    files = [GOLDEN / "ldm_vq_uncond" / name for name in ("checkpoint.ckpt", "config.yaml")]
+    with pytest.raises(ValueError, match="`--discriminator` needs the checkpoint of a first stage"):
+        convert(*files, tmp_path, discriminator=True)
+    files = [GOLDEN / "ldm_vq_f4_firststage" / name for name in ("checkpoint.ckpt", "config.yaml")]
+    with pytest.raises(ValueError, match="`null_class_id` needs a whole model, got a first stage"):
+        convert(*files, tmp_path, null_class_id=3)
+
+
+def test_averages_of_the_first_stage(tmp_path):
+    """A first stage alone is its averages, or with `--live` its weights, which a denoiser was trained with."""
+    folder = GOLDEN / "ldm_vq_f4_firststage"
+    state_dict = load_state_dict(folder / "checkpoint.ckpt")
+    kept = {name: value for name, value in state_dict.items() if not name.startswith("loss.")}
+    averages = {f"model_ema.{name.replace('.', '')}": value + 1 for name, value in kept.items()}
+    torch.save({"state_dict": {**kept, **averages}}, tmp_path / "both.ckpt")
+    name = "quantize.embedding.weight"
+    for use_ema in (True, False):
+        convert(tmp_path / "both.ckpt", folder / "config.yaml", tmp_path / "out", use_ema=use_ema)
+        found = VQGANModel.from_pretrained(tmp_path / "out").state_dict()[name]
+        assert torch.equal(found, kept[name] + use_ema)
+    model, state_dict = read()
+    kept = {name: value for name, value in state_dict.items() if name.startswith("first_stage_model.")}
+    averages = {
+        f"first_stage_model.model_ema.{name.removeprefix('first_stage_model.').replace('.', '')}": value + 1
+        for name, value in kept.items()
+    }
+    pipe, dropped = convert_model(model, state_dict | averages)
+    assert torch.equal(pipe.vqvae.state_dict()[name], kept[f"first_stage_model.{name}"])
+    assert set(averages) <= set(dropped)
+
+
+def test_a_first_stage_of_grey_images(tmp_path):
+    model, state_dict = read()
+    first_stage = copy.deepcopy(model["params"]["first_stage_config"])
+    first_stage["params"]["ddconfig"] |= {"in_channels": 1, "out_ch": 1}
+    names = {
+        "encoder.conv_in.weight": (slice(None), slice(1)),
+        "decoder.conv_out.weight": slice(1),
+        "decoder.conv_out.bias": slice(1),
+    }
+    weights = {
+        name.removeprefix("first_stage_model."): value
+        for name, value in state_dict.items()
+        if name.startswith("first_stage_model.")
+    }
+    for name, part in names.items():
+        weights[name] = weights[name][part].clone()
+    torch.save({"state_dict": weights}, tmp_path / "grey.ckpt")
+    (tmp_path / "grey.yaml").write_text(yaml.safe_dump({"model": first_stage}))
+    convert(tmp_path / "grey.ckpt", tmp_path / "grey.yaml", tmp_path / "out")
+    pixels = VQImageProcessor.from_pretrained(tmp_path / "out")(Image.new("RGB", (40, 32)), return_tensors="pt")[
+        "pixel_values"
+    ]
+    assert VQGANModel.from_pretrained(tmp_path / "out")(pixels).sample.shape == (1, 1, 32, 32)
 
 
 # ------------------------------------------------------------------------------------------- published models

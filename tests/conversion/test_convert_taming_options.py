@@ -124,8 +124,8 @@ def test_discriminator_with_actnorm():
             layers.append(nn.LeakyReLU(0.2))
     rest = {key: value for key, value in state_dict.items() if not key.startswith("loss.discriminator.")}
     both = {**rest, **{f"loss.discriminator.{key}": value for key, value in weights.items()}}
-    discriminator, arguments = convert_discriminator(model, both)
-    assert arguments["norm"] == "none"
+    discriminator = convert_discriminator(model, both)
+    assert discriminator.arguments["norm"] == "none"
     expected = images = torch.randn(2, 3, 32, 32)
     for layer in layers:
         expected = layer(expected)

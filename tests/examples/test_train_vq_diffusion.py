@@ -55,10 +55,11 @@ def text_options(inputs):
 @pytest.mark.parametrize("mlp_type", ["fc", "conv"])
 def test_classes(inputs, tmp_path, mlp_type):
     options = ["--label_column", "number", "--mlp_type", mlp_type, "--gradient_checkpointing", "true"]
+    options += ["--auxiliary_weight", "0.25"]
     pipe = train(inputs, tmp_path, *options)
     config = pipe.transformer.config
     assert (config.condition_type, config.num_classes, config.mlp_type) == ("class", 3, mlp_type)
-    assert pipe.transformer.null_class_id == 3
+    assert pipe.transformer.null_class_id == 3 and pipe.scheduler.config.auxiliary_loss_weight == 0.25
     assert pipe(class_labels=[0, 2], num_inference_steps=2, guidance_scale=2.0).images[1].size == (16, 16)
     assert (tmp_path / "pipeline/README.md").exists() and list((tmp_path / "pictures").iterdir())
     assert (tmp_path / "pipeline/vqvae/preprocessor_config.json").exists()
