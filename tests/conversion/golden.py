@@ -1,5 +1,6 @@
 """What the original programs computed (tests/fixtures/golden), and how closely it must be met."""
 
+import gzip
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
 
 def published(name: str) -> tuple[dict, dict]:
     """A published checkpoint's `model` section of the YAML, and empty tensors under its keys and with its shapes."""
-    entry = json.loads((GOLDEN / "published_keys" / f"{name}.json").read_text())
+    entry = json.loads(gzip.decompress((GOLDEN / "published_keys" / f"{name}.json.gz").read_bytes()))
     state_dict = {}
     for key, (shape, dtype) in entry["keys"].items():
         # attention masks are read, so they exist; the stride of 0 makes them small
