@@ -19,7 +19,7 @@ import hf_vq
 from hf_vq.cli import build_parser, main
 from hf_vq.evaluation.pictures import labelled_rows
 from hf_vq.hub import model_card
-from tests.pipelines import test_pipeline_vq_latent_diffusion, test_pipeline_vqvae2, vq_diffusion_parts
+from tests.pipelines import latent_diffusion_parts, vq_diffusion_parts, vqvae2_parts
 
 
 CONFIG = {
@@ -136,7 +136,7 @@ def test_residual_indices_are_decoded(folder, tmp_path):
 
 def test_the_levels_of_a_hierarchy_are_encoded_decoded_and_sampled(folder, tmp_path, capsys):
     source = tmp_path / "hierarchy"
-    pipeline = test_pipeline_vqvae2.make_pipeline()
+    pipeline = vqvae2_parts.make_pipeline()
     pipeline.save_pretrained(source)
     output, model = tmp_path / "indices.safetensors", pipeline.vqvae
     assert run("encode", source, folder / "b.png", "--output", output) == 0
@@ -258,7 +258,7 @@ def diffusion(tmp_path_factory):
     """A folder for each kind of pipeline that samples by diffusion."""
     folder = tmp_path_factory.mktemp("diffusion")
     vq_diffusion_parts.make_pipeline("text").save_pretrained(folder / "codes")
-    test_pipeline_vq_latent_diffusion.make_pipeline("class").save_pretrained(folder / "latents")
+    latent_diffusion_parts.make_pipeline("class").save_pretrained(folder / "latents")
     return folder
 
 

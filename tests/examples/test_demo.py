@@ -13,6 +13,7 @@ from hf_vq import VQAutoregressivePipeline
 
 
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow
 
 
 def run_demo(output_dir: Path) -> str:
@@ -47,7 +48,6 @@ def test_writes_pictures_a_pipeline_and_metrics(demo):
     assert indices.shape == (1, 8, 8)
 
 
-@pytest.mark.slow
 def test_a_second_run_skips_what_is_done(demo):
     output_dir, _ = demo
     assert run_demo(output_dir).count("Already finished") == 2

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.examples.test_killed_runs import ROOT, finish, rows, start
+from tests.examples.runs import ROOT, finish, rows, start
 
 
 pytestmark = pytest.mark.slow

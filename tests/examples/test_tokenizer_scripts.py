@@ -10,7 +10,7 @@ from transformers import AutoImageProcessor
 from hf_vq import VQGANModel, VQVAEModel
 from hf_vq.training.fine_tuning import train_part
 from hf_vq.training.objectives.discriminator import PatchDiscriminator
-from tests.examples.test_training_scripts import script
+from tests.examples.runs import script
 
 
 SMALL = {

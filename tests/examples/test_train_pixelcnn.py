@@ -22,7 +22,7 @@ from hf_vq import (
     VQVAEModel,
 )
 from hf_vq.training.data.indices_cache import load_indices
-from tests.examples.test_killed_runs import COMMON, STEPS, finish, kill_at, rows
+from tests.examples.runs import COMMON, STEPS, finish, kill_at, rows
 
 
 ROOT = Path(__file__).resolve().parents[2]

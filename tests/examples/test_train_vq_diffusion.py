@@ -17,8 +17,7 @@ from hf_vq.evaluation.diffusion_likelihood import DiffusionLikelihood
 from hf_vq.pipelines.conditioning import encode_text
 from hf_vq.training.data.indices_cache import load_indices
 from hf_vq.training.sample_generators import sample_generators
-from tests.examples.test_killed_runs import COMMON, finish, kill_at, rows
-from tests.examples.test_train_vq_latent_diffusion import places_and_length
+from tests.examples.runs import COMMON, finish, kill_at, places_and_length, rows
 
 
 ROOT = Path(__file__).resolve().parents[2]

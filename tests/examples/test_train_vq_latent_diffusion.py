@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from hf_vq import VQLatentDiffusionPipeline
-from tests.examples.test_killed_runs import COMMON, finish, kill_at, rows
+from tests.examples.runs import COMMON, finish, kill_at, places_and_length, rows
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,11 +26,6 @@ def script():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def places_and_length(inputs, steps):
-    places = ["--tokenizer", str(inputs / "tokenizer"), "--dataset_name_or_path", str(inputs / "images")]
-    return [*places, "--max_train_steps", str(steps), "--train_batch_size", "4", "--resolution", "16", "--cpu", "true"]
 
 
 def train(inputs, output, *options, steps=2):

@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
 from hf_vq import VQVAE2Model
-from tests.examples.test_killed_runs import rows
+from tests.examples.runs import rows
 
 
 ROOT = Path(__file__).resolve().parents[2]

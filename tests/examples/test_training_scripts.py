@@ -1,8 +1,5 @@
 """The training scripts in this process: their arguments, and a prior on labels without names."""
 
-import importlib.util
-from pathlib import Path
-
 import datasets
 import numpy as np
 import pytest
@@ -12,19 +9,8 @@ from PIL import Image
 from hf_vq import VQGPTForCausalLM, VQImageProcessor, VQVAEConfig, VQVAEModel
 from hf_vq.training.data import code_splits
 from hf_vq.training.data.code_splits import training_inputs
-from hf_vq.training.objectives.vqgan_loss import VQGANLoss
 from hf_vq.training.run_arguments import parse_arguments
-
-
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-
-
-def script(name):
-    path = EXAMPLES / name / f"train_{name}.py"
-    spec = importlib.util.spec_from_file_location(f"train_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tests.examples.runs import EXAMPLES, rows, script
 
 
 def tokenizer_arguments(name, *argv):
@@ -62,12 +48,17 @@ def test_the_commitment_cost_reaches_the_vqgan():
     assert script("vqgan").build_model(args, 8).quantize.commitment_cost == 0.7
 
 
-@pytest.mark.parametrize(("fraction", "step"), [("1", 50), ("0", 0), ("0.5", 25)])
-def test_the_start_of_the_discriminator_is_a_fraction(tmp_path, fraction, step):
-    (tmp_path / "vqgan.yaml").write_text(f"disc_start_fraction: {fraction}\n")
-    args = tokenizer_arguments("vqgan", str(tmp_path / "vqgan.yaml"))
-    losses = VQGANLoss(None, perceptual_weight=0.0, disc_start=args.disc_start_fraction)
-    assert [losses.discriminator_active(step + offset, 50) for offset in (-1, 0)] == [False, True]
+@pytest.mark.parametrize(("option", "first"), [("fraction: 1", None), ("fraction: 0.5", 3), ("step: 1", 2)])
+def test_the_discriminator_starts_where_the_run_is_told(inputs, option, first):
+    """The first step, from 1, of the script's own run of four that reports a loss of the discriminator."""
+    (inputs / "vqgan.yaml").write_text(f"disc_start_{option}\n")
+    shape = "--base_channels 32 --channel_multiplier 1 1 --num_res_blocks 1 --attn_resolutions 4 --latent_channels 8"
+    critic = "--embed_dim 4 --num_embeddings 8 --perceptual none --disc_channels 4 --disc_layers 1"
+    length = "--max_train_steps 4 --train_batch_size 4 --resolution 16 --cpu true --logging_steps 1"
+    places = f"--dataset_name_or_path {inputs / 'images'} --output_dir {inputs / 'vqgan'} --min_codebook_perplexity 0"
+    script("vqgan").main([str(inputs / "vqgan.yaml"), *f"{shape} {critic} {length} {places}".split()])
+    found = [row["step"] for row in rows(inputs / "vqgan") if "disc_loss" in row]
+    assert found == ([] if first is None else list(range(first, 5)))
 
 
 @pytest.fixture

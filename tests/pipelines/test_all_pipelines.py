@@ -10,17 +10,17 @@ from peft import LoraConfig
 
 from hf_vq import MaskReplaceScheduler
 from tests.pipelines import (
-    test_pipeline_vq_autoregressive,
-    test_pipeline_vq_latent_diffusion,
-    test_pipeline_vqvae2,
+    autoregressive_parts,
+    latent_diffusion_parts,
     vq_diffusion_parts,
+    vqvae2_parts,
 )
 
 
 MAKERS = {
-    "autoregressive": test_pipeline_vq_autoregressive.make_pipeline,
-    "vqvae2": test_pipeline_vqvae2.make_pipeline,
-    "latent_diffusion": lambda: test_pipeline_vq_latent_diffusion.make_pipeline("class"),
+    "autoregressive": autoregressive_parts.make_pipeline,
+    "vqvae2": vqvae2_parts.make_pipeline,
+    "latent_diffusion": lambda: latent_diffusion_parts.make_pipeline("class"),
     "vq_diffusion": lambda: vq_diffusion_parts.make_pipeline("class"),
     "vq_diffusion_text": lambda: vq_diffusion_parts.make_pipeline("text"),
 }
@@ -55,7 +55,7 @@ def test_threads_share_a_pipeline(kind, guidance_scale):
 
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, PNDMScheduler])
 def test_threads_share_a_scheduler_with_a_state(scheduler):
-    pipeline = test_pipeline_vq_latent_diffusion.make_pipeline("class")
+    pipeline = latent_diffusion_parts.make_pipeline("class")
     pipeline.scheduler = scheduler(**({"skip_prk_steps": True} if scheduler is PNDMScheduler else {}))
     one_by_one = [call(pipeline, "latent_diffusion", seed).images for seed in range(4)]
     with ThreadPoolExecutor(4) as pool:
@@ -160,9 +160,9 @@ def test_numbers_out_of_range(kind, name, value):
 
 def test_batch_size():
     for pipeline in (
-        test_pipeline_vq_autoregressive.make_pipeline("unconditional"),
+        autoregressive_parts.make_pipeline("unconditional"),
         vq_diffusion_parts.make_pipeline(),
-        test_pipeline_vq_latent_diffusion.make_pipeline(),
+        latent_diffusion_parts.make_pipeline(),
     ):
         by_batch, by_count = (
             pipeline(**count, generator=torch.Generator().manual_seed(0), output_type="pt").images

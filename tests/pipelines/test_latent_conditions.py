@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_vq.pipelines.conditioning import encode_text, resize_map
-from tests.pipelines.test_pipeline_vq_latent_diffusion import (
+from tests.pipelines.latent_diffusion_parts import (
     D,
     image,
     latents_of,

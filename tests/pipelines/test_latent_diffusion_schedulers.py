@@ -19,7 +19,7 @@ from diffusers import (
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from hf_vq import VQLatentDiffusionPipeline
-from tests.pipelines.test_pipeline_vq_latent_diffusion import D, image, latents_of, make_vqvae, seeded
+from tests.pipelines.latent_diffusion_parts import D, image, latents_of, make_vqvae, seeded
 
 
 # numpy 2 on how diffusers' schedulers make arrays of tensors

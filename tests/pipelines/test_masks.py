@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_vq.pipelines.conditioning import class_ids, to_mask
-from tests.pipelines.test_pipeline_vq_autoregressive import make_pipeline
+from tests.pipelines.autoregressive_parts import make_pipeline
 
 
 WANTED = torch.zeros(1, 1, 4, 6)

@@ -3,7 +3,7 @@
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 
-from tests.pipelines import test_pipeline_vq_autoregressive, test_pipeline_vq_latent_diffusion, vq_diffusion_parts
+from tests.pipelines import autoregressive_parts, latent_diffusion_parts, vq_diffusion_parts
 from tests.pipelines.completing import complete
 
 
@@ -40,17 +40,17 @@ def test_codes():
 
 
 def test_latents():
-    pipeline = test_pipeline_vq_latent_diffusion.make_pipeline("text")
+    pipeline = latent_diffusion_parts.make_pipeline("text")
     seen = record(pipeline)
     pipeline(prompt="cat", num_inference_steps=2)
     assert in_order(seen) == pipeline.model_cpu_offload_seq
     seen.clear()
-    pipeline(prompt="cat", image=test_pipeline_vq_latent_diffusion.image(), strength=0.5, num_inference_steps=2)
+    pipeline(prompt="cat", image=latent_diffusion_parts.image(), strength=0.5, num_inference_steps=2)
     assert in_order(seen) == "text_encoder->vqvae->unet->vqvae"
 
 
 def test_sequences():
-    pipeline = test_pipeline_vq_autoregressive.make_pipeline()
+    pipeline = autoregressive_parts.make_pipeline()
     seen = record(pipeline)
     pipeline()
     assert in_order(seen) == pipeline.model_cpu_offload_seq

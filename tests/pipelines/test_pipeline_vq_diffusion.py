@@ -6,7 +6,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from hf_vq import MaskReplaceScheduler, VQDiffusionImagePipeline, VQVAE2Config, VQVAE2Model
-from tests.pipelines.test_pipeline_vq_latent_diffusion import make_text_parts, make_vqvae
+from tests.pipelines.latent_diffusion_parts import make_text_parts, make_vqvae
 from tests.pipelines.vq_diffusion_parts import (
     CODES,
     CONDITIONS,

@@ -13,7 +13,7 @@ from transformers import set_seed
 
 from hf_vq import VQDiffusionImagePipeline
 from hf_vq.pipelines.vq_diffusion_from_diffusers import convert_scheduler, convert_transformer
-from tests.pipelines.test_pipeline_vq_latent_diffusion import make_text_parts
+from tests.pipelines.latent_diffusion_parts import make_text_parts
 from tests.pipelines.vq_diffusion_parts import CODES, MASK, STEPS, seeded
 
 

@@ -8,7 +8,7 @@ from hf_vq.models.priors.modeling_pixelcnn import PixelCNNForCausalLM
 from hf_vq.pipelines.code_sampling import window_runs
 from hf_vq.pipelines.completion import random_mask
 from hf_vq.pipelines.pipeline_vq_autoregressive import VQAutoregressivePipeline
-from tests.pipelines.test_pipeline_vq_autoregressive import make_pipeline, seeded
+from tests.pipelines.autoregressive_parts import make_pipeline, seeded
 
 
 def local(position: int, length: int, side: int) -> int:

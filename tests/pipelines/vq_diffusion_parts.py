@@ -4,7 +4,7 @@ import torch
 from transformers import set_seed
 
 from hf_vq import MaskReplaceScheduler, VQDiffusionImagePipeline, VQDiffusionTransformer2DModel
-from tests.pipelines.test_pipeline_vq_latent_diffusion import make_text_parts, make_vqvae
+from tests.pipelines.latent_diffusion_parts import make_text_parts, make_vqvae
 
 
 CODES, STEPS = 16, 10

@@ -19,7 +19,7 @@ from hf_vq.training.checkpointing import find_checkpoints
 from hf_vq.training.run import RunArguments, TrainingRun, TrainingStoppedError
 from hf_vq.training.run_arguments import learning_rate_factor
 from tests.training import toy_run
-from tests.training.data.test_streaming import open_stream, write_shards
+from tests.training.data.image_rows import open_stream, write_shards
 from tests.training.toy_run import Interrupted, ToyImages, rows, train, weights
 
 

@@ -140,23 +140,22 @@ def test_tuples_hold_the_same(case):
         assert torch.equal(value, expected)
 
 
-@pytest.mark.parametrize("data_variance", [None, 0.25])
+@pytest.mark.parametrize(("data_variance", "reconstruction"), [(None, 0.5625), (0.25, 2.25)])
 @torch.no_grad()
-def test_forward_losses(data_variance):
+def test_forward_losses(data_variance, reconstruction):
+    """Worked out by hand for images of 1 decoded to 0.25, and latents of 0 and 3 whose codes are -1 and 5."""
     model = make_case("vqvae", "vq", data_variance=data_variance, commitment_cost=0.5).make()
-    images = pixels(4)
-    output = model(images)
-    squared_error = (output.sample - images).square().sum().item() / images.numel()
-    assert output.reconstruction_loss.item() == pytest.approx(squared_error / (data_variance or 1), rel=1e-5)
-    codes = model.quantize.embedding.weight[output.indices].permute(0, 3, 1, 2)
-    distance = (codes - output.latents).square().mean().item()
-    assert output.codebook_loss.item() == pytest.approx(distance, rel=1e-5)
-    assert output.commitment_loss.item() == pytest.approx(distance, rel=1e-5)
-    assert output.quantizer_loss.item() == pytest.approx(1.5 * distance, rel=1e-5)
-    assert output.loss.item() == pytest.approx((output.reconstruction_loss + output.quantizer_loss).item(), rel=1e-6)
-    frequencies = [(output.indices == code).double().mean().item() for code in range(16)]
-    entropy = -sum(p * math.log(p) for p in frequencies if p)
-    assert output.perplexity.item() == pytest.approx(math.exp(entropy), rel=1e-5)
+    latents = torch.zeros(2, 4, 4, 4)
+    latents[1] = 3.0
+    model.quant_conv.forward = lambda features: latents
+    model.decoder.forward = lambda codes: torch.full((2, 3, 8, 8), 0.25)
+    model.quantize.embedding.weight.fill_(100.0)
+    model.quantize.embedding.weight[5], model.quantize.embedding.weight[9] = -1.0, 5.0
+    output = model(torch.ones(2, 3, 8, 8))
+    assert output.indices[0].unique().tolist() == [5] and output.indices[1].unique().tolist() == [9]
+    expected = {"reconstruction_loss": reconstruction, "codebook_loss": 2.5, "commitment_loss": 2.5}
+    expected |= {"quantizer_loss": 3.75, "loss": reconstruction + 3.75, "perplexity": 2.0}
+    assert {name: output[name].item() for name in expected} == pytest.approx(expected, rel=1e-6)
 
 
 def test_training_updates_statistics_once_and_only_in_training():

@@ -1,6 +1,5 @@
 """The hierarchical tokenizer: what every model passes, and how its levels depend on each other."""
 
-import math
 import re
 
 import pytest
@@ -163,25 +162,26 @@ def test_every_level_conditions_those_below_and_reaches_the_image(name):
             assert torch.equal(latents[level], encoded.latents[level]) == (level <= changed)
 
 
-@pytest.mark.parametrize("data_variance", [None, 0.25])
+@pytest.mark.parametrize(("data_variance", "reconstruction"), [(None, 0.5625), (0.25, 2.25)])
 @torch.no_grad()
-def test_forward_losses(data_variance):
+def test_forward_losses(data_variance, reconstruction):
+    """Worked out by hand for images of 1 decoded to 0.25; latents of 0 have the code -1, those of 3 the code 5."""
     model = make_case("vq-f8", data_variance=data_variance, commitment_cost=0.5).make()
-    images = pixels(4)
-    output = model(images)
-    squared_error = (output.sample - images).square().sum().item() / images.numel()
-    assert output.reconstruction_loss.item() == pytest.approx(squared_error / (data_variance or 1), rel=1e-5)
-    distance, perplexities = 0.0, []
-    for level, indices in enumerate(output.indices):
-        codes = model.quantize[level].embedding.weight[indices].permute(0, 3, 1, 2)
-        distance += (codes - output.latents[level]).square().mean().item()
-        frequencies = [(indices == code).double().mean().item() for code in range(16)]
-        perplexities.append(math.exp(-sum(p * math.log(p) for p in frequencies if p)))
-    assert output.codebook_loss.item() == pytest.approx(distance, rel=1e-5)
-    assert output.commitment_loss.item() == pytest.approx(distance, rel=1e-5)
-    assert output.quantizer_loss.item() == pytest.approx(1.5 * distance, rel=1e-5)
-    assert output.loss.item() == pytest.approx((output.reconstruction_loss + output.quantizer_loss).item(), rel=1e-6)
-    assert [value.item() for value in output.perplexity] == pytest.approx(perplexities, rel=1e-5)
+    model.quant_conv[0].forward = lambda features: torch.zeros(2, 4, *features.shape[2:])
+    model.quant_conv[1].forward = lambda features: (
+        torch.tensor([0.0, 3.0]).view(2, 1, 1, 1).expand(2, 4, *features.shape[2:])
+    )
+    model.decoder.forward = lambda codes: torch.full((2, 3, 16, 16), 0.25)
+    for quantizer in model.quantize:
+        quantizer.embedding.weight.fill_(100.0)
+        quantizer.embedding.weight[5], quantizer.embedding.weight[9] = -1.0, 5.0
+    output = model(torch.ones(2, 3, 16, 16))
+    assert output.indices[0].unique().tolist() == [5]
+    assert [output.indices[1][row].unique().tolist() for row in (0, 1)] == [[5], [9]]
+    expected = {"reconstruction_loss": reconstruction, "codebook_loss": 3.5, "commitment_loss": 3.5}  # 1 + (1 + 4) / 2
+    expected |= {"quantizer_loss": 5.25, "loss": reconstruction + 5.25}
+    assert {name: output[name].item() for name in expected} == pytest.approx(expected, rel=1e-6)
+    assert [value.item() for value in output.perplexity] == pytest.approx([1.0, 2.0], rel=1e-6)
 
 
 @torch.no_grad()

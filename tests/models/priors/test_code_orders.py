@@ -9,7 +9,7 @@ import torch
 from hf_vq.models.priors.code_orders import CODE_ORDERS, code_order
 from hf_vq.models.priors.configuration_vq_gpt import VQGPTConfig
 from hf_vq.models.priors.modeling_vq_gpt import VQGPTForCausalLM
-from tests.models.priors.test_modeling_vq_gpt import make, make_indices, sample_by_hand
+from tests.models.priors.gpt_parts import make, make_indices, sample_by_hand
 
 
 GRIDS = ((1, 1), (2, 2), (4, 4), (8, 8), (3, 5), (5, 5), (1, 7), (6, 1), (16, 16))

@@ -1,19 +1,48 @@
-"""What the codes of a data set cannot be made of, and how many classes they have."""
+"""The codes of a training and a validation set, what they cannot be made of, and how many classes they have."""
 
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
+import torch
 
-from hf_vq import VQVAE2Config, VQVAE2Model
+from hf_vq import VQVAE2Config, VQVAE2Model, VQVAEConfig, VQVAEModel
 from hf_vq.training.data.code_splits import count_classes, load_code_splits
 from hf_vq.training.data.image_datasets import DataArguments
 from hf_vq.training.run import RunArguments, TrainingRun
+from tests.training.data.image_rows import arguments, expected_pixels, make_rows
 
 
 @pytest.fixture
 def run(tmp_path):
     return TrainingRun(RunArguments(str(tmp_path), cpu=True))
+
+
+def test_codes_labels_and_names(run, tmp_path):
+    """Against each image encoded alone, and mirrored where the training codes are those of the mirrored image."""
+    rows = make_rows(6)
+    datasets.DatasetDict({"train": rows, "validation": rows.select([3, 0])}).save_to_disk(tmp_path / "images")
+    torch.manual_seed(0)
+    config = {"hidden_size": 8, "residual_hidden_size": 4, "num_residual_layers": 1, "embed_dim": 4}
+    tokenizer = VQVAEModel(VQVAEConfig(resolution=8, num_embeddings=64, **config)).eval()
+    tokenizer.quantize.embedding.copy_(torch.randn(64, 4) / 10)
+    splits, names = load_code_splits(
+        run, arguments(str(tmp_path / "images"), label_column="animal"), tokenizer, random_flip=True
+    )
+    assert names == ["cat", "dog"] and count_classes(splits, names, "animal") == 2
+    assert splits["train"].labels.tolist() == [0, 1] * 3 and splits["validation"].labels.tolist() == [1, 0]
+
+    def encode(pixels):
+        with torch.no_grad():
+            return tokenizer.encode(pixels[None]).indices[0]
+
+    for split, numbers in (("train", range(6)), ("validation", (3, 0))):
+        for row, number in enumerate(numbers):
+            pixels, found = expected_pixels(number), splits[split][row]["indices"]
+            either = [encode(pixels), encode(pixels.flip(-1))][: 2 if split == "train" else 1]
+            assert any(torch.equal(found, codes) for codes in either)
+    assert len({tuple(splits["train"][row]["indices"].flatten().tolist()) for row in range(6)}) > 1
 
 
 def make_tokenizer():

@@ -5,7 +5,7 @@ import pytest
 
 from hf_vq.training.data.columns import draw_caption
 from hf_vq.training.data.image_datasets import CaptionedDataArguments, DataArguments, load_image_dataset
-from tests.training.data.test_image_datasets import encoded
+from tests.training.data.image_rows import encoded
 
 
 COLUMNS = {

@@ -1,45 +1,14 @@
-import io
 import json
 import logging
 
 import datasets
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from hf_vq.training.data.columns import prepare_columns
 from hf_vq.training.data.image_datasets import DataArguments, collate, load_image_dataset
 from hf_vq.training.data.streaming import StreamingImageDataset
-
-
-def picture(number, size=(12, 8)):
-    return Image.fromarray(np.random.default_rng(number).integers(0, 255, (size[1], size[0], 3), np.uint8))
-
-
-def encoded(number):
-    buffer = io.BytesIO()
-    picture(number).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def make_rows(count=10, broken=()):
-    features = datasets.Features(
-        {
-            "img": datasets.Image(),
-            "animal": datasets.ClassLabel(names=["cat", "dog"]),
-            "text": datasets.Value("string"),
-            "number": datasets.Value("int32"),
-        }
-    )
-    images = [{"bytes": b"rubbish" if i in broken else encoded(i), "path": f"img-{i}.png"} for i in range(count)]
-    columns = {
-        "img": images,
-        "animal": [i % 2 for i in range(count)],
-        "text": [f"text {i % 3}" for i in range(count)],
-        "number": list(range(count)),
-    }
-    return datasets.Dataset.from_dict(columns, features=features)
+from tests.training.data.image_rows import arguments, expected_pixels, make_rows, picture
 
 
 @pytest.fixture
@@ -47,14 +16,6 @@ def parquet(tmp_path):
     make_rows().to_parquet(tmp_path / "data" / "train.parquet")
     make_rows(4).to_parquet(tmp_path / "data" / "validation.parquet")
     return str(tmp_path / "data")
-
-
-def arguments(source, **options):
-    return DataArguments(source, **{"image_column": "img", "resolution": 8, **options})
-
-
-def expected_pixels(number):
-    return torch.from_numpy(np.asarray(picture(number))[:, 2:10].copy()).permute(2, 0, 1) / 127.5 - 1
 
 
 def test_parquet(parquet):

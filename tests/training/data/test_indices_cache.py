@@ -14,7 +14,7 @@ from hf_vq.training.data import indices_cache
 from hf_vq.training.data.cache_identity import StaleIndicesError, images_fingerprint, tokenizer_fingerprint
 from hf_vq.training.data.image_datasets import load_image_dataset
 from hf_vq.training.data.indices_cache import load_indices, smallest_dtype, write_indices
-from tests.training.data.test_image_datasets import arguments, make_rows
+from tests.training.data.image_rows import arguments, make_rows
 
 
 class ToyTokenizer(nn.Module):

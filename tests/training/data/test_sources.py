@@ -12,7 +12,7 @@ import torch
 
 from hf_vq.training.data.image_datasets import DataArguments, load_image_dataset
 from hf_vq.training.data.sources import is_from_hub, open_rows, path_rules
-from tests.training.data.test_image_datasets import encoded, expected_pixels, make_rows
+from tests.training.data.image_rows import encoded, expected_pixels, make_rows
 
 
 NAMES = ["cat", "dog"]

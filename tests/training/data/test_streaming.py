@@ -5,22 +5,9 @@ import logging
 import pytest
 import torch
 
-from hf_vq.training.data.image_datasets import collate, load_image_dataset
+from hf_vq.training.data.image_datasets import collate
 from hf_vq.training.data.loading import micro_batches
-from tests.training.data.test_image_datasets import arguments, expected_pixels, make_rows
-
-
-def write_shards(folder, count=3, rows=25, broken=()):
-    folder.mkdir(parents=True)
-    whole = make_rows(rows, broken)
-    for index in range(count):
-        whole.shard(count, index).to_parquet(folder / f"train-{index:05d}-of-{count:05d}.parquet")
-    return str(folder)
-
-
-def open_stream(source, **options):
-    options = {"streaming": True, "shuffle_block": 4, "label_column": "number", **options}
-    return load_image_dataset(arguments(source, **options), augment=True, seed=3)
+from tests.training.data.image_rows import expected_pixels, make_rows, open_stream, write_shards
 
 
 def read(dataset, batches, state=None, **plan):

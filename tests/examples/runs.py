@@ -1,0 +1,64 @@
+"""Runs of the real training scripts, in this process and in others."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 20
+COMMON = [
+    "--dataset_name_or_path", "examples/data/emoji-64", "--max_samples", "96", "--cpu", "true", "--seed", "3",
+    "--max_train_steps", str(STEPS), "--train_batch_size", "8", "--logging_steps", "1", "--validation_steps", "10",
+    "--checkpointing_steps", "3", "--lr_warmup_steps", "2",
+]  # fmt: skip
+UNREPEATABLE = ("seconds", "images_per_second")
+
+
+def rows(output_dir: Path) -> list[dict]:
+    file = output_dir / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    found = [json.loads(line) for line in lines if line.endswith("}")]
+    return [{name: v for name, v in row.items() if not name.endswith(UNREPEATABLE)} for row in found]
+
+
+def start(command: list[str], output_dir: Path) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *command, "--output_dir", str(output_dir)]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def finish(command: list[str], output_dir: Path) -> None:
+    process = start(command, output_dir)
+    _, errors = process.communicate(timeout=500)
+    assert process.returncode == 0, errors.decode()
+
+
+def kill_at(step: int, command: list[str], output_dir: Path) -> None:
+    process = start(command, output_dir)
+    while process.poll() is None and max((row["step"] for row in rows(output_dir)), default=0) < step:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, f"the run ended before step {step}"
+    process.stderr.close()
+
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+def script(name):
+    path = EXAMPLES / name / f"train_{name}.py"
+    spec = importlib.util.spec_from_file_location(f"train_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def places_and_length(inputs, steps):
+    places = ["--tokenizer", str(inputs / "tokenizer"), "--dataset_name_or_path", str(inputs / "images")]
+    return [*places, "--max_train_steps", str(steps), "--train_batch_size", "4", "--resolution", "16", "--cpu", "true"]
