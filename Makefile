@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TEXT_ENCODER := $(VENV)/.text-encoder
 
-.PHONY: help install demo demo-latent-diffusion demo-vqvae2 demo-diffusion test test-all quality style clean
+.PHONY: help install demo demo-latent-diffusion demo-vqvae2 demo-diffusion gpu test test-all quality style clean
 
 help:
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -42,6 +42,9 @@ test: $(INSTALLED) ## the tests that need no GPU and no patience
 
 test-all: $(INSTALLED) ## every test
 	$(BIN)/python -m pytest -n 2 -m ""
+
+gpu: $(INSTALLED) ## on an NVIDIA GPU: its tests, training, figures and speed, into outputs/gpu
+	$(BIN)/python -m benchmarks.gpu
 
 quality: $(INSTALLED) ## check style
 	$(BIN)/ruff check .
