@@ -49,6 +49,7 @@ class LatentDiffusionArguments:
     dropout: float = 0.0
     prediction_type: str = field(default="v_prediction", metadata={"choices": list(PREDICTION_TYPES)})
     min_snr_gamma: float | None = field(default=None, metadata={"help": "Min-SNR weighting, 5 in its paper."})
+    elbo_weight: float = field(default=0.0, metadata={"help": "Of the variational bound's term in the loss."})
     num_train_timesteps: int = 1000
     beta_start: float = 0.0015
     beta_end: float = 0.0195
@@ -81,7 +82,7 @@ class LatentDiffusionArguments:
             ),
             below_1=("dropout", "condition_dropout"),
             positive=("scaling_factor", "min_snr_gamma", "beta_start", "beta_end"),
-            at_least_0=("weight_decay", "guidance_scale"),
+            at_least_0=("weight_decay", "guidance_scale", "elbo_weight"),
         )
         if self.sample_steps > self.num_train_timesteps:
             raise ValueError(
@@ -91,6 +92,8 @@ class LatentDiffusionArguments:
             raise ValueError(
                 f"beta_end={self.beta_end}: it must lie between beta_start={self.beta_start} and 1, which is left out."
             )
+        if self.elbo_weight and self.prediction_type == "flow":
+            raise ValueError(f"elbo_weight={self.elbo_weight}: a flow has no such bound; it must be 0.")
         levels = range(len(self.block_out_channels))
         if not set(self.attention_levels) <= set(levels):
             raise ValueError(f"attention_levels={self.attention_levels}: there are the levels {list(levels)}.")
@@ -287,7 +290,12 @@ def main(argv: list[str] | None = None) -> None:
     )
     condition = Condition(args, data_args.caption_column, num_classes, run.device)
     objective = DiffusionObjective(
-        args.prediction_type, args.num_train_timesteps, args.beta_start, args.beta_end, args.min_snr_gamma
+        args.prediction_type,
+        args.num_train_timesteps,
+        args.beta_start,
+        args.beta_end,
+        args.min_snr_gamma,
+        elbo_weight=args.elbo_weight,
     )
     scale = run.add_state("latent_scale", LatentScale(args.scaling_factor))
     batches = (data.latents(batch) for batch in data.even_batches("train", 1024, 64))

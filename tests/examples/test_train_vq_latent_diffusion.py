@@ -126,6 +126,7 @@ def test_the_saved_denoiser_is_the_average(inputs, tmp_path):
         (["--condition_dropout", "1"], r"`condition_dropout` must be a number in \[0, 1\)"),
         (["--crop", "random"], "has no effect on latents that are written once"),
         (["--scaling_factor", "-1"], "`scaling_factor` must be a finite number above 0"),
+        (["--prediction_type", "flow", "--elbo_weight", "0.1"], "elbo_weight=0.1: a flow has no such bound"),
         (["--sample_steps", "2000"], "sample_steps=2000: it must be at most num_train_timesteps"),
         (["--beta_start", "0.5"], "beta_end=0.0195: it must lie between beta_start=0.5 and 1"),
         (["--attention_head_dim", "16"], r"attention_head_dim=16: it must divide the widths \[8, 8\]"),

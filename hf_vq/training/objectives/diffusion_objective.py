@@ -4,6 +4,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from ...argument_checks import check_integer, check_real
+from .gaussian_bound import GaussianBound
 
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "flow")
@@ -23,6 +24,13 @@ class DiffusionObjective:
             diffusion's. Of a flow, only the number counts: the denoiser sees `σ · num_train_timesteps` as its timestep.
         min_snr_gamma: γ of min-SNR weighting (Hang et al. 2023, equation 9): the squared error of the prediction of x is
             weighted with `min(SNR, γ)`; None weighs the prediction itself with 1.
+        simple_weight: of that mean squared error in the loss.
+        elbo_weight: of the variational bound's term beside it (Ho et al. 2020, equation 12; `original_elbo_weight` of
+            latent diffusion); 0 for a flow.
+        variance_mix: see `GaussianBound`; read by the bound's term alone.
+
+    Raises:
+        ValueError: a value out of its range.
     """
 
     def __init__(
@@ -32,6 +40,9 @@ class DiffusionObjective:
         beta_start: float = 0.0015,
         beta_end: float = 0.0195,
         min_snr_gamma: float | None = None,
+        simple_weight: float = 1.0,
+        elbo_weight: float = 0.0,
+        variance_mix: float = 0.0,
     ):
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"`prediction_type` must be one of {PREDICTION_TYPES}, got {prediction_type!r}.")
@@ -43,6 +54,10 @@ class DiffusionObjective:
         self.prediction_type = prediction_type
         self.min_snr_gamma = min_snr_gamma
         self.num_train_timesteps = num_train_timesteps
+        self.simple_weight = check_real("simple_weight", simple_weight, minimum=0)
+        self.elbo_weight = check_real("elbo_weight", elbo_weight, minimum=0)
+        if self.elbo_weight and prediction_type == "flow":
+            raise ValueError(f"`elbo_weight` must be 0 for a flow, which has no such bound, got {elbo_weight}.")
         if prediction_type == "flow":
             self.scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=num_train_timesteps)
         else:
@@ -55,6 +70,7 @@ class DiffusionObjective:
                 clip_sample=False,
                 timestep_spacing="trailing",
             )
+            self.bound = GaussianBound(self.scheduler.betas, variance_mix)
 
     def draw_timesteps(
         self, batch_size: int, device: torch.device, generators: list[torch.Generator] | None = None
@@ -114,9 +130,14 @@ class DiffusionObjective:
     def loss(
         self, prediction: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
     ) -> torch.Tensor:
-        """The weighted mean squared error, a scalar in float32."""
+        """The weighted mean squared error, and the bound's term by its weight, a scalar in float32."""
         errors = (prediction.float() - self.target(latents, noise, timesteps).float()).square().mean(dim=(1, 2, 3))
-        return (self.weight(timesteps) * errors).mean()
+        weights = self.simple_weight * self.weight(timesteps)
+        if self.elbo_weight:
+            weights = (
+                weights + self.elbo_weight * self.bound.weights(self.prediction_type).to(timesteps.device)[timesteps]
+            )
+        return (weights * errors).mean()
 
 
 class LatentScale:
