@@ -12,11 +12,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+CONDITION = "conditioning_image"
 NO_LABEL = -1  # the class of a row without one, where rows may lack it: `datasets` writes it so, too
 
 
 def prepare_columns(rows, arguments: "DataArguments", class_names: list[str] | None = None, keep_gaps: bool = True):
-    """Keeps the image column, undecoded, as `image`, the label column, as integers, as `label`, and the extra ones.
+    """Keeps the image columns, undecoded, as `image` and `conditioning_image`, integer labels as `label`, and the extra ones.
 
     Args:
         class_names: number the classes in this order.
@@ -37,6 +38,8 @@ def prepare_columns(rows, arguments: "DataArguments", class_names: list[str] | N
     wanted = {arguments.image_column: "image"}
     if arguments.label_column is not None:
         wanted[arguments.label_column] = "label"
+    if arguments.conditioning_image_column is not None:
+        wanted[arguments.conditioning_image_column] = CONDITION
     wanted.update({column: column for column in arguments.carried_columns})
     for column in wanted:
         if column not in features:
@@ -44,10 +47,13 @@ def prepare_columns(rows, arguments: "DataArguments", class_names: list[str] | N
             hint = f" (images: {images})" if images else ""
             raise ValueError(f"the data set has no column {column!r}; it has {sorted(features)}{hint}.")
     if len(set(wanted.values())) < len(wanted):
-        raise ValueError(f"extra_columns={arguments.carried_columns} may not contain 'image' or 'label'.")
+        raise ValueError(
+            f"extra_columns={arguments.carried_columns} may not contain 'image', 'label' or {CONDITION!r}."
+        )
 
-    if not _holds_arrays(features[arguments.image_column]):
-        rows = rows.cast_column(arguments.image_column, datasets.Image(decode=False))
+    for column, name in wanted.items():
+        if name in ("image", CONDITION) and not _holds_arrays(features[column]):
+            rows = rows.cast_column(column, datasets.Image(decode=False))
     rows = _exclude(rows, arguments.exclude).select_columns(list(wanted))
     if isinstance(rows, datasets.Dataset):
         rows = without_gaps(rows, arguments, arguments.label_column, keep_gaps)

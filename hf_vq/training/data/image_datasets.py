@@ -19,18 +19,21 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ...images import pixels_to_tensor
-from .columns import NO_LABEL, draw_caption, prepare_columns, without_gaps
+from ...argument_checks import check_real
+from ...models.autoencoders.image_processing_vq_condition import VQConditionProcessor
+from .columns import CONDITION, NO_LABEL, draw_caption, prepare_columns, without_gaps
+from .conditions import ConditionReader, build_reader, decode_pair, seen_through
 from .image_decoding import (
     ANY_PATH,
     BrokenImageError,
     BrokenImages,
     PathRules,
+    Window,
     as_size,
-    crop_and_flip,
-    decode_image,
+    choose_window,
     named,
     shrink,
+    size_of,
 )
 from .sources import open_rows, path_rules
 
@@ -55,6 +58,13 @@ class DataArguments:
     train_split: str = field(default="train", metadata={"help": 'Split to train on; slices as in "train[5%:]" too.'})
     validation_split: str = field(default="validation", metadata={"help": 'Split to validate on, or "train[:5%]".'})
     image_column: str = field(default="image", metadata={"help": "Column that holds the images."})
+    conditioning_image_column: str | None = field(
+        default=None, metadata={"help": "Column of the label maps, depth maps, edges or drawings of the images."}
+    )
+    edge_sigma: float = field(
+        default=2.0,
+        metadata={"help": "Edges without a column: the Gaussian of Canny's method, in pixels at `resolution`."},
+    )
     label_column: str | None = field(default=None, metadata={"help": 'Column that holds the classes; "none": no.'})
     extra_columns: list[str] = field(
         default_factory=list,
@@ -98,6 +108,11 @@ class DataArguments:
             raise ValueError(f'crop={self.crop!r}: it must be "center" or "random".')
         if self.missing_condition not in ("error", "null"):
             raise ValueError(f'missing_condition={self.missing_condition!r}: it must be "error" or "null".')
+        self.edge_sigma = check_real("edge_sigma", self.edge_sigma, above=0)
+        if self.conditioning_image_column is not None and self.conditioning_image_column == self.image_column:
+            raise ValueError(
+                f"conditioning_image_column={self.conditioning_image_column!r}: it must differ from image_column."
+            )
         for name in ("shuffle_block", "max_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -146,6 +161,7 @@ def load_image_dataset(
     seed: int = 0,
     class_names: list[str] | None = None,
     channels: int = 3,
+    condition_processor: VQConditionProcessor | None = None,
 ):
     """Opens one split as `ImageDataset`, or as `StreamingImageDataset` where `arguments.streaming` is set.
 
@@ -161,11 +177,14 @@ def load_image_dataset(
             `class_names`); without it, classes that are strings are numbered as `arguments.class_names`, or in the order
             of the split's own names.
         channels (`int`): of the images: 1 (grey), 3 (RGB), 4 (RGBA), or those of a column of arrays.
+        condition_processor (`VQConditionProcessor`, *optional*): samples have a `condition` too, as it reads the column
+            `conditioning_image_column`, or edges of the images where there is none.
 
     Raises:
         ValueError: the data set, the split or a column is not there, a class is not among `class_names`, a value to
             exclude does not exist, or a row lacks its label or caption.
     """
+    reader = build_reader(condition_processor, arguments.conditioning_image_column, arguments.edge_sigma)
     name = {"train": arguments.train_split, "validation": arguments.validation_split}.get(split, split)
     rows = open_rows(arguments, name)
     rows, class_names = prepare_columns(rows, arguments, class_names, keep_gaps=split == "train")
@@ -178,6 +197,7 @@ def load_image_dataset(
         "random_flip": arguments.random_flip and augment,
         "seed": seed,
         "class_names": class_names,
+        "condition_reader": reader,
     }
     if arguments.streaming and split == "validation":
         import datasets
@@ -215,6 +235,7 @@ class ImageDataset(Dataset):
         channels (`int`): of the images.
         caption_column (`str`, *optional*): a column of captions, or of lists of captions, of which one is drawn.
         rules (`PathRules`): which paths of the rows may be opened.
+        condition_reader (`ConditionReader`, *optional*): reads the condition of each image.
 
     Attributes:
         labels (`np.ndarray` or `None`): all labels; -1 where a row has none.
@@ -233,8 +254,10 @@ class ImageDataset(Dataset):
         channels: int = 3,
         caption_column: str | None = None,
         rules: PathRules = ANY_PATH,
+        condition_reader: ConditionReader | None = None,
     ):
         self.rows = rows
+        self.condition_reader = condition_reader
         self.size = as_size(resolution)
         self.channels = channels
         self.caption_column = caption_column
@@ -248,12 +271,12 @@ class ImageDataset(Dataset):
             labels = rows["label"][:]
             self.labels = np.asarray([NO_LABEL if label is None else label for label in labels])
         self.broken = BrokenImages()
-        extra = [column for column in rows.column_names if column not in ("image", "label")]
+        extra = [column for column in rows.column_names if column not in ("image", "label", CONDITION)]
         self._extra = rows.select_columns(extra) if extra else None
         self._cache = None
         if cache_images:
-            images = (self._decode(index) for index in range(len(rows)))
-            self._cache = [image if image is None else self._smallest(image) for image in images]
+            pairs = (self._decode(index) for index in range(len(rows)))
+            self._cache = [pair if pair is None else self._smallest(*pair) for pair in pairs]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -265,7 +288,8 @@ class ImageDataset(Dataset):
         """One image as it is seen in `epoch`; in place of a broken one, the next that can be read.
 
         Returns:
-            `dict`: `pixel_values` float32 `(channels, height, width)` in [-1, 1]; `label` (`int`) if there are labels;
+            `dict`: `pixel_values` float32 `(channels, height, width)` in [-1, 1]; `condition`, of the same window, if there
+            are conditions, see `hf_vq.training.data.conditions`; `label` (`int`) if there are labels;
             the extra columns, of the captions one; `broken_images` (a tuple of names) only if broken images were passed over.
         """
         if not 0 <= index < len(self):
@@ -273,16 +297,16 @@ class ImageDataset(Dataset):
         passed = []
         for candidate in range(index, index + len(self)):
             candidate %= len(self)
-            pixels = self._pixels(candidate)
-            if pixels is not None:
+            pair = self._pair(candidate)
+            if pair is not None:
                 break
             passed.append(self.name_of(candidate))
         else:
             raise ValueError(f"none of the {len(self)} images of the data set can be read; the first: {passed[0]}.")
         is_random = self.crop == "random" or self.random_flip
         generator = np.random.default_rng((self.seed, epoch, index)) if is_random else None
-        pixels = crop_and_flip(pixels, self.size, self.crop, self.random_flip, generator)
-        sample = {"pixel_values": pixels_to_tensor(pixels), **self._fields(candidate)}
+        window = choose_window(pair[0], self.size, self.crop, self.random_flip, generator)
+        sample = {**seen_through(window, *pair, self.condition_reader), **self._fields(candidate)}
         if self.caption_column is not None:
             sample[self.caption_column] = draw_caption(sample[self.caption_column], self.seed, epoch, index)
         if passed:
@@ -291,13 +315,14 @@ class ImageDataset(Dataset):
 
     def read(self, index: int) -> dict | None:
         """The centre crop of one image with its other fields, all its captions too, or `None` if it is broken."""
-        pixels = self._pixels(index)
-        if pixels is None:
+        pair = self._pair(index)
+        if pair is None:
             return None
-        pixels = crop_and_flip(pixels, self.size)
-        return {"pixel_values": pixels_to_tensor(pixels), **self._fields(index)}
+        window = choose_window(pair[0], self.size)
+        return {**seen_through(window, *pair, self.condition_reader), **self._fields(index)}
 
-    def _pixels(self, index: int) -> Image.Image | np.ndarray | None:
+    def _pair(self, index: int) -> tuple | None:
+        """An image and the whole map of its condition, or None in its place; None where one of them is broken."""
         return self._cache[index] if self._cache is not None else self._decode(index)
 
     def _fields(self, index: int) -> dict:
@@ -308,13 +333,19 @@ class ImageDataset(Dataset):
         """The image's path where the data set has it, and its row."""
         return named(self.rows[index]["image"], f"row {index}")
 
-    def _smallest(self, image) -> np.ndarray:
-        """What is kept of an image: its crop, where it is always the same one."""
-        return crop_and_flip(image, self.size) if self.crop == "center" else np.asarray(shrink(image, self.size))
+    def _smallest(self, image, values) -> tuple:
+        """What is kept of an image and its condition: their crops, where they are always the same ones."""
+        window = choose_window(image, self.size)
+        if self.crop == "random":
+            image = np.asarray(shrink(image, self.size))
+            window = Window(size_of(image), (0, 0), size_of(image))
+        pixels = window.cut(image if isinstance(image, Image.Image) or image.ndim == 3 else image[..., None])
+        return pixels, None if values is None else self.condition_reader.cut(values, window)
 
-    def _decode(self, index: int) -> Image.Image | np.ndarray | None:
+    def _decode(self, index: int) -> tuple | None:
+        row = self.rows[index]
         try:
-            return decode_image(self.rows[index]["image"], self.channels, self.rules)
+            return decode_pair(row, self.channels, self.rules, self.condition_reader)
         except BrokenImageError as error:
             self.broken.add(self.name_of(index), error)
             return None

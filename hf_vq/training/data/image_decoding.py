@@ -124,22 +124,37 @@ def decode_image(source, channels: int = 3, rules: PathRules = ANY_PATH) -> Imag
     Raises:
         BrokenImageError: whatever the reason that it cannot be read.
     """
+    source = open_source(source, rules)
+    try:
+        if isinstance(source, np.ndarray):
+            is_whole = np.issubdtype(source.dtype, np.integer) and source.size and 0 <= source.min()
+            is_whole = is_whole and source.max() < 256
+            return array_to_pixels(source.astype(np.uint8) if is_whole else source, channels)
+        return to_channels(source, channels)
+    except Exception as error:  # as below
+        raise BrokenImageError(f"{type(error).__name__}: {error}") from error
+
+
+def open_source(source, rules: PathRules = ANY_PATH) -> Image.Image | np.ndarray:
+    """What `decode_image` takes, as a Pillow image of its own mode, upright, or an array.
+
+    Raises:
+        BrokenImageError: whatever the reason that it cannot be read.
+    """
     if isinstance(source, dict):
         source = source.get("bytes") if source.get("bytes") is not None else source.get("path")
     if source is None:
         raise BrokenImageError("the row holds no image")
     try:
         if isinstance(source, (np.ndarray, list)):
-            array = np.asarray(source)
-            is_whole = np.issubdtype(array.dtype, np.integer) and array.size and array.min() >= 0 and array.max() < 256
-            return array_to_pixels(array.astype(np.uint8) if is_whole else array, channels)
+            return np.asarray(source)
         if isinstance(source, Image.Image):
             image = source
         else:
             data = rules.read(str(source)) if isinstance(source, (str, Path)) else source
             image = Image.open(io.BytesIO(data))
         image.load()
-        return to_channels(ImageOps.exif_transpose(image), channels)
+        return ImageOps.exif_transpose(image)
     except BrokenImageError:
         raise
     except UnidentifiedImageError as error:
@@ -168,8 +183,49 @@ def as_size(resolution: int | Sequence[int]) -> tuple[int, int]:
 
 def shrink(image: Image.Image | np.ndarray, size: Sequence[int]) -> Image.Image | np.ndarray:
     """What `crop_and_flip` needs of an image, and no more: resized until it covers `size`, unless it is elongated."""
-    resized = covering_size(_size_of(image), size)
+    resized = covering_size(size_of(image), size)
     return image if is_elongated(resized, size) else resize(image, resized)
+
+
+@dataclass(frozen=True)
+class Window:
+    """What is seen of an image: `size` at `corner` of the image resized to `resized`, mirrored or not.
+
+    All are `(height, width)`, of the corner `(top, left)`.
+    """
+
+    resized: tuple[int, int]
+    corner: tuple[int, int]
+    size: tuple[int, int]
+    is_flipped: bool = False
+
+    def cut(self, image: Image.Image | np.ndarray, resample: int = Image.Resampling.BICUBIC) -> np.ndarray:
+        """The window out of an image, or of a map that belongs to it, as uint8 `(height, width, channels)`."""
+        pixels = resize_and_crop(image, self.resized, self.corner, self.size, resample)
+        return pixels[:, ::-1] if self.is_flipped else pixels
+
+
+def choose_window(
+    image: Image.Image | np.ndarray,
+    size: Sequence[int],
+    crop: str = "center",
+    flip: bool = False,
+    generator: np.random.Generator | None = None,
+) -> Window:
+    """A window of `size` on an image that is scaled until it covers `size`.
+
+    Args:
+        image: as from `decode_image`, or from `shrink`, which gives the same.
+        size: `(height, width)`.
+        crop: `"center"`, or `"random"`, uniformly from `generator`.
+        flip: mirror half of the images, by `generator`.
+    """
+    height, width = size
+    resized = covering_size(size_of(image), size)
+    corner = (resized[0] - height) // 2, (resized[1] - width) // 2
+    if crop == "random":
+        corner = int(generator.integers(resized[0] - height + 1)), int(generator.integers(resized[1] - width + 1))
+    return Window(resized, corner, (height, width), bool(flip and generator.random() < 0.5))
 
 
 def crop_and_flip(
@@ -179,25 +235,10 @@ def crop_and_flip(
     flip: bool = False,
     generator: np.random.Generator | None = None,
 ) -> np.ndarray:
-    """A window of `size` out of an image that is scaled, antialiased (bicubic), until it covers `size`.
-
-    Args:
-        image: as from `decode_image`, or from `shrink`, which gives the same.
-        size: `(height, width)`.
-        crop: `"center"`, or `"random"`, uniformly from `generator`.
-        flip: mirror half of the images, by `generator`.
-
-    Returns:
-        uint8 `(height, width, channels)`.
-    """
-    height, width = size
-    resized = covering_size(_size_of(image), size)
-    corner = (resized[0] - height) // 2, (resized[1] - width) // 2
-    if crop == "random":
-        corner = int(generator.integers(resized[0] - height + 1)), int(generator.integers(resized[1] - width + 1))
-    pixels = resize_and_crop(image, resized, corner, (height, width))
-    return pixels[:, ::-1] if flip and generator.random() < 0.5 else pixels
+    """The pixels uint8 `(height, width, channels)` of the window that `choose_window` gives, antialiased (bicubic)."""
+    return choose_window(image, size, crop, flip, generator).cut(image)
 
 
-def _size_of(image: Image.Image | np.ndarray) -> tuple[int, int]:
+def size_of(image: Image.Image | np.ndarray) -> tuple[int, int]:
+    """`(height, width)`."""
     return image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width)

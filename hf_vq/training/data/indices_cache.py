@@ -6,6 +6,8 @@ dataset = load_indices("outputs/indices/train", tokenizer=tokenizer, random_flip
 dataset[0]  # {"indices": int64 (h, w), "label": int}
 ```
 
+With conditions, `condition_codes` stands beside `indices`, and both are mirrored together.
+
 The folder holds parquet shards, which `datasets.load_dataset("parquet", data_dir=...)` opens as well, and `config.json`.
 Images are read and rows are written shard by shard, so memory does not grow with the data set; under `accelerate launch`
 every process writes its own shards. A shard appears complete or not at all, and a second call goes on with those that are
@@ -26,6 +28,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from ...distributed import is_distributed
+from ...evaluation.evaluate import evaluation_mode
+from ...models.autoencoders.image_processing_vq_condition import VQConditionProcessor
 from ..checkpointing import flush_file, preserved_random_state, remove_unfinished, write_file_atomically
 from .cache_identity import (
     StaleIndicesError,
@@ -35,12 +39,14 @@ from .cache_identity import (
     tokenizer_fingerprint,
 )
 from .columns import draw_caption
+from .conditions import condition_values
 from .streaming import StreamingImageDataset
 
 
 logger = logging.getLogger(__name__)
 
 _LAYOUT = 2  # of the folder; raised when it changes
+CONDITION_CODES = "condition_codes"
 
 
 def write_indices(
@@ -53,6 +59,8 @@ def write_indices(
     num_workers: int = 0,
     overwrite: bool = False,
     progress: bool = True,
+    condition_tokenizer: nn.Module | None = None,
+    condition_processor: VQConditionProcessor | None = None,
 ) -> Path:
     """Writes the indices of every image, or what is missing of them; called by every process.
 
@@ -66,6 +74,8 @@ def write_indices(
         rows_per_shard (`int`): images per parquet file.
         num_workers (`int`): processes that read images ahead (map-style data only).
         overwrite (`bool`): replace indices of another tokenizer or other images.
+        condition_tokenizer, condition_processor (*optional*): also the codes of each sample's `condition`, in the column
+            `condition_codes`, by the tokenizer and the processor beside it.
 
     Raises:
         StaleIndicesError: the folder holds other indices, and `overwrite` is not set.
@@ -79,6 +89,10 @@ def write_indices(
         "flip": flip,
         "rows_per_shard": rows_per_shard,
     }
+    if condition_tokenizer is not None:
+        wanted["condition_tokenizer"] = tokenizer_fingerprint(condition_tokenizer)
+        wanted["condition_processor"] = condition_processor.to_dict()
+    encoder = PairEncoder(tokenizer, flip, condition_tokenizer, condition_processor)
     with cache_lock(path, is_writer=rank == 0):
         _barrier()  # the main process has the lock
         known = _read_info(path)
@@ -99,23 +113,18 @@ def write_indices(
         known = _read_info(path)
         if known is None or not known["complete"]:
             plan = _Plan(set(_shards(path)), rank, world, rows_per_shard, batch_size)
-            _write_missing(tokenizer, dataset, path, wanted, plan, num_workers, progress)
+            _write_missing(encoder, dataset, path, wanted, plan, num_workers, progress)
         _barrier()
     return path
 
 
 def _write_missing(
-    tokenizer, dataset, path: Path, wanted: dict, plan: "_Plan", num_workers: int, progress: bool
+    encoder: "PairEncoder", dataset, path: Path, wanted: dict, plan: "_Plan", num_workers: int, progress: bool
 ) -> None:
-    mode = tokenizer.training
-    tokenizer.eval()
-    try:
-        writer = _ShardWriter(tokenizer, dataset, path, wanted)
-        # a run that finds its cache goes on with the same random numbers as one that has to write it
-        with preserved_random_state():
-            writer.write_all(plan, num_workers, show_progress=progress and plan.rank == 0)
-    finally:
-        tokenizer.train(mode)
+    # a run that finds its cache goes on with the same random numbers as one that has to write it
+    with evaluation_mode(encoder), preserved_random_state():
+        writer = _ShardWriter(encoder, dataset, path, wanted)
+        writer.write_all(plan, num_workers, show_progress=progress and plan.rank == 0)
     _barrier()
     if plan.rank == 0:
         write_file_atomically(path / "config.json", json.dumps({**wanted, **writer.summary()}, indent=1))
@@ -173,54 +182,87 @@ class _Plan:
         return [shard for shard in range(-(-rows // self.rows_per_shard)) if self.is_mine(shard)]
 
 
+class PairEncoder(nn.Module):
+    """The columns of codes of a batch: of the images, of their conditions, and of both mirrored.
+
+    Args:
+        tokenizer, condition_tokenizer: have `config` and `encode(pixel_values).indices`.
+        flip: also the codes of the mirrored images.
+        condition_processor: see `condition_values`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: nn.Module,
+        flip: bool,
+        condition_tokenizer: nn.Module | None = None,
+        condition_processor: VQConditionProcessor | None = None,
+    ):
+        super().__init__()
+        self.tokenizer, self.condition_tokenizer = tokenizer, condition_tokenizer
+        self.flip, self.condition_processor = flip, condition_processor
+
+    @torch.no_grad()
+    def forward(self, samples: list[dict]) -> dict[str, np.ndarray]:
+        """`indices`, or `indices_0`, ... where the tokenizer has levels, top first; `condition_codes`; those `_flipped`."""
+        columns = _codes_of(self.tokenizer, torch.stack([s["pixel_values"] for s in samples]), "indices", self.flip)
+        if self.condition_tokenizer is not None:
+            if "condition" not in samples[0]:
+                raise ValueError("`dataset` must have conditions: load it with `condition_processor`.")
+            conditions = torch.stack([sample["condition"] for sample in samples])
+            values = condition_values(conditions, self.condition_processor)
+            columns |= _codes_of(self.condition_tokenizer, values, CONDITION_CODES, self.flip)
+        return columns
+
+
+def _codes_of(tokenizer, pixel_values: torch.Tensor, name: str, flip: bool) -> dict[str, np.ndarray]:
+    columns = {}
+    codebook_size = int(tokenizer.config.num_embeddings)
+    device = next(tokenizer.parameters()).device
+    for suffix in ("", "_flipped") if flip else ("",):
+        images = pixel_values.flip(-1) if suffix else pixel_values
+        indices = tokenizer.encode(images.to(device)).indices
+        levels = {name: indices}
+        if isinstance(indices, (tuple, list)):
+            levels = {f"{name}_{level}": values for level, values in enumerate(indices)}
+        for column, values in levels.items():
+            if values.min() < 0 or values.max() >= codebook_size:
+                raise ValueError(
+                    f"the tokenizer gave indices from {values.min()} to {values.max()}, but its config says "
+                    f"num_embeddings={codebook_size}."
+                )
+            columns[column + suffix] = values.cpu().numpy().astype(smallest_dtype(codebook_size))
+    return columns
+
+
 class _ShardWriter:
     """Encodes images and writes parquet shards `indices-<number>.parquet`."""
 
-    def __init__(self, tokenizer: nn.Module, dataset, path: Path, wanted: dict):
-        self.tokenizer = tokenizer
+    def __init__(self, encoder: PairEncoder, dataset, path: Path, wanted: dict):
+        self.encoder = encoder
         self.dataset = dataset
         self.path = path
-        self.flip = wanted["flip"]
         self.identity = wanted
-        self.device = next(tokenizer.parameters()).device
-        self.codebook_size = int(tokenizer.config.num_embeddings)
+        self.codebook_size = int(encoder.tokenizer.config.num_embeddings)
         self.rows_read: int | None = None
         first = _first_readable(dataset)
-        encoded = self.encode(first["pixel_values"][None])
+        encoded = encoder([first])
         self.grids = {name: list(indices.shape[1:]) for name, indices in encoded.items()}
+        self.dtypes = {name: indices.dtype for name, indices in encoded.items()}
         self.features = self._features(first)
-
-    @torch.no_grad()
-    def encode(self, pixel_values: torch.Tensor) -> dict[str, np.ndarray]:
-        """The columns of a batch: `indices`, or `indices_0`, ... where the tokenizer has levels, top first."""
-        columns = {}
-        for suffix in ("", "_flipped") if self.flip else ("",):
-            images = pixel_values.flip(-1) if suffix else pixel_values
-            indices = self.tokenizer.encode(images.to(self.device)).indices
-            levels = {"indices": indices}
-            if isinstance(indices, (tuple, list)):
-                levels = {f"indices_{level}": values for level, values in enumerate(indices)}
-            for name, values in levels.items():
-                if values.min() < 0 or values.max() >= self.codebook_size:
-                    raise ValueError(
-                        f"the tokenizer gave indices from {values.min()} to {values.max()}, but its config says "
-                        f"num_embeddings={self.codebook_size}."
-                    )
-                columns[name + suffix] = values.cpu().numpy().astype(smallest_dtype(self.codebook_size))
-        return columns
 
     def _features(self, sample: dict):
         import datasets
 
-        dtype = smallest_dtype(self.codebook_size).name
         features = {
-            name: datasets.List(datasets.Value(dtype), length=int(np.prod(grid))) for name, grid in self.grids.items()
+            name: datasets.List(datasets.Value(self.dtypes[name].name), length=int(np.prod(grid)))
+            for name, grid in self.grids.items()
         }
         known = getattr(getattr(self.dataset, "rows", None), "features", None) or {}
         for name, value in sample.items():
             if name in known:
                 features[name] = known[name]
-            elif name != "pixel_values":
+            elif name not in ("pixel_values", "condition"):
                 kind = (
                     "int64" if isinstance(value, (int, np.integer)) else "string" if isinstance(value, str) else None
                 )
@@ -271,7 +313,7 @@ class _ShardWriter:
             broken += [row for row, sample in batch if sample is None]
             samples = [sample for _, sample in batch if sample is not None]
             if samples:
-                for name, values in self.encode(torch.stack([sample["pixel_values"] for sample in samples])).items():
+                for name, values in self.encoder(samples).items():
                     columns[name].append(values.reshape(len(samples), -1))
                 for name in columns.keys() - self.grids.keys():
                     columns[name] += [sample[name] for sample in samples]
@@ -283,8 +325,7 @@ class _ShardWriter:
         for name in self.features:
             if name in self.grids:
                 length = int(np.prod(self.grids[name]))
-                dtype = smallest_dtype(self.codebook_size)
-                flat = np.concatenate(columns[name]).reshape(-1) if columns[name] else np.empty(0, dtype)
+                flat = np.concatenate(columns[name]).reshape(-1) if columns[name] else np.empty(0, self.dtypes[name])
                 arrays.append(pa.FixedSizeListArray.from_arrays(pa.array(flat), length))
             else:
                 arrays.append(pa.array(columns[name], type=schema.field(name).type))
@@ -397,12 +438,13 @@ def load_indices(
     seed: int = 0,
     in_memory: bool = True,
     caption_column: str | None = None,
+    condition_tokenizer: nn.Module | None = None,
 ) -> "IndicesDataset":
     """Opens what `write_indices` has written.
 
     Args:
         path (`str` or `Path`): the folder.
-        tokenizer (`nn.Module`, *optional*): refuse indices of any other tokenizer.
+        tokenizer, condition_tokenizer (`nn.Module`, *optional*): refuse indices of any others.
         random_flip (`bool`): in half of the cases give the indices of the mirrored image, drawn from
             `(seed, epoch, row)`; needs a cache written with `flip=True`.
         in_memory (`bool`): hold the indices in memory, in their small type; otherwise rows are read from the disk.
@@ -418,11 +460,12 @@ def load_indices(
         raise ValueError(f"{path} holds no cached indices: write them with write_indices.")
     if not info["complete"]:
         raise ValueError(f"the indices in {path} are not complete: call write_indices again, it goes on where it was.")
-    if tokenizer is not None and info["tokenizer"] != tokenizer_fingerprint(tokenizer):
-        raise StaleIndicesError(
-            f"the indices in {path} were computed with another tokenizer than the one given: write them again, with "
-            "overwrite=True or in another folder."
-        )
+    for name, given in (("tokenizer", tokenizer), ("condition_tokenizer", condition_tokenizer)):
+        if given is not None and info.get(name) != tokenizer_fingerprint(given):
+            raise StaleIndicesError(
+                f"the indices in {path} were computed with another {name} than the one given: write them again, with "
+                "overwrite=True or in another folder."
+            )
     if random_flip and not info["flip"]:
         raise ValueError(f"random_flip=True needs mirrored indices: {path} was written with flip=False.")
     shards = _shards(path)
@@ -442,7 +485,8 @@ class IndicesDataset(Dataset):
 
     Attributes:
         codebook_size (`int`): indices lie below it.
-        grids (`dict[str, list[int]]`): the shape of each column of indices: `{"indices": [h, w]}`.
+        grids (`dict[str, list[int]]`): the shape of each column of indices: `{"indices": [h, w]}`, and with conditions
+            `condition_codes`.
         labels (`np.ndarray` or `None`): all labels.
         class_names (`list[str]` or `None`): names of the labels.
     """
@@ -485,7 +529,7 @@ class IndicesDataset(Dataset):
         return self.sample(index)
 
     def sample(self, index: int, epoch: int = 0) -> dict:
-        """`indices` (int64, in the shape of the grid), `label` (`int`) if there are labels, and the other columns."""
+        """`indices`, `condition_codes` (int64, in the shapes of their grids), `label` (`int`) if there are labels, and the other columns."""
         if not 0 <= index < len(self):
             raise IndexError(f"index={index}: there are the rows 0 to {len(self) - 1}.")
         mirrored = self.random_flip and np.random.default_rng((self.seed, epoch, index)).random() < 0.5

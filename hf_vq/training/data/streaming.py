@@ -13,16 +13,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...images import pixels_to_tensor
-from .columns import NO_LABEL, draw_caption, is_missing, missing_error
+from .columns import CONDITION, NO_LABEL, draw_caption, is_missing, missing_error
+from .conditions import ConditionReader, decode_pair, seen_through
 from .image_decoding import (
     ANY_PATH,
     BrokenImageError,
     BrokenImages,
     PathRules,
     as_size,
-    crop_and_flip,
-    decode_image,
+    choose_window,
     named,
 )
 from .samplers import micro_batch_sizes, process_slice
@@ -61,7 +60,8 @@ class StreamingImageDataset:
     Args:
         rows (`datasets.IterableDataset`): the stream.
         shuffle_block (`int`): samples are shuffled within blocks of so many rows, which are held in memory undecoded.
-        resolution, crop, random_flip, seed, class_names, channels, caption_column, rules: as in `ImageDataset`.
+        resolution, crop, random_flip, seed, class_names, channels, caption_column, rules, condition_reader: as in
+            `ImageDataset`.
         allow_missing (`bool`): rows may lack their label, which is -1 then, or their caption.
 
     Attributes:
@@ -81,8 +81,10 @@ class StreamingImageDataset:
         caption_column: str | None = None,
         rules: PathRules = ANY_PATH,
         allow_missing: bool = False,
+        condition_reader: ConditionReader | None = None,
     ):
         self.rows = rows
+        self.condition_reader = condition_reader
         self.size = as_size(resolution)
         self.channels = channels
         self.caption_column = caption_column
@@ -106,10 +108,11 @@ class StreamingImageDataset:
 
         `name` is what a broken image without a path is called.
         """
-        pixels = self._pixels(example, name)
-        if pixels is None:
+        pair = self._pair(example, name)
+        if pair is None:
             return None
-        return {"pixel_values": pixels_to_tensor(crop_and_flip(pixels, self.size)), **self._fields(example, name)}
+        window = choose_window(pair[0], self.size)
+        return {**seen_through(window, *pair, self.condition_reader), **self._fields(example, name)}
 
     def read_batches(
         self,
@@ -194,16 +197,16 @@ class StreamingImageDataset:
         passed = []
         for step in range(len(block.rows)):
             name, example = block.rows[block.order[(offset + step) % len(block.rows)]]
-            pixels = self._pixels(example, name)
-            if pixels is not None:
+            pair = self._pair(example, name)
+            if pair is not None:
                 break
             passed.append(named(example["image"], name))
         else:
             raise ValueError(f"none of {len(passed)} consecutive images of the stream can be read; one: {passed[0]}.")
         row = block.start["row"] + int(block.order[offset])
         generator = np.random.default_rng((self.seed, block.start["epoch"], row))
-        pixels = crop_and_flip(pixels, self.size, self.crop, self.random_flip, generator)
-        sample = {"pixel_values": pixels_to_tensor(pixels), **self._fields(example, name)}
+        window = choose_window(pair[0], self.size, self.crop, self.random_flip, generator)
+        sample = {**seen_through(window, *pair, self.condition_reader), **self._fields(example, name)}
         if self.caption_column is not None:
             caption = draw_caption(sample[self.caption_column], self.seed, block.start["epoch"], row)
             sample[self.caption_column] = caption
@@ -211,15 +214,15 @@ class StreamingImageDataset:
             sample["broken_images"] = tuple(passed)
         return sample
 
-    def _pixels(self, example: dict, name: str):
+    def _pair(self, example: dict, name: str) -> tuple | None:
         try:
-            return decode_image(example["image"], self.channels, self.rules)
+            return decode_pair(example, self.channels, self.rules, self.condition_reader)
         except BrokenImageError as error:
             self.broken.add(named(example["image"], name), error)
             return None
 
     def _fields(self, example: dict, name: str) -> dict:
-        fields = {column: value for column, value in example.items() if column != "image"}
+        fields = {column: value for column, value in example.items() if column not in ("image", CONDITION)}
         for column in filter(None, ("label" if "label" in fields else None, self.caption_column)):
             if is_missing(fields[column]) and not self.allow_missing:
                 raise missing_error(column, named(example["image"], name))
