@@ -1,11 +1,16 @@
-"""Train a GPT prior (Esser et al. 2021) over the codes of a trained tokenizer, unconditional or by class.
+"""Train a GPT prior (Esser et al. 2021) over the codes of a trained tokenizer: unconditional, by class, or by an image.
 
     python examples/vq_gpt/train_vq_gpt.py examples/vq_gpt/emoji_32.yaml --tokenizer outputs/vqgan/tokenizer
     accelerate launch examples/vq_gpt/train_vq_gpt.py CONFIG.yaml [--argument value ...]
 
+With --condition_tokenizer, which `train_vqgan.py --condition` makes, the codes of each picture's label map, depth map, edges
+or drawing (--conditioning_image_column) stand before its own.
+
 The data set is encoded once, into OUTPUT_DIR/indices. The result is a pipeline folder, OUTPUT_DIR/pipeline.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +19,9 @@ from transformers import AutoImageProcessor, AutoModel
 from hf_vq import VQAutoregressivePipeline, VQGPTConfig, VQGPTForCausalLM
 from hf_vq.evaluation.evaluate import evaluate_prior
 from hf_vq.training.data.code_splits import count_classes, load_code_splits, training_inputs
+from hf_vq.training.data.conditions import load_condition_processor
 from hf_vq.training.data.image_datasets import DataArguments
+from hf_vq.training.data.indices_cache import CONDITION_CODES
 from hf_vq.training.run import RunArguments, TrainingRun
 from hf_vq.training.run_arguments import check_numbers, parse_arguments
 from hf_vq.training.sharing import save_trained
@@ -26,6 +33,16 @@ class VQGPTArguments:
     """The prior and its optimizer."""
 
     tokenizer: str = field(metadata={"help": "Folder or Hub id of the trained tokenizer."})
+    condition_tokenizer: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of the tokenizer of the conditioning images."}
+    )
+    n_unmasked: int | None = field(
+        default=None,
+        metadata={
+            "help": "So many positions see each other in both directions; by default the condition's, as it is all there "
+            "before the first code; 0: none, as the original."
+        },
+    )
     num_hidden_layers: int = 12
     hidden_size: int = 512
     num_attention_heads: int = 8
@@ -35,7 +52,7 @@ class VQGPTArguments:
     )
     pkeep: float = field(default=1.0, metadata={"help": "Share of the input codes that stay; the others are random."})
     condition_dropout: float = field(
-        default=0.1, metadata={"help": "Share of the classes that become the null class, for guidance."}
+        default=0.1, metadata={"help": "Share of the conditions that become the null condition, for guidance."}
     )
     random_flip_codes: bool = field(
         default=False, metadata={"help": "In half of the cases, train on the codes of the mirrored image."}
@@ -49,6 +66,7 @@ class VQGPTArguments:
     def __post_init__(self):
         check_numbers(
             self,
+            at_least_0_integer=("n_unmasked",),
             at_least_1_integer=("num_hidden_layers", "hidden_size", "num_attention_heads", "sample_classes"),
             share=("pkeep",),
             below_1=("dropout", "attention_dropout", "condition_dropout", "adam_beta1", "adam_beta2"),
@@ -61,15 +79,32 @@ class VQGPTArguments:
 
 
 def build_prior(
-    args: VQGPTArguments, tokenizer, grid_size: tuple[int, int], num_classes: int, class_names: list[str] | None
+    args: VQGPTArguments,
+    tokenizer,
+    grids: dict[str, Sequence[int]],
+    num_classes: int,
+    class_names: list[str] | None,
+    condition_tokenizer=None,
 ):
-    conditional = num_classes > 0
+    """A new prior over grids of codes, whose sizes are `grids["indices"]` and, of a condition, `grids["condition_codes"]`."""
+    condition = {"condition_type": "unconditional"}
+    if num_classes > 0:
+        condition = {"condition_type": "class", "condition_vocab_size": num_classes}
+        condition |= {"id2label": dict(enumerate(class_names))} if class_names is not None else {}
+    if condition_tokenizer is not None:
+        length = math.prod(grids[CONDITION_CODES])
+        condition = {
+            "condition_type": "codes",
+            "condition_vocab_size": condition_tokenizer.config.num_embeddings,
+            "condition_length": length,
+            "n_unmasked": length if args.n_unmasked is None else args.n_unmasked,
+        }
+    elif args.n_unmasked:
+        condition["n_unmasked"] = args.n_unmasked
     config = VQGPTConfig(
         codebook_size=tokenizer.config.num_embeddings,
-        grid_size=grid_size,
-        condition_type="class" if conditional else "unconditional",
-        condition_vocab_size=num_classes,
-        condition_dropout=args.condition_dropout if conditional else 0.0,
+        grid_size=tuple(grids["indices"]),
+        condition_dropout=0.0 if condition["condition_type"] == "unconditional" else args.condition_dropout,
         pkeep=args.pkeep,
         n_layer=args.num_hidden_layers,
         n_embd=args.hidden_size,
@@ -77,7 +112,7 @@ def build_prior(
         resid_pdrop=args.dropout,
         embd_pdrop=args.dropout,
         attn_pdrop=args.attention_dropout,
-        **({"id2label": dict(enumerate(class_names))} if class_names is not None else {}),
+        **condition,
     )
     return VQGPTForCausalLM(config)
 
@@ -92,20 +127,23 @@ def weight_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
 
 
 @torch.no_grad()
-def validate(run: TrainingRun, prior, tokenizer, codes, args: VQGPTArguments) -> dict[str, float]:
-    """Bits per index on the validation codes, and a picture with a row of samples for each class."""
-    conditional = prior.config.condition_type == "class"
-    figures = evaluate_prior(
-        prior, validation_loader(codes), condition_key="label" if conditional else None, progress=False
-    )
+def validate(run: TrainingRun, pipe: VQAutoregressivePipeline, codes, args: VQGPTArguments) -> dict[str, float]:
+    """Bits per index on the validation codes, and a picture with a row of samples for each class or condition."""
+    prior = pipe.prior
+    kind = prior.config.condition_type
+    keys = {"class": "label", "codes": CONDITION_CODES}
+    figures = evaluate_prior(prior, validation_loader(codes), condition_key=keys.get(kind), progress=False)
     if run.is_main_process:
-        pipe = VQAutoregressivePipeline(vqvae=tokenizer, prior=prior)
-        pipe.set_progress_bar_config(disable=True)
-        classes = list(range(min(args.sample_classes, prior.config.condition_vocab_size))) if conditional else None
+        given = {}
+        if kind == "class":
+            given["class_labels"] = list(range(min(args.sample_classes, prior.config.condition_vocab_size)))
+        elif kind == "codes":
+            rows = range(min(args.sample_classes, len(codes)))
+            given["condition"] = torch.stack([codes[row][CONDITION_CODES] for row in rows]).to(prior.device)
         images = pipe(
-            class_labels=classes,
-            num_images_per_prompt=8 if conditional else 64,
-            guidance_scale=args.guidance_scale if conditional else 1.0,
+            **given,
+            num_images_per_prompt=8 if given else 64,
+            guidance_scale=args.guidance_scale if given else 1.0,
             generator=torch.Generator(prior.device).manual_seed(0),
             output_type="pt",
         ).images
@@ -113,15 +151,34 @@ def validate(run: TrainingRun, prior, tokenizer, codes, args: VQGPTArguments) ->
     return figures
 
 
+def load_condition(args: VQGPTArguments, data_args: DataArguments) -> dict:
+    """The tokenizer and the processor of the conditioning images, by their names in the pipeline; empty without them."""
+    if args.condition_tokenizer is None:
+        if data_args.conditioning_image_column is not None:
+            raise ValueError(
+                f"conditioning_image_column={data_args.conditioning_image_column!r} needs condition_tokenizer."
+            )
+        return {}
+    if data_args.label_column is not None:
+        raise ValueError("label_column and condition_tokenizer: give the one that is the condition.")
+    return {
+        "condition_tokenizer": AutoModel.from_pretrained(args.condition_tokenizer, dtype=torch.float32).eval(),
+        "condition_processor": load_condition_processor(args.condition_tokenizer),
+    }
+
+
 def main(argv: list[str] | None = None) -> None:
     run_args, data_args, args = parse_arguments((RunArguments, DataArguments, VQGPTArguments), argv)
+    condition = load_condition(args, data_args)
     run = TrainingRun(run_args)
     tokenizer = AutoModel.from_pretrained(args.tokenizer, dtype=torch.float32).to(run.device).eval()
-    codes, class_names = load_code_splits(run, data_args, tokenizer, args.random_flip_codes)
+    condition_tokenizer = condition.get("condition_tokenizer")
+    if condition_tokenizer is not None:
+        condition_tokenizer.to(run.device)
+    codes, class_names = load_code_splits(run, data_args, tokenizer, args.random_flip_codes, **condition)
 
-    grid_size = tuple(codes["train"].grids["indices"])
     num_classes = count_classes(codes, class_names, data_args.label_column, data_args.missing_condition == "null")
-    prior = build_prior(args, tokenizer, grid_size, num_classes, class_names)
+    prior = build_prior(args, tokenizer, codes["train"].grids, num_classes, class_names, condition_tokenizer)
     model = run.add_model("model", prior, ema=True)
     optimizer = run.add_optimizer(
         "optimizer",
@@ -132,11 +189,13 @@ def main(argv: list[str] | None = None) -> None:
         ),
     )
 
-    run.on_validation(lambda: validate(run, prior, tokenizer, codes["validation"], args))
+    pipe = VQAutoregressivePipeline(vqvae=tokenizer, prior=prior, **condition)
+    pipe.set_progress_bar_config(disable=True)
+    run.on_validation(lambda: validate(run, pipe, codes["validation"], args))
     run.start()
     for batch in run.batches(codes["train"]):
         with run.accumulate(model):
-            inputs = training_inputs(prior, batch["indices"], batch.get("label"))
+            inputs = training_inputs(prior, batch["indices"], batch.get("label"), batch.get(CONDITION_CODES))
             loss = model(**inputs).loss
             run.backward(loss)
             run.step(optimizer)
@@ -145,7 +204,7 @@ def main(argv: list[str] | None = None) -> None:
 
     with run.trained_model("model") as trained:
         if run.is_main_process:
-            pipe = VQAutoregressivePipeline(vqvae=tokenizer, prior=trained)
+            pipe = VQAutoregressivePipeline(vqvae=tokenizer, prior=trained, **condition)
             save_trained(run, pipe, "pipeline", data_args, AutoImageProcessor.from_pretrained(args.tokenizer))
     run.finish()
 

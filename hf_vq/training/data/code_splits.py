@@ -3,13 +3,20 @@
 import torch
 from torch import nn
 
+from ...models.autoencoders.image_processing_vq_condition import VQConditionProcessor
 from .columns import NO_LABEL
 from .image_datasets import DataArguments, load_image_dataset
 from .indices_cache import IndicesDataset, load_indices, write_indices
 
 
 def load_code_splits(
-    run, data: DataArguments, tokenizer: nn.Module, random_flip: bool, several_levels: bool = False
+    run,
+    data: DataArguments,
+    tokenizer: nn.Module,
+    random_flip: bool,
+    several_levels: bool = False,
+    condition_tokenizer: nn.Module | None = None,
+    condition_processor: VQConditionProcessor | None = None,
 ) -> tuple[dict[str, IndicesDataset], list[str] | None]:
     """Encodes the data sets "train" and "validation", once, into `output_dir/indices`, and opens the codes.
 
@@ -19,6 +26,7 @@ def load_code_splits(
         tokenizer: on the run's device, in eval mode.
         random_flip: train on the codes of the mirrored image in half of the cases.
         several_levels: whether the caller takes the codes of a hierarchical tokenizer, a grid for each level.
+        condition_tokenizer, condition_processor: also encode each image's condition, as `condition_codes`.
 
     Returns:
         The data sets by split, and the names of the classes, if they have names.
@@ -39,18 +47,48 @@ def load_code_splits(
             "once: leave them out, and use random_flip_codes=True for mirrored images."
         )
     data.check_multiple_of(max(tokenizer.config.downsample_factors))
+    conditions = {"condition_processor": condition_processor}
+    if condition_tokenizer is not None:
+        check_condition_tokenizer(condition_tokenizer, condition_processor)
+        data.check_multiple_of(condition_tokenizer.config.downsample_factor)
+        conditions["condition_tokenizer"] = condition_tokenizer
     arguments = run.arguments
     codes, class_names = {}, None
     for split in ("train", "validation"):
-        images = load_image_dataset(data, split, class_names=class_names, channels=tokenizer.config.in_channels)
+        images = load_image_dataset(
+            data,
+            split,
+            class_names=class_names,
+            channels=tokenizer.config.in_channels,
+            condition_processor=condition_processor,
+        )
         class_names = images.class_names if split == "train" else class_names
         folder = run.output_dir / "indices" / split
         flip = random_flip and split == "train"
-        write_indices(tokenizer, images, folder, flip=flip, num_workers=arguments.dataloader_num_workers)
+        write_indices(
+            tokenizer, images, folder, flip=flip, num_workers=arguments.dataloader_num_workers, **conditions
+        )
         codes[split] = load_indices(
-            folder, tokenizer, random_flip=flip, seed=arguments.seed, caption_column=data.caption_column
+            folder,
+            tokenizer,
+            random_flip=flip,
+            seed=arguments.seed,
+            caption_column=data.caption_column,
+            condition_tokenizer=condition_tokenizer,
         )
     return codes, class_names
+
+
+def check_condition_tokenizer(tokenizer: nn.Module, processor: VQConditionProcessor) -> None:
+    """A ValueError unless `tokenizer` has one level of codes, and the channels that `processor` gives."""
+    levels = len(tokenizer.config.downsample_factors)
+    if levels > 1:
+        raise ValueError(f"`condition_tokenizer` must have one level of codes, got {levels}.")
+    if tokenizer.config.in_channels != processor.num_channels:
+        raise ValueError(
+            f"`condition_tokenizer` must take the {processor.num_channels} channels of its processor, got "
+            f"{tokenizer.config.in_channels}."
+        )
 
 
 def count_classes(
@@ -93,14 +131,22 @@ def count_classes(
     return count
 
 
-def training_inputs(prior: nn.Module, indices: torch.LongTensor, labels: torch.LongTensor | None) -> dict:
+def training_inputs(
+    prior: nn.Module,
+    indices: torch.LongTensor,
+    labels: torch.LongTensor | None,
+    condition_codes: torch.LongTensor | None = None,
+) -> dict:
     """What an autoregressive prior's `forward` takes in training; a label of -1 is the null class.
 
     Args:
         prior: with `prepare_inputs`.
         indices: codes `(B, h, w)`.
         labels: classes `(B,)`, or None.
+        condition_codes: codes `(B, h', w')` of the conditions, or None.
     """
+    if condition_codes is not None:
+        return prior.prepare_inputs(indices, condition_codes)
     if labels is None:
         return prior.prepare_inputs(indices)
     inputs = prior.prepare_inputs(indices, labels.clamp(min=0))
@@ -110,4 +156,4 @@ def training_inputs(prior: nn.Module, indices: torch.LongTensor, labels: torch.L
     return inputs
 
 
-__all__ = ["count_classes", "load_code_splits", "training_inputs"]
+__all__ = ["check_condition_tokenizer", "count_classes", "load_code_splits", "training_inputs"]

@@ -91,7 +91,7 @@ def write_indices(
     }
     if condition_tokenizer is not None:
         wanted["condition_tokenizer"] = tokenizer_fingerprint(condition_tokenizer)
-        wanted["condition_processor"] = condition_processor.to_dict()
+        wanted["condition_processor"] = json.loads(json.dumps(condition_processor.to_dict()))  # as it is read again
     encoder = PairEncoder(tokenizer, flip, condition_tokenizer, condition_processor)
     with cache_lock(path, is_writer=rank == 0):
         _barrier()  # the main process has the lock
