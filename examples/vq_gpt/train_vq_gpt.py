@@ -36,12 +36,9 @@ class VQGPTArguments:
     condition_tokenizer: str | None = field(
         default=None, metadata={"help": "Folder or Hub id of the tokenizer of the conditioning images."}
     )
-    n_unmasked: int | None = field(
-        default=None,
-        metadata={
-            "help": "So many positions see each other in both directions; by default the condition's, as it is all there "
-            "before the first code; 0: none, as the original."
-        },
+    n_unmasked: int = field(
+        default=0,
+        metadata={"help": "So many first positions see each other in both directions, those of the condition say."},
     )
     num_hidden_layers: int = 12
     hidden_size: int = 512
@@ -92,19 +89,16 @@ def build_prior(
         condition = {"condition_type": "class", "condition_vocab_size": num_classes}
         condition |= {"id2label": dict(enumerate(class_names))} if class_names is not None else {}
     if condition_tokenizer is not None:
-        length = math.prod(grids[CONDITION_CODES])
         condition = {
             "condition_type": "codes",
             "condition_vocab_size": condition_tokenizer.config.num_embeddings,
-            "condition_length": length,
-            "n_unmasked": length if args.n_unmasked is None else args.n_unmasked,
+            "condition_length": math.prod(grids[CONDITION_CODES]),
         }
-    elif args.n_unmasked:
-        condition["n_unmasked"] = args.n_unmasked
     config = VQGPTConfig(
         codebook_size=tokenizer.config.num_embeddings,
         grid_size=tuple(grids["indices"]),
         condition_dropout=0.0 if condition["condition_type"] == "unconditional" else args.condition_dropout,
+        n_unmasked=args.n_unmasked,
         pkeep=args.pkeep,
         n_layer=args.num_hidden_layers,
         n_embd=args.hidden_size,

@@ -2,6 +2,9 @@
 
 python examples/vqgan/train_vqgan.py examples/vqgan/emoji_32.yaml --output_dir outputs/vqgan
 accelerate launch examples/vqgan/train_vqgan.py CONFIG.yaml [--argument value ...]
+
+With --condition it is a tokenizer of the images' label maps, depth maps, edges or drawn poses, for a prior that is conditioned
+on them: see ../conditional.
 """
 
 import logging
@@ -11,16 +14,20 @@ from pathlib import Path
 
 import torch
 
-from hf_vq import VQGANConfig, VQGANModel, VQImageProcessor
+from hf_vq import VQConditionProcessor, VQGANConfig, VQGANModel, VQImageProcessor
+from hf_vq.models.autoencoders.image_processing_vq_condition import CONDITIONS
+from hf_vq.training.data.conditions import condition_values
 from hf_vq.training.data.image_datasets import DataArguments, load_image_dataset
+from hf_vq.training.data.image_decoding import as_size
 from hf_vq.training.fine_tuning import PARTS, train_part
 from hf_vq.training.objectives.discriminator import PatchDiscriminator
 from hf_vq.training.objectives.perceptual import build_perceptual
+from hf_vq.training.objectives.segmentation_loss import LOSSES, segmentation_loss
 from hf_vq.training.objectives.vqgan_loss import VQGANLoss
 from hf_vq.training.run import RunArguments, TrainingRun
 from hf_vq.training.run_arguments import check_agrees, check_numbers, parse_arguments, parse_mapping
 from hf_vq.training.sharing import save_trained
-from hf_vq.training.validation import validate_tokenizer
+from hf_vq.training.validation import ConditionsAlone, validate_segmentation, validate_tokenizer
 
 
 logger = logging.getLogger(__name__)
@@ -46,18 +53,45 @@ class VQGANArguments:
     num_embeddings: int = 1024
     commitment_cost: float = 0.25
     quantizer: str = field(default="ema", metadata={"help": "vq, ema, gumbel, cosine, fsq, lfq or residual."})
-    in_channels: int = field(default=3, metadata={"help": "Channels of the images: 1 grey, 3 RGB, 4 RGBA."})
+    in_channels: int | None = field(
+        default=None,
+        metadata={"help": "Channels of the images: 1 grey, 3 RGB (the default), 4 RGBA; a condition has its own."},
+    )
+    condition: str | None = field(
+        default=None,
+        metadata={
+            "help": "Train on conditions in place of images, read from conditioning_image_column: segmentation, depth, pose, "
+            "or edges, which are found in the images where no column is given."
+        },
+    )
+    num_labels: int | None = field(default=None, metadata={"help": "Of a segmentation: its ids are 0 to N-1."})
+    ignore_index: int = field(default=255, metadata={"help": "The id of unlabelled pixels; -1: there is none."})
+    ignore_label: int | None = field(
+        default=None, metadata={"help": "The label of unlabelled pixels; without it they have none, and no loss."}
+    )
+    label_map: list[int] | None = field(
+        default=None, metadata={"help": "The label of each id of the data; without it ids are labels."}
+    )
+    segmentation_loss: str = field(
+        default="cross_entropy", metadata={"help": "cross_entropy, or the original's bce.", "choices": list(LOSSES)}
+    )
     quantizer_kwargs: str = field(default="{}", metadata={"help": "Its further arguments, a mapping or JSON."})
     reconstruction: str = field(default="l1", metadata={"help": "l1 or l2."})
-    perceptual: str = field(
-        default="lpips", metadata={"help": "lpips, mobilenet_v2, none, or a file with LPIPS's weights."}
+    perceptual: str | None = field(
+        default=None,
+        metadata={
+            "help": "lpips (the default), mobilenet_v2, none, or a file with LPIPS's weights; conditions: none."
+        },
     )
     perceptual_weight: float = 1.0
     quantizer_weight: float = 1.0
     disc_start_fraction: float = field(default=0.5, metadata={"help": "The discriminator starts here, 0 to 1."})
     disc_start_step: int | None = field(default=None, metadata={"help": "The same as a step; overrides the fraction."})
     disc_warmup_steps: int = 0
-    disc_weight: float = field(default=0.8, metadata={"help": "0 trains without a discriminator."})
+    disc_weight: float | None = field(
+        default=None,
+        metadata={"help": "0.8 by default; 0 trains without a discriminator, as a segmentation always does."},
+    )
     disc_channels: int = 64
     disc_layers: int = 3
     discriminator: str | None = field(
@@ -73,6 +107,7 @@ class VQGANArguments:
 
     def __post_init__(self):
         self.quantizer_kwargs = parse_mapping("quantizer_kwargs", self.quantizer_kwargs)
+        self._complete()
         check_numbers(
             self,
             at_least_0=("commitment_cost", "perceptual_weight", "quantizer_weight", "disc_weight"),
@@ -93,6 +128,44 @@ class VQGANArguments:
         self.disc_start_fraction = float(
             self.disc_start_fraction
         )  # YAML's 1 is an int, which the loss takes for a step
+
+    def _complete(self) -> None:
+        """What is None, as images or the condition need it; refuses what contradicts the condition."""
+        kinds = [kind for kind in CONDITIONS if kind != "image"]
+        if self.condition is not None and self.condition not in kinds:
+            raise ValueError(f"condition={self.condition!r}: it must be one of {', '.join(kinds)}.")
+        is_segmentation = self.condition == "segmentation"
+        if is_segmentation and self.num_labels is None:
+            raise ValueError("num_labels must be given with condition=segmentation.")
+        for name in ("num_labels", "ignore_label", "label_map"):
+            if getattr(self, name) is not None and not is_segmentation:
+                raise ValueError(f"{name}={getattr(self, name)} is of condition=segmentation alone.")
+        channels = 3 if self.condition is None else self.processor(1).num_channels
+        if self.condition is not None and self.in_channels not in (None, channels):
+            raise ValueError(f"in_channels={self.in_channels}: condition {self.condition!r} has {channels}.")
+        self.in_channels = channels if self.in_channels is None else self.in_channels
+        if self.condition is not None and self.perceptual not in (None, "none"):
+            raise ValueError(f"perceptual={self.perceptual!r}: it must be none with condition={self.condition}.")
+        if self.perceptual is None:
+            self.perceptual = "lpips" if self.condition is None else "none"
+        if is_segmentation and self.disc_weight:
+            raise ValueError(f"disc_weight={self.disc_weight}: it must be 0 with condition=segmentation.")
+        if self.disc_weight is None:
+            self.disc_weight = 0.0 if is_segmentation else 0.8
+
+    def processor(self, resolution: int | Sequence[int]) -> VQConditionProcessor | None:
+        """What reads the conditions, and is saved beside their tokenizer; None without any."""
+        if self.condition is None:
+            return None
+        height, width = as_size(resolution)
+        return VQConditionProcessor(
+            self.condition,
+            num_labels=self.num_labels,
+            ignore_index=None if self.ignore_index < 0 else self.ignore_index,
+            ignore_label=self.ignore_label,
+            label_map=self.label_map,
+            size={"height": height, "width": width},
+        )
 
 
 def build_model(args: VQGANArguments, resolution: int | Sequence[int]) -> VQGANModel:
@@ -142,13 +215,27 @@ def check_sizes(size: tuple[int, int], args: VQGANArguments, critic, perceptual)
             )
 
 
+def load_splits(data_args: DataArguments, args: VQGANArguments, seed: int, processor: VQConditionProcessor | None):
+    """The training and the validation set; of conditions, with the images that they belong to."""
+    options = {"channels": args.in_channels if processor is None else 3, "condition_processor": processor}
+    dataset = load_image_dataset(data_args, "train", augment=True, seed=seed, **options)
+    return dataset, load_image_dataset(data_args, "validation", class_names=dataset.class_names, **options)
+
+
+def validate(run: TrainingRun, tokenizer, validation, processor: VQConditionProcessor | None, perceptual) -> dict:
+    """The figures of what the tokenizer is one of: images, label maps or other conditions."""
+    if processor is None:
+        return validate_tokenizer(run, tokenizer, validation, perceptual)
+    if processor.condition == "segmentation":
+        return validate_segmentation(run, tokenizer, validation, processor)
+    return validate_tokenizer(run, tokenizer, ConditionsAlone(validation, processor))
+
+
 def main(argv: list[str] | None = None) -> None:
     run_args, data_args, args = parse_arguments((RunArguments, DataArguments, VQGANArguments), argv)
     run = TrainingRun(run_args)
-    dataset = load_image_dataset(data_args, "train", augment=True, seed=run_args.seed, channels=args.in_channels)
-    validation = load_image_dataset(
-        data_args, "validation", class_names=dataset.class_names, channels=args.in_channels
-    )
+    processor = args.processor(data_args.resolution)
+    dataset, validation = load_splits(data_args, args, run_args.seed, processor)
 
     tokenizer = build_model(args, data_args.resolution).to(memory_format=torch.channels_last)
     data_args.check_multiple_of(tokenizer.config.downsample_factor)
@@ -178,23 +265,29 @@ def main(argv: list[str] | None = None) -> None:
         disc_warmup_steps=args.disc_warmup_steps,
     )
 
-    run.on_validation(lambda: validate_tokenizer(run, tokenizer, validation, perceptual))
+    run.on_validation(lambda: validate(run, tokenizer, validation, processor, perceptual))
     run.start()
     total = run_args.max_train_steps
     for batch in run.batches(dataset):
-        images = batch["pixel_values"].contiguous(memory_format=torch.channels_last)
+        images = batch["pixel_values"] if processor is None else condition_values(batch["condition"], processor)
+        images = images.contiguous(memory_format=torch.channels_last)
         tokenizer.set_training_step(run.global_step, total)
         with run.accumulate(model, discriminator):
             output = model(images)
-            loss, metrics = losses.generator_loss(
-                images,
-                output.sample.float(),
-                output.quantizer_loss,
-                tokenizer.get_last_layer(),
-                run.global_step,
-                total,
-                discriminator,
-            )
+            if args.condition == "segmentation":
+                loss, metrics = segmentation_loss(output.sample, batch["condition"], args.segmentation_loss)
+                loss = loss + args.quantizer_weight * output.quantizer_loss.mean()
+                metrics |= {"loss": loss.detach(), "quantizer_loss": output.quantizer_loss.mean().detach()}
+            else:
+                loss, metrics = losses.generator_loss(
+                    images,
+                    output.sample.float(),
+                    output.quantizer_loss,
+                    tokenizer.get_last_layer(),
+                    run.global_step,
+                    total,
+                    discriminator,
+                )
             run.backward(loss)
             run.step(optimizer)
             run.log_codes(output.indices, tokenizer.config.num_embeddings)
@@ -210,8 +303,8 @@ def main(argv: list[str] | None = None) -> None:
 
     with run.trained_model("model") as trained:
         if run.is_main_process:
-            processor = VQImageProcessor(size=data_args.resolution, num_channels=args.in_channels)
-            save_trained(run, trained, "tokenizer", data_args, processor)
+            beside = processor or VQImageProcessor(size=data_args.resolution, num_channels=args.in_channels)
+            save_trained(run, trained, "tokenizer", data_args, beside)
     if run.is_main_process and args.disc_weight > 0:
         # beside the tokenizer, not in what is shared: --discriminator continues it
         critic.save(run.output_dir / "discriminator")

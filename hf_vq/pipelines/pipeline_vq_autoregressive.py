@@ -4,11 +4,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..argument_checks import check_integer
 from .autoregressive_pipeline import AutoregressivePipeline, check_prior
 from .pipeline_output import VQPipelineOutput
+from .spatial_condition import check_condition_parts, encode_condition
 from .vq_pipeline import check_tokenizer
 
 
@@ -22,11 +23,21 @@ class VQAutoregressivePipeline(AutoregressivePipeline):
         prior ([`VQGPTForCausalLM`] or another causal LM over codes): with its `prepare_condition`, `generate` and
             `extract_indices`, and in its config `codebook_size` (the tokenizer's), `grid_size`, `image_seq_length`,
             `condition_type`, `condition_length`, `condition_token_offset` and `null_class_token_id`.
+        condition_tokenizer ([`VQGANModel`] or another tokenizer, *optional*): of the conditions of a prior whose
+            `condition_type` is "codes": label maps, depth maps, edges or drawings.
+        condition_processor ([`VQConditionProcessor`], *optional*): makes its `pixel_values` of them.
     """
 
-    model_cpu_offload_seq = "prior->vqvae"
+    model_cpu_offload_seq = "condition_tokenizer->prior->vqvae"
+    _optional_components = ["condition_tokenizer", "condition_processor"]
 
-    def __init__(self, vqvae: PreTrainedModel, prior: PreTrainedModel):
+    def __init__(
+        self,
+        vqvae: PreTrainedModel,
+        prior: PreTrainedModel,
+        condition_tokenizer: PreTrainedModel | None = None,
+        condition_processor: BaseImageProcessor | None = None,
+    ):
         super().__init__()
         check_tokenizer(vqvae)
         check_prior("prior", prior)
@@ -35,12 +46,24 @@ class VQAutoregressivePipeline(AutoregressivePipeline):
                 f"`prior` must have as many codes as `vqvae`: got {prior.config.codebook_size} and "
                 f"{vqvae.config.num_embeddings}."
             )
-        self.register_modules(vqvae=vqvae, prior=prior)
+        config = None if prior is None else prior.config
+        check_condition_parts(condition_tokenizer, condition_processor, config)
+        self.register_modules(
+            vqvae=vqvae,
+            prior=prior,
+            condition_tokenizer=condition_tokenizer,
+            condition_processor=condition_processor,
+        )
 
     @property
     def lora_components(self) -> tuple[str, ...]:
         """The name of the prior."""
         return ("prior",)
+
+    @property
+    def example_call(self) -> str:
+        """The arguments of a simple call, for a model card."""
+        return super().example_call if self.condition_processor is None else "condition_image=picture"
 
     @property
     def priors(self) -> tuple[PreTrainedModel]:
@@ -51,10 +74,12 @@ class VQAutoregressivePipeline(AutoregressivePipeline):
     def __call__(
         self,
         class_labels: int | str | list[int | str] | torch.LongTensor | None = None,
+        condition_image: Any = None,
         image: Any = None,
         mask_image: Any = None,
         height: int | None = None,
         width: int | None = None,
+        annotator: str | Callable | None = None,
         condition: torch.LongTensor | None = None,
         indices: torch.LongTensor | None = None,
         keep_fraction: float | None = None,
@@ -88,11 +113,15 @@ class VQAutoregressivePipeline(AutoregressivePipeline):
         Args:
             class_labels: a class or a list of classes, as ids or as names of the prior's `id2label`; `None` samples
                 unconditionally (with the null condition, where the prior is conditional).
+            condition_image: one or a list of label maps, depth maps, edge maps or drawings, as the pipeline's
+                `condition_processor` reads them; or, with an `annotator`, photos. They are scaled to the images' size.
             image: images to keep a part of, see [`~images.to_pixel_values`].
             mask_image: a mask of pixels or of codes, see [`~conditioning.to_mask`]: 1 (white) is painted anew. A code
                 is kept if none of its pixels is painted; pixels that are not painted are those of `image` in the end.
             height, width: of the images, multiples of the tokenizer's downsample factor; by default the size of the
                 prior's grid, or of the image.
+            annotator: makes conditions of photos: "segmentation", "depth", "edges", "pose", or a callable that gives the
+                conditions of a list of Pillow images, such as [`EdgeAnnotator`] or [`SegmentationAnnotator`].
             condition (int `(B, h', w')` or `(B, condition_length)`, *optional*): for a prior whose `condition_type` is
                 "codes", the codes of the conditions; for images larger than its grid, a grid that is larger in
                 proportion.
@@ -118,8 +147,15 @@ class VQAutoregressivePipeline(AutoregressivePipeline):
         Raises:
             ValueError: an argument out of range, or a condition that the prior does not take.
         """
-        name = "class_labels" if condition is None else "condition"
         size = self._size(height, width)
+        name = "class_labels" if condition is None else "condition"
+        if condition_image is not None:
+            if condition is not None:
+                raise ValueError("Only one of `condition_image` and `condition` can be given.")
+            name = "condition_image"
+            condition = encode_condition(self, condition_image, size or self._own_size(), annotator)
+        elif annotator is not None:
+            raise ValueError("`annotator` needs a `condition_image`, the photo that it is for.")
         if (
             torch.is_tensor(condition)
             and condition.ndim == 3
@@ -160,9 +196,13 @@ class VQAutoregressivePipeline(AutoregressivePipeline):
         """`height` and `width`, the prior's own where one of them is missing; None where both are."""
         if height is None and width is None:
             return None
-        own = [side * self.vqvae.config.downsample_factor for side in self.prior.config.grid_size]
+        own = self._own_size()
         pairs = (("height", height, own[0]), ("width", width, own[1]))
         return tuple(default if value is None else check_integer(name, value, 1) for name, value, default in pairs)
+
+    def _own_size(self) -> tuple[int, int]:
+        """Height and width of the images that the prior's grid decodes to."""
+        return tuple(side * self.vqvae.config.downsample_factor for side in self.prior.config.grid_size)
 
 
 __all__ = ["VQAutoregressivePipeline"]

@@ -2,12 +2,18 @@
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..distributed import share_of_process
+from ..evaluation.agreement import LabelAgreement
+from ..evaluation.codebook import CodebookCounts
 from ..evaluation.evaluate import evaluate_tokenizer
+from ..images import pixels_to_tensor
+from ..models.autoencoders.image_processing_vq_condition import VQConditionProcessor
+from .data.conditions import condition_values
 from .data.image_datasets import collate
 
 
@@ -50,3 +56,52 @@ def validate_tokenizer(
     for number, codebook in enumerate(figures.pop("codebooks", [])):
         figures.update({f"{name}_{number}": value for name, value in codebook.items()})
     return {name: value for name, value in figures.items() if isinstance(value, (int, float))}
+
+
+class ConditionsAlone(Dataset):
+    """The conditions of a map-style data set of pairs, as the `pixel_values` of their tokenizer, and nothing else."""
+
+    def __init__(self, dataset: Dataset, processor: VQConditionProcessor):
+        self.dataset, self.processor = dataset, processor
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"pixel_values": condition_values(self.dataset[index]["condition"][None], self.processor)[0]}
+
+
+@torch.no_grad()
+def validate_segmentation(
+    run: "TrainingRun", model: nn.Module, dataset: Dataset, processor: VQConditionProcessor, num_pictures: int = 24
+) -> dict[str, float]:
+    """`mean_iou` and `pixel_accuracy` of decoded label maps, the codebook's figures, and a picture of both.
+
+    Args:
+        run (`TrainingRun`): writes the picture.
+        model: the tokenizer itself, not a distributed wrapper.
+        dataset: map-style, whose samples have a `condition`, see `hf_vq.training.data.conditions`.
+        processor: of the label maps.
+        num_pictures: how many of them, from the first on, the picture shows.
+    """
+
+    def decoded(labels: torch.LongTensor) -> tuple[torch.Tensor, torch.LongTensor]:
+        indices = model.encode(condition_values(labels.to(run.device), processor)).indices
+        return model.decode_indices(indices).sample, indices
+
+    if run.is_main_process:
+        labels = torch.stack([dataset[i]["condition"] for i in range(min(num_pictures, len(dataset)))])
+        rows = [processor.postprocess(values) for values in (condition_values(labels, processor), decoded(labels)[0])]
+        pairs = [pixels_to_tensor(np.asarray(picture)) for pair in zip(*rows, strict=True) for picture in pair]
+        run.log_images("reconstructions", torch.stack(pairs), columns=12)
+    agreement, counts = LabelAgreement(processor.num_labels), CodebookCounts(model.config.num_embeddings)
+    for batch in validation_loader(dataset):
+        logits, indices = decoded(batch["condition"])
+        agreement.update(logits.argmax(dim=1), batch["condition"])
+        counts.update(indices)
+    statistics = counts.compute()
+    return {
+        **{name: value for name, value in agreement.compute().items() if name != "iou"},
+        "codebook_perplexity": float(statistics.perplexity),
+        "codebook_usage": float(statistics.usage),
+    }

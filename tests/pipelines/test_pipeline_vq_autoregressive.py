@@ -201,7 +201,8 @@ def test_the_image_processor_beside_the_tokenizer_is_saved_again(tmp_path):
     pipeline = VQAutoregressivePipeline.from_pretrained(tmp_path / "first")
     pipeline.save_pretrained(tmp_path / "second")
     assert VQImageProcessor.from_pretrained(tmp_path / "second" / "vqvae").size.shortest_edge == 24
-    assert set(pipeline.components) == {"vqvae", "prior"}
+    parts = {name for name, part in pipeline.components.items() if part is not None}
+    assert parts == {"vqvae", "prior"}
     make_pipeline().save_pretrained(tmp_path / "none")
     assert not (tmp_path / "none" / "vqvae" / "preprocessor_config.json").exists()
 

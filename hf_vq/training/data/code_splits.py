@@ -65,9 +65,7 @@ def load_code_splits(
         class_names = images.class_names if split == "train" else class_names
         folder = run.output_dir / "indices" / split
         flip = random_flip and split == "train"
-        write_indices(
-            tokenizer, images, folder, flip=flip, num_workers=arguments.dataloader_num_workers, **conditions
-        )
+        write_indices(tokenizer, images, folder, flip=flip, num_workers=arguments.dataloader_num_workers, **conditions)
         codes[split] = load_indices(
             folder,
             tokenizer,

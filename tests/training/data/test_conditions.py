@@ -131,7 +131,9 @@ def test_what_is_refused(data, tmp_path, caplog):
     with pytest.raises(ValueError, match=r"labels in 0…1 or 255 for unlabelled, got \[2, 3\]"):
         load(data, VQConditionProcessor("segmentation", num_labels=2))[0]
     with pytest.raises(BrokenImageError, match="one channel, got colours"):
-        ConditionReader(VQConditionProcessor("depth")).decode(Image.new("RGB", (60, 40), "red"), Image.new("L", (60, 40)))
+        ConditionReader(VQConditionProcessor("depth")).decode(
+            Image.new("RGB", (60, 40), "red"), Image.new("L", (60, 40))
+        )
     VQImageProcessor(size=8).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="must have a VQConditionProcessor beside it, got 'VQImageProcessor'"):
         load_condition_processor(tmp_path)
