@@ -105,7 +105,7 @@ def test_outpainting(side):
     pipeline = make_pipeline()
     image = torch.rand(1, 3, 8, 8, generator=seeded()) * 2 - 1
     margins = [4 if name == side else 0 for name in ("top", "bottom", "left", "right")]
-    found = pipeline(1, image, outpaint=margins, top_k=1, output_type="pt")
+    found = pipeline(1, image=image, outpaint=margins, top_k=1, output_type="pt")
     size = (6, 4) if side in ("top", "bottom") else (4, 6)
     known = torch.full((1, *size), -1)
     rows, columns = (slice(margins[0] // 2, margins[0] // 2 + 4), slice(margins[2] // 2, margins[2] // 2 + 4))
@@ -116,7 +116,7 @@ def test_outpainting(side):
     torch.testing.assert_close(pixels, image / 2 + 0.5)
     for bad in ([1, 0, 0, 0], [0, 0, 0, 0], [2, 2], 4):
         with pytest.raises(ValueError, match="`outpaint` must be"):
-            pipeline(1, image, outpaint=bad)
+            pipeline(1, image=image, outpaint=bad)
 
 
 def test_variations_keep_a_random_share():
@@ -141,7 +141,7 @@ def test_pixels_that_are_kept_are_those_of_the_image():
     pipeline = make_pipeline()
     image, mask = torch.rand(2, 3, 8, 8, generator=seeded()) * 2 - 1, torch.zeros(8, 8)
     mask[3:5, 2:7] = 1
-    found = pipeline([0, 1], image, mask, generator=seeded(), output_type="pt")
+    found = pipeline([0, 1], image=image, mask_image=mask, generator=seeded(), output_type="pt")
     torch.testing.assert_close(found.images[..., mask == 0], (image / 2 + 0.5)[..., mask == 0])
     decoded = (pipeline.vqvae.decode_indices(found.indices).sample / 2 + 0.5).clamp(0, 1)
     torch.testing.assert_close(found.images[..., mask == 1], decoded[..., mask == 1])

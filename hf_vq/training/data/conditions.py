@@ -7,6 +7,7 @@ A sample's `condition` is what `VQConditionProcessor` makes of the same window: 
 
 from collections.abc import Callable
 from os import PathLike
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +42,7 @@ class ConditionReader:
         self.processor = processor
         self.annotator = annotator
 
-    def decode(self, source, image, rules: PathRules = ANY_PATH) -> np.ndarray | None:
+    def decode(self, source: Any, image: Image.Image | np.ndarray, rules: PathRules = ANY_PATH) -> np.ndarray | None:
         """The whole map `(H, W, channels)` that belongs to `image`, with its own ids or values; None with an annotator.
 
         Raises:
@@ -121,7 +122,9 @@ def decode_pair(
     return image, None if reader is None else reader.decode(row.get(CONDITION), image, rules)
 
 
-def seen_through(window: Window, image, values: np.ndarray | None, reader: ConditionReader | None) -> dict:
+def seen_through(
+    window: Window, image: Image.Image | np.ndarray, values: np.ndarray | None, reader: ConditionReader | None
+) -> dict:
     """`pixel_values` and, with a reader, `condition` of the window on what `decode_pair` gives."""
     pixels = window.cut(image)
     sample = {"pixel_values": pixels_to_tensor(pixels)}

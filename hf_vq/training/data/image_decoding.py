@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -109,7 +110,7 @@ def _zip_archive(archive: str, process: int):
 ANY_PATH = PathRules()
 
 
-def decode_image(source, channels: int = 3, rules: PathRules = ANY_PATH) -> Image.Image | np.ndarray:
+def decode_image(source: Any, channels: int = 3, rules: PathRules = ANY_PATH) -> Image.Image | np.ndarray:
     """Reads one image, upright, with 8 bits a channel: 16-bit values are scaled, transparency is laid on white.
 
     Args:
@@ -135,7 +136,7 @@ def decode_image(source, channels: int = 3, rules: PathRules = ANY_PATH) -> Imag
         raise BrokenImageError(f"{type(error).__name__}: {error}") from error
 
 
-def open_source(source, rules: PathRules = ANY_PATH) -> Image.Image | np.ndarray:
+def open_source(source: Any, rules: PathRules = ANY_PATH) -> Image.Image | np.ndarray:
     """What `decode_image` takes, as a Pillow image of its own mode, upright, or an array.
 
     Raises:
@@ -163,7 +164,7 @@ def open_source(source, rules: PathRules = ANY_PATH) -> Image.Image | np.ndarray
         raise BrokenImageError(f"{type(error).__name__}: {error}") from error
 
 
-def named(source, row: str) -> str:
+def named(source: Any, row: str) -> str:
     """What an image is called: its path, where the data set has it, and its row."""
     path = source.get("path") if isinstance(source, dict) else None
     return f"{path} ({row})" if path else row
