@@ -186,6 +186,7 @@ def add_convert(add) -> None:
         "turn an original checkpoint into a folder of hf_vq",
         "taming --checkpoint last.ckpt --config model.yaml --output vqgan",
         "--checkpoint vq_ds16_c2i.pt --output llamagen    # the source is recognised",
+        "llamagen --checkpoint c2i_B_256.pt --tokenizer vq_ds16_c2i.pt --output pipeline",
         "diffusers --checkpoint amused/amused-256 --part vqvae --output amused",
     )
     sources = ["taming", "latent_diffusion", "vq_diffusion", "rosinality", "zalando", "llamagen", "diffusers"]
@@ -200,9 +201,11 @@ def add_convert(add) -> None:
     command.add_argument("--license", default="other", help="of the weights, for the card (default: %(default)s)")
     command.add_argument("--live", action="store_true", help="take the weights themselves, not their averages")
     command.add_argument("--discriminator", action="store_true", help="of a first stage: also save its discriminator")
-    command.add_argument("--codec_config", help="vq_diffusion: the YAML of the image codec")
+    command.add_argument("--codec_config", help="vq_diffusion, llamagen: the configuration of the image codec")
     command.add_argument("--mapping", help="vq_diffusion: the table of the codes in use")
-    command.add_argument("--tokenizer", help="vq_diffusion: a folder with CLIP's vocabulary")
+    command.add_argument(
+        "--tokenizer", help="vq_diffusion: a folder with CLIP's vocabulary; llamagen: a prior's tokenizer"
+    )
     command.add_argument("--top", help="rosinality: the top prior")
     command.add_argument("--bottom", help="rosinality: the bottom prior")
     command.add_argument("--resolution", type=int, help="of the images, where the file does not hold it")

@@ -24,7 +24,7 @@ SIGNS = (
     ("taming", ("transformer.blocks.", "first_stage_model.")),
     ("rosinality", ("enc_b.", "background", "module.enc_b.", "module.background")),
     ("zalando", ("_vq_vae.",)),
-    ("llamagen", ("encoder.conv_blocks.",)),
+    ("llamagen", ("encoder.conv_blocks.", "tok_embeddings.", "cls_embedding.")),
     ("diffusers", ("encoder.down_blocks.", "model.vqmodel.", "gen_vision_model.", "ema_encoder.")),
     ("taming", ("encoder.down.",)),
 )
@@ -117,7 +117,7 @@ def recognise(checkpoint: str) -> str | None:
     keys = []
     while isinstance(content, dict):
         keys += [key for key in content if isinstance(key, str)]
-        content = next((content[name] for name in ("state_dict", "model", "ema") if name in content), None)
+        content = next((content[name] for name in ("state_dict", "model", "module", "ema") if name in content), None)
     return next((name for name, signs in SIGNS if any(key.startswith(signs) for key in keys)), None)
 
 

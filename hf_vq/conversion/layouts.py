@@ -158,6 +158,13 @@ def network_fields(weights: dict, resolution: int = 256) -> dict:
         raise ValueError(
             f"`checkpoint` has the widths {widths}, which must be multiples of the first convolution's {base}."
         )
+    fields = {}
+    if "decoder.conv_in.weight" in weights:
+        decoder = [shape(f"decoder.up.{level}.block.0.conv1.weight")[0] for level in range(levels)]
+        if any(width % base for width in decoder):
+            raise ValueError(f"`checkpoint` has the decoder's widths {decoder}, which must be multiples of {base}.")
+        if decoder != widths:
+            fields = {"decoder_channel_multiplier": [width // base for width in decoder]}
     with_attention = [level for level in range(levels) if f"encoder.down.{level}.attn.0.q.weight" in weights]
     codes, embed_dim = shape("quantize.embedding.weight")
     return {
@@ -172,6 +179,7 @@ def network_fields(weights: dict, resolution: int = 256) -> dict:
         "embed_dim": embed_dim,
         "num_embeddings": codes,
         "resolution": resolution,
+        **fields,
     }
 
 

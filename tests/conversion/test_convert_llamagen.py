@@ -1,6 +1,7 @@
 """LlamaGen's tokenizers against what the original computed (tests/fixtures/golden), and the published keys."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import hf_vq.conversion.layouts
 from hf_vq.conversion.checkpoints import check_keys
 from hf_vq.conversion.convert_llamagen import convert, convert_tokenizer, main
 from hf_vq.conversion.reading import load_state_dict
+from hf_vq.models.autoencoders.configuration_vqgan import VQGANConfig
 from hf_vq.models.autoencoders.modeling_vqgan import VQGANModel
 from tests.conversion.golden import GOLDEN, Golden, published
 
@@ -54,6 +56,48 @@ def test_every_published_key_has_its_place(monkeypatch):
     assert (config.num_embeddings, config.embed_dim, config.quantizer) == (16384, 8, "cosine")
     assert (config.base_channels, config.channel_multiplier, config.num_res_blocks) == (128, [1, 1, 2, 2, 4], 2)
     assert (config.attn_resolutions, config.latent_channels, config.downsample_factor) == ([16], 256, 16)
+
+
+LLAMAGEN_NAMES = (  # of ours in the original's, whose decoder's levels begin at the lowest resolution
+    (r"^encoder\.down\.(\d+)\.", r"encoder.conv_blocks.\1."),
+    (r"^decoder\.up\.(\d+)\.", lambda match: f"decoder.conv_blocks.{1 - int(match[1])}."),
+    (r"\.block\.(\d+)\.", r".res.\1."),
+    (r"\.mid\.block_1\.", ".mid.0."),
+    (r"\.mid\.attn_1\.", ".mid.1."),
+    (r"\.mid\.block_2\.", ".mid.2."),
+)
+
+
+def test_a_decoder_of_other_widths_than_the_encoder(tmp_path):
+    torch.manual_seed(0)
+    widths = {"channel_multiplier": [1, 2], "decoder_channel_multiplier": [2, 3], "norm_num_groups": 32}
+    model = VQGANModel(
+        VQGANConfig(
+            base_channels=32,
+            num_res_blocks=1,
+            attn_resolutions=[4],
+            latent_channels=8,
+            embed_dim=4,
+            num_embeddings=16,
+            resolution=8,
+            quantizer="cosine",
+            **widths,
+        )
+    ).eval()
+    weights = model.state_dict()
+    for pattern, name in LLAMAGEN_NAMES:
+        weights = {re.sub(pattern, name, key): value for key, value in weights.items()}
+    # the original's decoder begins as wide as its own last multiplier says
+    assert weights["decoder.conv_in.weight"].shape[0] == 96 and weights["encoder.conv_in.weight"].shape[0] == 32
+    torch.save({"model": weights}, tmp_path / "wide.pt")
+    arguments = {"encoder_ch_mult": [1, 2], "decoder_ch_mult": [2, 3], "codebook_size": 16}
+    (tmp_path / "config.json").write_text(json.dumps(arguments))
+    convert(tmp_path / "wide.pt", tmp_path / "output", tmp_path / "config.json", resolution=8)
+    loaded = VQGANModel.from_pretrained(tmp_path / "output")
+    assert (loaded.config.channel_multiplier, loaded.config.decoder_channel_multiplier) == ([1, 2], [2, 3])
+    pixels = torch.rand(2, 3, 8, 8) * 2 - 1
+    with torch.no_grad():
+        assert torch.equal(loaded(pixels).sample, model(pixels).sample)
 
 
 def test_averages_come_first(tmp_path):
