@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from ..argument_checks import check_integer, check_real
-from .vq_pipeline import check_guidance_scale, check_temperature
+from .vq_pipeline import check_guidance_scale, check_temperature, onload
 
 
 @dataclass
@@ -285,6 +285,7 @@ def _sample_run(prior, prompt, codes, keep, span, setting, generator, after_each
     """The codes `(B, span[1])` of a window's sequence, of which those from `span[0]` on are sampled or kept."""
     first, end = span
     start = prompt.shape[1]
+    onload(prior)  # sampling reads embeddings before the first `forward`
     sequence = prior.generate(
         torch.cat([prompt, codes[:, :first]], dim=1),
         do_sample=False,

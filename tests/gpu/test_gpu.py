@@ -150,7 +150,7 @@ def test_gradient_checkpointing_changes_no_gradient():
     for checkpointed in (False, True):
         model.zero_grad()
         if checkpointed:
-            model.gradient_checkpointing_enable()
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         torch.manual_seed(1)
         model(codes, labels=codes, use_cache=False).loss.backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])

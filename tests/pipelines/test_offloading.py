@@ -52,7 +52,11 @@ def test_latents():
 def test_sequences():
     pipeline = autoregressive_parts.make_pipeline()
     seen = record(pipeline)
+    waiting = []
+    for module in pipeline.prior.modules():
+        module.register_forward_pre_hook(lambda *_: None if "prior" in seen else waiting.append("prior"))
     pipeline()
+    assert not waiting, "a part of the prior computed before the prior was brought to its device"
     assert in_order(seen) == pipeline.model_cpu_offload_seq
     seen.clear()
     complete(pipeline, image=torch.zeros(1, 3, 8, 8))
