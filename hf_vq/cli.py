@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from . import __version__
@@ -178,7 +179,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_convert(add) -> None:
+def add_convert(add: Callable[..., argparse.ArgumentParser]) -> None:
     """The subcommand `convert`, with the options of every source's converter."""
     command = add(
         "convert",

@@ -54,7 +54,11 @@ def save_with_code(model: Any, folder: str | Path) -> None:
 
 
 def save_for_sharing(
-    folder: str | Path, model, card: ModelCard | None = None, image_processor=None, with_code: bool = True
+    folder: str | Path,
+    model: Any,
+    card: ModelCard | None = None,
+    image_processor: BaseImageProcessor | None = None,
+    with_code: bool = True,
 ) -> None:
     """Writes what a repository is to hold: a model or a pipeline, its image processor and its card.
 
@@ -78,10 +82,10 @@ def save_for_sharing(
 
 
 def push_to_hub(
-    model,
+    model: Any,
     repo_id: str,
     card: ModelCard | None = None,
-    image_processor=None,
+    image_processor: BaseImageProcessor | None = None,
     with_code: bool = True,
     private: bool | None = None,
     token: str | None = None,
@@ -113,7 +117,7 @@ def push_to_hub(
 
 
 def model_card(
-    model,
+    model: Any,
     repo_id: str,
     license: str,
     dataset: str,

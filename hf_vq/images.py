@@ -169,7 +169,9 @@ def pixels_to_tensor(pixels: np.ndarray) -> torch.FloatTensor:
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))).float().div_(127.5).sub_(1.0)
 
 
-def to_pixel_values(image, channels: int, name: str = "image") -> torch.FloatTensor:
+def to_pixel_values(
+    image: Image.Image | np.ndarray | torch.Tensor, channels: int, name: str = "image"
+) -> torch.FloatTensor:
     """What a pipeline is given as an image, as pixel values `(B, channels, H, W)`, float32 in [-1, 1].
 
     Args:

@@ -7,7 +7,7 @@ import hf_vq
 
 
 PACKAGE = pathlib.Path(hf_vq.__file__).parent
-MOST = 231  # to end at 0
+MOST = 0
 
 
 def unannotated(tree: ast.Module) -> list[str]:

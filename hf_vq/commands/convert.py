@@ -1,5 +1,6 @@
 """`hf-vq convert`: an original checkpoint as a folder of hf_vq, checked and described."""
 
+import argparse
 import importlib
 import json
 import shutil
@@ -32,7 +33,7 @@ SIGNS = (
 ALIKE = {"taming", "latent_diffusion"}
 
 
-def convert(options) -> None:
+def convert(options: argparse.Namespace) -> None:
     """Converts, verifies, and writes a model card; an output folder of another kind is left as it is."""
     from ..hub import model_card
     from .sources import load
@@ -78,7 +79,7 @@ def error_table(errors: dict[str, float]) -> str:
     return f"\n\nAgainst the original program:\n\n| output | largest error |\n|---|---|\n{rows}"
 
 
-def converter_arguments(options) -> list[str]:
+def converter_arguments(options: argparse.Namespace) -> list[str]:
     """The options of the command that are given, as the converter of the source reads them."""
     own = ("checkpoint", "config", "part", "codec_config", "mapping", "tokenizer", "top", "bottom", "resolution",
            "data_variance", "null_class_id", "layout")  # fmt: skip
@@ -87,7 +88,7 @@ def converter_arguments(options) -> list[str]:
     return arguments + [f"--{name}" for name in ("discriminator", "live") if getattr(options, name)]
 
 
-def chosen_source(options) -> str:
+def chosen_source(options: argparse.Namespace) -> str:
     """The source that is named, or the one that the checkpoint looks like.
 
     Raises:

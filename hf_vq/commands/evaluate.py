@@ -1,5 +1,6 @@
 """``hf-vq evaluate``: the figures of a tokenizer or a pipeline over a data set, as a table, JSON and in its card."""
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 from .sources import device, load
 
 
-def evaluate(options) -> None:
+def evaluate(options: argparse.Namespace) -> None:
     """Prints the figures; writes them to `--output` and into the card of a local folder by `--update-card`."""
     import torch
 
@@ -129,7 +130,7 @@ def table(figures: dict) -> str:
     return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
 
 
-def update_card(folder: Path, figures: dict[str, float], options) -> None:
+def update_card(folder: Path, figures: dict[str, float], options: argparse.Namespace) -> None:
     """Writes the figures into the `model-index` of the folder's README.md, and a benchmark's into `.eval_results/`.
 
     Raises:

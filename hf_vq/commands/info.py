@@ -1,11 +1,12 @@
 """``hf-vq info``."""
 
+import argparse
 import json
 
 from .sources import load
 
 
-def info(options) -> None:
+def info(options: argparse.Namespace) -> None:
     """Prints what a model or a pipeline is."""
     from diffusers import DiffusionPipeline
 

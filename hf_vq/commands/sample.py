@@ -1,5 +1,6 @@
 """``hf-vq sample``."""
 
+import argparse
 import inspect
 
 from .sources import device, load, write_image
@@ -8,7 +9,7 @@ from .sources import device, load, write_image
 IMAGES = ("condition_image", "image", "mask_image")
 
 
-def sample(options) -> None:
+def sample(options: argparse.Namespace) -> None:
     """Writes a sheet of new images, a row for each class or prompt."""
     import torch
     from PIL import Image

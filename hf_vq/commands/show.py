@@ -1,11 +1,12 @@
 """``hf-vq show``: pictures of what a tokenizer has learned, or of a run's curves."""
 
+import argparse
 from pathlib import Path
 
 from .sources import ImageBatches, load_tokenizer, write_image
 
 
-def show(options) -> int:
+def show(options: argparse.Namespace) -> int:
     """Writes the picture `options.what`; returns how many images could not be read."""
     path = options.output or Path(f"{options.what}.png")
     if options.what == "curves":

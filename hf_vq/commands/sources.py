@@ -1,10 +1,17 @@
 """What the subcommands are given: models, image files, devices."""
 
+import argparse
 import glob
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from transformers import PreTrainedModel
 
 
 def load(source: str):
@@ -61,7 +68,7 @@ def read_json(source: str, name: str, needed: bool = False) -> dict | None:
     return content
 
 
-def load_tokenizer(options):
+def load_tokenizer(options: argparse.Namespace):
     """The tokenizer `options.model`, or that of the pipeline `options.model`, on the device."""
     model = load(options.model)
     model = getattr(model, "vqvae", model)
@@ -72,7 +79,7 @@ def load_tokenizer(options):
     return model.to(device(options)).eval()
 
 
-def device(options) -> str:
+def device(options: argparse.Namespace) -> str:
     """`--device`, once something was placed on it, or else a GPU if there is one."""
     import torch
 
@@ -130,7 +137,7 @@ class ImageBatches:
         skipped: how many files could not be read so far.
     """
 
-    def __init__(self, options, model):
+    def __init__(self, options: argparse.Namespace, model: "PreTrainedModel"):
         from ..models.autoencoders.image_processing_vq import VQImageProcessor
 
         names = ("preprocessor_config.json", "vqvae/preprocessor_config.json")  # of a tokenizer, of a pipeline
@@ -181,7 +188,7 @@ class ImageBatches:
         return pixel_values.to(self.model.device, self.model.dtype)
 
 
-def write_image(image, path: Path, announce: bool = True) -> None:
+def write_image(image: "Image.Image", path: Path, announce: bool = True) -> None:
     """Saves a PIL image, with the folders above it, and prints where."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -1,12 +1,13 @@
 """``hf-vq encode``, ``decode`` and ``reconstruct``: images to codes and back, a batch at a time."""
 
+import argparse
 import json
 from pathlib import Path
 
 from .sources import ImageBatches, load_tokenizer, write_image
 
 
-def reconstruct(options) -> int:
+def reconstruct(options: argparse.Namespace) -> int:
     """Writes one picture, images above their reconstructions, and prints how close they are; returns how many failed."""
     import torch
 
@@ -45,7 +46,7 @@ def _named(originals: list, samples: list) -> list[tuple[str, list]]:
     return [("original", originals), ("reconstruction", samples)]
 
 
-def encode(options) -> int:
+def encode(options: argparse.Namespace) -> int:
     """Writes the indices of images to a safetensors file; returns how many images failed."""
     import torch
     from safetensors.torch import save_file
@@ -79,7 +80,7 @@ def encode(options) -> int:
     return batches.skipped
 
 
-def decode(options) -> None:
+def decode(options: argparse.Namespace) -> None:
     """Writes one image for each grid of indices in a file of `encode`."""
     import torch
 

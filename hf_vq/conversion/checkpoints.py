@@ -3,9 +3,11 @@
 import argparse
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..hub import save_with_code
 from ..models.autoencoders.image_processing_vq import VQImageProcessor
@@ -47,7 +49,7 @@ def check_keys(model: nn.Module, state_dict: dict) -> None:
         raise ValueError(f"`checkpoint` does not fit {type(model).__name__}: it {'; it '.join(problems[:5])}{more}.")
 
 
-def check_agrees(name: str, configured, found) -> None:
+def check_agrees(name: str, configured: Any, found: Any) -> None:
     """A `ValueError` if an option of the configuration contradicts the weights."""
     if configured != found:
         raise ValueError(f"`config` has {name}={configured!r}, but the weights in `checkpoint` are of {found!r}.")
@@ -65,13 +67,13 @@ def load_exactly(model: nn.Module, state_dict: dict) -> None:
         raise RuntimeError(f"{type(model).__name__} has tensors that no checkpoint holds: {still_empty[:5]}.")
 
 
-def save_tokenizer(tokenizer, folder: str | Path) -> None:
+def save_tokenizer(tokenizer: PreTrainedModel, folder: str | Path) -> None:
     """Writes a tokenizer with its image processor, if it has one."""
     save_with_code(tokenizer, folder)
     save_image_processor(tokenizer, folder)
 
 
-def save_image_processor(tokenizer, folder: str | Path) -> None:
+def save_image_processor(tokenizer: PreTrainedModel, folder: str | Path) -> None:
     """Writes the image processor of a tokenizer of grey or colour images; others, such as label maps, have none."""
     channels = tokenizer.config.in_channels
     if channels in (1, 3):

@@ -3,12 +3,18 @@
 hf-vq convert diffusers --checkpoint amused/amused-256 --part vqvae --output folder
 """
 
+from pathlib import Path
+
 from .checkpoints import argument_parser, push_folder, save_tokenizer
 from .load_tokenizer import LAYOUTS, load_tokenizer
 
 
 def convert(
-    checkpoint, output, part: str | None = None, layout: str | None = None, resolution: int | None = None
+    checkpoint: str | Path,
+    output: str | Path,
+    part: str | None = None,
+    layout: str | None = None,
+    resolution: int | None = None,
 ) -> None:
     """
     Writes the folder `output`: the model and its image processor.

@@ -166,7 +166,12 @@ def convert_model(model: dict, state_dict: dict, use_ema: bool = True, null_clas
 
 
 def convert(
-    checkpoint, config, output, use_ema: bool = True, null_class_id: int | None = None, discriminator: bool = False
+    checkpoint: str | Path,
+    config: str | Path,
+    output: str | Path,
+    use_ema: bool = True,
+    null_class_id: int | None = None,
+    discriminator: bool = False,
 ) -> dict[str, str]:
     """
     Writes the folder `output`: a pipeline, or a first stage with its image processor.

@@ -9,6 +9,7 @@ everything follows from the weights; `--config` is a JSON file with the argument
 """
 
 from pathlib import Path
+from typing import Any
 
 from ..hub import save_with_code
 from ..models.autoencoders.modeling_vqgan import VQGANModel
@@ -71,7 +72,7 @@ def read_arguments(path: str | Path | None) -> tuple[dict, dict, dict[str, str]]
     return fields, agreeing, dropped
 
 
-def convert_tokenizer(state_dict: dict, resolution: int = 256, **fields) -> tuple[VQGANModel, dict[str, str]]:
+def convert_tokenizer(state_dict: dict, resolution: int = 256, **fields: Any) -> tuple[VQGANModel, dict[str, str]]:
     """A tokenizer from the original's `VQModel.state_dict()`.
 
     Args:
@@ -90,14 +91,14 @@ def convert_tokenizer(state_dict: dict, resolution: int = 256, **fields) -> tupl
 
 
 def convert(
-    checkpoint,
-    output,
-    config=None,
+    checkpoint: str | Path,
+    output: str | Path,
+    config: str | Path | None = None,
     resolution: int = 256,
     live: bool = False,
     part: str | None = None,
-    tokenizer=None,
-    codec_config=None,
+    tokenizer: str | Path | None = None,
+    codec_config: str | Path | None = None,
 ) -> dict[str, str]:
     """
     Writes the folder `output`: a tokenizer and its image processor, a prior, or a pipeline.

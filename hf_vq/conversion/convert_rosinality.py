@@ -299,7 +299,13 @@ def _load_pixelsnail(path, name: str) -> tuple[PixelSNAILForCausalLM, dict[str, 
     return model, {f"{name}: {key}": why for key, why in dropped.items()}
 
 
-def convert(checkpoint, output, top=None, bottom=None, resolution: int | None = None) -> dict[str, str]:
+def convert(
+    checkpoint: str | Path,
+    output: str | Path,
+    top: str | Path | None = None,
+    bottom: str | Path | None = None,
+    resolution: int | None = None,
+) -> dict[str, str]:
     """
     Writes the folder `output`: a model, or with `top` and `bottom` a pipeline.
 

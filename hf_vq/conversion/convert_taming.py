@@ -60,7 +60,7 @@ GPT_FIELDS = {
 PERMUTERS = ("Identity", "Subsample", "ZCurve", "SpiralOut", "SpiralIn", "Random", "AlternateParsing")
 
 
-def convert_gpt_state_dict(state_dict, codebook_size=None) -> tuple[dict, dict]:
+def convert_gpt_state_dict(state_dict: dict[str, torch.Tensor], codebook_size: int | None = None) -> tuple[dict, dict]:
     """
     The GPT of a `Net2NetTransformer` as a `VQGPTForCausalLM`.
 
@@ -287,7 +287,9 @@ def _code_condition(vocab_size: int, length: int) -> dict:
     return {"condition_type": "codes", "condition_vocab_size": vocab_size, "condition_length": length}
 
 
-def convert(checkpoint, config, output, discriminator: bool = False, use_ema: bool = True) -> dict[str, str]:
+def convert(
+    checkpoint: str | Path, config: str | Path, output: str | Path, discriminator: bool = False, use_ema: bool = True
+) -> dict[str, str]:
     """
     Writes the folder `output`: a model with its image processor, or a pipeline (and `condition_tokenizer` in it).
 

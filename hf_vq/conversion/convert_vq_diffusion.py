@@ -7,7 +7,7 @@
 from pathlib import Path
 
 import torch
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
 from ..hub import save_with_code
 from ..pipelines.pipeline_vq_diffusion import VQDiffusionImagePipeline
@@ -181,7 +181,12 @@ def check_class_embedding(diffusion: dict) -> None:
 
 
 def convert_model(
-    model: dict, checkpoint: dict, codec: dict | None = None, mapping=None, tokenizer=None, use_ema: bool = True
+    model: dict,
+    checkpoint: dict,
+    codec: dict | None = None,
+    mapping: torch.LongTensor | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    use_ema: bool = True,
 ):
     """
     A whole model.
@@ -235,7 +240,9 @@ def convert_model(
     return pipeline, dropped
 
 
-def convert_text(params: dict, diffusion: dict, state_dict: dict, tokenizer) -> tuple[dict, dict[str, str]]:
+def convert_text(
+    params: dict, diffusion: dict, state_dict: dict, tokenizer: PreTrainedTokenizerBase
+) -> tuple[dict, dict[str, str]]:
     """
     What the pipeline needs for texts.
 
@@ -268,7 +275,13 @@ def convert_text(params: dict, diffusion: dict, state_dict: dict, tokenizer) -> 
 
 
 def convert(
-    checkpoint, config, codec_config=None, output=None, mapping=None, tokenizer=None, use_ema: bool = True
+    checkpoint: str | Path,
+    config: str | Path,
+    codec_config: str | Path | None = None,
+    output: str | Path | None = None,
+    mapping: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    use_ema: bool = True,
 ) -> dict[str, str]:
     """
     Writes the folder `output`: a pipeline, and its codec's image processor; or without `codec_config` the other parts,

@@ -146,7 +146,9 @@ def read_arguments(path: str | Path | None) -> tuple[dict, dict]:
     return training, agreeing
 
 
-def convert(checkpoint, output, config=None, data_variance: float | None = None) -> None:
+def convert(
+    checkpoint: str | Path, output: str | Path, config: str | Path | None = None, data_variance: float | None = None
+) -> None:
     """
     Writes the folder `output`: the model and its image processor.
 

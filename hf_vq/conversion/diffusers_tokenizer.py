@@ -3,6 +3,7 @@
 import inspect
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -20,7 +21,7 @@ DOWN_BLOCKS = {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True}  # w
 UP_BLOCKS = {"UpDecoderBlock2D": False, "AttnUpDecoderBlock2D": True}
 
 
-def find_file(source: str | Path, name: str, subfolder: str | None = None, **options) -> Path | None:
+def find_file(source: str | Path, name: str, subfolder: str | None = None, **options: Any) -> Path | None:
     """A file of a folder or of a repository on the Hub; None if it is not there.
 
     Raises:
@@ -39,7 +40,7 @@ def find_file(source: str | Path, name: str, subfolder: str | None = None, **opt
         return None
 
 
-def read_vqmodel_config(source: str | Path, subfolder: str | None = None, **options) -> dict:
+def read_vqmodel_config(source: str | Path, subfolder: str | None = None, **options: Any) -> dict:
     """The configuration of a `VQModel`, with diffusers' defaults.
 
     Raises:
@@ -72,7 +73,7 @@ def load_vqmodel(
     subfolder: str | None = None,
     resolution: int | None = None,
     scaling_factor: float = 1.0,
-    **options,
+    **options: Any,
 ) -> VQGANModel:
     """A `VQModel` of a folder or repository; see `VQGANModel.from_diffusers`."""
     config = read_vqmodel_config(source, subfolder, **options)

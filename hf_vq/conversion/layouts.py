@@ -6,6 +6,7 @@ follows from its weights (`network_fields`), so that a configuration is needed f
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -183,7 +184,7 @@ def network_fields(weights: dict, resolution: int = 256) -> dict:
     }
 
 
-def build(weights: dict, resolution: int = 256, **fields) -> VQGANModel:
+def build(weights: dict, resolution: int = 256, **fields: Any) -> VQGANModel:
     """A `VQGANModel` with weights under our names; `fields` of its configuration come before those of the weights.
 
     Raises:

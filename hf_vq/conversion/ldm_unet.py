@@ -1,6 +1,7 @@
 """The denoiser of the original latent diffusion code (`UNetModel`) as diffusers' UNet2DModel or UNet2DConditionModel."""
 
 import re
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
@@ -233,7 +234,7 @@ def _heads_of(config: dict, name: str, width: int) -> int:
     return config["num_up_attention_heads" if name.startswith("up_blocks") else "num_attention_heads"]
 
 
-def convert_unet(params: dict, state_dict: dict, **changes) -> UNet2DModel | UNet2DConditionModel:
+def convert_unet(params: dict, state_dict: dict, **changes: Any) -> UNet2DModel | UNet2DConditionModel:
     """
     Args:
         params: `unet_config`'s `params` in the original's YAML.

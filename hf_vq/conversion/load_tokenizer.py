@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,7 +70,7 @@ def load_tokenizer(
     layout: str | None = None,
     resolution: int | None = None,
     use_ema: bool = True,
-    **options,
+    **options: Any,
 ):
     """An image tokenizer of hf_vq from a folder, a repository on the Hub, or a file of weights, whatever saved it.
 
@@ -276,7 +277,7 @@ def _averages_of_parts(weights: dict, use_ema: bool) -> dict:
 class MissingDecoder(nn.Module):
     """Stands where a checkpoint has no decoder."""
 
-    def forward(self, *inputs):
+    def forward(self, *inputs: torch.Tensor):
         raise ValueError("This checkpoint has no decoder: its tokenizer encodes only.")
 
 

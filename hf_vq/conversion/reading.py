@@ -9,6 +9,7 @@ import pickle
 import re
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -188,7 +189,7 @@ def load_state_dict(
 
 
 def tensors_of(
-    checkpoint, path: str | Path, name: str = "checkpoint", entries: tuple[str, ...] = ("state_dict",)
+    checkpoint: Any, path: str | Path, name: str = "checkpoint", entries: tuple[str, ...] = ("state_dict",)
 ) -> dict[str, torch.Tensor]:
     """The weights in what `load_checkpoint` read; see `load_state_dict`."""
     if not isinstance(checkpoint, dict):
@@ -303,7 +304,7 @@ class Options:
         self.values, self.where, self.argument = dict(values or {}), where, argument
         self._left = set(self.values)
 
-    def take(self, name: str, default=_REQUIRED):
+    def take(self, name: str, default: Any = _REQUIRED):
         """The value of an option, or its default.
 
         Raises:
@@ -316,7 +317,7 @@ class Options:
             raise ValueError(f"`{self.argument}` lacks {name} in {self.where}; it has {sorted(self.values)}.")
         return default
 
-    def only(self, name: str, *known, default=_REQUIRED):
+    def only(self, name: str, *known: Any, default: Any = _REQUIRED):
         """`take`, of an option of which only the values `known` have an equivalent here.
 
         Raises:
@@ -330,11 +331,11 @@ class Options:
             )
         return value
 
-    def section(self, name: str, default=_REQUIRED) -> "Options":
+    def section(self, name: str, default: Any = _REQUIRED) -> "Options":
         """A mapping inside this one."""
         return Options(self.take(name, default), f"{self.where}.{name}", self.argument)
 
-    def node(self, name: str, default=_REQUIRED) -> tuple[str, "Options"]:
+    def node(self, name: str, default: Any = _REQUIRED) -> tuple[str, "Options"]:
         """The class that a `target` names, without its module, and its `params`."""
         value = self.section(name, default)
         target = str(value.take("target"))

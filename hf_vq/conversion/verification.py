@@ -4,7 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
 from ..models.autoencoders.modeling_vqvae2 import VQVAE2Model
 from ..models.priors.modeling_pixelsnail import PixelSNAILForCausalLM
@@ -23,7 +25,9 @@ TOKENIZER_OUTPUTS: dict[str, Callable] = {
 
 
 @torch.no_grad()
-def largest_errors(model, path: str | Path, live: bool = False) -> dict[str, float]:
+def largest_errors(
+    model: PreTrainedModel | DiffusionPipeline, path: str | Path, live: bool = False
+) -> dict[str, float]:
     """For each output in a file that `model` computes, the largest difference; of indices, the share that differs.
 
     Args:

@@ -1,6 +1,6 @@
 """The likelihood that mask-and-replace diffusion gives to codes, from below, in the form that `evaluate_prior` takes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
 import torch
@@ -64,7 +64,11 @@ class DiffusionLikelihood(nn.Module):
         return SimpleNamespace(codebook_size=self.scheduler.config.num_embeddings)
 
     @torch.no_grad()
-    def log_likelihood(self, indices: torch.LongTensor, condition=None) -> torch.FloatTensor:
+    def log_likelihood(
+        self,
+        indices: torch.LongTensor,
+        condition: int | str | Sequence[int] | Sequence[str] | torch.Tensor | None = None,
+    ) -> torch.FloatTensor:
         """
         A lower bound of the log-likelihood of each grid of codes.
 

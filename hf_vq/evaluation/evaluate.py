@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from ..distributed import is_main_process, union_over_processes
 from .codebook import CodebookCounts
@@ -22,7 +23,7 @@ from .reconstruction import MeanOverImages, l1, psnr, ssim
 
 @torch.no_grad()
 def evaluate_tokenizer(
-    model,
+    model: PreTrainedModel,
     dataloader: Iterable,
     perceptual: nn.Module | None = None,
     feature_extractors: Sequence[FeatureExtractor] = (),
@@ -95,7 +96,7 @@ def evaluate_tokenizer(
 
 @torch.no_grad()
 def evaluate_prior(
-    prior,
+    prior: nn.Module,
     dataloader: Iterable,
     condition_key: str | None = None,
     pixel_dims: int | None = None,

@@ -2,10 +2,12 @@
 
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
+from transformers import PreTrainedModel
 
 from ..argument_checks import check_integer
 from ..distributed import all_gathered, share_of_process
@@ -17,11 +19,15 @@ from .generation import classifier_score, compare_features
 from .hierarchy import evaluate_hierarchy
 
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
 METRICS = ("reconstruction", "codebook", "likelihood", "generation")
 DISTANCES = ("frechet_distance", "kernel_distance", "precision", "recall")
 
 
-def applicable_metrics(model) -> list[str]:
+def applicable_metrics(model: "PreTrainedModel | DiffusionPipeline") -> list[str]:
     """Those of `METRICS` that a tokenizer or a pipeline has."""
     if not hasattr(model, "components"):
         return ["reconstruction", "codebook"]
@@ -31,7 +37,7 @@ def applicable_metrics(model) -> list[str]:
 
 @torch.no_grad()
 def evaluate_model(
-    model,
+    model: "PreTrainedModel | DiffusionPipeline",
     dataset: Dataset,
     metrics: Sequence[str] | None = None,
     perceptual: nn.Module | None = None,
@@ -44,7 +50,7 @@ def evaluate_model(
     caption_key: str | None = None,
     num_timesteps: int | None = None,
     progress: bool = True,
-    **sampling,
+    **sampling: Any,
 ) -> dict:
     """The figures of a tokenizer or of a pipeline over a data set.
 
@@ -109,7 +115,9 @@ def evaluate_model(
 
 
 @torch.no_grad()
-def entropy_per_position(tokenizer, dataset: Dataset, batch_size: int = 32, progress: bool = True) -> float | list:
+def entropy_per_position(
+    tokenizer: PreTrainedModel, dataset: Dataset, batch_size: int = 32, progress: bool = True
+) -> float | list:
     """The mean over positions of the entropy of the codes at that position, in bits; of each level of a hierarchy.
 
     Few bits at a position mean that the code there is nearly always the same.
@@ -127,7 +135,7 @@ def entropy_per_position(tokenizer, dataset: Dataset, batch_size: int = 32, prog
 
 
 def evaluate_likelihood(
-    pipeline,
+    pipeline: "DiffusionPipeline",
     dataset: Dataset,
     batch_size: int = 32,
     seed: int = 0,
@@ -164,7 +172,7 @@ def evaluate_likelihood(
 
 @torch.no_grad()
 def draw_images(
-    pipeline,
+    pipeline: "DiffusionPipeline",
     dataset: Dataset,
     num_samples: int,
     batch_size: int = 32,
@@ -172,7 +180,7 @@ def draw_images(
     label_key: str | None = None,
     caption_key: str | None = None,
     progress: bool = True,
-    **sampling,
+    **sampling: Any,
 ) -> Iterator[torch.FloatTensor]:
     """Images `(B, C, H, W)` in [-1, 1] of the classes or prompts of the data set's rows; this process's part of them."""
     pipeline.set_progress_bar_config(disable=True)

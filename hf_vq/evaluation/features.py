@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 
 from ..distributed import all_gathered, is_main_process
@@ -36,7 +37,7 @@ class PooledLayer:
         layer: which one, in the network's own numbering.
     """
 
-    def __init__(self, network, layer: int):
+    def __init__(self, network: nn.Module, layer: int):
         self.network = network
         self.layer = layer
         self.name = f"{network.name}.layer{layer}"

@@ -8,6 +8,7 @@ against real ones.
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -95,7 +96,7 @@ def compare_features(
 
 
 def compare_images(
-    real: torch.Tensor, generated: torch.Tensor, extractor: FeatureExtractor, batch_size: int = 64, **kwargs
+    real: torch.Tensor, generated: torch.Tensor, extractor: FeatureExtractor, batch_size: int = 64, **kwargs: Any
 ) -> list[Measurement]:
     """`compare_features` of pictures `(N, 3, H, W)` and `(M, 3, H, W)` in [-1, 1], where `extractor` is.
 

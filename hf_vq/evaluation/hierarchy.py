@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 import torch
+from transformers import PreTrainedModel
 
 from .evaluate import evaluation_mode, progress_bar
 from .likelihood import CodeLikelihood
@@ -72,7 +73,7 @@ def _codes_of_levels(batch: dict, count: int) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def reconstruct_by_levels(model, pixel_values: torch.Tensor) -> list[torch.Tensor]:
+def reconstruct_by_levels(model: PreTrainedModel, pixel_values: torch.Tensor) -> list[torch.Tensor]:
     """What each level of a hierarchical tokenizer adds: reconstructions from the top level, from the top two, …, from all.
 
     A tokenizer trained without `level_dropout` has never seen fewer levels than all; its pictures of some are rough.

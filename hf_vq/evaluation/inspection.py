@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset
+from transformers import PreTrainedModel
 
 from ..argument_checks import check_integer
 from ..images import to_pil
@@ -19,7 +20,7 @@ from .pictures import labelled_rows
 
 @torch.no_grad()
 def codebook_atlas(
-    tokenizer,
+    tokenizer: PreTrainedModel,
     batches: Iterable[dict],
     context: int = 1,
     columns: int | None = None,
@@ -63,7 +64,7 @@ def codebook_atlas(
 
 
 @torch.no_grad()
-def usage_map(tokenizer, batches: Iterable[dict], progress: bool = True) -> torch.Tensor:
+def usage_map(tokenizer: PreTrainedModel, batches: Iterable[dict], progress: bool = True) -> torch.Tensor:
     """How evenly each position uses the codebook: the perplexity of the codes there, float64 `(h, w)`, from 1 to K.
 
     Args:
@@ -119,7 +120,7 @@ def index_map(indices: torch.LongTensor, num_embeddings: int, scale: int = 1) ->
 
 @torch.no_grad()
 def interpolate(
-    tokenizer, start: torch.Tensor, end: torch.Tensor, steps: int = 8, space: str = "latent"
+    tokenizer: PreTrainedModel, start: torch.Tensor, end: torch.Tensor, steps: int = 8, space: str = "latent"
 ) -> torch.Tensor:
     """Images between two images.
 

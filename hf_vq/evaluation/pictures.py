@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -67,7 +68,7 @@ def reconstruction_grid(
     originals: torch.Tensor,
     reconstructions: torch.Tensor | dict[str, torch.Tensor],
     columns: int = 8,
-    **kwargs,
+    **kwargs: Any,
 ) -> Image.Image:
     """Originals in one row, their reconstructions in the row below, `columns` at a time.
 
@@ -96,7 +97,7 @@ def samples_by_class(
     images: torch.Tensor | Sequence[Image.Image],
     labels: Sequence[int] | torch.Tensor,
     class_names: Sequence[str] | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> Image.Image:
     """One row for each class that occurs, in the order of its number, with its name at the left.
 

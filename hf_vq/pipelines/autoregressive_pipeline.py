@@ -114,7 +114,7 @@ class AutoregressivePipeline(VQPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
         decode_batch_size: int = 16,
-        **sampling,
+        **sampling: Any,
     ) -> tuple[Any, torch.LongTensor | tuple[torch.LongTensor, ...]]:
         """
         The images and the codes of a call.

@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
+    PreTrainedConfig,
+    PreTrainedModel,
     StoppingCriteria,
     StoppingCriteriaList,
     TemperatureLogitsWarper,
@@ -32,13 +35,15 @@ class KeptCodes(LogitsProcessor):
     def __init__(self, codes: torch.LongTensor, keep: torch.BoolTensor, start: int):
         self.codes, self.keep, self.start = codes, keep, start
 
-    def __call__(self, input_ids, scores):
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor):
         position = input_ids.shape[1] - self.start
         forced = torch.full_like(scores, float("-inf")).scatter(1, self.codes[:, position, None], 0.0)
         return torch.where(self.keep[:, position, None], forced, scores)
 
 
-def draw_codes(log_probs: torch.FloatTensor, generator=None) -> torch.LongTensor:
+def draw_codes(
+    log_probs: torch.FloatTensor, generator: torch.Generator | list[torch.Generator] | None = None
+) -> torch.LongTensor:
     """
     One sample of each row's categorical distribution.
 
@@ -77,10 +82,10 @@ class GumbelMax(LogitsProcessor):
     what the other rows keep, and must not shift the random numbers of this one.
     """
 
-    def __init__(self, generator=None):
+    def __init__(self, generator: torch.Generator | list[torch.Generator] | None = None):
         self.generator = generator
 
-    def __call__(self, input_ids, scores):
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor):
         if isinstance(self.generator, list):
             codes, is_open = scores.argmax(dim=-1), scores.isfinite().sum(dim=-1) > 1
             if is_open.any():
@@ -97,7 +102,7 @@ class AfterEachCode(StoppingCriteria):
     def __init__(self, function: Callable[[torch.LongTensor], torch.LongTensor]):
         self.function = function
 
-    def __call__(self, input_ids, scores, **kwargs):
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any):
         input_ids[:, -1] = self.function(input_ids[:, -1])  # `generate` has not read it yet
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
@@ -117,13 +122,15 @@ class LevelSampling:
         self.top_k = None if self.top_k is None else check_integer("top_k", self.top_k, minimum=1)
         self.top_p = None if self.top_p is None else check_real("top_p", self.top_p, above=0, maximum=1)
 
-    def check_guidance(self, config, prompt: torch.LongTensor):
+    def check_guidance(self, config: PreTrainedConfig, prompt: torch.LongTensor):
         """A ValueError if there is nothing to guide; `config` is the prior's, `prompt` `(B, T)` begins with its prefix."""
         null = config.null_class_token_id
         if self.guidance_scale != 1 and (null is None or (prompt[:, : config.condition_length] == null).all()):
             raise ValueError("`guidance_scale` other than 1 needs a condition, and a prior that has a null condition.")
 
-    def processors(self, first: LogitsProcessor | None, generator) -> LogitsProcessorList:
+    def processors(
+        self, first: LogitsProcessor | None, generator: torch.Generator | list[torch.Generator] | None
+    ) -> LogitsProcessorList:
         """`first`, temperature, top-k, top-p and the draw, in this order."""
         processors = LogitsProcessorList([] if first is None else [first])
         if self.temperature != 1:
@@ -136,7 +143,7 @@ class LevelSampling:
         return processors
 
 
-def for_each_level(name: str, value, count: int) -> list:
+def for_each_level(name: str, value: Any, count: int) -> list:
     """`value` for each of `count` levels: itself, or its entries if it is a list or tuple."""
     if not isinstance(value, (list, tuple)):
         return [value] * count
@@ -195,13 +202,13 @@ def window_runs(grid_size: Sequence[int], window: Sequence[int], stride: int = 1
     return runs
 
 
-def code_order(prior) -> torch.LongTensor:
+def code_order(prior: PreTrainedModel) -> torch.LongTensor:
     """The place on the grid, row by row, of each code of a prior's sequence, int64 `(h * w,)`."""
     order = getattr(prior.config, "code_order", None)
     return torch.arange(prior.config.image_seq_length) if order is None else torch.as_tensor(order)
 
 
-def count_steps(prior, known: KnownCodes | None, grid_size: Sequence[int], stride: int = 1) -> int:
+def count_steps(prior: PreTrainedModel, known: KnownCodes | None, grid_size: Sequence[int], stride: int = 1) -> int:
     """How many codes of a grid take a step of the prior: not those at the beginning of a run that every image has."""
     window = tuple(prior.config.grid_size)
     runs = window_runs(grid_size, window, stride)
@@ -217,7 +224,7 @@ def _ready(keep: torch.BoolTensor, run: Run) -> int:
 
 
 def sample_level(
-    prior,
+    prior: PreTrainedModel,
     prompt: torch.LongTensor | Callable[[tuple[int, int]], torch.LongTensor],
     known: KnownCodes | None,
     setting: LevelSampling,
@@ -226,7 +233,7 @@ def sample_level(
     on_known: Callable[[torch.LongTensor], None] | None = None,
     grid_size: Sequence[int] | None = None,
     stride: int = 1,
-    **options,
+    **options: Any,
 ) -> torch.LongTensor:
     """
     The codes `(B, h, w)` of one level, from its prior.

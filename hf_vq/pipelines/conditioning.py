@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers.utils import logging
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..argument_checks import check_integer
 from ..images import to_pixel_values
@@ -89,7 +90,7 @@ class TextCondition:
         )
 
 
-def text_length(text_encoder, tokenizer) -> int:
+def text_length(text_encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """S, the most tokens that both the encoder and its tokenizer take."""
     longest = getattr(text_encoder.config, "max_position_embeddings", None)
     lengths = [length for length in (longest, tokenizer.model_max_length) if length and length < 1_000_000]
@@ -100,8 +101,8 @@ def text_length(text_encoder, tokenizer) -> int:
 
 @torch.no_grad()
 def encode_text(
-    text_encoder,
-    tokenizer,
+    text_encoder: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: str | list[str],
     max_length: int | None = None,
     lower_case: bool = False,
@@ -153,7 +154,7 @@ def encode_text(
     return TextCondition(hidden, mask.bool())
 
 
-def as_texts(prompts, name: str) -> list[str]:
+def as_texts(prompts: str | Sequence[str], name: str) -> list[str]:
     texts = list(prompts) if isinstance(prompts, (list, tuple)) else [prompts]
     if not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"`{name}` must be a str or a list of them that is not empty, got {prompts!r}.")

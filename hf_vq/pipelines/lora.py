@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 
@@ -14,7 +14,7 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 def load_lora_weights(
-    pipeline,
+    pipeline: DiffusionPipeline,
     pretrained_model_name_or_path_or_dict: str | Path | Mapping[str, torch.Tensor],
     adapter_name: str = "default",
     component: str | None = None,
@@ -61,7 +61,7 @@ def load_lora_weights(
         )
 
 
-def unload_lora_weights(pipeline) -> None:
+def unload_lora_weights(pipeline: DiffusionPipeline) -> None:
     """Takes all LoRA weights out of the pipeline's networks again."""
     for name in pipeline.lora_components:
         network = getattr(pipeline, name)

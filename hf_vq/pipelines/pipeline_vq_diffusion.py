@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin, SchedulerMixin
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..argument_checks import check_integer, check_real
 from ..images import images_as, to_pixel_values
@@ -58,7 +58,7 @@ class VQDiffusionImagePipeline(DenoisingPipeline):
         transformer: ModelMixin,
         scheduler: SchedulerMixin,
         text_encoder: PreTrainedModel | None = None,
-        tokenizer=None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         id2label: dict[str, str] | None = None,  # ids are strings in JSON
         text_max_length: int | None = None,
         text_lower_case: bool = False,
@@ -99,7 +99,7 @@ class VQDiffusionImagePipeline(DenoisingPipeline):
         )
 
     @classmethod
-    def from_diffusers(cls, pretrained_model_name_or_path: str, **options) -> "VQDiffusionImagePipeline":
+    def from_diffusers(cls, pretrained_model_name_or_path: str, **options: Any) -> "VQDiffusionImagePipeline":
         """
         Converts a folder or Hub repository of diffusers' deprecated `VQDiffusionPipeline`, such as
         microsoft/vq-diffusion-ithq.

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler, SchedulerMixin, UNet2DConditionModel, UNet2DModel
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..argument_checks import check_integer, check_real
 from ..images import images_as, to_pixel_values
@@ -78,7 +78,7 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
         unet: UNet2DModel | UNet2DConditionModel,
         scheduler: SchedulerMixin,
         text_encoder: PreTrainedModel | None = None,
-        tokenizer=None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         id2label: dict[str, str] | None = None,  # ids are strings in JSON
         null_class_id: int | None = None,
         text_max_length: int | None = None,

@@ -195,7 +195,12 @@ class VQVAE2Pipeline(AutoregressivePipeline):
         return [grid.to(self._execution_device) for grid in grids]
 
     @torch.no_grad()
-    def log_likelihood(self, image=None, indices=None, class_labels=None) -> torch.FloatTensor:
+    def log_likelihood(
+        self,
+        image: Any = None,
+        indices: torch.LongTensor | tuple[torch.LongTensor, ...] | None = None,
+        class_labels: int | str | Sequence[int] | Sequence[str] | torch.Tensor | None = None,
+    ) -> torch.FloatTensor:
         """
         log p(codes | class) of images in nats, the sum over the levels: of the discrete codes, not of the pixels.
 

@@ -1,12 +1,16 @@
 """Rejection sampling: a classifier says which of many samples show their class best."""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
+from transformers.image_processing_utils import BaseImageProcessor
 
 from ..argument_checks import check_integer, check_real
 from ..images import numpy_to_pil
@@ -36,7 +40,12 @@ class RejectionSamplingOutput(BaseOutput):
     threshold: float
 
 
-def class_scores(classifier, image_processor, images: torch.FloatTensor, class_ids: torch.LongTensor):
+def class_scores(
+    classifier: Callable,
+    image_processor: BaseImageProcessor | None,
+    images: torch.FloatTensor,
+    class_ids: torch.LongTensor,
+):
     """The score `(B,)` of each image `(B, C, H, W)` in [0, 1] for its class `(B,)`, see `rejection_sample`."""
     if image_processor is not None:
         pictures = numpy_to_pil(images.permute(0, 2, 3, 1).cpu().numpy())
@@ -58,16 +67,16 @@ def class_scores(classifier, image_processor, images: torch.FloatTensor, class_i
 
 @torch.no_grad()
 def rejection_sample(
-    pipeline,
-    class_labels,
-    classifier,
+    pipeline: DiffusionPipeline,
+    class_labels: int | str | Sequence[int] | Sequence[str],
+    classifier: Callable,
     num_images_per_class: int = 1,
     acceptance_rates: float | list[float] = 0.25,
-    image_processor=None,
+    image_processor: BaseImageProcessor | None = None,
     batch_size: int = 16,
     output_type: str = "pil",
     decode_batch_size: int = 16,
-    **sampling,
+    **sampling: Any,
 ) -> RejectionSamplingOutput | dict[float, RejectionSamplingOutput]:
     """
     Draws `num_images_per_class / rate` images of every class and keeps those with the highest scores (Razavi et al.,

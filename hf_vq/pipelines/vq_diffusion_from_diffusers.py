@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -29,7 +30,7 @@ TRANSFORMER_VALUES = {
 }
 
 
-def load_parts(source: str | Path, **options) -> dict:
+def load_parts(source: str | Path, **options: Any) -> dict:
     """
     The arguments of `VQDiffusionImagePipeline` that stand for a repository.
 

@@ -12,6 +12,7 @@ import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from torch import nn
 
 from ..argument_checks import check_integer, check_real
 from ..images import images_as
@@ -70,7 +71,7 @@ class VQPipeline(DiffusionPipeline):
             _save_remote_code(self, Path(save_directory))
 
     @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs):
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any):
         """A pipeline of this class with the parts of `pipeline`; `kwargs` replace parts and options.
 
         diffusers moves a part over only if its class is the annotation of the argument. Here every part goes, and this
@@ -109,7 +110,7 @@ class VQPipeline(DiffusionPipeline):
         timestep: Any,
         name: str,
         value: torch.Tensor,
-        **others,
+        **others: Any,
     ) -> torch.Tensor:
         """Calls `callback(pipe, step, timestep, {...})` with those of `names` that are asked for.
 
@@ -228,7 +229,7 @@ def check_part(name: str, part: Any, attributes: Sequence[str], wanted: str):
         raise ValueError(f"`{name}` must be {wanted}, got a {type(part).__name__}.")
 
 
-def check_tokenizer(vqvae):
+def check_tokenizer(vqvae: Any):
     """A ValueError unless `vqvae` is an image tokenizer with one level of codes, one code at each position."""
     check_any_tokenizer(vqvae)
     if vqvae is not None and len(vqvae.config.downsample_factors) > 1:
@@ -238,7 +239,7 @@ def check_tokenizer(vqvae):
         )
 
 
-def check_any_tokenizer(vqvae):
+def check_any_tokenizer(vqvae: Any):
     """A ValueError unless `vqvae` is an image tokenizer with one code at each position of each level."""
     attributes = ("encode", "decode_indices", "quantize", "config.num_embeddings", "config.downsample_factors")
     check_part("vqvae", vqvae, attributes, "an image tokenizer (VQGANModel, VQVAEModel, VQVAE2Model)")
@@ -246,17 +247,17 @@ def check_any_tokenizer(vqvae):
         raise ValueError("`vqvae` must have one code at each position, got the quantizer 'residual'.")
 
 
-def as_levels(indices) -> tuple[torch.LongTensor, ...]:
+def as_levels(indices: torch.LongTensor | Sequence[torch.LongTensor]) -> tuple[torch.LongTensor, ...]:
     """The codes of each level, from top to bottom, of what a tokenizer calls `indices`."""
     return tuple(indices) if isinstance(indices, (tuple, list)) else (indices,)
 
 
-def of_levels(levels) -> torch.LongTensor | tuple[torch.LongTensor, ...]:
+def of_levels(levels: Sequence[torch.LongTensor]) -> torch.LongTensor | tuple[torch.LongTensor, ...]:
     """What a tokenizer with as many levels calls `indices`: the inverse of `as_levels`."""
     return levels[0] if len(levels) == 1 else tuple(levels)
 
 
-def check_generator(generator, batch_size: int):
+def check_generator(generator: torch.Generator | list[torch.Generator] | None, batch_size: int):
     """A ValueError unless `generator` is None, a `torch.Generator`, or a list of one for each of `batch_size` images."""
     generators = generator if isinstance(generator, list) else [generator]
     if any(not isinstance(g, torch.Generator) for g in generators if generator is not None):
@@ -291,7 +292,7 @@ def check_temperature(value: float) -> float:
     return check_real("temperature", value, minimum=1e-6)
 
 
-def onload(model):
+def onload(model: nn.Module):
     """
     Moves a model to its device if `enable_model_cpu_offload` waits for its `forward`, which `encode` and `decode` pass
     by.

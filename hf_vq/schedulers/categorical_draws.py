@@ -12,7 +12,12 @@ def rows_at_a_time(logits: torch.Tensor) -> int:
     return max(1, CHUNK_ELEMENTS["cpu" if logits.device.type == "cpu" else "other"] // logits.shape[1])
 
 
-def uniform(counts: torch.LongTensor, columns: int, generator, device) -> torch.FloatTensor:
+def uniform(
+    counts: torch.LongTensor,
+    columns: int,
+    generator: torch.Generator | list[torch.Generator] | None,
+    device: torch.device | str | None,
+) -> torch.FloatTensor:
     """
     Uniform numbers in [0, 1).
 
@@ -36,7 +41,9 @@ def uniform(counts: torch.LongTensor, columns: int, generator, device) -> torch.
     return draw(int(counts.sum()), generator).to(device)
 
 
-def uniform_positions(sample: torch.LongTensor, generator) -> torch.FloatTensor:
+def uniform_positions(
+    sample: torch.LongTensor, generator: torch.Generator | list[torch.Generator] | None
+) -> torch.FloatTensor:
     """Uniform numbers in [0, 1), one for each position of `sample` `(B, L)`."""
     counts = torch.full((sample.shape[0],), sample.shape[1])
     return uniform(counts, 1, generator, sample.device).reshape(sample.shape)
@@ -62,7 +69,7 @@ def draw_rows(
     logits: torch.FloatTensor,
     rows: torch.LongTensor,
     counts: torch.LongTensor,
-    generator=None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
     truncation_rate: float = 1.0,
     temperature: float = 1.0,
     power: torch.FloatTensor | None = None,

@@ -11,7 +11,7 @@ def posterior_step(
     sample: torch.LongTensor,
     free: torch.BoolTensor,
     transition: Transition,
-    generator=None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
     truncation_rate: float = 1.0,
     temperature: float = 1.0,
 ) -> torch.LongTensor:
@@ -60,7 +60,7 @@ def purity_step(
     free: torch.BoolTensor,
     counts: torch.LongTensor,
     weight: float | None,
-    generator=None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
     truncation_rate: float = 1.0,
     temperature: float = 1.0,
 ) -> torch.LongTensor:

@@ -34,7 +34,9 @@ def check_predictions(name: str, predictions: torch.Tensor, sample: torch.Tensor
         )
 
 
-def check_timesteps(name: str, timesteps, batch_size: int, lowest: int, highest: int) -> torch.LongTensor:
+def check_timesteps(
+    name: str, timesteps: int | torch.LongTensor, batch_size: int, lowest: int, highest: int
+) -> torch.LongTensor:
     """An int, or ints `(B,)`, in `lowest`…`highest`, as int64 `(B,)` on the CPU."""
     timesteps = torch.as_tensor(timesteps).cpu()
     if timesteps.dtype not in (torch.int64, torch.int32) or timesteps.shape not in ((), (1,), (batch_size,)):
@@ -52,7 +54,7 @@ def check_rate(truncation_rate: float):
     check_real("truncation_rate", truncation_rate, above=0, maximum=1)
 
 
-def check_generators(generator, batch_size: int):
+def check_generators(generator: torch.Generator | list[torch.Generator] | None, batch_size: int):
     """`generator` must be None, a `torch.Generator`, or a list with one for each of `batch_size` samples."""
     generators = generator if isinstance(generator, list) else [generator]
     if any(not isinstance(g, torch.Generator) for g in generators if generator is not None):

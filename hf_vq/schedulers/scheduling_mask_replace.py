@@ -1,5 +1,6 @@
 """Mask-and-replace diffusion over codes: noise, exact steps between any two timesteps, and the variational bound."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -157,7 +158,12 @@ class MaskReplaceScheduler(SchedulerMixin, ConfigMixin):
 
     # The forward chain
 
-    def initial_sample(self, shape, device=None, generator=None) -> torch.LongTensor:
+    def initial_sample(
+        self,
+        shape: Sequence[int],
+        device: torch.device | str | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> torch.LongTensor:
         """x at T-1, int64 of `shape` `(B, *)`: all masked; random codes, from `generator`, with "uniform_only"."""
         sample = torch.full(tuple(shape), self.mask_index, device=device)
         if self.config.schedule != "uniform_only":
@@ -166,7 +172,12 @@ class MaskReplaceScheduler(SchedulerMixin, ConfigMixin):
         u = uniform_positions(sample.reshape(len(sample), -1), generator)
         return self._random_code(u).reshape(sample.shape)
 
-    def add_noise(self, original_samples: torch.LongTensor, timesteps, generator=None) -> torch.LongTensor:
+    def add_noise(
+        self,
+        original_samples: torch.LongTensor,
+        timesteps: int | torch.LongTensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> torch.LongTensor:
         """
         Draws x_t from q(x_t | x_0): each code is kept, masked, or replaced by a random one.
 
@@ -216,7 +227,11 @@ class MaskReplaceScheduler(SchedulerMixin, ConfigMixin):
         return probs / probs.sum(dim=-1, keepdim=True)
 
     def q_posterior(
-        self, pred_original: torch.FloatTensor, sample: torch.LongTensor, timesteps, prev_timesteps
+        self,
+        pred_original: torch.FloatTensor,
+        sample: torch.LongTensor,
+        timesteps: int | torch.LongTensor,
+        prev_timesteps: int | torch.LongTensor,
     ) -> torch.FloatTensor:
         """
         p(x_s | x_t) = Σ_i p(x_0 = i) q(x_s | x_t, x_0 = i), exact for any s < t; see `posterior_probs`.
@@ -307,7 +322,11 @@ class MaskReplaceScheduler(SchedulerMixin, ConfigMixin):
     # The variational bound
 
     def vlb_terms(
-        self, model_output: torch.FloatTensor, original_samples: torch.LongTensor, sample: torch.LongTensor, timesteps
+        self,
+        model_output: torch.FloatTensor,
+        original_samples: torch.LongTensor,
+        sample: torch.LongTensor,
+        timesteps: int | torch.LongTensor,
     ) -> torch.FloatTensor:
         """
         KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)); at t = 0, -log p(x_0 | x_t) (Gu et al. 2022, section 4.2).
@@ -331,7 +350,7 @@ class MaskReplaceScheduler(SchedulerMixin, ConfigMixin):
         return posterior_kl(log_probs, original_samples.reshape(flat.shape), flat, transition).reshape(sample.shape)
 
     def auxiliary_loss(
-        self, model_output: torch.FloatTensor, original_samples: torch.LongTensor, timesteps
+        self, model_output: torch.FloatTensor, original_samples: torch.LongTensor, timesteps: int | torch.LongTensor
     ) -> torch.FloatTensor:
         """
         -log p(x_0 | x_t) (Gu et al. 2022, section 4.2), with `adaptive_auxiliary_loss` times 1 + (1 - t/T), as in its

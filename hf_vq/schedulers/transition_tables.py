@@ -42,7 +42,7 @@ class Transition(NamedTuple):
         gamma = (gamma_t - gamma_s) / (1 - gamma_s)
         return cls(alpha_s, beta_s, gamma_s, alpha_t, beta_t, gamma_t, alpha, beta, gamma)
 
-    def for_positions(self, device) -> "Transition":
+    def for_positions(self, device: torch.device | str | None) -> "Transition":
         """The same in float32 `(B, 1)` on `device`, to be combined with positions `(B, L)`."""
         return Transition(*(value[:, None].to(device, torch.float32) for value in self))
 

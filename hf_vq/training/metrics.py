@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,7 +30,7 @@ class MetricWindow:
             self.sums[name] = self.sums.get(name, 0.0) + value
             self.counts[name] = self.counts.get(name, 0) + 1
 
-    def take(self, reduce_sum) -> dict[str, float]:
+    def take(self, reduce_sum: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
         """The means over window and processes, and an empty window.
 
         Args:

@@ -44,10 +44,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.utils.data import Dataset
 
 from ..distributed import all_reduced, from_main_process, gathered, maxima_over_processes, union_over_processes
 from ..evaluation.evaluate import codebook_levels, evaluation_mode
@@ -217,7 +219,7 @@ class TrainingRun:
         self._peak_rates[name] = [group["lr"] for group in optimizer.param_groups]
         return optimizer
 
-    def add_state(self, name: str, state):
+    def add_state(self, name: str, state: Any):
         """Registers anything else with `state_dict()` and `load_state_dict()` that a resumed run needs."""
         self._check_new(name)
         self.states[name] = state
@@ -291,7 +293,7 @@ class TrainingRun:
             self._validate()
         return self.global_step
 
-    def batches(self, dataset, collate_fn: Callable = collate, shuffle: bool = True) -> Iterator:
+    def batches(self, dataset: Dataset, collate_fn: Callable = collate, shuffle: bool = True) -> Iterator:
         """This process's micro-batches, on its device, from the run's position in the data to the end of the run.
 
         Args:

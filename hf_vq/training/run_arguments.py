@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import yaml
 from transformers import HfArgumentParser
@@ -180,7 +181,7 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None 
 
 
 def check_numbers(
-    arguments,
+    arguments: Any,
     *,
     at_least_0: Sequence[str] = (),
     positive: Sequence[str] = (),
@@ -211,7 +212,7 @@ def check_numbers(
                     check(name, getattr(arguments, name), **limits)
 
 
-def check_agrees(name: str, value, found, source) -> None:
+def check_agrees(name: str, value: Any, found: Any, source: str | Path) -> None:
     """Refuses an argument that contradicts the model it starts from."""
     if value != found:
         raise ValueError(f"{name}={value}: it must be {found}, as in {source}.")

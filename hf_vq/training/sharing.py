@@ -4,12 +4,20 @@ import json
 import shlex
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
+from torch import nn
+from transformers.image_processing_utils import BaseImageProcessor
 
 from ..hub import model_card, push_to_hub, save_for_sharing
 from .checkpointing import atomic_folder
 from .data.image_datasets import DataArguments
+
+
+if TYPE_CHECKING:
+    from .run import TrainingRun
 
 
 def validation_figures(output_dir: Path) -> dict[str, float]:
@@ -22,7 +30,13 @@ def validation_figures(output_dir: Path) -> dict[str, float]:
     return figures
 
 
-def training_card(run, model, data: DataArguments, license: str = "unknown", with_code: bool = True) -> ModelCard:
+def training_card(
+    run: "TrainingRun",
+    model: nn.Module | DiffusionPipeline,
+    data: DataArguments,
+    license: str = "unknown",
+    with_code: bool = True,
+) -> ModelCard:
     """The card of what a run has trained: its data, its command and the figures of its last validation.
 
     `with_code` says whether the card is for a folder that carries its code.
@@ -51,7 +65,13 @@ def training_card(run, model, data: DataArguments, license: str = "unknown", wit
     )
 
 
-def save_trained(run, model, name: str, data: DataArguments, image_processor=None) -> Path:
+def save_trained(
+    run: "TrainingRun",
+    model: nn.Module | DiffusionPipeline,
+    name: str,
+    data: DataArguments,
+    image_processor: BaseImageProcessor | None = None,
+) -> Path:
     """Writes `output_dir/name`, complete or not at all, and pushes it if the arguments say so. Main process only.
 
     Args:

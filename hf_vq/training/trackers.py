@@ -3,6 +3,7 @@
 import uuid
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -12,7 +13,11 @@ from .checkpointing import write_file_atomically
 from .run_arguments import RunArguments
 
 
-def start_tracker(accelerator, arguments: RunArguments, output_dir: Path, step: int) -> None:
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def start_tracker(accelerator: "Accelerator", arguments: RunArguments, output_dir: Path, step: int) -> None:
     """Starts the tracker that the arguments name so that a resumed run continues the same curves.
 
     tensorboard drops what an interrupted run wrote after `step`; trackio and wandb find their run by an identifier that
@@ -49,7 +54,9 @@ def image_grid(images: torch.Tensor, columns: int | None = None, gap: int = 2) -
     return sheet
 
 
-def track_images(accelerator, folder: Path, name: str, images: torch.Tensor, step: int, columns: int | None) -> None:
+def track_images(
+    accelerator: "Accelerator", folder: Path, name: str, images: torch.Tensor, step: int, columns: int | None
+) -> None:
     """Writes a grid to `folder/<name>-<step>.png` and gives it to the trackers that take pictures."""
     import numpy as np
 

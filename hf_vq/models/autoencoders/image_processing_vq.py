@@ -1,5 +1,7 @@
 """Images to the `pixel_values` of a tokenizer, and its samples back to images."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from PIL import Image, ImageOps
@@ -7,7 +9,9 @@ from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import (
     IMAGENET_STANDARD_MEAN,
     IMAGENET_STANDARD_STD,
+    ImageInput,
     PILImageResampling,
+    SizeDict,
 )
 
 from ...argument_checks import check_integer
@@ -45,14 +49,14 @@ class VQImageProcessor(PilBackend):
     image_std = IMAGENET_STANDARD_STD
     num_channels = 3
 
-    def __init__(self, num_channels: int = 3, **kwargs):
+    def __init__(self, num_channels: int = 3, **kwargs: Any):
         check_integer("num_channels", num_channels, minimum=1)
         if num_channels != 3:
             kwargs = {"image_mean": [0.5] * num_channels, "image_std": [0.5] * num_channels, **kwargs}
         super().__init__(**_with_crop_size(kwargs))
         self.num_channels = int(num_channels)
 
-    def preprocess(self, images, *args, **kwargs):
+    def preprocess(self, images: ImageInput, *args: Any, **kwargs: Any):
         images = (
             [_with_channels(image) for image in images]
             if isinstance(images, (list, tuple))
@@ -60,7 +64,7 @@ class VQImageProcessor(PilBackend):
         )
         return super().preprocess(images, *args, **_with_crop_size(kwargs))
 
-    def process_image(self, image, do_convert_rgb=True, input_data_format=None, **kwargs):
+    def process_image(self, image: Any, do_convert_rgb: bool = True, input_data_format: Any = None, **kwargs: Any):
         """One input to uint8 `(num_channels, height, width)`; a picture's own channels with `do_convert_rgb=False`."""
         if not isinstance(image, Image.Image):
             if self.num_channels not in (1, 3, 4):
@@ -84,7 +88,7 @@ class VQImageProcessor(PilBackend):
         corner = tuple((resized[axis] - window[axis]) // 2 for axis in (0, 1))
         return np.moveaxis(resize_and_crop(np.moveaxis(image, 0, -1), resized, corner, window, resample), -1, 0)
 
-    def resize(self, image, size, resample=None, **kwargs):
+    def resize(self, image: torch.Tensor, size: SizeDict, resample: Any = None, **kwargs: Any):
         if size.shortest_edge and not size.longest_edge:  # to the nearest pixel; the base class rounds down
             height, width = covering_size(image.shape[1:], (size.shortest_edge, size.shortest_edge))
             size = type(size)(height=height, width=width)

@@ -1,8 +1,10 @@
 """Drawing codes one after another, with the rows of guidance in the same batch and a cache of the final length."""
 
+from typing import Any
+
 import torch
 from torch import nn
-from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.generation import MaxLengthCriteria
 
@@ -14,7 +16,7 @@ class PreallocatedLayer(DynamicLayer):
         super().__init__()
         self.length = length
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             batch_size, num_heads, _, head_size = key_states.shape
@@ -40,7 +42,7 @@ class CodeDecoder:
         inputs: what else `forward` takes on its first pass.
     """
 
-    def __init__(self, model: nn.Module, length: int, **inputs):
+    def __init__(self, model: nn.Module, length: int, **inputs: Any):
         self.model, self.inputs, self.length = model, inputs, length
         # as long as the first positions see each other, a new one changes what has been read
         self.num_open = getattr(model.config, "n_unmasked", 0)
@@ -72,10 +74,10 @@ def sample_codes(
     input_ids: torch.LongTensor,
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
-    generation_config,
+    generation_config: GenerationConfig,
     null_prompt: torch.LongTensor | None = None,
     null_scale: float = 1.0,
-    **model_kwargs,
+    **model_kwargs: Any,
 ) -> torch.LongTensor:
     """
     The loop of transformers' `generate(custom_generate=...)` for a prior over codes. It draws what the usual loop draws, from

@@ -1,9 +1,12 @@
 """What the autoregressive priors share: sequences of a condition prefix and codes, their likelihood, and `generate`."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import torch
 from torch import nn
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from .code_decoding import CodeDecoder, preallocated_cache, sample_codes
 
@@ -47,7 +50,11 @@ class CodeSequenceMixin:
     longest input; the last code is never one) and, for names of classes, `id2label`.
     """
 
-    def prepare_condition(self, condition=None, batch_size: int | None = None) -> torch.LongTensor:
+    def prepare_condition(
+        self,
+        condition: int | str | Sequence[int] | Sequence[str] | torch.Tensor | None = None,
+        batch_size: int | None = None,
+    ) -> torch.LongTensor:
         """
         The prefix of ids for a condition, on the model's device.
 
@@ -103,7 +110,11 @@ class CodeSequenceMixin:
             )
         return found[0]
 
-    def prepare_inputs(self, indices, condition=None) -> dict[str, torch.LongTensor]:
+    def prepare_inputs(
+        self,
+        indices: torch.LongTensor,
+        condition: int | str | Sequence[int] | Sequence[str] | torch.Tensor | None = None,
+    ) -> dict[str, torch.LongTensor]:
         """
         What `forward` takes in training.
 
@@ -212,7 +223,12 @@ class CodeSequenceMixin:
             shift_labels=targets,
         )
 
-    def check_inputs(self, input_ids, inputs_embeds, labels) -> torch.Tensor:
+    def check_inputs(
+        self,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.FloatTensor | None,
+        labels: torch.LongTensor | None,
+    ) -> torch.Tensor:
         """The one of `input_ids` and `inputs_embeds` that is given, or a ValueError."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
@@ -227,7 +243,7 @@ class CodeSequenceMixin:
             raise ValueError(f"`labels` must reach beyond the {self.config.condition_length} condition ids.")
         return inputs
 
-    def check_length(self, length: int, past) -> None:
+    def check_length(self, length: int, past: int | torch.Tensor) -> None:
         """A ValueError if `length` ids after the `past` ones are more than the model has positions for."""
         if not isinstance(past, int):
             return  # a static cache counts on the device, and reading it there would stall: `generate` has checked
@@ -237,7 +253,12 @@ class CodeSequenceMixin:
                 "and N codes takes P + N - 1, since the last code is never an input."
             )
 
-    def log_likelihood(self, indices, condition=None, **inputs) -> torch.FloatTensor:
+    def log_likelihood(
+        self,
+        indices: torch.LongTensor,
+        condition: int | str | Sequence[int] | Sequence[str] | torch.Tensor | None = None,
+        **inputs: Any,
+    ) -> torch.FloatTensor:
         """
         `log p(indices | condition)` in nats, summed over the codes, in float32. Call it in `eval()` mode.
 
@@ -264,7 +285,9 @@ class CodeSequenceMixin:
         logits = torch.cat(logits, dim=1)
         return -nn.functional.cross_entropy(logits.float().transpose(1, 2), codes, reduction="none").sum(1)
 
-    def generate(self, inputs=None, generation_config=None, **kwargs):
+    def generate(
+        self, inputs: torch.LongTensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
+    ):
         """
         transformers' `generate`, with three defaults of an image prior: it ends with the grid, `guidance_scale` guides
         against the null condition unless `negative_prompt_ids` are given, and a prompt out of range is a ValueError.
@@ -325,7 +348,7 @@ class CodeSequenceMixin:
         """The cache of a sequence of `length` ids at most; `None` if the model makes its own."""
         return preallocated_cache(self.config.num_hidden_layers, length)
 
-    def code_decoder(self, batch_size: int, length: int, **inputs):
+    def code_decoder(self, batch_size: int, length: int, **inputs: Any):
         """What reads sequences of `length` ids at most, code by code: see [`CodeDecoder`]."""
         return CodeDecoder(self, length, **inputs)
 

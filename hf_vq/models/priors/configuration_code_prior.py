@@ -1,5 +1,7 @@
 """What the configurations of the autoregressive priors over code indices share."""
 
+from collections.abc import Sequence
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
@@ -128,7 +130,7 @@ class CodePriorConfig(CodeSequenceConfigMixin, PreTrainedConfig):
         return self.codebook_size + self.condition_vocab_size + 1
 
 
-def pair_of_sides(name: str, value) -> list[int]:
+def pair_of_sides(name: str, value: int | Sequence[int]) -> list[int]:
     """The height and width that `value` gives, one number or two, or a ValueError that names the argument."""
     sides = [value] * 2 if isinstance(value, int) else list(value)
     if len(sides) != 2 or min(sides) < 1:

@@ -23,10 +23,17 @@ input_vocab_size)`, which may be given themselves (`inputs_embeds`), and may the
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel, UnbatchedClassifierFreeGuidanceLogitsProcessor
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
@@ -48,7 +55,7 @@ class IncrementalCache:
 
     is_compileable = False  # `generate` asks for it
 
-    def __init__(self, length: int, batch_size: int, condition, layers: list, **parts):
+    def __init__(self, length: int, batch_size: int, condition: torch.Tensor | None, layers: list, **parts: Any):
         self.length = length
         self.batch_size = batch_size
         self.condition = condition
@@ -79,7 +86,7 @@ class CodePriorForCausalLM(CodeSequenceMixin, CheckedLoadingMixin, PreTrainedMod
     _skip_keys_device_placement = ["past_key_values"]
     prompt_inputs = ("condition_indices",)
 
-    def __init__(self, config):
+    def __init__(self, config: PreTrainedConfig):
         super().__init__(config)
         self.one_hot_ids = OneHotIds(config.input_vocab_size)
 
@@ -103,7 +110,7 @@ class CodePriorForCausalLM(CodeSequenceMixin, CheckedLoadingMixin, PreTrainedMod
         return_dict: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: int | torch.Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """
         Args:
@@ -300,7 +307,9 @@ class CodePriorForCausalLM(CodeSequenceMixin, CheckedLoadingMixin, PreTrainedMod
 
     # ------------------------------------------------------------------------------------------------ generation
 
-    def generate(self, inputs=None, generation_config=None, **kwargs):
+    def generate(
+        self, inputs: torch.LongTensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
+    ):
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
         if kwargs.get("inputs_embeds") is not None:
             raise ValueError("`inputs_embeds` must be None: the codes that follow are given as ids, so give ids.")

@@ -86,7 +86,9 @@ class LayerSteps:
             one.
     """
 
-    def __init__(self, layer: GatedLayer, vertical: torch.Tensor, horizontal: torch.Tensor, class_ids):
+    def __init__(
+        self, layer: GatedLayer, vertical: torch.Tensor, horizontal: torch.Tensor, class_ids: torch.Tensor | None
+    ):
         half, taps = layer.half, layer.taps
         self.layer, self.half, self.taps = layer, half, taps
         # a weight under weight norm is computed whenever it is read, so once here
@@ -189,7 +191,9 @@ class PixelCNNForCausalLM(CodePriorForCausalLM):
                 length = module.parametrizations.weight.original0
                 init.copy_(length, torch.linalg.vector_norm(weight.flatten(1), dim=1).view_as(length))
 
-    def encode_condition(self, prefix: torch.Tensor, condition_indices) -> torch.Tensor | None:
+    def encode_condition(
+        self, prefix: torch.Tensor, condition_indices: torch.LongTensor | None
+    ) -> torch.Tensor | None:
         """Classes `(B,)`, the null class as the last one, or weights over them; `None` when unconditional."""
         if condition_indices is not None:
             raise ValueError("`condition_indices` must be None: a PixelCNN has no level above.")
@@ -211,7 +215,9 @@ class PixelCNNForCausalLM(CodePriorForCausalLM):
     ) -> torch.Tensor:
         return self._read_layers(codes, condition, states, steps=None)
 
-    def read_grid_and_cache(self, codes, condition, positions, states=None):
+    def read_grid_and_cache(
+        self, codes: torch.LongTensor, condition: torch.Tensor | None, positions: int, states: list | None = None
+    ):
         steps = []
         features = self._read_layers(codes, condition, states, steps)
         last_row = self.code_embedding(codes[:, -1]).transpose(1, 2)

@@ -122,7 +122,9 @@ class PixelSNAILForCausalLM(CodePriorForCausalLM):
             states += [*kept, features] if len(self.output_blocks) else kept
         return features
 
-    def read_grid_and_cache(self, codes: torch.LongTensor, condition, positions: int, states: list | None = None):
+    def read_grid_and_cache(
+        self, codes: torch.LongTensor, condition: torch.Tensor | None, positions: int, states: list | None = None
+    ):
         steps = PixelSNAILSteps(self, condition, len(codes))
         if torch.is_grad_enabled():
             steps(codes.flatten(1)[:, : positions - 1], positions)

@@ -1,8 +1,11 @@
 """The autoregressive prior over code indices: transformers' GPT-2 with a condition prefix."""
 
+from typing import Any
+
 import torch
 from torch import nn
-from transformers import GenerationMixin, GPT2Model
+from transformers import GenerationMixin, GPT2Model, PreTrainedConfig
+from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.gpt2.modeling_gpt2 import GPT2PreTrainedModel
@@ -56,12 +59,12 @@ class VQGPTForCausalLM(CodeSequenceMixin, VQGPTPreTrainedModel, GenerationMixin)
         input_ids: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values=None,
+        past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """
         Args:
@@ -157,7 +160,7 @@ class VQGPTForCausalLM(CodeSequenceMixin, VQGPTPreTrainedModel, GenerationMixin)
 
     # ------------------------------------------------------------------------------------------------ sampling
 
-    def code_decoder(self, batch_size: int, length: int, **inputs):
+    def code_decoder(self, batch_size: int, length: int, **inputs: Any):
         """[`GPTDecoder`], where GPT-2's blocks are called as they are; else what runs `forward`."""
         config = self.config
         as_usual = config.scale_attn_weights and not config.scale_attn_by_inverse_layer_idx
@@ -170,7 +173,7 @@ class VQGPTForCausalLM(CodeSequenceMixin, VQGPTPreTrainedModel, GenerationMixin)
         return CodeDecoder(self, length, **inputs)
 
     @staticmethod
-    def create_masks_for_generate(config, **kwargs):
+    def create_masks_for_generate(config: PreTrainedConfig, **kwargs: Any):
         """Called by `generate` before a compiled step: the same masks as above."""
         if config.n_unmasked > 1:
             kwargs["or_mask_function"] = _bidirectional_prefix(config.n_unmasked)

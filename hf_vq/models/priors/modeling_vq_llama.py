@@ -1,9 +1,13 @@
 """The autoregressive prior over code indices on transformers' Llama, with rotary positions on the grid."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import GenerationMixin, LlamaModel
 from transformers import initialization as init
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 from transformers.utils import can_return_tuple
@@ -102,7 +106,11 @@ class VQLlamaForCausalLM(CodeSequenceMixin, VQLlamaPreTrainedModel, GenerationMi
 
     # ------------------------------------------------------------------------------------------------ conditions
 
-    def prepare_condition(self, condition=None, batch_size: int | None = None) -> torch.LongTensor:
+    def prepare_condition(
+        self,
+        condition: int | str | Sequence[int] | Sequence[str] | torch.Tensor | None = None,
+        batch_size: int | None = None,
+    ) -> torch.LongTensor:
         """
         As of [`CodeSequenceMixin`]; with `condition_type="text"`, a text's features float `(B, condition_length,
         text_embed_dim)`, which `forward` and `generate` also get as `condition_states`.
@@ -121,12 +129,21 @@ class VQLlamaForCausalLM(CodeSequenceMixin, VQLlamaPreTrainedModel, GenerationMi
         is_text = self.config.condition_type == "text" and condition is not None
         return {"condition_states": condition.to(self.device)} if is_text else {}
 
-    def prepare_inputs(self, indices, condition=None) -> dict[str, torch.Tensor]:
+    def prepare_inputs(
+        self,
+        indices: torch.LongTensor,
+        condition: int | str | Sequence[int] | Sequence[str] | torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
         return super().prepare_inputs(indices, condition) | self._states(condition)
 
     prepare_inputs.__doc__ = CodeSequenceMixin.prepare_inputs.__doc__
 
-    def log_likelihood(self, indices, condition=None, **inputs) -> torch.FloatTensor:
+    def log_likelihood(
+        self,
+        indices: torch.LongTensor,
+        condition: int | str | Sequence[int] | Sequence[str] | torch.Tensor | None = None,
+        **inputs: Any,
+    ) -> torch.FloatTensor:
         return super().log_likelihood(indices, condition, **self._states(condition), **inputs)
 
     log_likelihood.__doc__ = CodeSequenceMixin.log_likelihood.__doc__
@@ -140,12 +157,12 @@ class VQLlamaForCausalLM(CodeSequenceMixin, VQLlamaPreTrainedModel, GenerationMi
         labels: torch.LongTensor | None = None,
         condition_states: torch.FloatTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values=None,
+        past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """
         Args:

@@ -4,6 +4,7 @@ maps are channels-last, `(B, h, w, C)`.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -133,7 +134,7 @@ class GatedResidualBlock(GradientCheckpointingLayer):
         self,
         channels: int,
         inner_channels: int,
-        conv,
+        conv: Callable[..., nn.Module],
         dropout: float,
         auxiliary_channels: int = 0,
         condition_channels: int = 0,
@@ -260,7 +261,9 @@ class CodeStem(nn.Module):
         self.above = CodeConv(config.codebook_size, config.hidden_size, above)
         self.left = CodeConv(config.codebook_size, config.hidden_size, left)
 
-    def forward(self, codes: torch.LongTensor, tables=(None, None)) -> torch.Tensor:
+    def forward(
+        self, codes: torch.LongTensor, tables: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+    ) -> torch.Tensor:
         """`tables` are those of the two convolutions, where they are known."""
         # shifted, so that neither sees the position itself; there is nothing, not even a bias, above the first row
         above = F.pad(self.above(codes, tables[0])[:, :-1], (0, 0, 0, 0, 1, 0))

@@ -8,6 +8,7 @@ left for each position, so that most of the weights are read once a row.
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from .modeling_code_prior import effective_weight
 from .pixelsnail_blocks import (
@@ -218,7 +219,7 @@ class PixelSNAILSteps:
     """
 
     @torch.no_grad()
-    def __init__(self, model, condition: torch.Tensor | None, batch_size: int):
+    def __init__(self, model: nn.Module, condition: torch.Tensor | None, batch_size: int):
         self.height, self.width = model.config.grid_size
         self.stem = StemSteps(model.stem, batch_size, model.config.grid_size)
         self.blocks = [BlockSteps(block, batch_size, model.config.grid_size) for block in model.blocks]

@@ -1,7 +1,9 @@
 """The denoiser of VQ-Diffusion: a transformer over a grid of code indices, some of them masked (Gu et al. 2022)."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -83,7 +85,13 @@ class VQDiffusionAttnProcessor:
     _attention_backend = None
     _parallel_config = None
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None) -> torch.Tensor:
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         query, key, value = (
             states.unflatten(-1, (-1, attn.head_dim))
             for states in self._project(attn, hidden_states, encoder_hidden_states)
@@ -176,7 +184,7 @@ class VQDiffusionTransformerBlock(nn.Module):
         config: of [`VQDiffusionTransformer2DModel`].
     """
 
-    def __init__(self, config):
+    def __init__(self, config: Mapping[str, Any]):
         super().__init__()
         dim = config.num_attention_heads * config.attention_head_dim
         heads = (config.num_attention_heads, config.attention_head_dim, config.dropout, config.attention_dropout)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from torch import nn
+from torch.utils.data import Dataset
 
 from .streaming import StreamingImageDataset
 
@@ -36,7 +37,7 @@ def tokenizer_fingerprint(tokenizer: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def images_fingerprint(dataset, samples: int = 16) -> str:
+def images_fingerprint(dataset: Dataset, samples: int = 16) -> str:
     """A hash of the pixels and fields of a few images (evenly spaced, or the first of a stream), and of their number."""
     digest = hashlib.sha256()
     if isinstance(dataset, StreamingImageDataset):
@@ -52,7 +53,7 @@ def images_fingerprint(dataset, samples: int = 16) -> str:
     return digest.hexdigest()
 
 
-def read_sample(dataset, row: int) -> dict | None:
+def read_sample(dataset: Dataset, row: int) -> dict | None:
     """One sample without augmentation, or None where its image is broken."""
     return dataset.read(row) if hasattr(dataset, "read") else dataset[row]
 

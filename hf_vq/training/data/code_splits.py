@@ -1,5 +1,7 @@
 """The codes of a training and a validation set, and the names of their classes."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
@@ -9,8 +11,12 @@ from .image_datasets import DataArguments, load_image_dataset
 from .indices_cache import IndicesDataset, load_indices, write_indices
 
 
+if TYPE_CHECKING:
+    from ..run import TrainingRun
+
+
 def load_code_splits(
-    run,
+    run: "TrainingRun",
     data: DataArguments,
     tokenizer: nn.Module,
     random_flip: bool,

@@ -1,13 +1,16 @@
 """The columns of a data set that samples are made of: images, classes, captions and others, checked when it is opened."""
 
 import logging
+from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 
 if TYPE_CHECKING:
+    import datasets
+
     from .image_datasets import DataArguments
 
 logger = logging.getLogger(__name__)
@@ -16,7 +19,12 @@ CONDITION = "conditioning_image"
 NO_LABEL = -1  # the class of a row without one, where rows may lack it: `datasets` writes it so, too
 
 
-def prepare_columns(rows, arguments: "DataArguments", class_names: list[str] | None = None, keep_gaps: bool = True):
+def prepare_columns(
+    rows: "datasets.Dataset | datasets.IterableDataset",
+    arguments: "DataArguments",
+    class_names: list[str] | None = None,
+    keep_gaps: bool = True,
+):
     """Keeps the image columns, undecoded, as `image` and `conditioning_image`, integer labels as `label`, and the extra ones.
 
     Args:
@@ -74,7 +82,7 @@ def _holds_arrays(feature) -> bool:
     return isinstance(feature, (datasets.Array2D, datasets.Array3D, datasets.List, list))
 
 
-def is_missing(value) -> bool:
+def is_missing(value: Any) -> bool:
     """Whether a label or a caption, or a list of captions, says nothing."""
     if isinstance(value, (list, tuple)):
         return all(item is None for item in value)
@@ -90,7 +98,7 @@ def missing_error(column: str, row: str, more: int = 0) -> ValueError:
     )
 
 
-def draw_caption(value, seed: int, epoch: int, index: int) -> str | None:
+def draw_caption(value: str | Sequence[str] | None, seed: int, epoch: int, index: int) -> str | None:
     """A caption, of several one that is drawn from `(seed, epoch, index)`; None where there is none."""
     if not isinstance(value, (list, tuple)):
         return value
@@ -101,7 +109,12 @@ def draw_caption(value, seed: int, epoch: int, index: int) -> str | None:
     return captions[int(np.random.default_rng((seed, epoch, index, 1)).integers(len(captions)))]
 
 
-def without_gaps(rows, arguments: "DataArguments", label_column: str | None, keep: bool):
+def without_gaps(
+    rows: "datasets.Dataset | datasets.IterableDataset",
+    arguments: "DataArguments",
+    label_column: str | None,
+    keep: bool,
+):
     """Refuses rows that lack a label or caption; with `missing_condition="null"` leaves them out, or keeps them."""
     import datasets
 

@@ -367,7 +367,7 @@ def collate(samples: list[dict]) -> dict:
     return batch
 
 
-def pixel_variance(dataset, samples: int = 1000) -> float:
+def pixel_variance(dataset: Dataset, samples: int = 1000) -> float:
     """Variance of the pixels of the first images about their mean."""
     pixels = torch.stack([dataset[i]["pixel_values"] for i in range(min(samples, len(dataset)))])
     return float(pixels.var())

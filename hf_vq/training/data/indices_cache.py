@@ -51,7 +51,7 @@ CONDITION_CODES = "condition_codes"
 
 def write_indices(
     tokenizer: nn.Module,
-    dataset,
+    dataset: Dataset,
     path: str | Path,
     flip: bool = False,
     batch_size: int = 64,

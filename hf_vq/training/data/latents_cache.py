@@ -58,7 +58,7 @@ def encode_latents(tokenizer: nn.Module, pixel_values: torch.Tensor) -> torch.Te
 
 def write_latents(
     tokenizer: nn.Module,
-    dataset,
+    dataset: Dataset,
     path: str | Path,
     flip: bool = False,
     batch_size: int = 64,

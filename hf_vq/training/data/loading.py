@@ -1,6 +1,7 @@
 """Batches of one process of a run, from a position in the data on."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -35,7 +36,7 @@ class _CollatedStream(IterableDataset):
 
 
 def micro_batches(
-    dataset,
+    dataset: Dataset,
     collate_fn: Callable,
     plan: dict,
     position: int,
@@ -68,7 +69,7 @@ def micro_batches(
         yield batch, None
 
 
-def move_to_device(batch, device: torch.device):
+def move_to_device(batch: Any, device: torch.device):
     """Moves the tensors of a batch (a tensor, or a dict, list or tuple of them) to a device."""
     if torch.is_tensor(batch):
         return batch.to(device, non_blocking=True)

@@ -1,5 +1,7 @@
 """What a denoiser of continuous latents is trained on: scaled latents, noise, targets, and weights of noise levels."""
 
+from collections.abc import Iterable
+
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
@@ -152,7 +154,7 @@ class LatentScale:
             raise ValueError(f"`value` must be positive, got {value}.")
         self.value = self.given = value
 
-    def measure(self, batches) -> float:
+    def measure(self, batches: Iterable[torch.Tensor]) -> float:
         """`1 / std` over all values of `batches` of latents (Rombach et al. 2022, appendix G)."""
         count, total, squares = 0, 0.0, 0.0
         for latents in batches:
