@@ -10,7 +10,7 @@ import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
-from transformers.image_processing_utils import BaseImageProcessor
+from transformers import BaseImageProcessor
 
 from ..argument_checks import check_integer, check_real
 from ..images import numpy_to_pil
