@@ -1,4 +1,5 @@
 """Train a GPT prior (Esser et al. 2021) over the codes of a trained tokenizer: unconditional, by class, or by an image.
+With --architecture llama it is a Llama with rotary positions on the grid of codes (Sun et al. 2024).
 
     python examples/vq_gpt/train_vq_gpt.py examples/vq_gpt/emoji_32.yaml --tokenizer outputs/vqgan/tokenizer
     accelerate launch examples/vq_gpt/train_vq_gpt.py CONFIG.yaml [--argument value ...]
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import AutoImageProcessor, AutoModel
 
-from hf_vq import VQAutoregressivePipeline, VQGPTConfig, VQGPTForCausalLM
+from hf_vq import VQAutoregressivePipeline, VQGPTConfig, VQGPTForCausalLM, VQLlamaConfig, VQLlamaForCausalLM
 from hf_vq.evaluation.evaluate import evaluate_prior
 from hf_vq.training.data.code_splits import count_classes, load_code_splits, training_inputs
 from hf_vq.training.data.conditions import load_condition_processor
@@ -40,10 +41,13 @@ class VQGPTArguments:
         default=0,
         metadata={"help": "So many first positions see each other in both directions, those of the condition say."},
     )
+    architecture: str = field(
+        default="gpt", metadata={"help": '"gpt", or "llama" with rotary positions on the grid of codes.'}
+    )
     num_hidden_layers: int = 12
     hidden_size: int = 512
     num_attention_heads: int = 8
-    dropout: float = field(default=0.1, metadata={"help": "In the residual stream and the embedding."})
+    dropout: float = field(default=0.1, metadata={"help": "In the residual stream (GPT) and the embedding (both)."})
     attention_dropout: float = field(
         default=0.0, metadata={"help": "On the attention weights; not 0 costs the fused attention of a CPU."}
     )
@@ -61,6 +65,8 @@ class VQGPTArguments:
     guidance_scale: float = field(default=1.0, metadata={"help": "Guidance of the validation picture."})
 
     def __post_init__(self):
+        if self.architecture not in ("gpt", "llama"):
+            raise ValueError(f"architecture={self.architecture!r}: it must be 'gpt' or 'llama'.")
         check_numbers(
             self,
             at_least_0_integer=("n_unmasked",),
@@ -69,9 +75,17 @@ class VQGPTArguments:
             below_1=("dropout", "attention_dropout", "condition_dropout", "adam_beta1", "adam_beta2"),
             at_least_0=("weight_decay", "guidance_scale"),
         )
+        if self.architecture == "llama" and (self.condition_tokenizer is not None or self.n_unmasked):
+            name = "n_unmasked" if self.condition_tokenizer is None else "condition_tokenizer"
+            raise ValueError(f"{name}={getattr(self, name)!r}: it needs architecture='gpt', got 'llama'.")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads}: it must divide hidden_size={self.hidden_size}."
+            )
+        if self.architecture == "llama" and self.hidden_size // self.num_attention_heads % 4:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads}: a head of a Llama must have a multiple of 4 channels, "
+                f"got {self.hidden_size // self.num_attention_heads}."
             )
 
 
@@ -94,28 +108,41 @@ def build_prior(
             "condition_vocab_size": condition_tokenizer.config.num_embeddings,
             "condition_length": math.prod(grids[CONDITION_CODES]),
         }
+    common = {
+        "codebook_size": tokenizer.config.num_embeddings,
+        "grid_size": tuple(grids["indices"]),
+        "condition_dropout": 0.0 if condition["condition_type"] == "unconditional" else args.condition_dropout,
+        "pkeep": args.pkeep,
+        "embd_pdrop": args.dropout,
+        **condition,
+    }
+    if args.architecture == "llama":
+        config = VQLlamaConfig(
+            num_hidden_layers=args.num_hidden_layers,
+            hidden_size=args.hidden_size,
+            num_attention_heads=args.num_attention_heads,
+            attention_dropout=args.attention_dropout,
+            **common,
+        )
+        return VQLlamaForCausalLM(config)
     config = VQGPTConfig(
-        codebook_size=tokenizer.config.num_embeddings,
-        grid_size=tuple(grids["indices"]),
-        condition_dropout=0.0 if condition["condition_type"] == "unconditional" else args.condition_dropout,
         n_unmasked=args.n_unmasked,
-        pkeep=args.pkeep,
         n_layer=args.num_hidden_layers,
         n_embd=args.hidden_size,
         n_head=args.num_attention_heads,
         resid_pdrop=args.dropout,
-        embd_pdrop=args.dropout,
         attn_pdrop=args.attention_dropout,
-        **condition,
+        **common,
     )
     return VQGPTForCausalLM(config)
 
 
 def weight_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
     """Weight decay on the matrices of the blocks and the head; none on embeddings, norms and biases."""
+    embeddings = (".wte.", ".wpe.", ".embed_tokens.")
     decayed, kept = [], []
     for name, parameter in model.named_parameters():
-        is_matrix = parameter.ndim >= 2 and ".wte." not in name and ".wpe." not in name
+        is_matrix = parameter.ndim >= 2 and not any(part in name for part in embeddings)
         (decayed if is_matrix else kept).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
 

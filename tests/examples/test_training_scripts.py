@@ -1,12 +1,22 @@
 """The training scripts in this process: their arguments, and a prior on labels without names."""
 
+import math
+from types import SimpleNamespace
+
 import datasets
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from hf_vq import VQGPTForCausalLM, VQImageProcessor, VQVAEConfig, VQVAEModel
+from hf_vq import (
+    VQAutoregressivePipeline,
+    VQGPTForCausalLM,
+    VQImageProcessor,
+    VQLlamaForCausalLM,
+    VQVAEConfig,
+    VQVAEModel,
+)
 from hf_vq.training.data import code_splits
 from hf_vq.training.data.code_splits import training_inputs
 from hf_vq.training.run_arguments import parse_arguments
@@ -121,6 +131,52 @@ def test_rows_without_a_label_train_the_null_class(inputs):
 
 def test_a_prior_without_labels(inputs):
     assert train_prior(inputs).condition_type == "unconditional"
+
+
+def test_a_llama_trains_and_its_pipeline_samples(inputs):
+    places = [f"--{key}={inputs / value}" for key, value in PLACES.items()]
+    shape = "--architecture llama --num_hidden_layers 1 --hidden_size 16 --num_attention_heads 2 --sample_classes 1"
+    length = (
+        "--max_train_steps 30 --train_batch_size 8 --learning_rate 0.03 --lr_warmup_steps 0 --resolution 8 --cpu true"
+    )
+    regularisation = "--dropout 0 --condition_dropout 0.1 --attention_dropout 0.1 --pkeep 0.9"
+    options = [*shape.split(), *length.split(), *regularisation.split(), "--label_column", "number"]
+    script("vq_gpt").main([*places, *options])
+    pipeline = VQAutoregressivePipeline.from_pretrained(inputs / "prior/pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    prior = pipeline.prior
+    assert type(prior) is VQLlamaForCausalLM and prior.config.condition_vocab_size == 3
+    assert (prior.config.pkeep, prior.config.attention_dropout, prior.config.embd_pdrop) == (0.9, 0.1, 0.0)
+    images = pipeline([2, 0], guidance_scale=2.0, output_type="pt", generator=torch.Generator().manual_seed(0)).images
+    assert images.shape == (2, 3, 8, 8)
+    # it knows the images that it was trained on better than codes at random
+    saved = datasets.load_dataset("parquet", data_dir=str(inputs / "prior/indices/train"), split="train")
+    codes, labels = torch.tensor(saved["indices"][:]).reshape(8, *prior.config.grid_size), saved["label"][:]
+    with torch.no_grad():
+        nats = -prior.log_likelihood(codes, torch.tensor(labels)).mean().item() / codes[0].numel()
+    assert nats < 0.8 * math.log(prior.config.codebook_size)
+
+
+def test_architectures_and_heads_that_do_not_exist():
+    for options, message in (
+        (["--architecture", "mamba"], "must be 'gpt' or 'llama'"),
+        (["--architecture", "llama", "--hidden_size", "12", "--num_attention_heads", "2"], "a multiple of 4 channels"),
+        (["--architecture", "llama", "--n_unmasked", "2"], "n_unmasked=2: it needs architecture='gpt'"),
+        (["--architecture", "llama", "--condition_tokenizer", "maps"], "condition_tokenizer='maps': it needs"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse_arguments((script("vq_gpt").VQGPTArguments,), ["--tokenizer", "folder", *options])
+
+
+def test_weight_decay_spares_the_embedding_of_a_llama():
+    args = script("vq_gpt").VQGPTArguments(
+        "folder", architecture="llama", num_hidden_layers=1, hidden_size=16, num_attention_heads=2
+    )
+    tokenizer = SimpleNamespace(config=SimpleNamespace(num_embeddings=8))
+    prior = script("vq_gpt").build_prior(args, tokenizer, {"indices": (2, 2)}, 3, None)
+    kept = {id(p) for p in script("vq_gpt").weight_groups(prior, 0.1)[1]["params"]}
+    names = {name for name, parameter in prior.named_parameters() if id(parameter) in kept}
+    assert "model.embed_tokens.weight" in names and all("norm" in name or "embed" in name for name in names)
 
 
 def test_validation_labels_beyond_those_of_the_training_data_are_refused(inputs):
