@@ -205,7 +205,7 @@ def add_convert(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("--codec_config", help="vq_diffusion, llamagen: the configuration of the image codec")
     command.add_argument("--mapping", help="vq_diffusion: the table of the codes in use")
     command.add_argument(
-        "--tokenizer", help="vq_diffusion: a folder with CLIP's vocabulary; llamagen: a prior's tokenizer"
+        "--tokenizer", help="a folder with a text encoder's vocabulary; llamagen: a prior's tokenizer"
     )
     command.add_argument("--top", help="rosinality: the top prior")
     command.add_argument("--bottom", help="rosinality: the bottom prior")

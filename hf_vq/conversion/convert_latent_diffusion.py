@@ -5,15 +5,18 @@
 A whole model (LatentDiffusion) becomes a `VQLatentDiffusionPipeline`, a first stage (VQModel) a `VQGANModel`.
 """
 
+import math
 from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..hub import save_with_code
 from ..pipelines.pipeline_vq_latent_diffusion import VQLatentDiffusionPipeline
 from .checkpoints import (
     argument_parser,
+    check_agrees,
     drop_keys,
     print_dropped,
     push_folder,
@@ -23,7 +26,7 @@ from .checkpoints import (
 )
 from .ldm_conditioner import convert_conditioner
 from .ldm_unet import convert_unet
-from .reading import load_state_dict, read_model
+from .reading import Options, load_state_dict, read_model
 from .taming_tokenizer import convert_tokenizer, save_discriminator
 
 
@@ -43,15 +46,20 @@ SCHEDULE_KEYS = (
     "posterior_mean_coef2",
     "logvar",
 )
+WHOLE_MODELS = ("LatentDiffusion", "Layout2ImgDiffusion")
 # Arguments of `LatentDiffusion` that are read here, or change nothing of what a trained model predicts.
 KNOWN_PARAMS = set(
     "beta_schedule channels ckpt_path clip_denoised concat_mode cond_stage_config cond_stage_key cond_stage_trainable "
-    "conditioning_key cosine_s first_stage_config first_stage_key ignore_keys image_size l_simple_weight learn_logvar "
-    "linear_end linear_start load_only_unet log_every_t logvar_init loss_type monitor num_timesteps_cond "
-    "original_elbo_weight parameterization scale_by_std scale_factor scheduler_config timesteps unet_config use_ema "
-    "use_positional_encodings v_posterior".split()
+    "conditioning_key cosine_s first_stage_config first_stage_key given_betas ignore_keys image_size l_simple_weight "
+    "learn_logvar linear_end linear_start load_only_unet log_every_t logvar_init loss_type monitor original_elbo_weight "
+    "parameterization scale_by_std scale_factor scheduler_config timesteps unet_config use_ema v_posterior".split()
 )
-FIXED_PARAMS = ("cond_stage_forward", "given_betas")  # None in every published model
+# Those of which one value has an equivalent here, as in every published model; the first is the default.
+FIXED_PARAMS = {
+    "cond_stage_forward": (None,),
+    "num_timesteps_cond": (None, 1),
+    "use_positional_encodings": (False, None),
+}
 PREDICTION_TYPES = {"eps": "epsilon", "x0": "sample"}
 
 
@@ -61,30 +69,51 @@ def convert_schedule(params: dict, state_dict: dict) -> DDIMScheduler:
     Raises:
         ValueError: if the checkpoint's betas are not those of the configuration, or its parameterization is unknown.
     """
-    kind, count = params.get("beta_schedule", "linear"), params.get("timesteps", 1000)
-    start, end = params.get("linear_start", 1e-4), params.get("linear_end", 2e-2)
     parameterization = params.get("parameterization", "eps")
     if parameterization not in PREDICTION_TYPES:
         raise ValueError(f"`config` has the parameterization {parameterization!r}; known: {sorted(PREDICTION_TYPES)}.")
-    betas = state_dict.get("betas")
-    if kind == "linear":  # linear in the square root
-        schedule = {"beta_start": start, "beta_end": end, "beta_schedule": "scaled_linear"}
-    elif betas is not None:
-        schedule = {"trained_betas": betas.tolist()}
-    else:
-        raise ValueError(f"`checkpoint` lacks betas, which `config` only names: beta_schedule={kind!r}.")
     scheduler = DDIMScheduler(
-        num_train_timesteps=count,
-        **schedule,
+        **schedule_arguments(params),
         clip_sample=False,
         set_alpha_to_one=False,
         steps_offset=1,
         prediction_type=PREDICTION_TYPES[parameterization],
     )
-    if betas is not None and not betas.is_meta:
-        if betas.shape != scheduler.betas.shape or not torch.allclose(betas.float(), scheduler.betas, atol=1e-7):
-            raise ValueError("`checkpoint` has other betas than `config` says (timesteps, linear_start, linear_end).")
+    for name, computed in (("betas", scheduler.betas), ("alphas_cumprod", scheduler.alphas_cumprod)):
+        found = state_dict.get(name)
+        if found is None or found.is_meta:
+            continue
+        if found.shape != computed.shape or not torch.allclose(found.float(), computed, atol=1e-6, rtol=1e-4):
+            raise ValueError(
+                f"`checkpoint` has other {name} than `config` says (timesteps, beta_schedule, linear_start, linear_end)."
+            )
     return scheduler
+
+
+def schedule_arguments(params: dict) -> dict:
+    """The arguments of diffusers' schedulers for the betas of the original.
+
+    Raises:
+        ValueError: for a schedule that the original does not have.
+    """
+    kind, count = params.get("beta_schedule", "linear"), params.get("timesteps", 1000)
+    start, end = params.get("linear_start", 1e-4), params.get("linear_end", 2e-2)
+    if params.get("given_betas") is not None:
+        betas = [float(beta) for beta in params["given_betas"]]
+        return {"num_train_timesteps": len(betas), "trained_betas": betas}
+    if kind == "linear":  # in the square root
+        return {"num_train_timesteps": count, "beta_start": start, "beta_end": end, "beta_schedule": "scaled_linear"}
+    if kind == "cosine":  # Nichol & Dhariwal 2021, equation 17
+        offset = params.get("cosine_s", 8e-3)
+        angles = (torch.arange(count + 1, dtype=torch.float64) / count + offset) / (1 + offset) * math.pi / 2
+        levels = angles.cos().square()
+        betas = (1 - levels[1:] / levels[:-1]).clamp(0, 0.999)
+    elif kind in ("sqrt_linear", "sqrt"):
+        betas = torch.linspace(start, end, count, dtype=torch.float64)
+        betas = betas.sqrt() if kind == "sqrt" else betas
+    else:
+        raise ValueError(f"`config` has the beta_schedule {kind!r}; known: cosine, linear, sqrt, sqrt_linear.")
+    return {"num_train_timesteps": count, "trained_betas": betas.tolist()}
 
 
 def averaged_weights(live: dict, averages: dict) -> dict:
@@ -108,14 +137,43 @@ def averaged_weights(live: dict, averages: dict) -> dict:
 
 def scale_factor(params: dict, state_dict: dict) -> float:
     """What latents are multiplied by: in the checkpoint only where it was measured (scale_by_std)."""
-    if "scale_factor" in state_dict:
-        return float(state_dict["scale_factor"])
+    configured, measured = float(params.get("scale_factor", 1.0)), state_dict.get("scale_factor")
     if params.get("scale_by_std", False):
-        raise ValueError("`checkpoint` lacks scale_factor, which `config` says was measured (scale_by_std).")
-    return float(params.get("scale_factor", 1.0))
+        if measured is None:
+            raise ValueError("`checkpoint` lacks scale_factor, which `config` says was measured (scale_by_std).")
+        configured = float(measured)
+    elif measured is not None and not math.isclose(float(measured), configured, rel_tol=1e-6):
+        raise ValueError(
+            f"`checkpoint` has scale_factor={float(measured)}, a measured one, but `config` says scale_factor={configured} "
+            "without scale_by_std."
+        )
+    if not (math.isfinite(configured) and configured > 0):
+        raise ValueError(f"`checkpoint` or `config` must have a positive scale_factor, got {configured}.")
+    return configured
 
 
-def convert_model(model: dict, state_dict: dict, use_ema: bool = True, null_class_id: int | None = None):
+def check_params(params: dict) -> None:
+    """A `ValueError` for an argument of `LatentDiffusion` that is missing, not known, or has no equivalent here."""
+    unknown = sorted(set(params) - KNOWN_PARAMS - set(FIXED_PARAMS))
+    if unknown:
+        raise ValueError(f"`config` has names in the model's params that are not known: {unknown}.")
+    for name, known in FIXED_PARAMS.items():
+        if params.get(name, known[0]) not in known:
+            raise ValueError(f"`config` must have {name}={known[0]}, got {params[name]!r}: hf_vq has no equivalent.")
+    options = Options(params, "model.params")
+    options.section("first_stage_config").take("target")
+    denoiser, _ = options.node("unet_config")
+    if denoiser != "UNetModel":
+        raise ValueError(f"`config` has a unet_config of the class {denoiser}; known: UNetModel.")
+
+
+def convert_model(
+    model: dict,
+    state_dict: dict,
+    use_ema: bool = True,
+    null_class_id: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+):
     """
     A whole model.
 
@@ -124,6 +182,7 @@ def convert_model(model: dict, state_dict: dict, use_ema: bool = True, null_clas
         state_dict: the checkpoint's `state_dict`.
         use_ema: take the averages of the denoiser's weights, where the checkpoint has them.
         null_class_id: the class that stands for none; by default the last of 1001.
+        tokenizer (*optional*): of a text encoder; without it the pipeline takes `prompt_embeds`.
 
     Returns:
         a `VQLatentDiffusionPipeline`, and for each key that is not used, why.
@@ -132,12 +191,7 @@ def convert_model(model: dict, state_dict: dict, use_ema: bool = True, null_clas
         ValueError: for a part that has no equivalent here, or a key that is missing or unknown.
     """
     params = model["params"]
-    unknown = sorted(set(params) - KNOWN_PARAMS - set(FIXED_PARAMS))
-    if unknown:
-        raise ValueError(f"`config` has names in the model's params that are not known: {unknown}.")
-    for name in FIXED_PARAMS:
-        if params.get(name) is not None:
-            raise ValueError(f"`config` must have {name}=None, got {params[name]!r}: hf_vq has no equivalent.")
+    check_params(params)
     schedule = {key: state_dict[key] for key in SCHEDULE_KEYS if key in state_dict}
     rest = {key: value for key, value in state_dict.items() if key not in (*schedule, "scale_factor")}
     live, averages, first_stage, cond_stage = split_by_prefix(rest, PREFIXES).values()
@@ -152,9 +206,11 @@ def convert_model(model: dict, state_dict: dict, use_ema: bool = True, null_clas
     dropped |= {f"first_stage_model.{key}": why for key, why in reasons.items()}
 
     weights = averaged_weights(live, averages) if use_ema and averages else live
-    changes, arguments, reasons = convert_conditioner(params, cond_stage, weights, null_class_id)
+    latents = vqvae.config.embed_dim
+    check_agrees("channels", params.get("channels", 3), latents)
+    changes, arguments, reasons = convert_conditioner(params, cond_stage, weights, latents, null_class_id, tokenizer)
     dropped |= {f"cond_stage_model.{key}": why for key, why in reasons.items()}
-    unet = convert_unet(params["unet_config"]["params"], weights, **changes)
+    unet = convert_unet(params["unet_config"].get("params") or {}, weights, **changes)
     if weights is live:
         dropped |= dict.fromkeys([f"model_ema.{key}" for key in averages], "averages; --live takes the others")
     else:
@@ -172,6 +228,7 @@ def convert(
     use_ema: bool = True,
     null_class_id: int | None = None,
     discriminator: bool = False,
+    tokenizer: str | Path | None = None,
 ) -> dict[str, str]:
     """
     Writes the folder `output`: a pipeline, or a first stage with its image processor.
@@ -181,6 +238,7 @@ def convert(
         use_ema (`bool`): take the averages, of the denoiser's weights or of a first stage's, where there are any.
         null_class_id (`int`, *optional*): see `convert_model`.
         discriminator (`bool`): also write a first stage's discriminator to `output/discriminator`.
+        tokenizer (`str` or `Path`, *optional*): the folder of a text encoder's tokenizer.
 
     Returns:
         for each key that is not used, why.
@@ -191,17 +249,24 @@ def convert(
     output = Path(output)
     model = read_model(config)
     state_dict = load_state_dict(checkpoint)
-    if model["target"].rpartition(".")[2] == "LatentDiffusion":
+    target = model["target"].rpartition(".")[2]
+    if target not in WHOLE_MODELS and any(key.startswith(PREFIXES[0]) for key in state_dict):
+        raise ValueError(
+            f"`config` has a model of the class {target}, and `checkpoint` a denoiser; known: {', '.join(WHOLE_MODELS)}."
+        )
+    if target in WHOLE_MODELS:
         if discriminator:
             raise ValueError("`--discriminator` needs the checkpoint of a first stage.")
-        pipeline, dropped = convert_model(model, state_dict, use_ema, null_class_id)
+        words = None if tokenizer is None else AutoTokenizer.from_pretrained(tokenizer)
+        pipeline, dropped = convert_model(model, state_dict, use_ema, null_class_id, words)
         save_with_code(pipeline, output)
         save_image_processor(pipeline.vqvae, output / "vqvae")
         return dropped
-    if null_class_id is not None:
-        raise ValueError(f"`null_class_id` needs a whole model, got a first stage ({model['target']}).")
-    tokenizer, dropped = convert_tokenizer(model, state_dict, use_ema)
-    save_tokenizer(tokenizer, output)
+    for name, value in (("null_class_id", null_class_id), ("tokenizer", tokenizer)):
+        if value is not None:
+            raise ValueError(f"`{name}` needs a whole model, got a first stage ({model['target']}).")
+    first_stage, dropped = convert_tokenizer(model, state_dict, use_ema)
+    save_tokenizer(first_stage, output)
     return save_discriminator(model, state_dict, output, dropped) if discriminator else dropped
 
 
@@ -213,6 +278,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--null_class_id", type=int, help="the class that stands for none; by default the last of 1001"
     )
+    parser.add_argument("--tokenizer", help="a folder with the vocabulary of the text encoder")
     options = parser.parse_args(arguments)
     dropped = convert(
         options.checkpoint,
@@ -221,6 +287,7 @@ def main(arguments: list[str] | None = None) -> None:
         not options.live,
         options.null_class_id,
         options.discriminator,
+        options.tokenizer,
     )
     print_dropped(dropped)
     if options.push_to_hub:

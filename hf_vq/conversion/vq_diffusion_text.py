@@ -15,6 +15,12 @@ OUTER_KEYS = {
     "ln_final.weight": "final_layer_norm.weight",
     "ln_final.bias": "final_layer_norm.bias",
 }
+# The weights that its size is read from, under transformers' names.
+SIZE_KEYS = (
+    "embeddings.token_embedding.weight",
+    "embeddings.position_embedding.weight",
+    "encoder.layers.0.mlp.fc1.bias",
+)
 LAYER_KEYS = {
     "attn.out_proj.": "self_attn.out_proj.",
     "ln_1.": "layer_norm1.",
@@ -109,15 +115,32 @@ def convert_text_encoder(state_dict: dict) -> tuple[CLIPTextModel, dict[str, str
     new = {}
     for key, value in weights.items():
         new |= _renamed(key, value.float())
-    vocabulary, width = new["embeddings.token_embedding.weight"].shape
+    return clip_text_model(new, "quick_gelu"), dropped
+
+
+def clip_text_model(weights: dict, activation: str) -> CLIPTextModel:
+    """CLIP's text transformer from its weights under transformers' names, with heads of 64 as all of CLIP's have.
+
+    Raises:
+        ValueError: for a key that is missing or unknown.
+    """
+    layers = {key.split(".")[2] for key in weights if key.startswith("encoder.layers.")}
+    for key in SIZE_KEYS:
+        if key not in weights:
+            raise ValueError(f"`checkpoint` lacks the key {key} of a CLIP text encoder.")
+    vocabulary, width = weights["embeddings.token_embedding.weight"].shape
+    if width % 64:
+        raise ValueError(
+            f"`checkpoint` must have a CLIP text encoder with heads of 64 channels, got the width {width}."
+        )
     config = CLIPTextConfig(
         vocab_size=vocabulary,
         hidden_size=width,
-        intermediate_size=len(new["encoder.layers.0.mlp.fc1.bias"]),
-        num_hidden_layers=len({key.split(".")[2] for key in new if key.startswith("encoder.layers.")}),
+        intermediate_size=len(weights["encoder.layers.0.mlp.fc1.bias"]),
+        num_hidden_layers=len(layers),
         num_attention_heads=width // 64,
-        max_position_embeddings=len(new["embeddings.position_embedding.weight"]),
-        hidden_act="quick_gelu",
+        max_position_embeddings=len(weights["embeddings.position_embedding.weight"]),
+        hidden_act=activation,
         # CLIP's vocabulary ends with the start and the end of a text
         bos_token_id=vocabulary - 2,
         eos_token_id=vocabulary - 1,
@@ -127,8 +150,8 @@ def convert_text_encoder(state_dict: dict) -> tuple[CLIPTextModel, dict[str, str
         encoder = CLIPTextModel(config)
     # the one tensor that no checkpoint of it holds
     encoder.embeddings.position_ids = torch.arange(config.max_position_embeddings)[None]
-    load_exactly(encoder, new)
-    return encoder.eval(), dropped
+    load_exactly(encoder, weights)
+    return encoder.eval()
 
 
 def _renamed(key: str, value: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -161,6 +161,11 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
         """The class that stands for none, if there is one."""
         return self.config.null_class_id
 
+    @property
+    def encoder_passes_over_padding(self) -> bool:
+        """As the denoiser's cross-attention; the text encoders of the original latent diffusion read padding."""
+        return self.config.text_mask
+
     def class_inputs(self, ids: torch.LongTensor) -> dict[str, torch.Tensor]:
         """The denoiser's keyword arguments for classes `(B,)`."""
         if self.condition_kind == "class":

@@ -14,10 +14,10 @@ import hf_vq.conversion.ldm_conditioner
 import hf_vq.conversion.ldm_unet
 import hf_vq.conversion.taming_tokenizer
 from hf_vq.conversion.checkpoints import check_keys
-from hf_vq.conversion.convert_latent_diffusion import convert, convert_model, main
+from hf_vq.conversion.convert_latent_diffusion import convert, convert_model, convert_schedule, main
 from hf_vq.conversion.ldm_conditioner import convert_bert_embedder
 from hf_vq.conversion.ldm_unet import unet_config
-from hf_vq.conversion.reading import load_state_dict
+from hf_vq.conversion.reading import Options, load_state_dict
 from hf_vq.conversion.taming_tokenizer import convert_tokenizer
 from hf_vq.models.autoencoders.image_processing_vq import VQImageProcessor
 from hf_vq.models.autoencoders.modeling_vqgan import VQGANModel
@@ -333,7 +333,11 @@ def test_a_table_of_classes():
     arguments = {"use_spatial_transformer": True, "transformer_depth": 1, "context_dim": 12}
     unet_params = params["unet_config"]["params"] | arguments
     params["unet_config"]["params"] = unet_params
-    params["cond_stage_config"] = {"target": "ldm.modules.encoders.modules.ClassEmbedder", "params": {"embed_dim": 12}}
+    params["conditioning_key"] = "crossattn"
+    params["cond_stage_config"] = {
+        "target": "ldm.modules.encoders.modules.ClassEmbedder",
+        "params": {"embed_dim": 12, "n_classes": 5},
+    }
     kind, config = unet_config(unet_params)
     assert kind is UNet2DConditionModel
     reference = kind(**config).eval()
@@ -402,7 +406,8 @@ def test_a_transformer_over_tokens():
     weights |= {"to_logits.weight": new(5, width), "to_logits.bias": new(5)}
     state_dict = {f"transformer.{name}": value for name, value in weights.items()}
     params = {"n_embed": width, "n_layer": 1, "vocab_size": 5, "max_seq_len": 6}
-    encoder = convert_bert_embedder(params, state_dict)
+    encoder, arguments = convert_bert_embedder(Options(params, "params"), state_dict)
+    assert arguments["text_max_length"] == 6 and not arguments["text_mask"]
 
     x = weights["token_emb.weight"][ids] + weights["pos_emb.emb.weight"][:4]
     get = lambda i, name: weights[f"attn_layers.layers.{i}.{name}"]  # noqa: E731
@@ -417,7 +422,7 @@ def test_a_transformer_over_tokens():
     with torch.no_grad():
         torch.testing.assert_close(encoder(ids).last_hidden_state, expected, atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="unknown key cond_stage_model.transformer.more"):
-        convert_bert_embedder(params, {**state_dict, "transformer.more": torch.zeros(1)})
+        convert_bert_embedder(Options(params, "params"), {**state_dict, "transformer.more": torch.zeros(1)})
 
 
 # ------------------------------------------------------------------------------------------- what is refused
@@ -439,10 +444,23 @@ def changed(model, path, value):
         ("linear_end", 0.02, "other betas than `config` says"),
         ("parameterization", "v", "parameterization 'v'"),
         ("scale_by_std", True, "lacks scale_factor"),
-        ("cond_stage_config", {"target": "ldm.FrozenCLIPEmbedder"}, "no equivalent here: FrozenCLIPEmbedder"),
         ("unet_config.params.resblock_updown", True, "does not fit UNet2DModel: it lacks down_blocks.0.downsamplers"),
         ("surprise", 1, r"names in the model's params that are not known: \['surprise'\]"),
-        ("given_betas", [0.1], r"must have given_betas=None, got \[0.1\]"),
+        ("given_betas", [0.1, 0.2], "other betas than `config` says"),
+        ("timesteps", 500, "other betas than `config` says"),
+        ("beta_schedule", "cosine", "other betas than `config` says"),
+        ("beta_schedule", "sigmoid", "the beta_schedule 'sigmoid'; known: cosine, linear, sqrt, sqrt_linear"),
+        ("num_timesteps_cond", 2, "must have num_timesteps_cond=None, got 2"),
+        ("use_positional_encodings", True, "must have use_positional_encodings=False, got True"),
+        ("channels", 4, "channels=4, but the weights in `checkpoint` are of 3"),
+        ("scale_factor", 0, "must have a positive scale_factor, got 0"),
+        (
+            "unet_config.target",
+            "ldm.modules.EncoderUNetModel",
+            "unet_config of the class EncoderUNetModel; known: UNetModel",
+        ),
+        ("unet_config", {"target": "ldm.UNetModel"}, "lacks image_size in unet_config"),
+        ("first_stage_config", None, "lacks target in model.params.first_stage_config"),
         ("unet_config.params.surprise", 1, r"not known: \['surprise'\]"),
         ("unet_config.params.num_res_blocks", 2, "does not fit UNet2DModel"),
         ("first_stage_config.params.ddconfig.attn_type", "axial", "must have attn_type=vanilla or none or linear"),
@@ -458,6 +476,10 @@ def test_keys_that_are_refused():
     model, state_dict = read()
     with pytest.raises(ValueError, match="lacks the average model_ema.diffusion_modeltime_embed0weight"):
         convert_model(model, {k: v for k, v in state_dict.items() if not k.endswith("time_embed0weight")})
+    with pytest.raises(ValueError, match=r"has scale_factor=0.25, a measured one, but `config` says scale_factor=0.8"):
+        convert_model(model, {**state_dict, "scale_factor": torch.tensor(0.25)})
+    with pytest.raises(ValueError, match="other alphas_cumprod than `config` says"):
+        convert_model(model, {**state_dict, "alphas_cumprod": state_dict["alphas_cumprod"] * 0.99})
     for key, value, message in (
         ("model_ema.surprise", torch.zeros(1), "the average model_ema.surprise of a weight that it does not have"),
         ("model.diffusion_model.time_embed.0.weight", torch.zeros(1), "time_embed.0.weight and its average in two"),
@@ -468,6 +490,41 @@ def test_keys_that_are_refused():
         convert_model(model, {**state_dict, "model.diffusion_model.label_emb.weight": torch.zeros(1)}, use_ema=False)
     with pytest.raises(ValueError, match="`null_class_id` needs a model with a table of classes"):
         convert_model(model, state_dict, null_class_id=3)
+
+
+@pytest.mark.parametrize(
+    ("params", "reference"),
+    [
+        ({"beta_schedule": "cosine", "timesteps": 50}, DDIMScheduler(50, beta_schedule="squaredcos_cap_v2")),
+        ({"beta_schedule": "sqrt_linear", "timesteps": 50, "linear_start": 0.1}, DDIMScheduler(50, 0.1, 0.02)),
+        ({"beta_schedule": "sqrt", "timesteps": 3, "linear_start": 0.01, "linear_end": 0.25},
+         DDIMScheduler(3, trained_betas=[0.1, math.sqrt(0.13), 0.5])),
+        ({"given_betas": [0.1, 0.3], "timesteps": 1000}, DDIMScheduler(2, trained_betas=[0.1, 0.3])),
+    ],
+)  # fmt: skip
+def test_schedules_with_and_without_buffers(params, reference):
+    for state_dict in ({}, {"betas": reference.betas, "alphas_cumprod": reference.alphas_cumprod}):
+        scheduler = convert_schedule(params, state_dict)
+        torch.testing.assert_close(scheduler.betas, reference.betas, atol=1e-6, rtol=1e-4)
+        assert scheduler.config.num_train_timesteps == len(reference.betas)
+
+
+def test_another_model_with_a_denoiser(tmp_path):
+    folder = GOLDEN / "ldm_vq_uncond"
+    model, _ = read()
+    for name, message in (
+        ("DDPM", "a model of the class DDPM, and `checkpoint` a denoiser"),
+        ("Layout2ImgDiffusion", None),
+    ):
+        (tmp_path / "config.yaml").write_text(
+            yaml.safe_dump({"model": {**model, "target": f"ldm.models.diffusion.ddpm.{name}"}})
+        )
+        arguments = (folder / "checkpoint.ckpt", tmp_path / "config.yaml", tmp_path / "out")
+        if message is None:
+            convert(*arguments)
+        else:
+            with pytest.raises(ValueError, match=message):
+                convert(*arguments)
 
 
 def test_a_measured_factor_is_read_from_the_checkpoint():
