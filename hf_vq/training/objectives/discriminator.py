@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ...argument_checks import check_integer
 from ...distributed import all_reduced, is_distributed, num_processes
 
 
@@ -25,8 +26,8 @@ class PatchDiscriminator(nn.Module):
         in_channels: channels of the images.
         base_channels: width of the first convolution (`ndf`); it doubles at every layer, up to 8 times.
         num_layers: stride-2 convolutions; each also widens the patch a logit sees.
-        norm: `"batch"` (the original, over the batches of all processes), `"group"` (statistics of one image: nothing to keep in step over processes,
-            and no dependence on the batch's other images) or `"none"`.
+        norm: `"batch"` (the original, over the batches of all processes), `"group"` (statistics of one image: nothing to
+            keep in step over processes, and no dependence on the batch's other images) or `"none"`.
 
     Raises:
         ValueError: for a size below 1 or an unknown `norm`.
@@ -34,13 +35,9 @@ class PatchDiscriminator(nn.Module):
 
     def __init__(self, in_channels: int = 3, base_channels: int = 64, num_layers: int = 3, norm: str = "batch"):
         super().__init__()
-        for name, value in (
-            ("in_channels", in_channels),
-            ("base_channels", base_channels),
-            ("num_layers", num_layers),
-        ):
-            if value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        in_channels = check_integer("in_channels", in_channels, minimum=1)
+        base_channels = check_integer("base_channels", base_channels, minimum=1)
+        num_layers = check_integer("num_layers", num_layers, minimum=1)
         if norm not in NORMS:
             raise ValueError(f"`norm` must be one of {NORMS}, got {norm!r}.")
         self.arguments = {

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...argument_checks import check_integer, check_real
 from ...distributed import all_reduced, num_processes
 
 
@@ -23,9 +24,7 @@ def l2_loss(reconstructions: torch.Tensor, inputs: torch.Tensor, data_variance: 
     puts it on one scale with the commitment loss whatever the data (van den Oord et al. 2017).
     """
     _check_same_shape(reconstructions, inputs)
-    if not data_variance > 0:
-        raise ValueError(f"`data_variance` must be positive, got {data_variance}.")
-    return F.mse_loss(reconstructions, inputs) / data_variance
+    return F.mse_loss(reconstructions, inputs) / check_real("data_variance", data_variance, above=0)
 
 
 RECONSTRUCTION_LOSSES = {"l1": l1_loss, "l2": l2_loss}
@@ -102,7 +101,7 @@ class VQGANLoss(nn.Module):
         disc_warmup_steps: length of the warm-up; the first step has 1/n of the factor, the n-th all of it.
 
     Raises:
-        ValueError: for an unknown loss name, a negative number or a fraction outside [0, 1].
+        ValueError: for an unknown loss name, a number that is negative or not finite, or a fraction outside [0, 1].
     """
 
     def __init__(
@@ -124,30 +123,21 @@ class VQGANLoss(nn.Module):
         _check_choice("reconstruction", reconstruction, RECONSTRUCTION_LOSSES)
         _check_choice("disc_loss", disc_loss, DISCRIMINATOR_LOSSES)
         _check_choice("gen_loss", gen_loss, GENERATOR_LOSSES)
-        for name, value in (
-            ("reconstruction_weight", reconstruction_weight),
-            ("perceptual_weight", perceptual_weight),
-            ("quantizer_weight", quantizer_weight),
-            ("disc_weight", disc_weight),
-            ("disc_factor", disc_factor),
-            ("disc_start", disc_start),
-            ("disc_warmup_steps", disc_warmup_steps),
-        ):
-            if not value >= 0:
-                raise ValueError(f"`{name}` must not be negative, got {value}.")
-        if isinstance(disc_start, bool) or (isinstance(disc_start, float) and disc_start > 1):
-            raise ValueError(f"`disc_start` must be a step (int) or a fraction in [0, 1] (float), got {disc_start!r}.")
+        if isinstance(disc_start, float):
+            disc_start = check_real("disc_start", disc_start, minimum=0, maximum=1)
+        else:
+            disc_start = check_integer("disc_start", disc_start, minimum=0)
         self.perceptual = perceptual
         self.reconstruction = reconstruction
-        self.reconstruction_weight = reconstruction_weight
-        self.perceptual_weight = perceptual_weight
-        self.quantizer_weight = quantizer_weight
-        self.disc_weight = disc_weight
-        self.disc_factor = disc_factor
+        self.reconstruction_weight = check_real("reconstruction_weight", reconstruction_weight, minimum=0)
+        self.perceptual_weight = check_real("perceptual_weight", perceptual_weight, minimum=0)
+        self.quantizer_weight = check_real("quantizer_weight", quantizer_weight, minimum=0)
+        self.disc_weight = check_real("disc_weight", disc_weight, minimum=0)
+        self.disc_factor = check_real("disc_factor", disc_factor, minimum=0)
         self.disc_loss = disc_loss
         self.gen_loss = gen_loss
         self.disc_start = disc_start
-        self.disc_warmup_steps = disc_warmup_steps
+        self.disc_warmup_steps = check_integer("disc_warmup_steps", disc_warmup_steps, minimum=0)
 
     def start_step(self, total_steps: int | None = None) -> int:
         """First step with the discriminator. A fractional start needs the run's `total_steps` and is rounded."""

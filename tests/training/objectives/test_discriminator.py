@@ -84,7 +84,16 @@ def test_smallest_image():
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"num_layers": 0}, {"base_channels": 0}, {"in_channels": 0}, {"norm": "instance"}]
+    "arguments",
+    [
+        {"num_layers": 0},
+        {"num_layers": 2.5},
+        {"base_channels": 0},
+        {"base_channels": float("inf")},
+        {"in_channels": 0},
+        {"in_channels": True},
+        {"norm": "instance"},
+    ],
 )
 def test_bad_arguments(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):

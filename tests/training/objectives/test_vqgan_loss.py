@@ -378,6 +378,13 @@ def test_shapes_must_agree():
         {"disc_warmup_steps": -1},
         {"perceptual_weight": -0.1},
         {"disc_factor": -1.0},
+        {"disc_factor": float("inf")},
+        {"disc_weight": float("nan")},
+        {"reconstruction_weight": float("inf")},
+        {"quantizer_weight": "1"},
+        {"disc_start": float("inf")},
+        {"disc_warmup_steps": 2.5},
+        {"disc_warmup_steps": float("inf")},
     ],
 )
 def test_bad_arguments(arguments):
