@@ -1,5 +1,6 @@
 """The real training scripts, all seven: ended by SIGTERM, on two processes, sharded, and on two "machines"."""
 
+import itertools
 import os
 import signal
 import socket
@@ -78,6 +79,11 @@ def losses(output_dir: Path) -> list[float]:
     return [row[name] for row in rows(output_dir) if name in row]
 
 
+def codebook_perplexities(output_dir: Path) -> list[float]:
+    """Of every step; 0 for a prior."""
+    return [row.get("codebook_perplexity", 0.0) for row in rows(output_dir) if "epoch" in row]
+
+
 @pytest.mark.parametrize("sharded", [False, True], ids=["data_parallel", "fsdp"])
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_two_processes_have_the_losses_of_one(name, sharded, tmp_path):
@@ -87,9 +93,13 @@ def test_two_processes_have_the_losses_of_one(name, sharded, tmp_path):
     output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
-    difference = max(abs(a - b) / abs(a) for a, b in zip(one, two, strict=True))
-    print(f"{name} {'fsdp' if sharded else 'ddp'}: largest relative difference of the losses {difference:.2e}")
-    assert len(one) == 6 and difference < 2e-4
+    differences = [abs(a - b) / abs(a) for a, b in zip(one, two, strict=True)]
+    print(f"{name} {'fsdp' if sharded else 'ddp'}: largest relative difference of the losses {max(differences):.2e}")
+    # where a latent lies between two codes, rounding decides which it gets; flat areas have it at many places at once
+    pairs = zip(codebook_perplexities(tmp_path / "one"), codebook_perplexities(tmp_path / "two"), strict=True)
+    equal = list(itertools.takewhile(lambda pair: pair[0] == pytest.approx(pair[1], rel=1e-5), pairs))
+    assert len(one) == 6 and len(equal) >= 4
+    assert max(differences[: len(equal)]) < 2e-4 and max(differences) < 5e-3
     assert list((tmp_path / "two").glob("*/**/*.safetensors"))
 
 
