@@ -152,6 +152,7 @@ class TrainingRun:
         self._peak_rates: dict[str, list[float]] = {}
         self._dataset_size: int | None = None
         self._stream_state: dict | None = None
+        self._saved_streams: list[dict] | None = None  # of all processes, in the last checkpoint
         self._validation: Callable[[], dict | None] | None = None
         self._started = False
         self._metrics_file = MetricsFile(self.output_dir / "metrics.jsonl")
@@ -316,6 +317,10 @@ class TrainingRun:
             "process_index": self.accelerator.process_index,
             "num_processes": self.accelerator.num_processes,
         }
+        if self._saved_streams is not None:
+            self._stream_state = dataset.continued_state(
+                self._saved_streams, plan["process_index"], plan["num_processes"]
+            )
         loader = micro_batches(
             dataset,
             collate_fn,
@@ -630,6 +635,8 @@ class TrainingRun:
         torch.save(own, draft / f"process-{self.accelerator.process_index}.pt")
         if self._skeletons:
             save_sharded(draft / "sharded", *self._sharded_parts())
+        if self._stream_state is not None:
+            self._saved_streams = gathered(self._stream_state)
         if self.is_main_process:
             save_parts(draft, self._parts())
             (draft / "run.json").write_text(json.dumps(self._position(), indent=1))
@@ -665,7 +672,7 @@ class TrainingRun:
             "step": self.global_step,
             "samples_seen": self.samples_seen,
             "dataset_size": self._dataset_size,
-            "stream": self._stream_state,
+            "streams": self._saved_streams,
             "seconds": self._clock.elapsed(),
             "validation_due": self._validation_due,
             "low_perplexity_rows": self._guard.low_rows,
@@ -721,7 +728,7 @@ class TrainingRun:
         self.global_step = position["step"]
         self.samples_seen = position["samples_seen"]
         self._dataset_size = position["dataset_size"]
-        self._stream_state = position["stream"]
+        self._saved_streams = position["streams"]
         self._clock.seconds_before = position["seconds"]
         self._validation_due = position["validation_due"]
         self._guard.low_rows = position["low_perplexity_rows"]
