@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TEXT_ENCODER := $(VENV)/.text-encoder
 
-.PHONY: help install demo demo-latent-diffusion demo-vqvae2 demo-diffusion gpu test test-all quality style clean
+.PHONY: help install demo demo-conditional demo-latent-diffusion demo-vqvae2 demo-diffusion gpu test test-all quality style clean
 
 help:
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -22,6 +22,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(INSTALLED) ## train a small VQGAN and its prior on real images, into outputs/demo
 	$(BIN)/python examples/demo/demo.py
+
+demo-conditional: $(INSTALLED) ## train priors on label maps and edges, into outputs/demo-conditional
+	$(BIN)/python examples/demo/demo_conditional.py
 
 demo-latent-diffusion: $(INSTALLED) ## train a small latent diffusion model, into outputs/demo-latent-diffusion
 	$(BIN)/python examples/demo/demo_latent_diffusion.py

@@ -59,7 +59,7 @@ class DataArguments:
     validation_split: str = field(default="validation", metadata={"help": 'Split to validate on, or "train[:5%]".'})
     image_column: str = field(default="image", metadata={"help": "Column that holds the images."})
     conditioning_image_column: str | None = field(
-        default=None, metadata={"help": "Column of the label maps, depth maps, edges or drawings of the images."}
+        default=None, metadata={"help": "Column of the images' label maps, depth maps, edges or drawings."}
     )
     edge_sigma: float = field(
         default=2.0,
@@ -102,8 +102,9 @@ class DataArguments:
     caption_column = None  # of `CaptionedDataArguments`
 
     def __post_init__(self):
-        if self.label_column is not None and self.label_column.lower() == "none":  # a command line has no other None
-            self.label_column = None
+        for name in ("label_column", "conditioning_image_column"):
+            if getattr(self, name) is not None and getattr(self, name).lower() == "none":
+                setattr(self, name, None)  # a command line has no other None
         if self.crop not in ("center", "random"):
             raise ValueError(f'crop={self.crop!r}: it must be "center" or "random".')
         if self.missing_condition not in ("error", "null"):
