@@ -58,7 +58,12 @@ def check_agrees(name: str, configured: Any, found: Any) -> None:
 def load_exactly(model: nn.Module, state_dict: dict) -> None:
     """Load `state_dict`, which must pass `check_keys` and be finite, into `model`, which may be on the meta device."""
     check_keys(model, state_dict)
+    own = model.state_dict()
     for key, value in state_dict.items():
+        if value.is_floating_point() != own[key].is_floating_point():
+            raise ValueError(
+                f"`checkpoint` has {key} of {type(model).__name__} in {value.dtype} in place of {own[key].dtype}."
+            )
         if value.is_floating_point() and not value.isfinite().all():
             raise ValueError(f"`checkpoint` has values that are not finite in {key} of {type(model).__name__}.")
     model.load_state_dict({key: value.contiguous() for key, value in state_dict.items()}, assign=True)

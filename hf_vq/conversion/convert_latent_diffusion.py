@@ -12,6 +12,7 @@ import torch
 from diffusers import DDIMScheduler
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..argument_checks import check_integer, check_real
 from ..hub import save_with_code
 from ..pipelines.pipeline_vq_latent_diffusion import VQLatentDiffusionPipeline
 from .checkpoints import (
@@ -70,7 +71,7 @@ def convert_schedule(params: dict, state_dict: dict) -> DDIMScheduler:
         ValueError: if the checkpoint's betas are not those of the configuration, or its parameterization is unknown.
     """
     parameterization = params.get("parameterization", "eps")
-    if parameterization not in PREDICTION_TYPES:
+    if parameterization not in [*PREDICTION_TYPES]:
         raise ValueError(f"`config` has the parameterization {parameterization!r}; known: {sorted(PREDICTION_TYPES)}.")
     scheduler = DDIMScheduler(
         **schedule_arguments(params),
@@ -83,7 +84,10 @@ def convert_schedule(params: dict, state_dict: dict) -> DDIMScheduler:
         found = state_dict.get(name)
         if found is None or found.is_meta:
             continue
-        if found.shape != computed.shape or not torch.allclose(found.float(), computed, atol=1e-6, rtol=1e-4):
+        rtol = (
+            max(1e-4, 2 * torch.finfo(found.dtype).eps) if found.is_floating_point() else 0
+        )  # it may be in half precision
+        if found.shape != computed.shape or not torch.allclose(found.float(), computed, atol=1e-6, rtol=rtol):
             raise ValueError(
                 f"`checkpoint` has other {name} than `config` says (timesteps, beta_schedule, linear_start, linear_end)."
             )
@@ -99,8 +103,14 @@ def schedule_arguments(params: dict) -> dict:
     kind, count = params.get("beta_schedule", "linear"), params.get("timesteps", 1000)
     start, end = params.get("linear_start", 1e-4), params.get("linear_end", 2e-2)
     if params.get("given_betas") is not None:
-        betas = [float(beta) for beta in params["given_betas"]]
+        if not isinstance(params["given_betas"], (list, tuple)):
+            raise ValueError(f"`config` must have a list of numbers as given_betas, got {params['given_betas']!r}.")
+        betas = [check_real("given_betas", beta, above=0, below=1) for beta in params["given_betas"]]
         return {"num_train_timesteps": len(betas), "trained_betas": betas}
+    count = check_integer("timesteps", count, minimum=1)
+    start, end = (
+        check_real(name, value, above=0, below=1) for name, value in (("linear_start", start), ("linear_end", end))
+    )
     if kind == "linear":  # in the square root
         return {"num_train_timesteps": count, "beta_start": start, "beta_end": end, "beta_schedule": "scaled_linear"}
     if kind == "cosine":  # Nichol & Dhariwal 2021, equation 17
@@ -137,7 +147,9 @@ def averaged_weights(live: dict, averages: dict) -> dict:
 
 def scale_factor(params: dict, state_dict: dict) -> float:
     """What latents are multiplied by: in the checkpoint only where it was measured (scale_by_std)."""
-    configured, measured = float(params.get("scale_factor", 1.0)), state_dict.get("scale_factor")
+    configured, measured = check_real("scale_factor", params.get("scale_factor", 1.0)), state_dict.get("scale_factor")
+    if measured is not None and measured.numel() != 1:
+        raise ValueError(f"`checkpoint` must have one number as scale_factor, got shape {tuple(measured.shape)}.")
     if params.get("scale_by_std", False):
         if measured is None:
             raise ValueError("`checkpoint` lacks scale_factor, which `config` says was measured (scale_by_std).")
@@ -257,7 +269,7 @@ def convert(
     if target in WHOLE_MODELS:
         if discriminator:
             raise ValueError("`--discriminator` needs the checkpoint of a first stage.")
-        words = None if tokenizer is None else AutoTokenizer.from_pretrained(tokenizer)
+        words = None if tokenizer is None else read_tokenizer(tokenizer)
         pipeline, dropped = convert_model(model, state_dict, use_ema, null_class_id, words)
         save_with_code(pipeline, output)
         save_image_processor(pipeline.vqvae, output / "vqvae")
@@ -268,6 +280,16 @@ def convert(
     first_stage, dropped = convert_tokenizer(model, state_dict, use_ema)
     save_tokenizer(first_stage, output)
     return save_discriminator(model, state_dict, output, dropped) if discriminator else dropped
+
+
+def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder; a `ValueError` if there is none that can be read."""
+    if not Path(folder).is_dir():
+        raise ValueError(f"`tokenizer` must be a folder with a vocabulary, got {folder}, which is none.")
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`tokenizer` {folder} holds no tokenizer of transformers that can be read.") from error
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -72,8 +72,18 @@ def unet_params(given: dict) -> dict:
     for name, (wanted, why) in FIXED_PARAMS.items():
         if params[name] != wanted:
             raise ValueError(f"`config` must have {name}={wanted} in unet_config, got {params[name]}: {why}.")
-    if not isinstance(params["num_res_blocks"], int):
-        raise ValueError(f"`config` must have one num_res_blocks in unet_config, got {params['num_res_blocks']}.")
+    for name in ("in_channels", "model_channels", "out_channels", "num_res_blocks", "transformer_depth"):
+        _check(params, name, _is_count(params[name]), "an int of at least 1")
+    for name in ("num_heads", "num_head_channels", "num_heads_upsample"):
+        _check(params, name, params[name] == -1 or _is_count(params[name]), "-1 or an int of at least 1")
+    for name in ("num_classes", "context_dim"):
+        _check(params, name, params[name] is None or _is_count(params[name]), "an int of at least 1, or none")
+    for name in ("channel_mult", "attention_resolutions"):
+        values = params[name]
+        is_list = isinstance(values, (list, tuple)) and all(map(_is_count, values))
+        _check(params, name, is_list and (name != "channel_mult" or values), "a list of ints of at least 1")
+    dropout = params["dropout"]
+    _check(params, "dropout", isinstance(dropout, (int, float)) and 0 <= dropout < 1, "a number in [0, 1)")
     if params["channel_mult"][0] != 1:
         raise ValueError(
             f"`config` must have a channel_mult in unet_config that begins with 1, got {params['channel_mult']}: diffusers' "
@@ -93,6 +103,15 @@ def unet_params(given: dict) -> dict:
             "`config` must have context_dim in unet_config if and only if use_spatial_transformer is set."
         )
     return params
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _check(params: dict, name: str, is_right: Any, wanted: str) -> None:
+    if not is_right:
+        raise ValueError(f"`config` must have {wanted} as {name} in unet_config, got {params[name]!r}.")
 
 
 def unet_config(given: dict) -> tuple[type, dict]:
@@ -185,7 +204,8 @@ def _renamed(key: str, layers: int, levels: int) -> str:
         return ""
     part, number, rest = found[1], int(found[2]), found[3]
     if part == "middle_block":
-        return _inside({0: "mid_block.resnets.0", 1: "mid_block.attentions.0", 2: "mid_block.resnets.1"}[number], rest)
+        names = {0: "mid_block.resnets.0", 1: "mid_block.attentions.0", 2: "mid_block.resnets.1"}
+        return _inside(names[number], rest) if number in names else ""
     module, _, rest = rest.partition(".")
     if part == "input_blocks":
         level, i = divmod(number - 1, layers + 1)
@@ -223,6 +243,10 @@ def _split_attention(name: str, weight: torch.Tensor, heads: int) -> dict[str, t
         return {name.replace(".proj_out.", ".to_out.0."): weight}
     if ".norm." in name:
         return {name.replace(".norm.", ".group_norm."): weight}
+    if len(weight) % (3 * heads):
+        raise ValueError(
+            f"`checkpoint` has {len(weight)} rows for {name}, which must be queries, keys and values of {heads} heads."
+        )
     parts = weight.reshape(heads, 3, -1, *weight.shape[1:])
     return {name.replace(".qkv.", f".to_{letter}."): parts[:, i].flatten(0, 1) for i, letter in enumerate("qkv")}
 
@@ -254,6 +278,8 @@ def convert_unet(params: dict, state_dict: dict, **changes: Any) -> UNet2DModel 
         if not name:
             raise ValueError(f"`checkpoint` has the unknown key model.diffusion_model.{key}.")
         if kind is not UNet2DConditionModel and ".attentions." in name:
+            if not weight.ndim:
+                raise ValueError(f"`checkpoint` has the key model.diffusion_model.{key} as a single number.")
             heads = 1 if params.get("use_new_attention_order") else _heads_of(config, name, len(weight) // 3)
             new.update(_split_attention(name, weight, heads))
         else:

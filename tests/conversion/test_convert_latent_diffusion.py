@@ -441,6 +441,25 @@ def changed(model, path, value):
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
+        (
+            "unet_config.params.num_head_channels",
+            "16",
+            "-1 or an int of at least 1 as num_head_channels in unet_config, got '16'",
+        ),
+        ("unet_config.params.num_head_channels", 0, "-1 or an int of at least 1 as num_head_channels"),
+        (
+            "unet_config.params.channel_mult",
+            [],
+            r"a list of ints of at least 1 as channel_mult in unet_config, got \[\]",
+        ),
+        ("unet_config.params.channel_mult", [1, 1.5], "a list of ints of at least 1 as channel_mult"),
+        ("unet_config.params.attention_resolutions", 2, "a list of ints of at least 1 as attention_resolutions"),
+        ("unet_config.params.model_channels", None, "an int of at least 1 as model_channels"),
+        ("unet_config.params.dropout", 2, r"a number in \[0, 1\) as dropout"),
+        ("timesteps", 0, "`timesteps` must be an int of at least 1, got 0"),
+        ("linear_start", "1e-3", "`linear_start` must be"),
+        ("given_betas", 5, "a list of numbers as given_betas, got 5"),
+        ("parameterization", ["eps"], r"the parameterization \['eps'\]"),
         ("linear_end", 0.02, "other betas than `config` says"),
         ("parameterization", "v", "parameterization 'v'"),
         ("scale_by_std", True, "lacks scale_factor"),
@@ -488,6 +507,20 @@ def test_keys_that_are_refused():
             convert_model(model, {**state_dict, key: value})
     with pytest.raises(ValueError, match="it has the unknown key class_embedding.weight"):
         convert_model(model, {**state_dict, "model.diffusion_model.label_emb.weight": torch.zeros(1)}, use_ema=False)
+    middle = "model.diffusion_model.middle_block."
+    for key, value, message in (
+        (f"{middle}7.x", torch.zeros(1), "the unknown key model.diffusion_model.middle_block.7.x"),
+        (f"{middle}1.qkv.weight", torch.zeros(5, 1, 1), "has 5 rows for mid_block.attentions.0.qkv.weight"),
+        (f"{middle}1.qkv.weight", torch.tensor(1.0), "middle_block.1.qkv.weight as a single number"),
+        ("scale_factor", torch.ones(2), r"one number as scale_factor, got shape \(2,\)"),
+        (
+            "first_stage_model.quantize.embedding.weight",
+            torch.zeros(64, 3).int(),
+            "in torch.int32 in place of torch.float32",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert_model(model, {**state_dict, key: value}, use_ema=False)
     with pytest.raises(ValueError, match="`null_class_id` needs a model with a table of classes"):
         convert_model(model, state_dict, null_class_id=3)
 
@@ -507,6 +540,24 @@ def test_schedules_with_and_without_buffers(params, reference):
         scheduler = convert_schedule(params, state_dict)
         torch.testing.assert_close(scheduler.betas, reference.betas, atol=1e-6, rtol=1e-4)
         assert scheduler.config.num_train_timesteps == len(reference.betas)
+
+
+def test_a_checkpoint_in_half_precision():
+    """Its tables are rounded too."""
+    model, state_dict = read()
+    half = {name: value.half() if value.is_floating_point() else value for name, value in state_dict.items()}
+    pipe, _ = convert_model(model, half)
+    assert pipe.unet.conv_out.bias.dtype == torch.float16
+    with pytest.raises(ValueError, match="other betas than"):
+        convert_model(changed(model, "linear_end", 0.0200), half)
+
+
+def test_tokenizers_that_cannot_be_read(tmp_path):
+    files = [GOLDEN / "ldm_vq_uncond" / name for name in ("checkpoint.ckpt", "config.yaml")]
+    with pytest.raises(ValueError, match="`tokenizer` must be a folder with a vocabulary"):
+        convert(*files, tmp_path / "out", tokenizer="/nonexistent")
+    with pytest.raises(ValueError, match="holds no tokenizer of transformers that can be read"):
+        convert(*files, tmp_path / "out", tokenizer=tmp_path)
 
 
 def test_another_model_with_a_denoiser(tmp_path):
