@@ -9,7 +9,7 @@ import torch
 from .table import markdown
 
 
-BENCHMARKS = ("quantizer", "generate", "mask_replace_step", "incremental")
+BENCHMARKS = ("quantizer", "generate", "mask_replace_step", "incremental", "sliding_window")
 
 
 def main() -> None:

@@ -100,7 +100,7 @@ class EdgeAnnotator:
     """Canny edges of the greyscale image, by scikit-image.
 
     Args:
-        sigma: standard deviation of the Gaussian, in pixels; 2 is what the original VQGAN's edge-conditional model has.
+        sigma: standard deviation of the Gaussian, in pixels; 2 is the original VQGAN's, for its edge condition.
     """
 
     def __init__(self, sigma: float = 2.0):
@@ -122,8 +122,8 @@ class PoseAnnotator:
     Args:
         model: of `AutoModelForPoseEstimation`, such as ViTPose, with COCO's 17 keypoints.
         processor: its image processor.
-        detector, detector_processor: of `AutoModelForObjectDetection`, with a class "person"; without them the whole image
-            is taken for one person's box.
+        detector, detector_processor: of `AutoModelForObjectDetection`, with a class "person"; without them the whole
+            image is taken for one person's box.
         box_threshold: detections below this score are left out.
         threshold: keypoints below this score are not drawn.
     """

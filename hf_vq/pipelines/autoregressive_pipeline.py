@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from ..argument_checks import check_real
 from ..images import images_as, to_pixel_values
 from .code_sampling import KnownCodes, LevelSampling, count_steps, for_each_level, sample_level
-from .completion import check_outpaint, kept_at_levels, pad_to_outpaint, paste, random_mask
+from .completion import check_outpaint, check_painted, kept_at_levels, pad_to_outpaint, paste, random_mask
 from .conditioning import class_ids, count_inputs, repeat_rows, to_mask
 from .rejection_sampling import rejection_sample
 from .vq_pipeline import VQPipeline, as_levels, check_codes, check_generator, check_part, of_levels, onload
@@ -157,7 +157,7 @@ class AutoregressivePipeline(VQPipeline):
         return images, indices
 
     def _prepare_given(self, image, indices, mask_image, keep_fraction, outpaint, size):
-        """The codes of each level and, of an image, its pixels last; the mask; and the grids `(h, w)` of the levels."""
+        """The codes of each level and, of an image, its pixels last; the mask; and the levels' grids `(h, w)`."""
         factors = self.vqvae.config.downsample_factors
         own = [side * factors[0] for side in self.priors[0].config.grid_size]
         if image is None and indices is None:
@@ -172,22 +172,16 @@ class AutoregressivePipeline(VQPipeline):
             )
         if keep_fraction is not None and outpaint is not None:
             raise ValueError("`keep_fraction` and `outpaint` exclude each other.")
-        pixels = None
-        if image is not None:
-            pixels = image = to_pixel_values(image, self.vqvae.config.in_channels)
-            inner = list(pixels.shape[-2:])
-        else:
-            first = as_levels(indices)[0]
-            inner = [side * factors[0] for side in getattr(first, "shape", (0, 0))[-2:]]
+        pixels = image = None if image is None else to_pixel_values(image, self.vqvae.config.in_channels)
         margins = (0, 0, 0, 0) if outpaint is None else check_outpaint(outpaint, factors[0])
-        whole = [inner[0] + margins[0] + margins[1], inner[1] + margins[2] + margins[3]]
+        inner, whole = self._size_of_given(image, indices), list(self._size_of_given(image, indices, outpaint))
         name, wanted = "indices" if image is None else "image", whole if size is None else list(size)
         fits = whole == own if len(self.priors) > 1 else whole[0] >= own[0] and whole[1] >= own[1]
         wanted = wanted if fits else own
         if wanted != whole:
             raise ValueError(
-                f"`{name}` must be {wanted[0]} high and {wanted[1]} wide, with what `outpaint` adds, got {whole[0]}x{whole[1]} "
-                "pixels."
+                f"`{name}` must be {wanted[0]} high and {wanted[1]} wide, with what `outpaint` adds, got "
+                f"{whole[0]}x{whole[1]} pixels."
             )
         codes = self.given_codes(image, indices, self._grid_sizes(inner, of_window=False))
         mask = None if mask_image is None else to_mask(mask_image)
@@ -198,11 +192,25 @@ class AutoregressivePipeline(VQPipeline):
             mask = pad_to_outpaint(mask, margins, divisor, value=1)
             codes = [pad_to_outpaint(level, margins, factor) for level, factor in zip(codes, factors, strict=True)]
             pixels = None if pixels is None else pad_to_outpaint(pixels, margins)
+        if mask_image is not None:
+            check_painted(mask)
         given = [*codes, *([] if pixels is None else [pixels])]
         return given, mask, self._grid_sizes(whole)
 
+    def _size_of_given(self, image, indices, outpaint=None) -> tuple[int, int] | None:
+        """Height and width in pixels of an image, or of `indices`, with what `outpaint` adds; None without both."""
+        factor = self.vqvae.config.downsample_factors[0]
+        if image is not None:
+            height, width = to_pixel_values(image, self.vqvae.config.in_channels).shape[-2:]
+        elif indices is not None:
+            height, width = (side * factor for side in (0, 0, *getattr(as_levels(indices)[0], "shape", ()))[-2:])
+        else:
+            return None
+        top, bottom, left, right = (0, 0, 0, 0) if outpaint is None else check_outpaint(outpaint, factor)
+        return height + top + bottom, width + left + right
+
     def _grid_sizes(self, size: Sequence[int], of_window: bool = True) -> list[tuple[int, int]]:
-        """The grids `(h, w)` of the levels of images of `size` pixels, or a ValueError; `of_window`, that can be sampled."""
+        """The levels' grids `(h, w)` of images of `size` pixels, or a ValueError; `of_window`, that can be sampled."""
         factors = self.vqvae.config.downsample_factors
         for name, side in zip(("height", "width"), size, strict=True):
             if side % factors[0]:
@@ -312,8 +320,8 @@ def _prefixes(
             and not is_null
         ):
             raise ValueError(
-                f"`condition` must be a grid (B, h', w') in proportion to the {tuple(grid_size)} codes, got the codes of one "
-                "window."
+                f"`condition` must be a grid (B, h', w') in proportion to the {tuple(grid_size)} codes, got the codes "
+                "of one window."
             )
         return lambda origin: prompt
     window, length = prior.config.grid_size, prior.config.condition_length
@@ -323,16 +331,16 @@ def _prefixes(
         found.append((int(share), Fraction(given, whole)) if share.denominator == 1 else None)
     if None in found or found[0][0] * found[1][0] != length:
         raise ValueError(
-            f"`condition` must have as many codes for each window as the prior's {length} condition ids, got a grid of "
-            f"{tuple(prompt.shape[1:])} for {tuple(grid_size)} codes."
+            f"`condition` must have as many codes for each window as the prior's {length} condition ids, got a grid "
+            f"of {tuple(prompt.shape[1:])} for {tuple(grid_size)} codes."
         )
 
     def prefix(origin):
         first = [position * ratio for position, (_, ratio) in zip(origin, found, strict=True)]
         if any(place.denominator != 1 for place in first):
             raise ValueError(
-                "`stride` and the distance to the sides must move the window by whole codes of the condition, got a window "
-                f"at {origin}, which is {tuple(map(str, first))} there."
+                "`stride` and the distance to the sides must move the window by whole codes of the condition, got a "
+                f"window at {origin}, which is {tuple(map(str, first))} there."
             )
         top, left = map(int, first)
         part = prompt[:, top : top + found[0][0], left : left + found[1][0]]
@@ -349,8 +357,8 @@ def _check_last_code(codes: torch.LongTensor, changed: torch.LongTensor, codeboo
         raise ValueError("`callback_on_step_end` must leave all `indices` but the last one of each row as they are.")
     if changed.min() < 0 or changed.max() >= codebook_size:
         raise ValueError(
-            f"`callback_on_step_end` must return `indices` in 0 … {codebook_size - 1}, got values from {changed.min()} to "
-            f"{changed.max()}."
+            f"`callback_on_step_end` must return `indices` in 0 … {codebook_size - 1}, got values from "
+            f"{changed.min()} to {changed.max()}."
         )
 
 

@@ -46,6 +46,18 @@ def kept_at_levels(
     return kept
 
 
+def check_painted(mask: torch.FloatTensor) -> None:
+    """A ValueError unless each row of a mask `(B, 1, H, W)` paints something and keeps something; 1 is painted."""
+    shares = mask.flatten(1).mean(dim=1).tolist()
+    for row, share in enumerate(shares):
+        if share in (0, 1):
+            found = "nothing" if share == 0 else "everything"
+            raise ValueError(
+                "`mask_image` must paint a part of the image and keep a part of it (1 is painted, 0 is kept), got one "
+                f"that paints {found} in row {row} of {len(mask)}."
+            )
+
+
 def random_mask(
     shape: Sequence[int], keep_fraction: float, generator: torch.Generator | list[torch.Generator] | None = None
 ) -> torch.FloatTensor:
@@ -65,7 +77,7 @@ def random_mask(
 
 
 def pad_to_outpaint(values: torch.Tensor, outpaint: Sequence[int], divisor: int = 1, value: float = 0) -> torch.Tensor:
-    """`values` `(..., H, W)` with `outpaint`, pixels above, below, left and right, over `divisor` added to its sides."""
+    """`values` `(..., H, W)` with `outpaint` over `divisor`, above, below, left and right, added to its sides."""
     top, bottom, left, right = (margin // divisor for margin in outpaint)
     return F.pad(values, (left, right, top, bottom), value=value)
 
@@ -92,4 +104,12 @@ def paste(images: torch.FloatTensor, image: torch.FloatTensor, mask: torch.Float
     return torch.where(mask == 1, images, image.to(images.device) / 2 + 0.5)
 
 
-__all__ = ["check_outpaint", "kept_at_levels", "kept_codes", "pad_to_outpaint", "paste", "random_mask"]
+__all__ = [
+    "check_outpaint",
+    "check_painted",
+    "kept_at_levels",
+    "kept_codes",
+    "pad_to_outpaint",
+    "paste",
+    "random_mask",
+]

@@ -1,7 +1,6 @@
 """Conditions: classes, texts and maps, from what a user gives to the rows of tensors that a network takes."""
 
 import threading
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -182,7 +181,7 @@ def to_mask(mask: Any, name: str = "mask_image") -> torch.FloatTensor:
         name: of the argument, for error messages.
 
     Raises:
-        ValueError: anything else. A mask that paints nothing is a warning.
+        ValueError: anything else.
     """
     if isinstance(mask, (list, tuple)) and mask and all(isinstance(row, (np.ndarray, torch.Tensor)) for row in mask):
         rows = [to_mask(row, name) for row in mask]
@@ -194,30 +193,21 @@ def to_mask(mask: Any, name: str = "mask_image") -> torch.FloatTensor:
             mask = mask[..., 0]
         mask = torch.as_tensor(np.ascontiguousarray(mask))
     if not isinstance(mask, torch.Tensor):
-        return _of_painted((to_pixel_values(mask, 1, name) >= 0).float(), name)
+        return (to_pixel_values(mask, 1, name) >= 0).float()
     shape = tuple(mask.shape)
     mask = mask[None] if mask.ndim == 2 else mask
     mask = mask[:, None] if mask.ndim == 3 else mask
     values = mask.float() / 255 if mask.dtype == torch.uint8 and mask.numel() and mask.max() > 1 else mask.float()
     if mask.ndim != 4 or mask.shape[1] != 1 or not mask.numel() or not ((values >= 0) & (values <= 1)).all():
         raise ValueError(
-            f"`{name}` must be an image, or (H, W), (B, H, W) or (B, 1, H, W) with values in [0, 1], got {mask.dtype} of "
-            f"shape {shape}{_range_of(values)}."
+            f"`{name}` must be an image, or (H, W), (B, H, W) or (B, 1, H, W) with values in [0, 1], got {mask.dtype} "
+            f"of shape {shape}{_range_of(values)}."
         )
-    return _of_painted((values >= 0.5).float(), name)
+    return (values >= 0.5).float()
 
 
 def _range_of(values: torch.Tensor) -> str:
     return f" from {values.min().item():g} to {values.max().item():g}" if values.numel() else ""
-
-
-def _of_painted(mask: torch.FloatTensor, name: str) -> torch.FloatTensor:
-    """`mask`, with a warning where it leaves nothing to do."""
-    empty = (~mask.flatten(1).any(dim=1)).nonzero().flatten().tolist()
-    if empty:
-        message = f"`{name}` paints nothing (1 is painted, 0 is kept), so that all is kept, in row {empty[0]} of {len(mask)}."
-        warnings.warn(message, UserWarning, stacklevel=4)
-    return mask
 
 
 def to_map(values: Any) -> torch.FloatTensor:

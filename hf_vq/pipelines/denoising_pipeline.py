@@ -209,8 +209,8 @@ class DenoisingPipeline(VQPipeline):
         null = self.null_text("negative_prompt") if negative is None else negative
         if given.embeddings.shape[1:] != null.embeddings.shape[1:]:
             raise ValueError(
-                "`negative_prompt_embeds`, or what stands in for them, must have as many tokens of the same width as the "
-                f"prompt, got {tuple(null.embeddings.shape[1:])} and {tuple(given.embeddings.shape[1:])}."
+                "`negative_prompt_embeds`, or what stands in for them, must have as many tokens of the same width as "
+                f"the prompt, got {tuple(null.embeddings.shape[1:])} and {tuple(given.embeddings.shape[1:])}."
             )
         return self._text_inputs(given, "prompt"), self._text_inputs(null, "negative_prompt")
 
@@ -220,8 +220,8 @@ class DenoisingPipeline(VQPipeline):
             has_tokens = condition.mask.any(dim=1)
             if self.needs_tokens and not has_tokens.all():
                 raise ValueError(
-                    f"`{name}`, or `{name}_attention_mask`, must have a token that is not padding in each row, but has none "
-                    f"in row {int(has_tokens.int().argmin())}; for an empty text the tokenizer must add one."
+                    f"`{name}`, or `{name}_attention_mask`, must have a token that is not padding in each row, but has "
+                    f"none in row {int(has_tokens.int().argmin())}; for an empty text the tokenizer must add one."
                 )
             inputs["encoder_attention_mask"] = condition.mask.to(self._execution_device)
         return inputs

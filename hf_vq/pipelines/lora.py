@@ -48,8 +48,8 @@ def load_lora_weights(
         return
     if isinstance(source, Mapping):
         raise ValueError(
-            "`pretrained_model_name_or_path_or_dict` must be a folder or repository with adapter_config.json for a prior, got "
-            "weights without it."
+            "`pretrained_model_name_or_path_or_dict` must be a folder or repository with adapter_config.json for a "
+            "prior, got weights without it."
         )
     info = network.load_adapter(str(source), adapter_name=adapter_name, **options)
     strangers = sorted(info.unexpected_keys) or sorted(info.missing_keys) or [key for key, *_ in info.mismatched_keys]
@@ -89,8 +89,8 @@ def _load_into_denoiser(network, component: str, source, adapter_name: str, weig
     strangers = [name for name in weights if _module_of(name) not in modules]
     if strangers or not weights:
         raise ValueError(
-            f"`pretrained_model_name_or_path_or_dict` must hold LoRA weights of `{component}`, a {type(network).__name__}, "
-            f"but {where} has {len(weights)} weights, among them of other networks {strangers[:5]}."
+            f"`pretrained_model_name_or_path_or_dict` must hold LoRA weights of `{component}`, a "
+            f"{type(network).__name__}, but {where} has {len(weights)} weights, among them of other networks {strangers[:5]}."
         )
     has_prefix = all(name.startswith(prefix) for name in source)
     network.load_lora_adapter(given, prefix=component if has_prefix else None, adapter_name=adapter_name, **own)

@@ -3,14 +3,16 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..argument_checks import check_integer
 from .autoregressive_pipeline import AutoregressivePipeline, check_prior
+from .code_sampling import window_runs
 from .pipeline_output import VQPipelineOutput
 from .spatial_condition import check_condition_parts, encode_condition
-from .vq_pipeline import check_tokenizer
+from .vq_pipeline import check_codes, check_tokenizer
 
 
 class VQAutoregressivePipeline(AutoregressivePipeline):
@@ -120,8 +122,8 @@ class VQAutoregressivePipeline(AutoregressivePipeline):
                 is kept if none of its pixels is painted; pixels that are not painted are those of `image` in the end.
             height, width: of the images, multiples of the tokenizer's downsample factor; by default the size of the
                 prior's grid, or of the image.
-            annotator: makes conditions of photos: "segmentation", "depth", "edges", "pose", or a callable that gives the
-                conditions of a list of Pillow images, such as [`EdgeAnnotator`] or [`SegmentationAnnotator`].
+            annotator: makes conditions of photos: "segmentation", "depth", "edges", "pose", or a callable that gives
+                the conditions of a list of Pillow images, such as [`EdgeAnnotator`] or [`SegmentationAnnotator`].
             condition (int `(B, h', w')` or `(B, condition_length)`, *optional*): for a prior whose `condition_type` is
                 "codes", the codes of the conditions; for images larger than its grid, a grid that is larger in
                 proportion.
@@ -148,27 +150,19 @@ class VQAutoregressivePipeline(AutoregressivePipeline):
             ValueError: an argument out of range, or a condition that the prior does not take.
         """
         size = self._size(height, width)
+        if size is not None:
+            window_runs(self._grid_sizes(size)[0], self.prior.config.grid_size, stride)  # its errors come first
         name = "class_labels" if condition is None else "condition"
         if condition_image is not None:
             if condition is not None:
                 raise ValueError("Only one of `condition_image` and `condition` can be given.")
             name = "condition_image"
-            condition = encode_condition(self, condition_image, size or self._own_size(), annotator)
+            whole = size or self._size_of_given(image, indices, outpaint) or self._own_size()
+            condition = encode_condition(self, condition_image, whole, annotator)
         elif annotator is not None:
             raise ValueError("`annotator` needs a `condition_image`, the photo that it is for.")
-        if (
-            torch.is_tensor(condition)
-            and condition.ndim == 3
-            and condition[0].numel() != self.prior.config.condition_length
-        ):
-            self.prepare_prompts(
-                class_labels, condition.flatten(1)[:, : self.prior.config.condition_length]
-            )  # checked
-            prompts = [condition.to(self._execution_device)]
-        else:
-            prompts = self.prepare_prompts(class_labels, condition)
         images, indices = self.draw_images(
-            {name: prompts},
+            {name: self._prompts(class_labels, condition)},
             image,
             indices,
             mask_image,
@@ -191,6 +185,17 @@ class VQAutoregressivePipeline(AutoregressivePipeline):
             stride=stride,
         )
         return VQPipelineOutput(images=images, indices=indices) if return_dict else (images, indices)
+
+    def _prompts(self, class_labels: Any, condition: Any) -> Sequence[torch.LongTensor]:
+        """The prefixes `(B, condition_length)`, or the codes `(B, h', w')` of a condition that windows are cut from."""
+        config = self.prior.config
+        condition = torch.as_tensor(condition) if isinstance(condition, np.ndarray) else condition
+        is_grid = torch.is_tensor(condition) and condition.ndim == 3 and len(condition)
+        if not is_grid or condition[0].numel() <= config.condition_length:
+            return self.prepare_prompts(class_labels, condition)
+        self.prepare_prompts(class_labels, condition.flatten(1)[:, : config.condition_length])  # its kind and dtype
+        grid = check_codes("condition", condition.long(), condition.shape[1:], config.condition_vocab_size)
+        return [grid.to(self._execution_device)]
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int] | None:
         """`height` and `width`, the prior's own where one of them is missing; None where both are."""

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..argument_checks import check_integer, check_real
 from ..images import images_as, to_pixel_values
-from .completion import kept_codes, paste
+from .completion import check_painted, kept_codes, paste
 from .conditioning import TextCondition, class_names, count_inputs, repeat_inputs, repeat_to, to_mask
 from .denoising_pipeline import DenoisingPipeline, check_text_parts, last_steps
 from .pipeline_output import VQPipelineOutput
@@ -167,7 +167,7 @@ class VQDiffusionImagePipeline(DenoisingPipeline):
     # Preparing
 
     def check_inputs(self, image: Any, indices: Any, mask_image: Any, strength: float | None, height: int, width: int):
-        """ValueErrors for arguments that exclude or need each other, or a size that the grid of codes does not have."""
+        """ValueErrors for arguments that exclude or need each other, or a size that the codes' grid does not have."""
         if image is not None and indices is not None:
             raise ValueError("Only one of `image` and `indices` can be given.")
         given = image is not None or indices is not None
@@ -218,7 +218,7 @@ class VQDiffusionImagePipeline(DenoisingPipeline):
         strength: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> torch.LongTensor:
-        """The grids that denoising starts from: without codes, or noised ones of `indices`, and `kept` ones as they are."""
+        """The grids that denoising starts from: without codes, or noised ones of `indices`, but `kept` ones as given."""
         if indices is None or strength == 1:
             shape = (batch_size, *self.transformer.sample_size)
             sample = scheduler.initial_sample(shape, self._execution_device, generator)
@@ -351,6 +351,7 @@ class VQDiffusionImagePipeline(DenoisingPipeline):
         kept = None
         if mask is not None:
             kept = kept_codes(mask, self.transformer.sample_size, self.vqvae.config.downsample_factor)
+            check_painted(mask[::times])
             kept = kept.to(self._execution_device)
         if strength is None:
             strength = 0.7 if indices is not None and kept is None else 1.0
@@ -389,8 +390,8 @@ class VQDiffusionImagePipeline(DenoisingPipeline):
                     highest = scheduler.mask_index - (i == len(steps) - 1)  # no mask after the last step
                     if changed is not sample and (changed.min() < 0 or changed.max() > highest):
                         raise ValueError(
-                            f"`callback_on_step_end` must return `indices` in 0 … {highest} after step {i}, got values "
-                            f"from {changed.min()} to {changed.max()}."
+                            f"`callback_on_step_end` must return `indices` in 0 … {highest} after step {i}, got "
+                            f"values from {changed.min()} to {changed.max()}."
                         )
                     sample = changed
                 progress_bar.update()

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..argument_checks import check_integer, check_real
 from ..images import images_as, to_pixel_values
+from .completion import check_painted
 from .conditioning import (
     class_names,
     count_inputs,
@@ -99,13 +100,13 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
             wanted = vqvae.config.embed_dim
             if unet.config.out_channels != wanted or unet.config.in_channels < wanted:
                 raise ValueError(
-                    f"`unet` must have {wanted} output channels and at least as many input channels, as the latents of "
-                    f"`vqvae` have, got {unet.config.out_channels} and {unet.config.in_channels}."
+                    f"`unet` must have {wanted} output channels and at least as many input channels, as the latents "
+                    f"of `vqvae` have, got {unet.config.out_channels} and {unet.config.in_channels}."
                 )
         if unet is not None and unet.config.get("cross_attention_dim") and unet.config.get("num_class_embeds"):
             raise ValueError(
-                "`unet` must have either cross-attention or a class embedding, not both: classes for cross-attention are "
-                "its `encoder_hid_proj`."
+                "`unet` must have either cross-attention or a class embedding, not both: classes for cross-attention "
+                "are its `encoder_hid_proj`."
             )
         self.register_modules(
             vqvae=vqvae, unet=unet, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer
@@ -174,7 +175,7 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
         return {"encoder_hidden_states": tokens.to(self._execution_device, self.unet.dtype)}
 
     def encode_image(self, pixel_values: torch.Tensor, batch_size: int = 16) -> torch.Tensor:
-        """Images `(B, C, H, W)` in [-1, 1] to latents before quantization, not scaled, float32; `batch_size` at a time."""
+        """Images `(B, C, H, W)` in [-1, 1] to latents before quantization, unscaled, float32; `batch_size` at a time."""
         onload(self.vqvae)
         pixels = pixel_values.to(self._execution_device, self.vqvae.dtype)
         return torch.cat([self.vqvae.encode(part).latents.float() for part in pixels.split(batch_size)])
@@ -208,14 +209,14 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
             height, width = condition_image.shape[-2:]
             if height * size[1] != width * size[0]:
                 raise ValueError(
-                    f"`condition_image` must have the proportions of the {size[0]}x{size[1]} latents, got {height}x{width}; "
-                    "crop it, or give `height` and `width`."
+                    f"`condition_image` must have the proportions of the {size[0]}x{size[1]} latents, got "
+                    f"{height}x{width}; crop it, or give `height` and `width`."
                 )
             maps = resize_map(condition_image.to(self._execution_device), size)
         if maps is None and channels:
             raise ValueError(
-                f"`condition_image`, or `image` with `mask_image`, must be given: the denoiser takes {channels} channels "
-                "beside the latents."
+                f"`condition_image`, or `image` with `mask_image`, must be given: the denoiser takes {channels} "
+                "channels beside the latents."
             )
         found = 0 if maps is None else maps.shape[1]
         if found != channels:
@@ -310,7 +311,7 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
         maps: torch.FloatTensor | None = None,
         guidance_scale: float = 1.0,
     ) -> torch.FloatTensor:
-        """The denoiser's output for latents that its scheduler has scaled, guided: `null + scale * (conditional - null)`
+        """The denoiser's output for latents that its scheduler has scaled, guided: `null + scale * (cond - null)`
         (Ho & Salimans, 2022)."""
         sample = latents if maps is None else torch.cat([latents, maps], dim=1)
         if null_inputs is not None:
@@ -438,6 +439,7 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
         size = self._latent_size(height, width, image, factor)
         self._check_sizes(image, mask, (size[0] * factor, size[1] * factor))
         if mask is not None:
+            check_painted(mask)
             image, mask = repeat_to(image, count, "image"), repeat_to(mask, count, "mask_image")
         check_generator(generator, count * times)
 
@@ -502,7 +504,8 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
         for name, value in (("image", image), ("mask_image", mask)):
             if value is not None and tuple(value.shape[-2:]) != size:
                 raise ValueError(
-                    f"`{name}` must be {size[0]} high and {size[1]} wide, got {tuple(value.shape[-2:])}; resize it first."
+                    f"`{name}` must be {size[0]} high and {size[1]} wide, got {tuple(value.shape[-2:])}; resize it "
+                    "first."
                 )
 
     def _last_steps(self, scheduler: SchedulerMixin, steps: torch.Tensor, strength: float) -> torch.Tensor:

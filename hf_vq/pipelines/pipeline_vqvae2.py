@@ -81,7 +81,8 @@ class VQVAE2Pipeline(AutoregressivePipeline):
             conditioning = getattr(config, "conditioning_grid_size", None)
             if (conditioning is None) != (above is None) or (above is not None and tuple(conditioning) != above):
                 raise ValueError(
-                    f"`{name}` must have conditioning_grid_size={above}, the grid of the level above, got {conditioning}."
+                    f"`{name}` must have conditioning_grid_size={above}, the grid of the level above, got "
+                    f"{conditioning}."
                 )
             if above is not None and config.conditioning_codebook_size != num_codes:
                 raise ValueError(

@@ -1,4 +1,4 @@
-"""A label map, depth map, edge map, drawing, or a photo of which an annotator makes one, to the codes of a condition."""
+"""A label map, depth map, edge map or drawing, or a photo of which an annotator makes one, to codes of a condition."""
 
 from collections.abc import Callable
 from typing import Any
@@ -56,8 +56,8 @@ def encode_condition(
     tokenizer, processor = pipeline.condition_tokenizer, pipeline.condition_processor
     if tokenizer is None or processor is None:
         raise ValueError(
-            "`condition_image` needs a pipeline with `condition_tokenizer` and `condition_processor`; without them give "
-            "the codes of the condition as `condition`."
+            "`condition_image` needs a pipeline with `condition_tokenizer` and `condition_processor`; without them "
+            "give the codes of the condition as `condition`."
         )
     factor = tokenizer.config.downsample_factor
     if any(side % factor for side in size):

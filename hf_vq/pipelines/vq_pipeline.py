@@ -86,7 +86,7 @@ class VQPipeline(DiffusionPipeline):
     # Callbacks
 
     def check_callback(self, callback: Callable | None, tensor_inputs: Sequence[str]) -> list[str]:
-        """The names of what `callback_on_step_end` is given: its own, if it is a callback of diffusers, or `tensor_inputs`.
+        """The names of what `callback_on_step_end` is given: a diffusers callback's own, or else `tensor_inputs`.
 
         Raises:
             ValueError: it is not callable, or wants what the pipeline does not have.
@@ -132,7 +132,8 @@ class VQPipeline(DiffusionPipeline):
                 f"{result.dtype} of shape {tuple(result.shape)}" if torch.is_tensor(result) else type(result).__name__
             )
             raise ValueError(
-                f"`callback_on_step_end` must return `{name}` as {value.dtype} of shape {tuple(value.shape)}, got {found}."
+                f"`callback_on_step_end` must return `{name}` as {value.dtype} of shape {tuple(value.shape)}, got "
+                f"{found}."
             )
         return result
 
@@ -186,7 +187,8 @@ class VQPipeline(DiffusionPipeline):
             raise ValueError(f"`output_type` must be one of {output_types}, got {output_type!r}.")
         if output_type == "pil" and self.vqvae.config.in_channels not in (1, 3):
             raise ValueError(
-                f"`output_type` 'pil' needs images of 1 or 3 channels, got {self.vqvae.config.in_channels}; use 'pt' or 'np'."
+                f"`output_type` 'pil' needs images of 1 or 3 channels, got {self.vqvae.config.in_channels}; use 'pt' "
+                "or 'np'."
             )
         return (
             check_integer("num_images_per_prompt", num_images_per_prompt, 1),
@@ -200,7 +202,7 @@ def _is_remote(part: Any) -> bool:
 
 
 def _save_remote_code(pipeline: DiffusionPipeline, folder: Path) -> None:
-    """Puts the one file of each such class where diffusers and the Auto classes look for it, and names it in the index."""
+    """Puts the one file of each such class where diffusers and the Auto classes look, and names it in the index."""
     index_file = folder / "model_index.json"
     index = json.loads(index_file.read_text(encoding="utf-8"))
     for name, part in {"": pipeline, **pipeline.components}.items():
@@ -234,8 +236,8 @@ def check_tokenizer(vqvae: Any):
     check_any_tokenizer(vqvae)
     if vqvae is not None and len(vqvae.config.downsample_factors) > 1:
         raise ValueError(
-            f"`vqvae` must have one level of codes, got {len(vqvae.config.downsample_factors)}: several need a prior for "
-            "each, see `VQVAE2Pipeline`."
+            f"`vqvae` must have one level of codes, got {len(vqvae.config.downsample_factors)}: several need a prior "
+            "for each, see `VQVAE2Pipeline`."
         )
 
 
@@ -258,7 +260,7 @@ def of_levels(levels: Sequence[torch.LongTensor]) -> torch.LongTensor | tuple[to
 
 
 def check_generator(generator: torch.Generator | list[torch.Generator] | None, batch_size: int):
-    """A ValueError unless `generator` is None, a `torch.Generator`, or a list of one for each of `batch_size` images."""
+    """A ValueError unless `generator` is None, a `torch.Generator`, or a list of one for each of `batch_size` rows."""
     generators = generator if isinstance(generator, list) else [generator]
     if any(not isinstance(g, torch.Generator) for g in generators if generator is not None):
         raise ValueError("`generator` must be a torch.Generator or a list of them.")

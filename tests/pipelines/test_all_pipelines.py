@@ -1,4 +1,4 @@
-"""What holds for every pipeline: threads share it, `from_pipe` copies it, callbacks, LoRA, and parts of the wrong class."""
+"""What holds for every pipeline: threads share it, `from_pipe` copies it, callbacks, LoRA, and wrong parts."""
 
 from concurrent.futures import ThreadPoolExecutor
 

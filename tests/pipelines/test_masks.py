@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hf_vq.pipelines.conditioning import class_ids, to_mask
+from tests.pipelines import latent_diffusion_parts, vq_diffusion_parts, vqvae2_parts
 from tests.pipelines.autoregressive_parts import make_pipeline
 
 
@@ -43,9 +44,20 @@ def test_what_is_no_mask(mask):
         to_mask(mask)
 
 
-def test_a_mask_that_paints_nothing():
-    with pytest.warns(UserWarning, match="`mask_image` paints nothing .* in row 1 of 2"):
-        to_mask(torch.stack([torch.ones(4, 4), torch.zeros(4, 4)]))
+def make_inpainting():
+    return latent_diffusion_parts.make_pipeline(unet=latent_diffusion_parts.make_unet(in_channels=9))
+
+
+@pytest.mark.parametrize(
+    "make", [make_pipeline, vq_diffusion_parts.make_pipeline, vqvae2_parts.make_pipeline, make_inpainting]
+)
+@pytest.mark.parametrize("painted", ["nothing", "everything"])
+def test_masks_that_paint_nothing_or_everything(make, painted):
+    half = torch.zeros(8, 8)
+    half[:4] = 1
+    masks = torch.stack([half, torch.full((8, 8), float(painted == "everything"))])
+    with pytest.raises(ValueError, match=f"`mask_image` must paint a part .* paints {painted} in row 1 of 2"):
+        make()(image=torch.zeros(2, 3, 8, 8), mask_image=masks)
 
 
 def test_classes():

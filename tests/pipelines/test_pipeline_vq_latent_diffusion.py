@@ -249,7 +249,7 @@ def test_half_precision():
         ("unconditional", {"strength": 0.5}, "`strength` needs an `image`"),
         ("unconditional", {"strength": 1.5}, r"`strength` must be a number in \(0, 1\]"),
         ("unconditional", {"mask_image": torch.ones(8, 8)}, "`mask_image` needs the `image`"),
-        ("unconditional", {"image": image(), "mask_image": torch.ones(8, 8)}, "0 channels that the denoiser takes"),
+        ("unconditional", {"image": image(), "mask_image": torch.eye(8)}, "0 channels that the denoiser takes"),
         ("unconditional", {"image": image(), "mask_image": torch.ones(4, 4)}, "`mask_image` must be 8 high"),
         ("unconditional", {"image": image(), "mask_image": torch.ones(8, 8), "strength": 0.5}, "and no `strength`"),
         ("unconditional", {"condition_image": image()}, "`condition_image` must give the 0 channels"),

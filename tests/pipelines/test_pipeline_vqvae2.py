@@ -275,6 +275,7 @@ def test_an_image_with_its_own_generator_and_mask_is_completed_as_if_alone(guida
     keep = torch.zeros(3, 16, 16, dtype=torch.bool)
     keep[0, :8] = True  # read at once if this image were alone
     keep[1, 4:, 4:] = True
+    keep[2, 0, 0] = True  # less than a code
     options = {"guidance_scale": guidance_scale, "output_type": "indices"}
     together = complete(
         pipeline, image, keep, class_labels=[0, 1, 2], generator=[seeded(i) for i in range(3)], **options
@@ -394,7 +395,7 @@ def test_the_card_names_levels_and_priors():
         ({"class_labels": 0, "guidance_scale": float("inf")}, "guidance_scale"),
         ({"class_labels": 0, "temperature": float("nan")}, "`temperature` must be a finite number"),
         ({"class_labels": 0, "top_p": "0.5"}, "top_p"),
-        ({"class_labels": 0, "guidance_scale": (1.0, 1.0, 1.0)}, "`guidance_scale` must be one value or one for each of 2"),
+        ({"class_labels": 0, "guidance_scale": (1.0, 1.0, 1.0)}, "`guidance_scale` must be one value .* of 2"),
         ({"class_labels": 0, "temperature": (1.0, 0)}, "temperature"),
         ({"class_labels": 0, "top_k": [0, 5]}, "top_k"),
         ({"class_labels": 0, "top_p": (0.5,)}, "top_p"),
@@ -403,13 +404,13 @@ def test_the_card_names_levels_and_priors():
         ({"class_labels": 0, "output_type": "jpg"}, "output_type"),
         ({"class_labels": [0, 1], "generator": [torch.Generator()]}, "generator"),
         ({"class_labels": 0, "callback_on_step_end": 5}, "callback_on_step_end"),
-        ({"top_indices": torch.zeros(1, 2, 3, dtype=torch.long)}, r"`top_indices` must be int64 codes of shape \(B, 2, 2\)"),
+        ({"top_indices": torch.zeros(1, 2, 3, dtype=torch.long)}, r"`top_indices` must be int64 .* \(B, 2, 2\)"),
         ({"top_indices": torch.full((1, 2, 2), 8)}, "`top_indices` must lie in 0 … 7"),
         ({"top_indices": torch.zeros(1, 2, 2)}, "int64"),
         ({"top_indices": torch.zeros(0, 2, 2).long()}, r"`top_indices` must be int64 codes .* \(0, 2, 2\)"),
         ({"top_indices": np.zeros((1, 2, 2), int)}, "`top_indices` must be int64 codes .* got a ndarray"),
         ({"top_indices": (torch.zeros(1, 2, 2).long(), torch.zeros(1, 4, 4).long())}, "1 to 1 levels, got 2"),
-        ({"top_indices": torch.zeros(2, 2, 2).long(), "class_labels": [0, 1, 2]}, "`top_indices` must have 1 or 3 rows"),
+        ({"top_indices": torch.zeros(2, 2, 2).long(), "class_labels": [0, 1, 2]}, "`top_indices` .* 1 or 3 rows"),
     ],
 )  # fmt: skip
 def test_bad_arguments(bad, message):
@@ -447,7 +448,7 @@ def test_bad_completions(bad, message):
             "`bottom_prior` must have conditioning_codebook_size=8, .* got 5",
         ),
         ({"vqvae": (2, 9)}, "`top_prior` must have as many codes as `vqvae`: got 8 and 9"),
-        ({"bottom_prior": {"grid": 6, "above": 2}}, r"`bottom_prior` must have twice the grid .* \(2, 2\), got \(6, 6\)"),
+        ({"bottom_prior": {"grid": 6, "above": 2}}, r"`bottom_prior` .* twice the grid .* \(2, 2\), got \(6, 6\)"),
         ({"bottom_prior": {"grid": 4}}, r"`bottom_prior` must have conditioning_grid_size=\(2, 2\)"),
         ({"bottom_prior": {"grid": 4, "above": 1}}, "got .*1, 1"),
         ({"top_prior": {"grid": 2, "above": 1}}, "`top_prior` must have conditioning_grid_size=None"),

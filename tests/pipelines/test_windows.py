@@ -2,17 +2,20 @@
 
 import pytest
 import torch
+from transformers.modeling_outputs import CausalLMOutput
 
 from hf_vq.models.priors.configuration_pixelcnn import PixelCNNConfig
+from hf_vq.models.priors.configuration_vq_gpt import VQGPTConfig
 from hf_vq.models.priors.modeling_pixelcnn import PixelCNNForCausalLM
-from hf_vq.pipelines.code_sampling import window_runs
+from hf_vq.models.priors.modeling_vq_gpt import VQGPTForCausalLM
+from hf_vq.pipelines.code_sampling import LevelSampling, sample_level, window_runs
 from hf_vq.pipelines.completion import random_mask
 from hf_vq.pipelines.pipeline_vq_autoregressive import VQAutoregressivePipeline
 from tests.pipelines.autoregressive_parts import make_pipeline, seeded
 
 
 def local(position: int, length: int, side: int) -> int:
-    """Where a code lies in its window: in the middle, but at the two ends (taming-transformers' `sample_conditional`)."""
+    """Where a code lies in its window: in the middle, but at the ends (taming-transformers' `sample_conditional`)."""
     if position <= side // 2:
         return position
     return side - (length - position) if length - position < side // 2 else side // 2
@@ -145,3 +148,49 @@ def test_pixels_that_are_kept_are_those_of_the_image():
     torch.testing.assert_close(found.images[..., mask == 0], (image / 2 + 0.5)[..., mask == 0])
     decoded = (pipeline.vqvae.decode_indices(found.indices).sample / 2 + 0.5).clamp(0, 1)
     torch.testing.assert_close(found.images[..., mask == 1], decoded[..., mask == 1])
+
+
+class SmoothPrior(VQGPTForCausalLM):
+    """Each code is near the mean of those above and to the left of it, as far as the window shows them."""
+
+    def forward(self, input_ids, **kwargs):
+        count, (_, width) = self.config.codebook_size, self.config.grid_size
+        codes = input_ids[:, self.config.condition_length :]
+        row, column = divmod(codes.shape[1], width)
+        near = [codes[:, -1]] if column else []
+        near += [codes[:, -width]] if row else []
+        logits = torch.zeros(len(codes), 1, count)
+        if near:
+            mean = torch.stack(near).float().mean(dim=0)
+            logits = -((torch.arange(count) - mean[:, None, None]) ** 2) / 4
+        return CausalLMOutput(logits=logits)
+
+
+def seam_ratio(grids, rows, columns):
+    """The mean step between neighbouring codes across borders before `rows` and `columns`, over that elsewhere."""
+    across, elsewhere = [], []
+    for axis, borders in ((1, rows), (2, columns)):
+        steps = grids.double().diff(dim=axis).abs()
+        is_border = torch.zeros(steps.shape[axis], dtype=torch.bool)
+        is_border[[border - 1 for border in borders]] = True
+        across.append(steps.index_select(axis, is_border.nonzero().flatten()).flatten())
+        elsewhere.append(steps.index_select(axis, (~is_border).nonzero().flatten()).flatten())
+    return torch.cat(across).mean() / torch.cat(elsewhere).mean()
+
+
+def test_windows_leave_no_seams():
+    torch.manual_seed(0)
+    config = VQGPTConfig(codebook_size=64, grid_size=4, n_embd=4, n_layer=1, n_head=1)
+    prior = SmoothPrior(config).eval()
+    prompt = prior.prepare_condition(batch_size=96)
+    setting = LevelSampling(guidance_scale=1.0, temperature=1.0, top_k=None, top_p=None)
+    options = {"generator": seeded(), "use_cache": False}
+    grids = sample_level(prior, prompt, None, setting, grid_size=(8, 12), stride=2, **options)
+    origins = {run.origin for run in window_runs((8, 12), (4, 4), 2)}
+    # a new window begins to sample in its third row or column, as long as it moves
+    rows, columns = (sorted({origin[axis] + 2 for origin in origins if origin[axis]}) for axis in (0, 1))
+    assert (rows, columns) == ([4, 6], [4, 6, 8, 10])
+    assert seam_ratio(grids, rows, columns) <= 1.1
+    tiles = [[sample_level(prior, prompt, None, setting, **options) for _ in range(3)] for _ in range(2)]
+    apart = torch.cat([torch.cat(line, dim=2) for line in tiles], dim=1)
+    assert seam_ratio(apart, [4], [4, 8]) > 2

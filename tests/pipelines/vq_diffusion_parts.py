@@ -1,4 +1,4 @@
-"""Tiny real parts of VQ-Diffusion pipelines: 4×4 codes of 8×8 pixels, with weights large enough for every input to matter."""
+"""Tiny real parts of VQ-Diffusion pipelines: 4×4 codes of 8×8 pixels, weights so large that every input matters."""
 
 import torch
 from transformers import set_seed

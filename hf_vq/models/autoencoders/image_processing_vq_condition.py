@@ -266,12 +266,13 @@ def _integers(image: Any) -> np.ndarray:
     if isinstance(image, Image.Image):
         if _has_colours(image):
             raise ValueError(
-                f"`images` must be label maps of one channel without a `palette`, got mode {image.mode!r}."
+                f"`images` must be label maps of one channel without a `palette`, got mode {image.mode!r}; a photo "
+                "needs an `annotator`."
             )
         image = np.asarray(image)  # of "P" the indices, not the colours
     values = image.detach().cpu().numpy() if torch.is_tensor(image) else np.asarray(image)
     values = values[0] if values.ndim == 3 and values.shape[0] == 1 else values
-    if values.ndim != 2 or not (np.issubdtype(values.dtype, np.integer) or values.dtype == bool):
+    if values.ndim != 2 or not values.size or not (np.issubdtype(values.dtype, np.integer) or values.dtype == bool):
         raise ValueError(
             f"`images` must be label maps of integers (H, W), got {values.dtype} of shape {values.shape}; a photo needs an "
             "`annotator`."

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from ...argument_checks import check_integer
 from .code_decoding import CodeDecoder, preallocated_cache, sample_codes
 
 
@@ -62,7 +63,7 @@ class CodeSequenceMixin:
             condition: `None` for the start token or the null condition; else one class, or one per example, as an `int`,
                 a name of `config.id2label`, a list of these, or a tensor `(B,)`; for `condition_type="codes"` a tensor or
                 array of condition codes `(B, condition_length)` or `(B, h', w')`.
-            batch_size (`int`, *optional*): how many rows are wanted; a single condition is repeated.
+            batch_size (`int`, *optional*): how many rows are wanted, at least 1; a single condition is repeated.
 
         Returns:
             `torch.LongTensor` of shape `(B, condition_length)`.
@@ -71,6 +72,7 @@ class CodeSequenceMixin:
             ValueError: condition out of range, of the wrong shape or type, or missing where there is no null condition.
         """
         config = self.config
+        batch_size = None if batch_size is None else check_integer("batch_size", batch_size, 1)
         if condition is None:
             token = config.null_class_token_id
             if token is None and config.condition_type != "unconditional":

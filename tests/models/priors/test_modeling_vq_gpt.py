@@ -22,6 +22,14 @@ def make_condition(model, batch_size=2):
     return torch.randint(config.condition_vocab_size, (batch_size, config.condition_length), generator=generator)
 
 
+@pytest.mark.parametrize("batch_size", [-1, 0, 1.5, True])
+def test_a_number_of_rows_is_positive(batch_size):
+    with pytest.raises(ValueError, match="`batch_size` must be an int of at least 1"):
+        make("class").prepare_condition(None, batch_size=batch_size)
+    with pytest.raises(ValueError, match="`batch_size` must be an int of at least 1"):
+        make("class").prepare_condition([1], batch_size=batch_size)
+
+
 @pytest.fixture(params=["unconditional", "n_unmasked", "shared", "noisy"])
 def case(request):
     noisy = {"attn_pdrop": 0.1, "resid_pdrop": 0.1, "pkeep": 0.8, "condition_dropout": 0.3, "order": "spiral-in"}
