@@ -38,12 +38,13 @@ def test_help_loads_nothing_heavy():
 
 
 def test_importing_a_model_costs_no_more_than_the_bases():
-    """Beyond the modeling modules of transformers and diffusers, and GPT-2, our models import only our own."""
+    """Beyond the modeling modules of transformers and diffusers, GPT-2, Llama and `UNet2DModel`, our models import only our own."""
     code = (
         "import sys\n"
         "from transformers import PreTrainedModel, GPT2Model, GenerationMixin\n"
+        "from transformers.models.llama import modeling_llama\n"
         "from transformers.image_processing_backends import PilBackend\n"
-        "from diffusers import ConfigMixin, ModelMixin, SchedulerMixin\n"
+        "from diffusers import ConfigMixin, ModelMixin, SchedulerMixin, UNet2DModel\n"
         "from diffusers.loaders import PeftAdapterMixin\n"
         "from diffusers.models import attention, attention_dispatch\n"
         "before = set(sys.modules)\n"

@@ -171,10 +171,7 @@ def test_trainer_classes_in_the_pickle_are_not_needed():
 @pytest.mark.slow
 def test_push(hub, tmp_path):
     folder = GOLDEN / "taming_vqmodel_f2_plcallback"
-    script, output = (
-        Path(hf_vq.conversion.taming_tokenizer.__file__).with_name("convert_taming.py"),
-        tmp_path / "output",
-    )
+    script, output = SCRIPTS / "convert_taming.py", tmp_path / "output"
     arguments = [str(script), "--checkpoint", f"{folder}/checkpoint.ckpt", "--config", f"{folder}/config.yaml"]
     arguments += ["--output", str(output), "--push_to_hub", "tester/f2"]
     hub.run(f"import runpy, sys\nsys.argv = {arguments}\nrunpy.run_path({str(script)!r}, run_name='__main__')")
