@@ -13,6 +13,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from .code_bundle import bundle
 from .hub_requests import request_patiently
+from .pipelines.saving import without_path
 from .registration import MODELS
 
 
@@ -47,7 +48,8 @@ def save_with_code(model: Any, folder: str | Path) -> None:
             f"{type(model).__module__}.{type(model).__name__}."
         )
     auto_map = _auto_map(model)
-    model.save_pretrained(folder)
+    with without_path(model):
+        model.save_pretrained(folder)
     _write_code(model, folder)
     if auto_map:
         _edit_json(folder / _config_name(model), auto_map=auto_map)
@@ -90,30 +92,85 @@ def push_to_hub(
     private: bool | None = None,
     token: str | None = None,
     commit_message: str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
 ) -> str:
-    """Uploads a model or a pipeline in one commit and returns the commit's address.
+    """Uploads what `save_with_code` takes, or indices, in one commit; returns the address of the commit or pull request.
 
     Args:
-        model: a model or pipeline of hf_vq.
+        model: a model, denoiser, scheduler, image processor or pipeline of hf_vq; or the path of a folder of indices
+            (see `write_indices`), or of one that holds such folders, each named for its split. Indices become a data
+            set, which `datasets.load_dataset` opens.
         repo_id: "user/name"; created if it does not exist.
-        card: becomes README.md (see `model_card`); without one, a README.md that is there already stays.
+        card: becomes README.md (see `model_card`); without one, a README.md that is there already stays. That of a data
+            set says in any case which files are which split.
         image_processor, with_code: as in `save_for_sharing`.
         private, token, commit_message: as in `huggingface_hub`.
+        revision: the branch to commit to; made from the main branch if it does not exist.
+        create_pr: open a pull request, in place of a commit to the branch.
 
     A Hub that is busy or out of order is asked again for ten minutes.
 
     Raises:
         PermissionError: there is no token, or one that may not write there.
+        ValueError: a folder without indices, or with indices that are not complete.
     """
+    to = {"private": private, "token": token, "revision": revision, "create_pr": create_pr}
     with tempfile.TemporaryDirectory() as folder:
+        if isinstance(model, (str, Path)):
+            _link_indices(Path(model), Path(folder), card)
+            return push_folder(folder, repo_id, commit_message or "Upload indices", repo_type="dataset", **to)
         save_for_sharing(folder, model, card, image_processor, with_code)
-        api = HfApi(token=token)
-        created = request_patiently(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
-        message = commit_message or f"Upload {type(model).__name__}"
-        uploaded = request_patiently(
-            lambda: api.upload_folder(repo_id=created.repo_id, folder_path=folder, commit_message=message)
+        return push_folder(folder, repo_id, commit_message or f"Upload {type(model).__name__}", **to)
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    commit_message: str,
+    repo_type: str = "model",
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Uploads a folder in one commit, as `push_to_hub` says, and returns the address of the commit or pull request."""
+    api = HfApi(token=token)
+    created = request_patiently(lambda: api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True))
+    to = {"repo_id": created.repo_id, "repo_type": repo_type}
+    if revision is not None and not revision.startswith("refs/pr/"):
+        request_patiently(lambda: api.create_branch(**to, branch=revision, exist_ok=True))
+    commit = request_patiently(
+        lambda: api.upload_folder(
+            **to, folder_path=folder, commit_message=commit_message, revision=revision, create_pr=create_pr
         )
-        return uploaded.commit_url
+    )
+    return commit.pr_url or commit.commit_url
+
+
+def _link_indices(source: Path, folder: Path, card: ModelCard | None) -> None:
+    """Links to the files of a data set of indices, and a card that says which of them are which split."""
+    splits = {file.parent.name: file.parent for file in sorted(source.glob("*/config.json"))}
+    if (source / "config.json").is_file():
+        splits = {"train": source}
+    data_files = []
+    for split, place in splits.items():
+        shards = sorted(place.glob("indices-*.parquet"))
+        if not shards or not json.loads((place / "config.json").read_text(encoding="utf-8")).get("complete"):
+            raise ValueError(f"`model` must be a folder of complete indices, got {place}: let `write_indices` finish.")
+        (folder / split).mkdir()
+        for file in (place / "config.json", *shards):
+            (folder / split / file.name).symlink_to(file.resolve())
+        data_files.append({"split": split, "path": f"{split}/indices-*.parquet"})
+    if not splits:
+        raise ValueError(f"`model` must be a folder of indices that `write_indices` has written, got {source}.")
+    card = (
+        ModelCard("---\ntags: [vector-quantization]\n---\n\nIndices of images, made by hf_vq.\n")
+        if card is None
+        else card
+    )
+    card.data.configs = [{"config_name": "default", "data_files": data_files}]
+    card.save(folder / "README.md")
 
 
 def model_card(
@@ -292,7 +349,8 @@ def _save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
     if not ours:
         raise ValueError(f"`model` must have a component of hf_vq, got {type(pipeline).__name__} without one.")
     auto_maps = {name: _auto_map(part) for name, part in ours.items() if isinstance(part, PreTrainedModel)}
-    pipeline.save_pretrained(folder)
+    with without_path(pipeline, *pipeline.components.values()):
+        pipeline.save_pretrained(folder)
     entries = {}
     for name, part in ours.items():
         entries[name] = [_write_code(part, folder / name), type(part).__name__]
@@ -306,7 +364,8 @@ def _save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
 
 
 def _save(model, folder: Path) -> None:
-    model.save_pretrained(folder)
+    with without_path(model, *getattr(model, "components", {}).values()):
+        model.save_pretrained(folder)
 
 
 def _edit_json(path: Path, **entries) -> None:
@@ -314,4 +373,4 @@ def _edit_json(path: Path, **entries) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-__all__ = ["facts", "model_card", "push_to_hub", "save_for_sharing", "save_with_code"]
+__all__ = ["facts", "model_card", "push_folder", "push_to_hub", "save_for_sharing", "save_with_code"]

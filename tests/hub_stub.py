@@ -15,6 +15,7 @@ import sys
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlparse
 
 import pytest
@@ -56,16 +57,20 @@ class Commit:
 
 @dataclass
 class Repository:
+    """`commits` are those of all branches; `heads` the newest of each, of "main" and of pull requests ("refs/pr/1")."""
+
     commits: list[Commit]
+    heads: dict[str, Commit] = field(default_factory=dict)
+    private: bool = False
 
     def at(self, revision: str | None) -> Commit | None:
-        if revision in (None, "main"):
-            return self.commits[-1]
-        return next((commit for commit in self.commits if commit.sha == revision), None)
+        head = self.heads.get(revision or "main")
+        return head or next((commit for commit in self.commits if commit.sha == revision), None)
 
-    def commit(self, files: dict[str, File]) -> Commit:
+    def commit(self, files: dict[str, File], branch: str = "main") -> Commit:
         content = repr((len(self.commits), sorted((path, file.oid) for path, file in files.items())))
         self.commits.append(Commit(hashlib.sha1(content.encode()).hexdigest(), files))
+        self.heads[branch] = self.commits[-1]
         return self.commits[-1]
 
 
@@ -148,7 +153,9 @@ class Handler(BaseHTTPRequestHandler):
         about = {"url": f"{self.base}/{prefix}{name}", "id": name, "name": name}
         if (kind, name) in self.store.repositories:  # the client's `exist_ok` relies on this answer
             return self.answer(409, {**about, "error": "exists"})
-        repository = self.store.repositories[kind, name] = Repository([])
+        repository = self.store.repositories[kind, name] = Repository(
+            [], private=wanted.get("visibility") == "private"
+        )
         repository.commit({})
         self.answer(200, about)
 
@@ -194,8 +201,20 @@ class Handler(BaseHTTPRequestHandler):
                 files.pop(value["path"], None)
             elif line["key"] == "deletedFolder":
                 files = {path: file for path, file in files.items() if not path.startswith(value["path"])}
-        commit = repository.commit(files)
-        self.answer(200, {"commitUrl": f"{self.base}/{name}/commit/{commit.sha}", "commitOid": commit.sha})
+        answer, branch = {}, revision
+        if parse_qs(self.url.query).get("create_pr") == ["1"]:
+            number = 1 + sum(head.startswith("refs/pr/") for head in repository.heads)
+            answer, branch = {"pullRequestUrl": f"{self.base}/{name}/discussions/{number}"}, f"refs/pr/{number}"
+        commit = repository.commit(files, branch)
+        self.answer(200, {**answer, "commitUrl": f"{self.base}/{name}/commit/{commit.sha}", "commitOid": commit.sha})
+
+    def create_branch(self, kind, name, branch):
+        repository = self.repository(kind, name)
+        if branch in repository.heads:  # the client's `exist_ok` relies on this answer
+            return self.answer(409, {"error": "exists"})
+        start = (json.loads(self.body) if self.body else {}).get("startingPoint")
+        repository.heads[branch] = self.commit_at(kind, name, start)
+        self.answer(200, {})
 
     def describe(self, kind, name, revision=None):
         commit = self.commit_at(kind, name, revision)
@@ -206,8 +225,13 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200, {**about, **constants, **dates})
 
     def refs(self, kind, name):
-        main = {"name": "main", "ref": "refs/heads/main", "targetCommit": self.commit_at(kind, name, "main").sha}
-        self.answer(200, {"branches": [main], "converts": [], "tags": []})
+        heads = {head: commit.sha for head, commit in self.repository(kind, name).heads.items()}
+        branches = [
+            {"name": head, "ref": f"refs/heads/{head}", "targetCommit": sha}
+            for head, sha in heads.items()
+            if not head.startswith("refs/pr/")
+        ]
+        self.answer(200, {"branches": branches, "converts": [], "tags": []})
 
     def tree(self, kind, name, revision, folder):
         files = self.commit_at(kind, name, revision).files
@@ -256,6 +280,7 @@ def entries(files: dict[str, File]) -> list[dict]:
 
 
 REPO = r"/api/(model|dataset|space)s/([^/]+/[^/]+)"
+REVISION = r"((?:refs/pr/)?[^/]+)"
 ROUTES = [
     (r"/api/whoami-v2", Handler.whoami),
     (r"/api/validate-yaml", Handler.validate_yaml),
@@ -263,13 +288,14 @@ ROUTES = [
     (r"/(?:(dataset|space)s/)?([^/]+/[^/]+)\.git/info/lfs/objects/batch", Handler.lfs_batch),
     (r"/lfs/([0-9a-f]{64})", Handler.lfs_upload),
     (REPO, Handler.describe),
-    (REPO + r"/revision/([^/]+)", Handler.describe),
-    (REPO + r"/preupload/([^/]+)", Handler.preupload),
-    (REPO + r"/commit/([^/]+)", Handler.make_commit),
+    (REPO + rf"/revision/{REVISION}", Handler.describe),
+    (REPO + rf"/preupload/{REVISION}", Handler.preupload),
+    (REPO + rf"/commit/{REVISION}", Handler.make_commit),
+    (REPO + r"/branch/([^/]+)", Handler.create_branch),
     (REPO + r"/refs", Handler.refs),
-    (REPO + r"/tree/([^/]+)(?:/(.+))?", Handler.tree),
-    (REPO + r"/paths-info/([^/]+)", Handler.paths_info),
-    (r"/(?:(dataset|space)s/)?([^/]+/[^/]+)/(?:resolve|raw)/([^/]+)/(.+)", Handler.download),
+    (REPO + rf"/tree/{REVISION}(?:/(.+))?", Handler.tree),
+    (REPO + rf"/paths-info/{REVISION}", Handler.paths_info),
+    (rf"/(?:(dataset|space)s/)?([^/]+/[^/]+)/(?:resolve|raw)/{REVISION}/(.+)", Handler.download),
 ]
 
 
@@ -282,8 +308,8 @@ class Hub:
     home: str
 
     def files(self, name: str, kind: str = "model") -> dict[str, bytes]:
-        """The files of a repository's newest commit."""
-        return {path: file.data for path, file in self.store.repositories[kind, name].commits[-1].files.items()}
+        """The files on a repository's main branch."""
+        return {path: file.data for path, file in self.store.repositories[kind, name].at("main").files.items()}
 
     def run(self, code: str, installed: bool = True, timeout: int = 240) -> str:
         """Runs Python code in a new process that knows this Hub only, from the folder "/"; returns what it printed.
@@ -302,6 +328,8 @@ class Hub:
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "OMP_NUM_THREADS": "1",
         }
+        if installed:  # that of this checkout, which need not be the one that is installed
+            environment["PYTHONPATH"] = str(Path(__file__).parents[1])
         code = code if installed else BLOCK_HF_VQ + code
         command = [sys.executable, "-c", code]
         done = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, timeout=timeout)

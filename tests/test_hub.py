@@ -16,6 +16,7 @@ from transformers import BertConfig, BertModel
 
 import hf_vq
 from hf_vq.hub import CARD_TEMPLATE, facts, model_card, save_for_sharing, save_with_code
+from hf_vq.training.data.indices_cache import write_indices
 from hf_vq.training.sharing import save_trained
 
 
@@ -353,6 +354,74 @@ def test_a_damaged_part_of_a_pipeline(tmp_path):
         with pytest.raises(ValueError, match=message) as caught:
             DiffusionPipeline.from_pretrained(tmp_path)
         assert "unet" in str(caught.value)
+
+
+def test_pushing_to_a_branch_and_as_a_pull_request(hub, tmp_path):
+    denoiser, scheduler = denoising_parts()
+    denoiser.save_pretrained(tmp_path / "denoiser")
+    scheduler.save_pretrained(tmp_path / "scheduler")
+    hub.run(
+        "import hf_vq\n"
+        f"denoiser = hf_vq.VQDiffusionTransformer2DModel.from_pretrained({str(tmp_path / 'denoiser')!r})\n"
+        f"scheduler = hf_vq.MaskReplaceScheduler.from_pretrained({str(tmp_path / 'scheduler')!r})\n"
+        "processor = hf_vq.VQImageProcessor(size=8)\n"
+        "for _ in range(2):\n"
+        "    hf_vq.push_to_hub(denoiser, 'tester/parts', revision='trial', private=True)\n"
+        "url = hf_vq.push_to_hub(scheduler, 'tester/parts', create_pr=True)\n"
+        "assert url.endswith('/tester/parts/discussions/1'), url\n"
+        "hf_vq.push_to_hub(processor, 'tester/parts')\n"
+        "loaded = hf_vq.VQDiffusionTransformer2DModel.from_pretrained('tester/parts', revision='trial')\n"
+        "assert (loaded.out.weight == denoiser.out.weight).all()\n"
+        "hf_vq.MaskReplaceScheduler.from_pretrained('tester/parts', revision='refs/pr/1')\n"
+    )
+    repository = hub.store.repositories["model", "tester/parts"]
+    assert repository.private and set(repository.heads) == {"main", "trial", "refs/pr/1"}
+    assert set(repository.at("main").files) == {"image_processing_vq.py", "preprocessor_config.json"}
+    assert {"config.json", "transformer_vq_diffusion.py"} <= set(repository.at("trial").files)
+    assert "scheduler_config.json" in repository.at("refs/pr/1").files
+
+
+def write_codes(tokenizer, folder):
+    """Writes the indices of four images with labels; returns the indices."""
+    images = [{"pixel_values": torch.rand(3, 8, 8), "label": number} for number in range(4)]
+    write_indices(tokenizer, images, folder, progress=False)
+    with torch.no_grad():
+        return [tokenizer.encode(image["pixel_values"][None]).indices.flatten().tolist() for image in images]
+
+
+def test_pushing_indices_as_a_data_set(vqgan, hub, tmp_path):
+    expected = {split: write_codes(vqgan, tmp_path / "indices" / split) for split in ("train", "validation")}
+    hub.run(
+        "import datasets, hf_vq\n"
+        f"hf_vq.push_to_hub({str(tmp_path / 'indices')!r}, 'tester/codes', private=True)\n"
+        f"hf_vq.push_to_hub({str(tmp_path / 'indices' / 'train')!r}, 'tester/codes', revision='small')\n"
+        f"found = datasets.load_dataset('tester/codes')\n"
+        "assert sorted(found) == ['train', 'validation'], found\n"
+        f"expected = {expected!r}\n"
+        "for split in found:\n"
+        "    assert found[split]['label'] == [0, 1, 2, 3]\n"
+        "    assert found[split]['indices'] == expected[split]\n"
+        "assert list(datasets.load_dataset('tester/codes', revision='small')) == ['train']\n"
+    )
+    assert hub.store.repositories["dataset", "tester/codes"].private
+
+
+def test_what_is_no_data_set_of_indices(tmp_path):
+    with pytest.raises(ValueError, match="`model` must be a folder of indices"):
+        hf_vq.push_to_hub(tmp_path, "tester/codes")
+    (tmp_path / "config.json").write_text('{"complete": false}')
+    with pytest.raises(ValueError, match="`model` must be a folder of complete indices"):
+        hf_vq.push_to_hub(str(tmp_path), "tester/codes")
+
+
+@pytest.mark.parametrize("save", [save_with_code, lambda part, folder: part.save_pretrained(folder)])
+def test_a_saved_pipeline_does_not_say_where_it_was(vqgan, save, tmp_path):
+    hf_vq.VQDiffusionImagePipeline(vqgan, *denoising_parts()).save_pretrained(tmp_path / "first")
+    loaded = hf_vq.VQDiffusionImagePipeline.from_pretrained(tmp_path / "first")
+    save(loaded, tmp_path / "second")
+    files = list((tmp_path / "second").rglob("*.json"))
+    assert len(files) >= 4 and not [file for file in files if str(tmp_path) in file.read_text()]
+    assert str(loaded.name_or_path) == str(tmp_path / "first")  # it still knows
 
 
 def test_what_cannot_be_saved_with_code(tmp_path):

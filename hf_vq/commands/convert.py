@@ -66,9 +66,9 @@ def convert(options: argparse.Namespace) -> None:
         shutil.copytree(folder, output, dirs_exist_ok=True)
     print(output)
     if options.push_to_hub:
-        from ..conversion.checkpoints import push_folder
+        from ..hub import push_folder
 
-        print(push_folder(output, options.push_to_hub))
+        print(push_folder(output, options.push_to_hub, "Upload converted weights"))
 
 
 def error_table(errors: dict[str, float]) -> str:

@@ -5,7 +5,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -99,10 +98,3 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, help="the folder to write")
     parser.add_argument("--push_to_hub", metavar="REPO", help='also upload the folder, to "user/name"')
     return parser
-
-
-def push_folder(folder: str | Path, repo_id: str) -> str:
-    """Uploads the folder in one commit and returns the commit's address."""
-    api = HfApi()
-    repo_id = api.create_repo(repo_id, exist_ok=True).repo_id
-    return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload converted weights").commit_url

@@ -5,7 +5,8 @@ hf-vq convert diffusers --checkpoint amused/amused-256 --part vqvae --output fol
 
 from pathlib import Path
 
-from .checkpoints import argument_parser, push_folder, save_tokenizer
+from ..hub import push_folder
+from .checkpoints import argument_parser, save_tokenizer
 from .load_tokenizer import LAYOUTS, load_tokenizer
 
 
@@ -35,4 +36,4 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     convert(options.checkpoint, options.output, options.part, options.layout, options.resolution)
     if options.push_to_hub:
-        print(push_folder(options.output, options.push_to_hub))
+        print(push_folder(options.output, options.push_to_hub, "Upload converted weights"))

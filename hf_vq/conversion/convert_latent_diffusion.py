@@ -13,14 +13,13 @@ from diffusers import DDIMScheduler
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..argument_checks import check_integer, check_real
-from ..hub import save_with_code
+from ..hub import push_folder, save_with_code
 from ..pipelines.pipeline_vq_latent_diffusion import VQLatentDiffusionPipeline
 from .checkpoints import (
     argument_parser,
     check_agrees,
     drop_keys,
     print_dropped,
-    push_folder,
     save_image_processor,
     save_tokenizer,
     split_by_prefix,
@@ -313,4 +312,4 @@ def main(arguments: list[str] | None = None) -> None:
     )
     print_dropped(dropped)
     if options.push_to_hub:
-        print(push_folder(options.output, options.push_to_hub))
+        print(push_folder(options.output, options.push_to_hub, "Upload converted weights"))

@@ -11,7 +11,7 @@ everything follows from the weights; `--config` is a JSON file with the argument
 from pathlib import Path
 from typing import Any
 
-from ..hub import save_with_code
+from ..hub import push_folder, save_with_code
 from ..models.autoencoders.modeling_vqgan import VQGANModel
 from ..pipelines.pipeline_vq_autoregressive import VQAutoregressivePipeline
 from .checkpoints import (
@@ -19,7 +19,6 @@ from .checkpoints import (
     check_agrees,
     drop_keys,
     print_dropped,
-    push_folder,
     save_image_processor,
     save_tokenizer,
 )
@@ -176,4 +175,4 @@ def main(arguments: list[str] | None = None) -> None:
     )
     print_dropped(dropped)
     if options.push_to_hub:
-        print(push_folder(options.output, options.push_to_hub))
+        print(push_folder(options.output, options.push_to_hub, "Upload converted weights"))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ..hub import save_with_code
+from ..hub import push_folder, save_with_code
 from ..models.autoencoders.configuration_vqvae2 import VQVAE2Config
 from ..models.autoencoders.modeling_vqvae2 import VQVAE2Model
 from ..models.priors.configuration_pixelsnail import PixelSNAILConfig
@@ -23,7 +23,6 @@ from .checkpoints import (
     drop_keys,
     load_exactly,
     print_dropped,
-    push_folder,
     save_image_processor,
     save_tokenizer,
 )
@@ -352,4 +351,4 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     print_dropped(convert(options.checkpoint, options.output, options.top, options.bottom, options.resolution))
     if options.push_to_hub:
-        print(push_folder(options.output, options.push_to_hub))
+        print(push_folder(options.output, options.push_to_hub, "Upload converted weights"))

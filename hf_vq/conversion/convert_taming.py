@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ..hub import save_with_code
+from ..hub import push_folder, save_with_code
 from ..models.autoencoders.modeling_vqgan import VQGANModel
 from ..models.priors.code_orders import CODE_ORDERS, code_order
 from ..models.priors.configuration_vq_gpt import VQGPTConfig
@@ -20,7 +20,6 @@ from .checkpoints import (
     check_agrees,
     load_exactly,
     print_dropped,
-    push_folder,
     save_image_processor,
     save_tokenizer,
     split_by_prefix,
@@ -328,4 +327,4 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     print_dropped(convert(options.checkpoint, options.config, options.output, options.discriminator, not options.live))
     if options.push_to_hub:
-        print(push_folder(options.output, options.push_to_hub))
+        print(push_folder(options.output, options.push_to_hub, "Upload converted weights"))

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
-from ..hub import save_with_code
+from ..hub import push_folder, save_with_code
 from ..pipelines.pipeline_vq_diffusion import VQDiffusionImagePipeline
-from .checkpoints import argument_parser, print_dropped, push_folder, save_image_processor, split_by_prefix
+from .checkpoints import argument_parser, print_dropped, save_image_processor, split_by_prefix
 from .reading import check_not_nan, load_checkpoint, read_model
 from .vq_diffusion_codec import convert_codec
 from .vq_diffusion_network import (
@@ -334,4 +334,4 @@ def main(arguments: list[str] | None = None) -> None:
     )
     print_dropped(dropped)
     if options.push_to_hub:
-        print(push_folder(options.output, options.push_to_hub))
+        print(push_folder(options.output, options.push_to_hub, "Upload converted weights"))

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
+from ..hub import push_folder
 from ..models.autoencoders.configuration_vqvae import VQVAEConfig
 from ..models.autoencoders.modeling_vqvae import VQVAEModel
-from .checkpoints import argument_parser, check_agrees, load_exactly, push_folder, save_tokenizer
+from .checkpoints import argument_parser, check_agrees, load_exactly, save_tokenizer
 from .reading import Options, load_state_dict, read_config
 
 
@@ -179,4 +180,4 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     convert(options.checkpoint, options.output, options.config, options.data_variance)
     if options.push_to_hub:
-        print(push_folder(options.output, options.push_to_hub))
+        print(push_folder(options.output, options.push_to_hub, "Upload converted weights"))

@@ -18,6 +18,7 @@ from ..argument_checks import check_integer, check_real
 from ..images import images_as
 from ..models.checked_loading import check_parts
 from .lora import load_lora_weights, unload_lora_weights
+from .saving import without_path
 
 
 PREPROCESSOR = "preprocessor_config.json"
@@ -66,7 +67,8 @@ class VQPipeline(DiffusionPipeline):
             folder.mkdir(parents=True, exist_ok=True)
             config = {name: value for name, value in config.items() if name != "auto_map"}  # its code is not saved
             (folder / PREPROCESSOR).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        super().save_pretrained(save_directory, *args, **kwargs)
+        with without_path(self, *self.components.values()):
+            super().save_pretrained(save_directory, *args, **kwargs)
         if _is_remote(self):
             _save_remote_code(self, Path(save_directory))
 

@@ -41,7 +41,7 @@ def training_card(
 
     `with_code` says whether the card is for a folder that carries its code.
     """
-    command = shlex.join(["python", *sys.argv])
+    command = shlex.join(["python", *map(_without_folders, sys.argv)])
     name = run.arguments.hub_model_id or f"user/{run.output_dir.name}"
     source = data.dataset_name_or_path
     figures = {
@@ -63,6 +63,12 @@ def training_card(
         command=command,
         with_code=with_code,
     )
+
+
+def _without_folders(argument: str) -> str:
+    """An argument of a command, in which an absolute path, which is one of this machine, is its last part only."""
+    option, equals, value = argument.partition("=") if argument.startswith("-") else ("", "", argument)
+    return option + equals + (Path(value).name if Path(value).is_absolute() else value)
 
 
 def save_trained(
