@@ -35,6 +35,10 @@ def open_rows(arguments: "DataArguments", split: str) -> "datasets.Dataset | dat
     Raises:
         ValueError: there is no such data set or split.
     """
+    import datasets
+
+    # else `datasets` counts the loading of every data set, of a local folder too, at an address of its own
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     source, streaming = arguments.dataset_name_or_path, arguments.streaming
     folder = Path(source).expanduser()
     try:
@@ -46,8 +50,6 @@ def open_rows(arguments: "DataArguments", split: str) -> "datasets.Dataset | dat
         if files:
             return _load(_kind_of(files), split, arguments, data_files=_by_split(files))
         if is_from_hub(source):
-            import datasets
-
             return datasets.load_dataset(source, arguments.dataset_config_name, split=split, streaming=streaming)
     except (KeyError, ValueError) as error:
         if "split" in str(error).lower():
