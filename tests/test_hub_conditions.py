@@ -1,0 +1,54 @@
+"""A pipeline with a condition tokenizer and its processor carries the code of both."""
+
+import pytest
+import torch
+
+import hf_vq
+from hf_vq.hub import save_with_code
+
+
+pytestmark = pytest.mark.hub
+
+LOAD = """
+import sys, torch
+from diffusers import DiffusionPipeline
+pipeline = DiffusionPipeline.from_pretrained({source!r}, trust_remote_code=True)
+pipeline.set_progress_bar_config(disable=True)
+assert "hf_vq" not in sys.modules
+assert type(pipeline.condition_processor).__name__ == "VQConditionProcessor"
+assert type(pipeline.condition_processor).__module__.startswith("diffusers_modules."), pipeline.condition_processor
+labels = torch.arange(3).repeat_interleave(3)[:8].repeat(8, 1).numpy()
+indices = pipeline(condition_image=labels, generator=torch.Generator().manual_seed(0), output_type="indices").indices
+assert indices.tolist() == {expected!r}
+"""
+
+
+def test_loads_without_hf_vq(hub, tmp_path):
+    torch.manual_seed(0)
+    shape = {"base_channels": 8, "norm_num_groups": 4, "channel_multiplier": [1, 2], "num_res_blocks": 1}
+    shape |= {"attn_resolutions": [], "latent_channels": 4, "embed_dim": 4, "num_embeddings": 16, "resolution": 8}
+    config = hf_vq.VQGPTConfig(
+        codebook_size=16,
+        grid_size=4,
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        condition_type="codes",
+        condition_vocab_size=16,
+        condition_length=16,
+    )
+    pipeline = hf_vq.VQAutoregressivePipeline(
+        vqvae=hf_vq.VQGANModel(hf_vq.VQGANConfig(**shape)).eval(),
+        prior=hf_vq.VQGPTForCausalLM(config).eval(),
+        condition_tokenizer=hf_vq.VQGANModel(hf_vq.VQGANConfig(in_channels=3, **shape)).eval(),
+        condition_processor=hf_vq.VQConditionProcessor("segmentation", num_labels=3, size=8),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    labels = torch.arange(3).repeat_interleave(3)[:8].repeat(8, 1).numpy()
+    generator = torch.Generator().manual_seed(0)
+    expected = pipeline(condition_image=labels, generator=generator, output_type="indices").indices.tolist()
+    folder = str(tmp_path / "pipeline")
+    save_with_code(pipeline, folder)
+    hub.run(LOAD.format(source=folder, expected=expected), installed=False)
+    loaded = hf_vq.VQAutoregressivePipeline.from_pretrained(folder)
+    assert isinstance(loaded.condition_processor, hf_vq.VQConditionProcessor)
