@@ -13,8 +13,8 @@ from hf_vq.models.quantizers.codebook_statistics import code_counts, codebook_st
 TITLE = "Codebook usage at K = 65536"
 NOTES = """
 A linear autoencoder of 8×8 patches of blurred noise (64 values, 8 channels between; BSQ has one for each of its bits),
-trained from scratch on fresh patches at each step. "used" is the share of the K codes that 16·K latents of patches never
-seen reach.
+trained from scratch on fresh patches at each step. "used" is the share of the K codes that 16·K latents of patches
+never seen reach.
 """
 EVALUATED = 16  # latents a code
 # the entropy of all 16 bits together: groups of 9 leave bits of different groups free to repeat one another

@@ -12,8 +12,8 @@ from .measure import in_subprocess
 TITLE = "Sampling codes from VQGPT, greedily"
 NOTES = """
 "codes/s" counts the codes of all pictures of the batch, from the first to the last; the second of two runs where there
-is a cache, the only run of the loop without one. "× loop" is the speed over that of the loop, "same codes" the share of
-codes that are equal to the loop's.
+is a cache, the only run of the loop without one. "× loop" is the speed over that of the loop, "same codes" the share
+of codes that are equal to the loop's.
 """
 BATCH_SIZES = (1, 8)
 MODEL = {"codebook_size": 1024, "n_embd": 512, "n_layer": 12, "n_head": 8}

@@ -6,8 +6,8 @@
     evaluate   measures the pipeline of both, and draws a sheet of samples
     speed      encoding, decoding and sampling on this device, beside diffusers' and transformers' own
 
-No stage needs a network. Each has a time limit and may fail alone; a second call skips what is finished and goes on with
-the rest. `--quick` runs all of them in about a minute on a CPU, to see that they would run.
+No stage needs a network. Each has a time limit and may fail alone; a second call skips what is finished and goes on
+with the rest. `--quick` runs all of them in about a minute on a CPU, to see that they would run.
 """
 
 import argparse

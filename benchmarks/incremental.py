@@ -1,4 +1,6 @@
-"""Sampling grids of codes from PixelCNN and PixelSNAIL: each position computed once, beside a pass for each position."""
+"""Sampling grids of codes from PixelCNN and PixelSNAIL: each position computed once, beside a pass for each
+position.
+"""
 
 import argparse
 import json
@@ -12,11 +14,11 @@ from .measure import in_subprocess
 
 TITLE = "Sampling a grid of codes, a pass over the grid for each position or each position computed once"
 NOTES = """
-One image, 512 codes, float32. "naive" is the loop of the public implementations: for each position a pass over the whole
-grid, of which one position is used. Where a star follows, it is an estimate: positions times the fastest of some passes,
-spread over the grid. "incremental" is `generate()` with its cache, the faster of two runs, drawing included. "same codes" is
-the share of the positions, of those that the loop has drawn, at which both have the same code, drawn with the same random
-numbers.
+One image, 512 codes, float32. "naive" is the loop of the public implementations: for each position a pass over the
+whole grid, of which one position is used. Where a star follows, it is an estimate: positions times the fastest of some
+passes, spread over the grid. "incremental" is `generate()` with its cache, the faster of two runs, drawing included.
+"same codes" is the share of the positions, of those that the loop has drawn, at which both have the same code, drawn
+with the same random numbers.
 """
 SIDES = (8, 16, 32, 64)
 QUICK_SIDES = (8,)
@@ -102,12 +104,16 @@ def measure(model_name: str, side: int, threads: int) -> dict:
 
 
 def add_noise(noise: torch.Tensor) -> Callable:
-    """A logits processor that adds Gumbel noise `(length, K)`: the largest score is then a draw of the distribution."""
+    """A logits processor that adds Gumbel noise `(length, K)`: the largest score is then a draw of the
+    distribution.
+    """
     return lambda input_ids, scores: scores + noise[input_ids.shape[1] - 1]
 
 
 def naive_codes(model, prefix, codes, noise, places) -> tuple[torch.Tensor, list[float]]:
-    """The codes at `places`, each by a pass over the whole grid in which `codes` are known before it, and their seconds."""
+    """The codes at `places`, each by a pass over the whole grid in which `codes` are known before it, and their
+    seconds.
+    """
     drawn, seconds = [], []
     for place in places:
         start = time.perf_counter()

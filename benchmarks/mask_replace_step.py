@@ -11,12 +11,12 @@ from .measure import in_subprocess, interleaved_seconds, peak_allocated_bytes
 
 TITLE = "A step of VQ-Diffusion without its transformer"
 NOTES = """
-From the logits of the transformer's last layer, with and without condition, to the codes of the next timestep: guidance,
-truncation, posterior and draw, on float32 logits of random normal numbers. diffusers' side runs the code of its
-`Transformer2DModel`, `VQDiffusionPipeline` and `VQDiffusionScheduler`, which do the same work at every step, and sort
-whether or not anything is truncated. hf_vq reads the predictions of the positions that can change, so its time depends on
-the step: one of 100 or of 10 halfway, the last one, which draws every code anew, and the only one of 1. "× diffusers" is
-the time over that of diffusers; "peak MB" is what torch's allocator held beyond the logits.
+From the logits of the transformer's last layer, with and without condition, to the codes of the next timestep:
+guidance, truncation, posterior and draw, on float32 logits of random normal numbers. diffusers' side runs the code of
+its `Transformer2DModel`, `VQDiffusionPipeline` and `VQDiffusionScheduler`, which do the same work at every step, and
+sort whether or not anything is truncated. hf_vq reads the predictions of the positions that can change, so its time
+depends on the step: one of 100 or of 10 halfway, the last one, which draws every code anew, and the only one of 1. "×
+diffusers" is the time over that of diffusers; "peak MB" is what torch's allocator held beyond the logits.
 """
 BATCH_SIZES = (1, 4)
 TRUNCATION_RATES = (1.0, 0.86)
@@ -33,7 +33,9 @@ STEPS = {
 
 
 def run(quick: bool, threads: int) -> list[dict]:
-    """One row for each batch size, truncation rate and step; 256 codes on 8 x 8 where `quick`, else 4096 on 32 x 32."""
+    """One row for each batch size, truncation rate and step; 256 codes on 8 x 8 where `quick`, else 4096 on 32 x
+    32.
+    """
     rows = []
     for batch_size in BATCH_SIZES:
         side, codes = (8, 256) if quick else (32, 4096)

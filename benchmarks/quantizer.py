@@ -15,8 +15,8 @@ TITLE = "Vector quantization: forward and backward of a training step"
 NOTES = """
 N latents of D channels against K codes, float32. "peak" is what torch's allocator held above the latents and the
 parameters; "RSS" is how far the process's resident memory rose, in a fresh process. "× bare" is the time over that of
-`(z @ e.T).argmin(1)`, forward only, taken in turns in the same process; how far its own row is from 1 says how much the
-machine's other work disturbs the ratios. All estimate gradients by straight-through; those marked EMA have
+`(z @ e.T).argmin(1)`, forward only, taken in turns in the same process; how far its own row is from 1 says how much
+the machine's other work disturbs the ratios. All estimate gradients by straight-through; those marked EMA have
 moving-average codebooks, the others a gradient.
 """
 SIZES = ((1024, 64, 512), (4096, 256, 1024), (16384, 256, 16384))  # N, D, K

@@ -11,8 +11,8 @@ from .measure import in_subprocess, peak_resident_bytes
 
 TITLE = "Sampling beyond the prior's grid with a sliding window"
 NOTES = """
-A small class-conditional VQGPT with a window of 16 x 16 codes, for images of 16 pixels a code, greedily, in one process
-for each size. "MB" is how far the resident memory rose during sampling of the codes, without decoding.
+A small class-conditional VQGPT with a window of 16 x 16 codes, for images of 16 pixels a code, greedily, in one
+process for each size. "MB" is how far the resident memory rose during sampling of the codes, without decoding.
 """
 MODEL = {"codebook_size": 1024, "n_embd": 128, "n_layer": 4, "n_head": 4}
 FACTOR = 16  # pixels of a code's side

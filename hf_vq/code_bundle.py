@@ -14,8 +14,8 @@ def bundle(path: str | Path) -> str:
     ``from .name import ...``, ``from ..folder.name import ...`` and so on are followed across the package's folders.
 
     Raises:
-        ValueError: if the modules cannot share one file: an import of a whole module or of a folder, one that is not at
-            the top level, or two modules that give one name different meanings.
+        ValueError: if the modules cannot share one file: an import of a whole module or of a folder, one that is not
+            at the top level, or two modules that give one name different meanings.
     """
     path = Path(path).resolve()
     modules = _in_order(path, {})
@@ -32,7 +32,8 @@ def _in_order(path: Path, modules: dict[Path, ast.Module]) -> dict[Path, ast.Mod
     for node in ast.walk(tree):
         if _is_foreign(node) or (_is_own_import(node) and not (node in tree.body and _source(path, node).is_file())):
             raise ValueError(
-                f"{path.name}, line {node.lineno}: only `from .name import ...` of a module of the package, at the top "
+                f"{path.name}, line {node.lineno}: only `from .name import ...` of a module of the "
+                f"package, at the top "
                 "level, can be bundled."
             )
     for node in filter(_is_own_import, tree.body):

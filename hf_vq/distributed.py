@@ -88,8 +88,8 @@ def maxima_over_processes(values: Sequence[int]) -> list[int]:
 def share_of_process(rows: Sequence) -> Sequence:
     """The run of rows that this process takes of `rows`, in order of the ranks.
 
-    Together the processes take every row once, and what they find, concatenated by rank, is in the order of `rows`. The
-    shares differ in length by at most one, the first is the longest, and some may be empty.
+    Together the processes take every row once, and what they find, concatenated by rank, is in the order of `rows`.
+    The shares differ in length by at most one, the first is the longest, and some may be empty.
     """
     if not is_distributed():
         return rows

@@ -24,12 +24,13 @@ def save_with_code(model: Any, folder: str | Path) -> None:
     """Saves a model, image processor, scheduler or pipeline so that it loads where hf_vq is not installed.
 
     With `trust_remote_code=True`, a model then loads by `AutoModel` (or `AutoModelForCausalLM`), a denoiser by
-    `diffusers.AutoModel`, an image processor by `AutoImageProcessor`, and a pipeline by `DiffusionPipeline`. A scheduler
-    alone has no such class in diffusers: its folder carries the file that defines it. A model and its image processor
-    may share a folder.
+    `diffusers.AutoModel`, an image processor by `AutoImageProcessor`, and a pipeline by `DiffusionPipeline`. A
+    scheduler alone has no such class in diffusers: its folder carries the file that defines it. A model and its image
+    processor may share a folder.
 
-    Once hf_vq has been imported, all of these use its own classes, with or without `trust_remote_code`, and nothing from
-    the folder is executed. `diffusers.AutoModel` is the exception: it executes the folder's code if it is trusted.
+    Once hf_vq has been imported, all of these use its own classes, with or without `trust_remote_code`, and nothing
+    from the folder is executed. `diffusers.AutoModel` is the exception: it executes the folder's code if it is
+    trusted.
 
     Args:
         model: of a class of hf_vq, or a pipeline with a component of one.
@@ -95,15 +96,16 @@ def push_to_hub(
     revision: str | None = None,
     create_pr: bool = False,
 ) -> str:
-    """Uploads what `save_with_code` takes, or indices, in one commit; returns the address of the commit or pull request.
+    """Uploads what `save_with_code` takes, or indices, in one commit; returns the address of the commit or pull
+    request.
 
     Args:
         model: a model, denoiser, scheduler, image processor or pipeline of hf_vq; or the path of a folder of indices
             (see `write_indices`), or of one that holds such folders, each named for its split. Indices become a data
             set, which `datasets.load_dataset` opens.
         repo_id: "user/name"; created if it does not exist.
-        card: becomes README.md (see `model_card`); without one, a README.md that is there already stays. That of a data
-            set says in any case which files are which split.
+        card: becomes README.md (see `model_card`); without one, a README.md that is there already stays. That of a
+            data set says in any case which files are which split.
         image_processor, with_code: as in `save_for_sharing`.
         private, token, commit_message: as in `huggingface_hub`.
         revision: the branch to commit to; made from the main branch if it does not exist.
@@ -317,7 +319,9 @@ def _config_name(model: Any) -> str:
 
 
 def _auto_map(model: Any) -> dict[str, str]:
-    """What the Auto classes are told about the code beside a model: nothing of a scheduler, which none of them loads."""
+    """What the Auto classes are told about the code beside a model: nothing of a scheduler, which none of them
+    loads.
+    """
     module, name = Path(inspect.getfile(type(model))).stem, type(model).__name__
     if isinstance(model, SchedulerMixin):
         return {}
@@ -339,7 +343,8 @@ def _write_code(model: Any, folder: Path) -> str:
     bases = [base.__name__ for base in type(model).__mro__[1:] if issubclass(base, DiffusionPipeline)]
     bases = [name for name in bases if name != DiffusionPipeline.__name__]
     if bases:
-        code += f"\n\n# diffusers wants one pipeline class in a file that is given as `custom_pipeline`\ndel {', '.join(bases)}\n"
+        code += "\n\n# diffusers wants one pipeline class in a file that is given as `custom_pipeline`\n"
+        code += f"del {', '.join(bases)}\n"
     (folder / source.name).write_text(code, encoding="utf-8")
     return source.stem
 

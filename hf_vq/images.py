@@ -50,7 +50,9 @@ def covering_size(image_size: tuple[int, int], size: tuple[int, int]) -> tuple[i
 
 
 def is_elongated(resized: tuple[int, int], size: tuple[int, int]) -> bool:
-    """Whether an image of `resized` would be more than 16 times as large as the window `size` that is cut out of it."""
+    """Whether an image of `resized` would be more than 16 times as large as the window `size` that is cut out of
+    it.
+    """
     return resized[0] * resized[1] > 16 * size[0] * size[1]
 
 
@@ -88,8 +90,8 @@ def resize_and_crop(
 ) -> np.ndarray:
     """The window of `size` at `corner` of an image that is resized, antialiased.
 
-    Of an elongated image only the part is resized that the window shows: a picture of 1×60000 pixels whose shorter side
-    becomes 64 would take 0.7 GB otherwise.
+    Of an elongated image only the part is resized that the window shows: a picture of 1×60000 pixels whose shorter
+    side becomes 64 would take 0.7 GB otherwise.
 
     Args:
         image: a Pillow image of mode L, RGB or RGBA, or uint8 `(H, W, C)`.
@@ -207,7 +209,8 @@ def to_pixel_values(
 def _tensor_to_pixel_values(image: torch.Tensor, name: str) -> torch.FloatTensor:
     if not image.is_floating_point() or image.ndim not in (3, 4):
         raise ValueError(
-            f"`{name}` must be a float tensor (B, C, H, W) in [-1, 1], got {image.dtype} of shape {tuple(image.shape)}."
+            f"`{name}` must be a float tensor (B, C, H, W) in [-1, 1], got {image.dtype} of shape "
+            f"{tuple(image.shape)}."
         )
     if not image.numel() or not image.isfinite().all():
         raise ValueError(f"`{name}` must be finite and not empty, got a tensor of shape {tuple(image.shape)}.")
@@ -247,8 +250,8 @@ def _floats(image: np.ndarray, mode: str) -> np.ndarray:
 def check_pixel_range(name: str, images: torch.Tensor) -> None:
     """Whether `images`, of any shape, are pixel values in [-1, 1], which figures of images are defined on.
 
-    Values that all lie in [0, 1], the range of most files and of `output_type="pt"`, may be right for bright images and
-    are warned about.
+    Values that all lie in [0, 1], the range of most files and of `output_type="pt"`, may be right for bright images
+    and are warned about.
 
     Raises:
         ValueError: integers, values that are not finite, or values beyond [-1, 1]; the message says how to convert.
@@ -293,7 +296,9 @@ def as_rgb(images: torch.Tensor) -> torch.Tensor:
 
 
 def to_pil(images: torch.Tensor) -> list[Image.Image]:
-    """RGB pictures of pixel values `(B, C, H, W)`, see `as_rgb`; [-1, 1] becomes [0, 255], what lies outside is clamped."""
+    """RGB pictures of pixel values `(B, C, H, W)`, see `as_rgb`; [-1, 1] becomes [0, 255], what lies outside is
+    clamped.
+    """
     if images.ndim != 4 or not images.shape[1]:
         raise ValueError(f"`images` must have shape (B, C, H, W), got {tuple(images.shape)}.")
     pixels = ((as_rgb(images).detach().float().clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)

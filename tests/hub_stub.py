@@ -57,7 +57,9 @@ class Commit:
 
 @dataclass
 class Repository:
-    """`commits` are those of all branches; `heads` the newest of each, of "main" and of pull requests ("refs/pr/1")."""
+    """`commits` are those of all branches; `heads` the newest of each, of "main" and of pull requests
+    ("refs/pr/1").
+    """
 
     commits: list[Commit]
     heads: dict[str, Commit] = field(default_factory=dict)

@@ -27,7 +27,8 @@ def test_imports_become_source_in_the_order_of_need(tmp_path):
         tmp_path,
         base="import math\n\nNUMBER = 7\n\n\ndef double(x):\n    return 2 * x\n\n\n__all__ = ['NUMBER', 'double']\n",
         middle="import math\nfrom .base import (\n    NUMBER,\n    double as twice,\n)\n\nRESULT = twice(NUMBER)\n",
-        top='"""Top."""\nfrom .middle import RESULT\nfrom .base import NUMBER as SEVEN\n\nvalue = (RESULT, SEVEN, math.pi)\n',
+        top='"""Top."""\nfrom .middle import RESULT\nfrom .base import NUMBER as SEVEN\n\nvalue = '
+        "(RESULT, SEVEN, math.pi)\n",
     )
     names = execute(bundle(top))
     assert names["value"][:2] == (14, 7)

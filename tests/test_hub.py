@@ -289,7 +289,8 @@ assert code.MaskReplaceScheduler.from_pretrained({folder!r} + "/scheduler").conf
 """
 SAVE_AGAIN = """
 from diffusers import DiffusionPipeline
-DiffusionPipeline.from_pretrained({folder!r} + "/pipeline", trust_remote_code=True).save_pretrained({folder!r} + "/again")
+pipeline = DiffusionPipeline.from_pretrained({folder!r} + "/pipeline", trust_remote_code=True)
+pipeline.save_pretrained({folder!r} + "/again")
 """
 CUSTOM = """
 import hf_vq

@@ -38,7 +38,9 @@ def test_help_loads_nothing_heavy():
 
 
 def test_importing_a_model_costs_no_more_than_the_bases():
-    """Beyond the modeling modules of transformers and diffusers, GPT-2, Llama and `UNet2DModel`, our models import only our own."""
+    """Beyond the modeling modules of transformers and diffusers, GPT-2, Llama and `UNet2DModel`, our models import
+    only our own.
+    """
     code = (
         "import sys\n"
         "from transformers import PreTrainedModel, GPT2Model, GenerationMixin\n"
@@ -49,7 +51,8 @@ def test_importing_a_model_costs_no_more_than_the_bases():
         "from diffusers.models import attention, attention_dispatch\n"
         "before = set(sys.modules)\n"
         "import hf_vq\nTOOLS = ('hf_vq.hub', 'hf_vq.conversion.load_tokenizer')\n"
-        "[getattr(hf_vq, name) for name in hf_vq.__all__ if 'Pipeline' not in name and hf_vq._MODULES[name] not in TOOLS]\n"
+        "[getattr(hf_vq, name) for name in hf_vq.__all__ if 'Pipeline' not in name and "
+        "hf_vq._MODULES[name] not in TOOLS]\n"
         "print(sorted(name for name in set(sys.modules) - before if name.split('.')[0] != 'hf_vq'))"
     )
     assert run(code).strip() == "[]"
@@ -105,7 +108,9 @@ def test_models_import_only_models():
 
 
 def test_editors_see_the_names_that_are_imported_late():
-    """The imports under TYPE_CHECKING are the table that `__getattr__` reads, said again for those who do not execute it."""
+    """The imports under TYPE_CHECKING are the table that `__getattr__` reads, said again for those who do not
+    execute it.
+    """
     (block,) = [node for node in ast.parse((PACKAGE / "__init__.py").read_text()).body if isinstance(node, ast.If)]
     found = {alias.name: "hf_vq." + node.module for node in block.body for alias in node.names}
     assert found == hf_vq._MODULES

@@ -64,7 +64,8 @@ def test_every_order_of_two_imports(order):
 def test_in_threads():
     run(
         "import threading, importlib\n"
-        "names = ['hf_vq.models.autoencoders.modeling_vqgan', 'hf_vq.models.priors.modeling_vq_gpt', 'transformers.models.auto.modeling_auto',"
+        "names = ['hf_vq.models.autoencoders.modeling_vqgan', 'hf_vq.models.priors.modeling_vq_gpt', "
+        "'transformers.models.auto.modeling_auto',"
         " 'hf_vq', 'hf_vq.models.autoencoders.image_processing_vq']\n"
         "threads = [threading.Thread(target=importlib.import_module, args=(name,)) for name in names]\n"
         "failures = []\n"
@@ -134,7 +135,8 @@ def test_a_module_of_ours_under_way_in_another_thread():
 
 
 def test_the_names_that_diffusers_does_not_publish():
-    """If this fails, diffusers has changed what `hf_vq.registration` relies on; there was no published way, so look for one.
+    """If this fails, diffusers has changed what `hf_vq.registration` relies on; there was no published way, so look
+    for one.
 
     - `LOADABLE_CLASSES` says for each library how its base classes are saved and loaded; a library that it lacks is
       indexed by module paths, which `DiffusionPipeline` refuses in repositories of the Hub.

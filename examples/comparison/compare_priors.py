@@ -3,8 +3,9 @@
     python examples/comparison/compare_priors.py [--minutes 6] [--output_dir outputs/comparison] [--quick]
 
 Runs the training scripts with the configurations beside this file, one after another, on the packaged images and the
-tokenizer of the checkpoint that comes with the project. Then every prior draws images of the validation images' classes,
-which are measured against those images. Writes results.json, results.md and samples.png. A second run continues.
+tokenizer of the checkpoint that comes with the project. Then every prior draws images of the validation images'
+classes, which are measured against those images. Writes results.json, results.md and samples.png. A second run
+continues.
 """
 
 import argparse
@@ -161,7 +162,8 @@ def table(results: dict[str, dict]) -> str:
     figure = next(iter(results.values()))["frechet_distance"]
     lines += [
         "",
-        f"Fréchet and kernel distance on the features {figure['network']}: {figure['num_generated']} images of each row "
+        f"Fréchet and kernel distance on the features {figure['network']}: {figure['num_generated']} "
+        f"images of each row "
         f"against {figure['num_real']} validation images, of each class as many.",
     ]
     return "\n".join(lines) + "\n"

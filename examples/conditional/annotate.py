@@ -1,11 +1,12 @@
-"""Add a column of conditions to a data set of images: label maps, depth maps, edges or drawn poses, by a trained model.
+"""Add a column of conditions to a data set of images: label maps, depth maps, edges or drawn poses, by a trained
+model.
 
     python examples/conditional/annotate.py --dataset_name_or_path PHOTOS --annotator depth --output PAIRS
     python examples/conditional/annotate.py --dataset_name_or_path PHOTOS --annotator segmentation \\
         --model_id nvidia/segformer-b0-finetuned-ade-512-512 --output PAIRS
 
-Writes OUTPUT/<split>.parquet with the columns of the data set and `conditioning_image`: PNG, of labels 8 or 16 bits, of depth
-16 bits between the map's own minimum and maximum, of edges 0 and 255.
+Writes OUTPUT/<split>.parquet with the columns of the data set and `conditioning_image`: PNG, of labels 8 or 16 bits,
+of depth 16 bits between the map's own minimum and maximum, of edges 0 and 255.
 """
 
 import argparse

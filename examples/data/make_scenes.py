@@ -1,10 +1,11 @@
-"""Draws two data sets whose conditions are known: spheres and boxes with their depth, and stick figures with their pose.
+"""Draws two data sets whose conditions are known: spheres and boxes with their depth, and stick figures with their
+pose.
 
 python examples/data/make_scenes.py --output scenes --size 64 --train 2000 --validation 200
 
-Writes OUTPUT/depth/{train,validation}.parquet with `image` and `depth` (16-bit PNG: 65535 is nearest, as a camera's disparity,
-the reciprocal of the distance), and OUTPUT/pose/… with `image`, `pose` (the drawn skeleton) and `keypoints`, x and y in pixels
-of COCO's 17 points.
+Writes OUTPUT/depth/{train,validation}.parquet with `image` and `depth` (16-bit PNG: 65535 is nearest, as a camera's
+disparity, the reciprocal of the distance), and OUTPUT/pose/… with `image`, `pose` (the drawn skeleton) and
+`keypoints`, x and y in pixels of COCO's 17 points.
 """
 
 import argparse

@@ -4,8 +4,8 @@
 
 Runs the training scripts of ../vqgan and ../vq_gpt with the configurations beside this file (the larger ones on a GPU)
 and writes to the output folder: shipped_samples.png (from the checkpoint that comes with the project),
-reconstructions.png, samples.png, codebook_usage.png, pipeline/ and metrics.json. A second run continues where the first
-stopped, or says what it skips.
+reconstructions.png, samples.png, codebook_usage.png, pipeline/ and metrics.json. A second run continues where the
+first stopped, or says what it skips.
 """
 
 import argparse

@@ -2,11 +2,12 @@
 
     python examples/demo/demo_conditional.py [--output_dir outputs/demo-conditional] [--quick]
 
-Trains, with the configurations beside this file, a tokenizer of label maps and one of edges, and for each a GPT whose images
-are those of the checkpoint that comes with the project. Writes to the output folder, for unseen pictures, segmentation.png
-and edges.png (condition, three samples, original), large.png (label maps at four times the side that was trained on),
-segmentation/ and edges/ with the pipelines in prior/pipeline, and metrics.json: whether samples follow their condition,
-beside the same figure for conditions that are not theirs. A second run continues where the first stopped.
+Trains, with the configurations beside this file, a tokenizer of label maps and one of edges, and for each a GPT whose
+images are those of the checkpoint that comes with the project. Writes to the output folder, for unseen pictures,
+segmentation.png and edges.png (condition, three samples, original), large.png (label maps at four times the side that
+was trained on), segmentation/ and edges/ with the pipelines in prior/pipeline, and metrics.json: whether samples
+follow their condition, beside the same figure for conditions that are not theirs. A second run continues where the
+first stopped.
 """
 
 import argparse

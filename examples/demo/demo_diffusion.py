@@ -2,9 +2,9 @@
 
     python examples/demo/demo_diffusion.py [--output_dir outputs/demo-diffusion] [--quick]
 
-Runs the training script of ../vq_diffusion with a frozen text encoder and writes to the output folder: prompts.png (a row
-for each of some prompts, of the training captions and of others), steps.png (the same prompts in fewer and more steps),
-pipeline/ and metrics.json. A second run continues where the first stopped, or says what it skips.
+Runs the training script of ../vq_diffusion with a frozen text encoder and writes to the output folder: prompts.png (a
+row for each of some prompts, of the training captions and of others), steps.png (the same prompts in fewer and more
+steps), pipeline/ and metrics.json. A second run continues where the first stopped, or says what it skips.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from hf_vq.training.objectives.perceptual import build_perceptual
 
 
 KNOWN_PROMPTS = [
-    "smiling face with sunglasses", "purple heart", "four-thirty", "tiger", "watermelon", "christmas tree", "woman cook",
+    "smiling face with sunglasses", "purple heart", "four-thirty", "tiger", "watermelon", "christmas tree", "woman cook",  # noqa: E501
 ]  # fmt: skip
 NEW_PROMPTS = [
     "winking face with tongue",

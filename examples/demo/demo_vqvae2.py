@@ -2,11 +2,11 @@
 
     python examples/demo/demo_vqvae2.py [--output_dir outputs/demo-vqvae2] [--quick]
 
-Runs the training scripts of ../vqvae2 and ../pixelcnn with the configurations beside this file and writes to the output
-folder: reconstructions.png (from the top level alone and from both), samples.png (a row for each class), bottoms.png (real
-top codes, the bottom ones sampled), completions.png (the upper half is real), rejection.png (samples of each class that a
-classifier of real images accepts, at several rates), pipeline/ and metrics.json. A second run continues where the first
-stopped, or says what it skips.
+Runs the training scripts of ../vqvae2 and ../pixelcnn with the configurations beside this file and writes to the
+output folder: reconstructions.png (from the top level alone and from both), samples.png (a row for each class),
+bottoms.png (real top codes, the bottom ones sampled), completions.png (the upper half is real), rejection.png (samples
+of each class that a classifier of real images accepts, at several rates), pipeline/ and metrics.json. A second run
+continues where the first stopped, or says what it skips.
 """
 
 import argparse

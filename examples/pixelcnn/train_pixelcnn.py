@@ -1,11 +1,13 @@
-"""Train a PixelCNN (van den Oord et al. 2016) or a PixelSNAIL (Razavi et al. 2019) over the codes of a trained tokenizer.
+"""Train a PixelCNN (van den Oord et al. 2016) or a PixelSNAIL (Razavi et al. 2019) over the codes of a trained
+tokenizer.
 
     python examples/pixelcnn/train_pixelcnn.py examples/pixelcnn/emoji_32.yaml --tokenizer outputs/vqvae/tokenizer
-    python examples/pixelcnn/train_pixelcnn.py CONFIG.yaml --prior pixelsnail --level top --tokenizer outputs/vqvae2/tokenizer
-    accelerate launch examples/pixelcnn/train_pixelcnn.py CONFIG.yaml [--argument value ...]
+    python examples/pixelcnn/train_pixelcnn.py CONFIG.yaml --prior pixelsnail --level top --tokenizer
+    outputs/vqvae2/tokenizer accelerate launch examples/pixelcnn/train_pixelcnn.py CONFIG.yaml [--argument value ...]
 
-The data set is encoded once, into OUTPUT_DIR/indices. The result is a pipeline folder, OUTPUT_DIR/pipeline, or for a level of
-a hierarchical tokenizer the prior alone, OUTPUT_DIR/prior; the priors of all its levels make a `VQVAE2Pipeline`.
+The data set is encoded once, into OUTPUT_DIR/indices. The result is a pipeline folder, OUTPUT_DIR/pipeline, or for a
+level of a hierarchical tokenizer the prior alone, OUTPUT_DIR/prior; the priors of all its levels make a
+`VQVAE2Pipeline`.
 """
 
 from dataclasses import dataclass, field, fields
@@ -46,7 +48,8 @@ class PriorArguments:
     level: str = field(
         default="single",
         metadata={
-            "help": "Of a hierarchical tokenizer, whose codes to learn; all but top are conditioned on the level above, "
+            "help": "Of a hierarchical tokenizer, whose codes to learn; all but top are conditioned "
+            "on the level above, "
             "which a PixelSNAIL can be.",
             "choices": ["single", "top", "middle", "bottom"],
         },

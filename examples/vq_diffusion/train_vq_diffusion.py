@@ -4,7 +4,8 @@
         examples/vq_diffusion/emoji_32.yaml --tokenizer outputs/vqgan/tokenizer
     accelerate launch examples/vq_diffusion/train_vq_diffusion.py CONFIG.yaml [--argument value ...]
 
-The data set is encoded once, into OUTPUT_DIR/indices, or in every step. The result is a pipeline folder, OUTPUT_DIR/pipeline.
+The data set is encoded once, into OUTPUT_DIR/indices, or in every step. The result is a pipeline folder,
+OUTPUT_DIR/pipeline.
 """
 
 from dataclasses import dataclass, field

@@ -1,11 +1,11 @@
-"""Train a GPT prior (Esser et al. 2021) over the codes of a trained tokenizer: unconditional, by class, or by an image.
-With --architecture llama it is a Llama with rotary positions on the grid of codes (Sun et al. 2024).
+"""Train a GPT prior (Esser et al. 2021) over the codes of a trained tokenizer: unconditional, by class, or by an
+image. With --architecture llama it is a Llama with rotary positions on the grid of codes (Sun et al. 2024).
 
     python examples/vq_gpt/train_vq_gpt.py examples/vq_gpt/emoji_32.yaml --tokenizer outputs/vqgan/tokenizer
     accelerate launch examples/vq_gpt/train_vq_gpt.py CONFIG.yaml [--argument value ...]
 
-With --condition_tokenizer, which `train_vqgan.py --condition` makes, the codes of each picture's label map, depth map, edges
-or drawing (--conditioning_image_column) stand before its own.
+With --condition_tokenizer, which `train_vqgan.py --condition` makes, the codes of each picture's label map, depth map,
+edges or drawing (--conditioning_image_column) stand before its own.
 
 The data set is encoded once, into OUTPUT_DIR/indices. The result is a pipeline folder, OUTPUT_DIR/pipeline.
 """
@@ -84,7 +84,8 @@ class VQGPTArguments:
             )
         if self.architecture == "llama" and self.hidden_size // self.num_attention_heads % 4:
             raise ValueError(
-                f"num_attention_heads={self.num_attention_heads}: a head of a Llama must have a multiple of 4 channels, "
+                f"num_attention_heads={self.num_attention_heads}: a head of a Llama must have a "
+                f"multiple of 4 channels, "
                 f"got {self.hidden_size // self.num_attention_heads}."
             )
 
@@ -97,7 +98,9 @@ def build_prior(
     class_names: list[str] | None,
     condition_tokenizer=None,
 ):
-    """A new prior over grids of codes, whose sizes are `grids["indices"]` and, of a condition, `grids["condition_codes"]`."""
+    """A new prior over grids of codes, whose sizes are `grids["indices"]` and, of a condition,
+    `grids["condition_codes"]`.
+    """
     condition = {"condition_type": "unconditional"}
     if num_classes > 0:
         condition = {"condition_type": "class", "condition_vocab_size": num_classes}
@@ -173,7 +176,9 @@ def validate(run: TrainingRun, pipe: VQAutoregressivePipeline, codes, args: VQGP
 
 
 def load_condition(args: VQGPTArguments, data_args: DataArguments) -> dict:
-    """The tokenizer and the processor of the conditioning images, by their names in the pipeline; empty without them."""
+    """The tokenizer and the processor of the conditioning images, by their names in the pipeline; empty without
+    them.
+    """
     if args.condition_tokenizer is None:
         if data_args.conditioning_image_column is not None:
             raise ValueError(

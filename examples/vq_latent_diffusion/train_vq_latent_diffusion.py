@@ -4,7 +4,8 @@
         examples/vq_latent_diffusion/emoji_32.yaml --tokenizer outputs/vqgan/tokenizer
     accelerate launch examples/vq_latent_diffusion/train_vq_latent_diffusion.py CONFIG.yaml [--argument value ...]
 
-The latents are computed once, into OUTPUT_DIR/latents, or on the fly. The result is a pipeline folder, OUTPUT_DIR/pipeline.
+The latents are computed once, into OUTPUT_DIR/latents, or on the fly. The result is a pipeline folder,
+OUTPUT_DIR/pipeline.
 """
 
 from collections.abc import Iterator

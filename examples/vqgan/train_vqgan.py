@@ -3,8 +3,8 @@
 python examples/vqgan/train_vqgan.py examples/vqgan/emoji_32.yaml --output_dir outputs/vqgan
 accelerate launch examples/vqgan/train_vqgan.py CONFIG.yaml [--argument value ...]
 
-With --condition it is a tokenizer of the images' label maps, depth maps, edges or drawn poses, for a prior that is conditioned
-on them: see ../conditional.
+With --condition it is a tokenizer of the images' label maps, depth maps, edges or drawn poses, for a prior that is
+conditioned on them: see ../conditional.
 """
 
 import logging
@@ -60,7 +60,8 @@ class VQGANArguments:
     condition: str | None = field(
         default=None,
         metadata={
-            "help": "Train on conditions in place of images, read from conditioning_image_column: segmentation, depth, pose, "
+            "help": "Train on conditions in place of images, read from conditioning_image_column: "
+            "segmentation, depth, pose, "
             "or edges, which are found in the images where no column is given."
         },
     )
@@ -97,7 +98,8 @@ class VQGANArguments:
     discriminator: str | None = field(
         default=None,
         metadata={
-            "help": 'Folder of a discriminator to continue with, or "none" for a new one; by default that in the folder '
+            "help": 'Folder of a discriminator to continue with, or "none" for a new one; by default '
+            "that in the folder "
             "of model_name_or_path, if it has one."
         },
     )
@@ -211,7 +213,8 @@ def check_sizes(size: tuple[int, int], args: VQGANArguments, critic, perceptual)
     for name, part in parts.items():
         if min(size) < part.min_size:
             raise ValueError(
-                f"resolution={size}: {name}={getattr(args, name)} needs at least {part.min_size} pixels in each direction."
+                f"resolution={size}: {name}={getattr(args, name)} needs at least {part.min_size} "
+                f"pixels in each direction."
             )
 
 

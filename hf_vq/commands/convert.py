@@ -59,7 +59,8 @@ def convert(options: argparse.Namespace) -> None:
             repo_id=options.push_to_hub or output.name,
             license=options.license,
             dataset="that of the original checkpoint",
-            description=f"Converted from `{Path(options.checkpoint).name}` of {repository} (code: {licence}). The weights "
+            description=f"Converted from `{Path(options.checkpoint).name}` of {repository} (code: "
+            f"{licence}). The weights "
             f"keep the licence of that checkpoint.{error_table(errors)}",
         )
         card.save(Path(folder) / "README.md")

@@ -35,7 +35,8 @@ def load(source: str):
 def read_json(source: str, name: str, needed: bool = False) -> dict | None:
     """A JSON file of a folder or Hub repository; None if it is not there.
 
-    Without the Hub its cache is read; whether a file that is not in it exists is then unknown, an error if it is `needed`.
+    Without the Hub its cache is read; whether a file that is not in it exists is then unknown, an error if it is
+    `needed`.
     """
     if Path(source).is_dir():
         path = Path(source) / name

@@ -8,7 +8,9 @@ from .sources import ImageBatches, load_tokenizer, write_image
 
 
 def reconstruct(options: argparse.Namespace) -> int:
-    """Writes one picture, images above their reconstructions, and prints how close they are; returns how many failed."""
+    """Writes one picture, images above their reconstructions, and prints how close they are; returns how many
+    failed.
+    """
     import torch
 
     from ..evaluation.pictures import labelled_rows
@@ -105,7 +107,9 @@ def _level_names(model) -> list[str]:
 
 
 def _read_indices(path: Path, model) -> tuple[list, list[str]]:
-    """The indices of each level, and the files that they were made from; ValueErrors where they do not fit the model."""
+    """The indices of each level, and the files that they were made from; ValueErrors where they do not fit the
+    model.
+    """
     from safetensors import SafetensorError, safe_open
 
     names = _level_names(model)

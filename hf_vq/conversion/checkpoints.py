@@ -1,4 +1,6 @@
-"""Original weights under our names: splitting, dropping with a reason, strict loading; and what every converter's command has."""
+"""Original weights under our names: splitting, dropping with a reason, strict loading; and what every converter's
+command has.
+"""
 
 import argparse
 from collections import Counter

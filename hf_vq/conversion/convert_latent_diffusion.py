@@ -51,7 +51,8 @@ WHOLE_MODELS = ("LatentDiffusion", "Layout2ImgDiffusion")
 KNOWN_PARAMS = set(
     "beta_schedule channels ckpt_path clip_denoised concat_mode cond_stage_config cond_stage_key cond_stage_trainable "
     "conditioning_key cosine_s first_stage_config first_stage_key given_betas ignore_keys image_size l_simple_weight "
-    "learn_logvar linear_end linear_start load_only_unet log_every_t logvar_init loss_type monitor original_elbo_weight "
+    "learn_logvar linear_end linear_start load_only_unet log_every_t logvar_init loss_type monitor "
+    "original_elbo_weight "
     "parameterization scale_by_std scale_factor scheduler_config timesteps unet_config use_ema v_posterior".split()
 )
 # Those of which one value has an equivalent here, as in every published model; the first is the default.
@@ -88,7 +89,8 @@ def convert_schedule(params: dict, state_dict: dict) -> DDIMScheduler:
         )  # it may be in half precision
         if found.shape != computed.shape or not torch.allclose(found.float(), computed, atol=1e-6, rtol=rtol):
             raise ValueError(
-                f"`checkpoint` has other {name} than `config` says (timesteps, beta_schedule, linear_start, linear_end)."
+                f"`checkpoint` has other {name} than `config` says (timesteps, beta_schedule, "
+                f"linear_start, linear_end)."
             )
     return scheduler
 
@@ -155,7 +157,8 @@ def scale_factor(params: dict, state_dict: dict) -> float:
         configured = float(measured)
     elif measured is not None and not math.isclose(float(measured), configured, rel_tol=1e-6):
         raise ValueError(
-            f"`checkpoint` has scale_factor={float(measured)}, a measured one, but `config` says scale_factor={configured} "
+            f"`checkpoint` has scale_factor={float(measured)}, a measured one, but `config` says "
+            f"scale_factor={configured} "
             "without scale_by_std."
         )
     if not (math.isfinite(configured) and configured > 0):
@@ -263,7 +266,8 @@ def convert(
     target = model["target"].rpartition(".")[2]
     if target not in WHOLE_MODELS and any(key.startswith(PREFIXES[0]) for key in state_dict):
         raise ValueError(
-            f"`config` has a model of the class {target}, and `checkpoint` a denoiser; known: {', '.join(WHOLE_MODELS)}."
+            f"`config` has a model of the class {target}, and `checkpoint` a denoiser; known: "
+            f"{', '.join(WHOLE_MODELS)}."
         )
     if target in WHOLE_MODELS:
         if discriminator:

@@ -3,9 +3,10 @@
     hf-vq convert llamagen --checkpoint vq_ds16_c2i.pt --output folder
     hf-vq convert llamagen --checkpoint c2i_B_256.pt --tokenizer vq_ds16_c2i.pt --output folder
 
-A tokenizer becomes a `VQGANModel`, a prior a `VQLlamaForCausalLM`, and both together a `VQAutoregressivePipeline`. Nearly
-everything follows from the weights; `--config` is a JSON file with the arguments of the original's `VQModel` or, of a prior,
-`ModelArgs`, which are checked against them. Those of the tokenizer beside a prior are `--codec_config`.
+A tokenizer becomes a `VQGANModel`, a prior a `VQLlamaForCausalLM`, and both together a `VQAutoregressivePipeline`.
+Nearly everything follows from the weights; `--config` is a JSON file with the arguments of the original's `VQModel`
+or, of a prior, `ModelArgs`, which are checked against them. Those of the tokenizer beside a prior are
+`--codec_config`.
 """
 
 from pathlib import Path
@@ -46,8 +47,8 @@ def read_arguments(path: str | Path | None) -> tuple[dict, dict, dict[str, str]]
     """The arguments of the original's `VQModel` in a JSON or YAML file.
 
     Returns:
-        fields of `VQGANConfig` that are not in the weights; arguments that must agree with them; and for each argument that
-        is not used, why.
+        fields of `VQGANConfig` that are not in the weights; arguments that must agree with them; and for each argument
+        that is not used, why.
 
     Raises:
         ValueError: as `read_config`, or for an argument that the original's `VQModel` does not have.

@@ -33,7 +33,8 @@ from .reading import load_checkpoint, tensors_of
 
 
 def load(path: str | Path, name: str = "checkpoint") -> tuple[dict[str, torch.Tensor], dict]:
-    """The weights of a checkpoint, without the prefix of distributed training, and the arguments of the training script.
+    """The weights of a checkpoint, without the prefix of distributed training, and the arguments of the training
+    script.
 
     Raises:
         ValueError: naming the argument `name`, as `load_state_dict`.
@@ -99,9 +100,9 @@ CODEBOOK = {"embed": "embedding", "embed_avg": "embed_avg", "cluster_size": "clu
 
 def convert_vqvae(state_dict: dict, resolution: int = 256) -> VQVAE2Model:
     """
-    The original's `VQVAE`. Its codebooks go on learning as they did: decay 0.99 whatever the arguments of its training said,
-    and smoothed counts (`count_smoothing="laplace"`). A code whose count is 0 keeps its vector, which the original divides by
-    almost 0.
+    The original's `VQVAE`. Its codebooks go on learning as they did: decay 0.99 whatever the arguments of its training
+    said, and smoothed counts (`count_smoothing="laplace"`). A code whose count is 0 keeps its vector, which the
+    original divides by almost 0.
 
     Args:
         state_dict (`dict`): the original's `model.state_dict()`.
@@ -167,7 +168,8 @@ def _conditioning_block(match: re.Match) -> str:
     return f"conditioning.residual_blocks.{int(match[1]) - 1}.{match[2]}.conv"
 
 
-# A pattern of the original's modules, ours, and how the weight is laid out here (`None`: in two parts, see `_split_taps`).
+# A pattern of the original's modules, ours, and how the weight is laid out here (`None`: in two parts, see
+# `_split_taps`).
 PIXELSNAIL_MODULES = (
     (r"horizontal\.conv\.conv", r"stem.above", _as_taps),
     (r"vertical\.conv\.conv", r"stem.left", _as_taps),
@@ -220,8 +222,9 @@ def _weight_norm(name: str, length: torch.Tensor, direction: torch.Tensor) -> di
 
 def _split_taps(name: str, length: torch.Tensor, direction: torch.Tensor) -> dict[str, torch.Tensor]:
     """
-    A causal k×k convolution as that over the rows above and that over the columns on the left, each with its share of the
-    length. The taps from the middle of the last row on, which the original sets to 0 whenever it uses the weight, drop out.
+    A causal k×k convolution as that over the rows above and that over the columns on the left, each with its share of
+    the length. The taps from the middle of the last row on, which the original sets to 0 whenever it uses the weight,
+    drop out.
     """
     k = direction.shape[-1]
     parts = {"above": direction[:, :, :-1], "left": direction[:, :, -1:, : k // 2]}
@@ -317,8 +320,8 @@ def convert(
         for each key that is not used, why.
 
     Raises:
-        ValueError: one of the priors without the other or without a VQVAE, keys that are missing or unknown, or models that
-            do not fit together.
+        ValueError: one of the priors without the other or without a VQVAE, keys that are missing or unknown, or models
+            that do not fit together.
     """
     if (top is None) != (bottom is None):
         raise ValueError("`top` and `bottom` must be given together.")

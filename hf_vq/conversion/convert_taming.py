@@ -2,7 +2,8 @@
 
     hf-vq convert taming --checkpoint last.ckpt --config model.yaml --output folder
 
-A first stage (VQModel, GumbelVQ) becomes a `VQGANModel`, a whole model (Net2NetTransformer) a `VQAutoregressivePipeline`.
+A first stage (VQModel, GumbelVQ) becomes a `VQGANModel`, a whole model (Net2NetTransformer) a
+`VQAutoregressivePipeline`.
 """
 
 from pathlib import Path
@@ -65,8 +66,8 @@ def convert_gpt_state_dict(state_dict: dict[str, torch.Tensor], codebook_size: i
 
     Args:
         state_dict (`dict`): the checkpoint's `state_dict`; only its `transformer.*` keys are read.
-        codebook_size (`int`, *optional*): number of codes of the image tokenizer where the GPT's vocabulary is larger; the
-            whole vocabulary by default. The head keeps its other columns, which count in a likelihood.
+        codebook_size (`int`, *optional*): number of codes of the image tokenizer where the GPT's vocabulary is larger;
+            the whole vocabulary by default. The head keeps its other columns, which count in a likelihood.
 
     Returns:
         the arguments of `VQGPTConfig` that follow from the weights (all but the number of heads, the grid and the
@@ -151,8 +152,8 @@ def convert_net2net(model: dict, state_dict: dict):
         state_dict (`dict`): the checkpoint's `state_dict`.
 
     Returns:
-        a `VQAutoregressivePipeline`, the condition's tokenizer (`VQGANModel` or `None`), and for each key that is not used,
-        why.
+        a `VQAutoregressivePipeline`, the condition's tokenizer (`VQGANModel` or `None`), and for each key that is not
+        used, why.
 
     Raises:
         ValueError: for a part that hf_vq has no equivalent of, or a key that is missing or unknown.

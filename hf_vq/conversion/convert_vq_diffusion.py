@@ -66,7 +66,8 @@ def trainer_entries(checkpoint: dict) -> dict[str, dict]:
         others = [key for key, value in entry.items() if not isinstance(value, torch.Tensor)]
         if others:
             raise ValueError(
-                f"`checkpoint` must hold weights in its entry {name}, got a {type(entry[others[0]]).__name__} as {others[0]}."
+                f"`checkpoint` must hold weights in its entry {name}, got a "
+                f"{type(entry[others[0]]).__name__} as {others[0]}."
             )
         check_not_nan(entry, f"`checkpoint`, in its entry {name},")
     return entries
@@ -84,7 +85,8 @@ def chosen_weights(checkpoint: dict, use_ema: bool) -> tuple[dict, dict, dict[st
     codec, live, texts = split_by_prefix(entries["model"], prefixes).values()
     if texts:
         raise ValueError(
-            f"`checkpoint` has the key condition_codec.{min(texts)}: a text encoder in the codec of texts (clip_embedding), "
+            f"`checkpoint` has the key condition_codec.{min(texts)}: a text encoder in the codec of "
+            f"texts (clip_embedding), "
             "in place of condition_emb_config, has no equivalent here."
         )
     averages = entries["ema"]
@@ -138,7 +140,8 @@ def codes_in_use(content_codec: dict, mapping: torch.Tensor | None, num_embed: i
         )
     if number and mapping is None:
         raise ValueError(
-            f"`mapping` is needed: the model knows {number} of the codec's {content_codec['num_tokens']} codes, and the "
+            f"`mapping` is needed: the model knows {number} of the codec's "
+            f"{content_codec['num_tokens']} codes, and the "
             f"file {content_codec['mapping_path']} says which."
         )
     if mapping is not None and not number:

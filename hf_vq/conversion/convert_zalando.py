@@ -2,8 +2,8 @@
 
     hf-vq convert zalando --checkpoint model.pt --output folder
 
-The file is the notebook's `model.state_dict()`. Its images lie in [-0.5, 0.5], those of hf_vq in [-1, 1]: the first and
-the last convolution take up the factor of 2, which is exact, and the squared errors and `data_variance` grow by 4.
+The file is the notebook's `model.state_dict()`. Its images lie in [-0.5, 0.5], those of hf_vq in [-1, 1]: the first
+and the last convolution take up the factor of 2, which is exact, and the squared errors and `data_variance` grow by 4.
 """
 
 import re
@@ -130,7 +130,8 @@ ARGUMENT_FIELDS = {
 
 
 def read_arguments(path: str | Path | None) -> tuple[dict, dict]:
-    """The training arguments, and those that must agree with the weights, in a JSON or YAML file of the notebook's arguments.
+    """The training arguments, and those that must agree with the weights, in a JSON or YAML file of the notebook's
+    arguments.
 
     Raises:
         ValueError: as `read_config`, or for an argument that the notebook's `Model` does not have.
@@ -154,8 +155,8 @@ def convert(
     Writes the folder `output`: the model and its image processor.
 
     Args:
-        checkpoint, output, config (`str` or `Path`): the original's file, the folder, and optionally a JSON file with the
-            arguments of the notebook's `Model`, of which `decay` and `commitment_cost` are not in the weights.
+        checkpoint, output, config (`str` or `Path`): the original's file, the folder, and optionally a JSON file with
+            the arguments of the notebook's `Model`, of which `decay` and `commitment_cost` are not in the weights.
         data_variance (`float`, *optional*): see `convert_model`.
 
     Raises:

@@ -1,7 +1,7 @@
 """Weights of the VQGAN family under the names of other programs, brought to the names of `VQGANModel`.
 
-`VQGANModel` has the names of the original VQGAN, which most of the others have kept or renamed. What a network looks like
-follows from its weights (`network_fields`), so that a configuration is needed for what is not in them only.
+`VQGANModel` has the names of the original VQGAN, which most of the others have kept or renamed. What a network looks
+like follows from its weights (`network_fields`), so that a configuration is needed for what is not in them only.
 """
 
 import re

@@ -71,14 +71,17 @@ def conditioning_key(params: dict, stage: str) -> str | None:
         key = None
     if key not in CONDITIONING_KEYS[stage]:
         raise ValueError(
-            f"`config` must have conditioning_key={' or '.join(map(str, CONDITIONING_KEYS[stage]))} for its {stage}, got "
-            f"{key!r} (conditioning_key={params.get('conditioning_key')!r}, concat_mode={params.get('concat_mode', True)})."
+            f"`config` must have conditioning_key={' or '.join(map(str, CONDITIONING_KEYS[stage]))} "
+            f"for its {stage}, got "
+            f"{key!r} (conditioning_key={params.get('conditioning_key')!r}, "
+            f"concat_mode={params.get('concat_mode', True)})."
         )
     unet = params["unet_config"].get("params") or {}
     for name, wanted in (("use_spatial_transformer", key == "crossattn"), ("num_classes", key == "adm")):
         if (unet.get(name) not in (None, False)) != wanted:
             raise ValueError(
-                f"`config` must {'' if wanted else 'not '}have {name} in unet_config, since its condition is {key!r}, got "
+                f"`config` must {'' if wanted else 'not '}have {name} in unet_config, since its "
+                f"condition is {key!r}, got "
                 f"{unet.get(name)!r}."
             )
     return key
@@ -186,7 +189,8 @@ def _spatial_rescaler(options: Options, cond_stage: dict, live: dict, latent_cha
     )
     if stages and not takes_means:
         raise ValueError(
-            f"`config` must have method=bilinear with multiplier=0.5, or method=area with 1/k, for its SpatialRescaler, got "
+            f"`config` must have method=bilinear with multiplier=0.5, or method=area with 1/k, for "
+            f"its SpatialRescaler, got "
             f"{method} with {multiplier}: maps are resized by the mean of their pixels here."
         )
     if outputs is None:
@@ -194,7 +198,8 @@ def _spatial_rescaler(options: Options, cond_stage: dict, live: dict, latent_cha
         return {}
     if bias or "channel_mapper.bias" in cond_stage:
         raise ValueError(
-            "`config` must have bias=False for its SpatialRescaler: at the borders of the map, where the denoiser pads with "
+            "`config` must have bias=False for its SpatialRescaler: at the borders of the map, where "
+            "the denoiser pads with "
             "zeros, no weight of the denoiser can stand for it."
         )
     _only_keys("SpatialRescaler", cond_stage, "channel_mapper.weight")
@@ -204,7 +209,8 @@ def _spatial_rescaler(options: Options, cond_stage: dict, live: dict, latent_cha
     weight = live["input_blocks.0.0.weight"]
     if weight.shape[1] != latent_channels + outputs:
         raise ValueError(
-            f"`checkpoint` has a denoiser of {weight.shape[1]} channels, which must be the {latent_channels} of the latents "
+            f"`checkpoint` has a denoiser of {weight.shape[1]} channels, which must be the "
+            f"{latent_channels} of the latents "
             f"and out_channels={outputs} of the SpatialRescaler in `config`."
         )
     mapped = torch.einsum("oikl,ic->ockl", weight[:, latent_channels:], mapper.to(weight))

@@ -1,4 +1,6 @@
-"""The denoiser of the original latent diffusion code (`UNetModel`) as diffusers' UNet2DModel or UNet2DConditionModel."""
+"""The denoiser of the original latent diffusion code (`UNetModel`) as diffusers' UNet2DModel or
+UNet2DConditionModel.
+"""
 
 import re
 from typing import Any
@@ -86,7 +88,8 @@ def unet_params(given: dict) -> dict:
     _check(params, "dropout", isinstance(dropout, (int, float)) and 0 <= dropout < 1, "a number in [0, 1)")
     if params["channel_mult"][0] != 1:
         raise ValueError(
-            f"`config` must have a channel_mult in unet_config that begins with 1, got {params['channel_mult']}: diffusers' "
+            f"`config` must have a channel_mult in unet_config that begins with 1, got "
+            f"{params['channel_mult']}: diffusers' "
             "first convolution is as wide as the first level."
         )
     if params["num_heads"] == params["num_head_channels"] == -1:
@@ -95,7 +98,8 @@ def unet_params(given: dict) -> dict:
         for name, wanted in (("resblock_updown", False), ("conv_resample", True)):
             if params[name] != wanted:
                 raise ValueError(
-                    f"`config` must have {name}={wanted} in unet_config beside use_spatial_transformer, got {params[name]}: "
+                    f"`config` must have {name}={wanted} in unet_config beside "
+                    f"use_spatial_transformer, got {params[name]}: "
                     "diffusers' blocks with cross-attention resample by convolutions."
                 )
     if (params["context_dim"] is not None) != params["use_spatial_transformer"]:
@@ -263,8 +267,8 @@ def convert_unet(params: dict, state_dict: dict, **changes: Any) -> UNet2DModel 
     Args:
         params: `unet_config`'s `params` in the original's YAML.
         state_dict: the weights, without `model.diffusion_model.`.
-        changes: `weights`, already under diffusers' names, that replace converted ones or come beside them; every other
-            argument goes to the configuration.
+        changes: `weights`, already under diffusers' names, that replace converted ones or come beside them; every
+            other argument goes to the configuration.
 
     Raises:
         ValueError: as `unet_config`, or for a key that is missing or unknown.

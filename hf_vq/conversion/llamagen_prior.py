@@ -65,9 +65,10 @@ def convert_prior(
 
     Args:
         state_dict: the weights.
-        arguments: of the original's `ModelArgs`; those that are not given have its defaults. `n_head` is needed for a prior of
-            another size than the published ones.
-        grid_size: codes on a side of the image; by default that of the argument `block_size`, of which 256 is the default.
+        arguments: of the original's `ModelArgs`; those that are not given have its defaults. `n_head` is needed for a
+            prior of another size than the published ones.
+        grid_size: codes on a side of the image; by default that of the argument `block_size`, of which 256 is the
+            default.
 
     Returns:
         the model, and for each key and argument that it does not use, why.

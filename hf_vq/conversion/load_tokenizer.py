@@ -30,8 +30,8 @@ from .reading import check_not_nan, file_format, load_checkpoint, tensors_of
 from .taming_tokenizer import DROPPED_KEYS, EMA_CODEBOOK, choose_averages
 
 
-# Beginnings of the names of a tokenizer's weights inside a larger model: transformers' Janus, Chameleon and Emu3; the first
-# release of Janus.
+# Beginnings of the names of a tokenizer's weights inside a larger model: transformers' Janus, Chameleon and Emu3; the
+# first release of Janus.
 PREFIXES = ("model.vqmodel.", "vqmodel.", "gen_vision_model.", "first_stage_model.")
 ENTRIES = ("state_dict", "model", "ema")
 FILES = ("model.safetensors", "pytorch_model.bin", "flax_model.msgpack", "model.ckpt", "last.ckpt", "model.pt")
@@ -76,15 +76,15 @@ def load_tokenizer(
 
     Known are hf_vq's own; diffusers' `VQModel` (aMUSEd, Kandinsky's MoVQ, latent diffusion); the layout of
     taming-transformers (VQGAN, Gumbel and EMA codebooks; `boris/vqgan_f16_16384`); its port to Flax
-    (`dalle-mini/vqgan_imagenet_f16_16384`, needs the package msgpack); LlamaGen; Janus, in transformers' layout and its own;
-    Chameleon; MoVQGAN (`ai-forever/MoVQGAN`); IBQ (`TencentARC/IBQ-Tokenizer-*`). Which one it is follows from the
-    configuration, or from the names of the weights.
+    (`dalle-mini/vqgan_imagenet_f16_16384`, needs the package msgpack); LlamaGen; Janus, in transformers' layout and
+    its own; Chameleon; MoVQGAN (`ai-forever/MoVQGAN`); IBQ (`TencentARC/IBQ-Tokenizer-*`). Which one it is follows
+    from the configuration, or from the names of the weights.
 
     Args:
         source: a folder, the id of a repository, or a file.
         subfolder: the part of a repository that holds the tokenizer.
-        layout: one of "taming", "ibq", "llamagen", "movq", "janus", "chameleon", "diffusers", where it cannot be told: IBQ
-            has the names of taming, and is told by the name of the repository or file.
+        layout: one of "taming", "ibq", "llamagen", "movq", "janus", "chameleon", "diffusers", where it cannot be told:
+            IBQ has the names of taming, and is told by the name of the repository or file.
         resolution: side of the images it was trained on, in pixels, where the files do not say; 256 by default.
         use_ema: take averages of the weights, where there are some.
         options: of `huggingface_hub.hf_hub_download`, such as `revision`.

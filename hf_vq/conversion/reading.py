@@ -17,8 +17,8 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 
-# Classes of trainers that old checkpoints name beside their weights. Each becomes an empty stand-in: the trainer need not
-# be installed, and none of its code runs.
+# Classes of trainers that old checkpoints name beside their weights. Each becomes an empty stand-in: the trainer need
+# not be installed, and none of its code runs.
 TRAINER_CLASSES = (
     "omegaconf.base.ContainerMetadata",
     "omegaconf.base.Metadata",
@@ -60,7 +60,8 @@ def _stand_in(name: str) -> type:
 
 
 def file_format(path: str | Path, name: str = "checkpoint") -> str:
-    """ "safetensors", "zip" (`torch.save`), "pickle" (`torch.save` before PyTorch 1.6) or "msgpack" (Flax), by the content.
+    """ "safetensors", "zip" (`torch.save`), "pickle" (`torch.save` before PyTorch 1.6) or "msgpack" (Flax), by the
+    content.
 
     Args:
         path: the file.
@@ -115,7 +116,8 @@ def _zip_format(path: Path, name: str) -> str:
             members = archive.namelist()
     except zipfile.BadZipFile as error:
         raise ValueError(
-            f"`{name}` {path} is the beginning of a file of `torch.save` ({path.stat().st_size} bytes): it was cut off; get "
+            f"`{name}` {path} is the beginning of a file of `torch.save` ({path.stat().st_size} "
+            f"bytes): it was cut off; get "
             "it again."
         ) from error
     if any(member.endswith("/constants.pkl") or "/code/" in member for member in members):
@@ -158,7 +160,8 @@ def _what_is_wrong(path: Path, name: str, error: Exception) -> str:
     if isinstance(error, pickle.UnpicklingError) and found is not None:
         culprit = next(filter(None, found.groups())).rstrip(".,")
         return (
-            f"`{name}` {path} holds an object of the class {culprit}, which is not on the list that is safe to read; save "
+            f"`{name}` {path} holds an object of the class {culprit}, which is not on the list that "
+            f"is safe to read; save "
             "its state_dict alone."
         )
     return (
@@ -326,7 +329,8 @@ class Options:
         value = self.take(name, default)
         if value not in known:
             raise ValueError(
-                f"`{self.argument}` must have {name}={' or '.join(map(str, known))} in {self.where}, got {value!r}: hf_vq has "
+                f"`{self.argument}` must have {name}={' or '.join(map(str, known))} in {self.where}, "
+                f"got {value!r}: hf_vq has "
                 "no other."
             )
         return value

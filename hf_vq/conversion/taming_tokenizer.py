@@ -184,7 +184,8 @@ def convert_tokenizer(model: dict, state_dict: dict, use_ema: bool = True) -> tu
 
 
 def choose_averages(state_dict: dict, use_ema: bool) -> tuple[dict, dict[str, str]]:
-    """The averages of weights (`model_ema.*`) under the names of the live ones, or these, and why which keys are dropped.
+    """The averages of weights (`model_ema.*`) under the names of the live ones, or these, and why which keys are
+    dropped.
 
     The original's names of averages lack the dots. Buffers have no averages.
     """
@@ -251,8 +252,9 @@ def convert_discriminator(model: dict, state_dict: dict) -> PatchDiscriminator:
 
 
 def save_discriminator(model: dict, state_dict: dict, output: Path, dropped: dict[str, str]) -> dict[str, str]:
-    """Writes the discriminator to `output/discriminator`, where `PatchDiscriminator.from_folder` and the training script
-    find it, and returns what is still dropped."""
+    """Writes the discriminator to `output/discriminator`, where `PatchDiscriminator.from_folder` and the training
+    script find it, and returns what is still dropped.
+    """
     convert_discriminator(model, state_dict).save(output / "discriminator")
     return {key: why for key, why in dropped.items() if not key.startswith(DISCRIMINATOR)}
 

@@ -32,10 +32,10 @@ def largest_errors(
 
     Args:
         model: a tokenizer, an autoregressive prior or a pipeline.
-        path: a safetensors file of inputs and outputs, named as the original programs name them: of a tokenizer `x`, and
-            any of `h`, `quant`, `indices`, `xrec` (of VQ-VAE-2 `id_t`, `id_b`, `dec`); of a GPT `z_indices`, `c_indices`
-            and `all_logits`; of a PixelSNAIL `codes`, `condition` and `logits`; of latent diffusion `x_t`, `t` and `eps`, or
-            `eps_ema` of the averages; of VQ-Diffusion's codec `img` and `codec_tokens`.
+        path: a safetensors file of inputs and outputs, named as the original programs name them: of a tokenizer `x`,
+            and any of `h`, `quant`, `indices`, `xrec` (of VQ-VAE-2 `id_t`, `id_b`, `dec`); of a GPT `z_indices`,
+            `c_indices` and `all_logits`; of a PixelSNAIL `codes`, `condition` and `logits`; of latent diffusion `x_t`,
+            `t` and `eps`, or `eps_ema` of the averages; of VQ-Diffusion's codec `img` and `codec_tokens`.
         live: whether the weights themselves were converted, not their averages.
 
     Raises:

@@ -27,8 +27,8 @@ def codec_config(model: dict) -> VQGANConfig:
     """The configuration of a codec with all its codes.
 
     Args:
-        model: the `model` section of the codec's own YAML: a VQModel, a GumbelVQ, a Net2NetTransformer around one, or a
-            PatchVQGAN.
+        model: the `model` section of the codec's own YAML: a VQModel, a GumbelVQ, a Net2NetTransformer around one, or
+            a PatchVQGAN.
 
     Raises:
         ValueError: for a class, or an argument, that `VQGANModel` has no equivalent of.
@@ -117,9 +117,9 @@ def convert_codec(
     """
     A codec, whose checkpoint holds its quantizer twice.
 
-    With a mapping, the tokenizer has only the codes in use, in its order, so that its indices are those of the diffusion
-    model. The original looks among all codes and turns one that is not in use into index 0, whatever it looks like; here
-    the nearest code in use is found.
+    With a mapping, the tokenizer has only the codes in use, in its order, so that its indices are those of the
+    diffusion model. The original looks among all codes and turns one that is not in use into index 0, whatever it
+    looks like; here the nearest code in use is found.
 
     Args:
         model: see `codec_config`.

@@ -140,8 +140,8 @@ def transformer_config(diffusion: dict) -> dict:
         diffusion: `params` of the YAML's `diffusion_config`, defaults included.
 
     Raises:
-        ValueError: for an argument that the original does not take, or `VQDiffusionTransformer2DModel` has no equivalent
-            of, and for arguments that contradict each other.
+        ValueError: for an argument that the original does not take, or `VQDiffusionTransformer2DModel` has no
+            equivalent of, and for arguments that contradict each other.
     """
     condition_type, params = _network_params(diffusion)
     content = with_defaults(
@@ -290,9 +290,9 @@ def _class_fields(params: dict, weights: dict) -> dict:
     """
     The configuration of the classes, and into `weights` the null class's row.
 
-    The null class has the number 1000. A table that is too short for it is read by its mean (adalayernorm); in a longer
-    one it is a row as any other, and comes here after the last once more. Sinusoids have a place for every number, but
-    adalayernorm_abs looks for a table first and fails.
+    The null class has the number 1000. A table that is too short for it is read by its mean (adalayernorm); in a
+    longer one it is a row as any other, and comes here after the last once more. Sinusoids have a place for every
+    number, but adalayernorm_abs looks for a table first and fails.
     """
     number, kind = params["class_number"], params["class_type"]
     instance, sinusoidal = "adalayernorm" not in kind, "abs" in kind
@@ -335,11 +335,13 @@ def convert_schedule(diffusion: dict, state_dict: dict) -> MaskReplaceScheduler:
         state_dict: the keys of `SCHEDULE_KEYS`.
 
     Raises:
-        ValueError: for another schedule than "alpha1", or if the checkpoint's tables are not those of the configuration.
+        ValueError: for another schedule than "alpha1", or if the checkpoint's tables are not those of the
+            configuration.
     """
     if diffusion["alpha_init_type"] != "alpha1":
         raise ValueError(
-            f"`config` must have alpha_init_type=alpha1, the original's only one, got {diffusion['alpha_init_type']!r}."
+            f"`config` must have alpha_init_type=alpha1, the original's only one, got "
+            f"{diffusion['alpha_init_type']!r}."
         )
     content = with_defaults(
         _section(diffusion["content_emb_config"], "content_emb_config"), CONTENT_DEFAULTS, "content_emb_config"

@@ -81,13 +81,15 @@ def text_options(condition_codec: dict | None, condition_emb: dict | None) -> di
         for name, (wanted, what) in values.items():
             if params[name] != wanted:
                 raise ValueError(
-                    f"`config` must have {name}={wanted} in {section}, got {params[name]}: {what} has no equivalent here."
+                    f"`config` must have {name}={wanted} in {section}, got {params[name]}: {what} has "
+                    f"no equivalent here."
                 )
         found.append(params)
     codec, encoder = found
     if encoder["embed_dim"] == 1024:
         raise ValueError(
-            "`config` must have an embed_dim other than 1024, its default, in condition_emb_config: 1024 stands for each "
+            "`config` must have an embed_dim other than 1024, its default, in condition_emb_config: "
+            "1024 stands for each "
             "state twice, which has no equivalent here."
         )
     return {

@@ -10,8 +10,8 @@ from ..distributed import all_reduced
 class LabelAgreement:
     """Intersection over union of two label maps, collected over a data set and over processes.
 
-    For each label, `IoU = |A ∩ B| / |A ∪ B|` over all pixels of all images (Everingham et al. 2010, section 4.1.2), and
-    their mean over the labels that occur in either.
+    For each label, `IoU = |A ∩ B| / |A ∪ B|` over all pixels of all images (Everingham et al. 2010, section 4.1.2),
+    and their mean over the labels that occur in either.
 
     Args:
         num_labels: N; other values of the reference, such as 255 or -1, are left out of the count.
@@ -55,7 +55,8 @@ class LabelAgreement:
 
 
 def depth_error(depth: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
-    """The root mean squared difference of each pair of depth maps after the best scale and shift, in units of the reference.
+    """The root mean squared difference of each pair of depth maps after the best scale and shift, in units of the
+    reference.
 
     Monocular depth is known up to a scale `a` and a shift `b`, so these are fitted by least squares:
     `min over a, b of |a d + b - r|²` (Ranftl et al. 2020, equation 4), and the residue is divided by the standard
@@ -79,8 +80,8 @@ def depth_error(depth: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
 def edge_f1(edges: torch.Tensor, references: torch.Tensor, tolerance: int = 1) -> torch.Tensor:
     """The F1 score of each pair of edge maps: `2 P R / (P + R)`.
 
-    Precision is the share of edge pixels that have one of the reference within `tolerance` pixels, recall the share of the
-    reference's that have one (Martin et al. 2004, section 3, without the one-to-one matching).
+    Precision is the share of edge pixels that have one of the reference within `tolerance` pixels, recall the share of
+    the reference's that have one (Martin et al. 2004, section 3, without the one-to-one matching).
 
     Args:
         edges, references: bool `(B, H, W)`.
@@ -116,7 +117,8 @@ def _widened(mask: torch.Tensor, reach: int) -> torch.Tensor:
 def _check_maps(maps: torch.Tensor, references: torch.Tensor) -> None:
     if maps.ndim != 3 or maps.shape != references.shape:
         raise ValueError(
-            f"maps and `references` must have one shape (B, H, W), got {tuple(maps.shape)} and {tuple(references.shape)}."
+            f"maps and `references` must have one shape (B, H, W), got {tuple(maps.shape)} and "
+            f"{tuple(references.shape)}."
         )
 
 

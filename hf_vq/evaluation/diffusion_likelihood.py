@@ -1,4 +1,6 @@
-"""The likelihood that mask-and-replace diffusion gives to codes, from below, in the form that `evaluate_prior` takes."""
+"""The likelihood that mask-and-replace diffusion gives to codes, from below, in the form that `evaluate_prior`
+takes.
+"""
 
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -13,8 +15,8 @@ from ..schedulers.scheduling_mask_replace import MaskReplaceScheduler
 
 class DiffusionLikelihood(nn.Module):
     """
-    The variational bound of log p(x_0) (Gu et al. 2022, equation 7): less the sum of `vlb_terms` over all timesteps and of
-    `prior_kl`, so that its bits per index stand beside those of autoregressive priors, as an upper bound.
+    The variational bound of log p(x_0) (Gu et al. 2022, equation 7): less the sum of `vlb_terms` over all timesteps
+    and of `prior_kl`, so that its bits per index stand beside those of autoregressive priors, as an upper bound.
 
     ```python
     likelihood = DiffusionLikelihood(pipe.transformer, pipe.scheduler)
@@ -22,17 +24,17 @@ class DiffusionLikelihood(nn.Module):
     ```
 
     Args:
-        transformer ([`VQDiffusionTransformer2DModel`] or another module): called with x_t, timesteps and the condition;
-            has logits `(B, *, K)` as `sample`.
+        transformer ([`VQDiffusionTransformer2DModel`] or another module): called with x_t, timesteps and the
+            condition; has logits `(B, *, K)` as `sample`.
         scheduler ([`MaskReplaceScheduler`]): the chain that it was trained on.
-        prepare_condition (*optional*): from the condition of a batch to keyword arguments of the transformer, for example
-            `lambda prompts: pipe.prepare_condition(len(prompts), prompt=prompts)[0]`; by default a condition is classes,
-            int64 `(B,)`.
-        num_timesteps (*optional*): evaluate the transformer at so many timesteps of each image in place of all T: one drawn
-            from each of as many parts of 0…T-1, and weighted by the part's length. An unbiased estimate.
-        generator (*optional*): of these draws and of the noise, by default torch's global randomness; or a function of the
-            batch size B, called once for a batch, that gives a list with one generator for each sample. A bound is the mean
-            over this noise; each timestep has one draw of it.
+        prepare_condition (*optional*): from the condition of a batch to keyword arguments of the transformer, for
+            example `lambda prompts: pipe.prepare_condition(len(prompts), prompt=prompts)[0]`; by default a condition
+            is classes, int64 `(B,)`.
+        num_timesteps (*optional*): evaluate the transformer at so many timesteps of each image in place of all T: one
+            drawn from each of as many parts of 0…T-1, and weighted by the part's length. An unbiased estimate.
+        generator (*optional*): of these draws and of the noise, by default torch's global randomness; or a function of
+            the batch size B, called once for a batch, that gives a list with one generator for each sample. A bound is
+            the mean over this noise; each timestep has one draw of it.
     """
 
     def __init__(

@@ -32,24 +32,26 @@ def evaluate_tokenizer(
 ) -> dict:
     """Reconstruction and codebook health of a tokenizer over a data set.
 
-    Reconstructions are clamped to [-1, 1]. In a distributed run every process calls this with its own part of the data,
-    on the unwrapped model, and gets the figures of the whole; a sampler that repeats pictures to fill its last batch
-    makes these count twice.
+    Reconstructions are clamped to [-1, 1]. In a distributed run every process calls this with its own part of the
+    data, on the unwrapped model, and gets the figures of the whole; a sampler that repeats pictures to fill its last
+    batch makes these count twice.
 
     Args:
         model: a tokenizer, on its device; it is put into evaluation mode and back.
         dataloader: yields dicts with `pixel_values` `(B, 3, H, W)` in [-1, 1].
         perceptual: a distance `(images, references) -> (B,)` with a `name`, on the model's device.
         feature_extractors: networks, on the model's device, by which the distribution of the reconstructions is
-            compared with that of the originals (as rFID does with Inception). Their features, not the pictures, are kept.
+            compared with that of the originals (as rFID does with Inception). Their features, not the pictures, are
+            kept.
         usage_plot: file for the plot of the codes' frequencies; several codebooks get their number before the ending.
         progress: show a progress bar.
 
     Returns:
         `psnr` (dB, mean over images), `ssim`, `l1`; `perceptual` and `perceptual_network` where given;
         `codebook_perplexity`, `codebook_usage` and `codebook_dead_codes`, and with several codebooks their means (dead
-        codes: the sum) and `codebooks`, a list of the three for each; `num_images`; `images_per_second` of encoding and
-        decoding in this process; `distances`, a list of `Measurement.to_dict()`, where feature extractors are given.
+        codes: the sum) and `codebooks`, a list of the three for each; `num_images`; `images_per_second` of encoding
+        and decoding in this process; `distances`, a list of `Measurement.to_dict()`, where feature extractors are
+        given.
     """
     means = MeanOverImages(["psnr", "ssim", "l1"] + ([] if perceptual is None else ["perceptual"]))
     codebooks: list[CodebookCounts] = []
@@ -109,12 +111,13 @@ def evaluate_prior(
     Args:
         prior: has `log_likelihood(indices, condition) -> (B,)` in nats; put into evaluation mode and back.
         dataloader: yields dicts with `indices_key`, int `(B, h, w)` or `(B, L)`.
-        condition_key: the entry that is given as the condition, such as `label`, a tensor, or `caption`, a list; without it
-            the condition is None.
+        condition_key: the entry that is given as the condition, such as `label`, a tensor, or `caption`, a list;
+            without it the condition is None.
         pixel_dims: C·H·W of the pictures, for `bits_per_pixel_dim`.
         progress: show a progress bar.
         indices_key: the entry that is predicted.
-        above_key: the entry that is given as `condition_indices`, the codes of the level above; without it there is none.
+        above_key: the entry that is given as `condition_indices`, the codes of the level above; without it there is
+            none.
 
     Returns:
         `CodeLikelihood.compute()`, and `uniform_bits_per_index`, log2 K: what knowing nothing costs.
@@ -144,7 +147,9 @@ def evaluation_mode(model: nn.Module):
 
 
 def codebook_levels(indices: torch.Tensor | tuple) -> list[torch.Tensor]:
-    """The indices of each codebook: of each level of a hierarchy, and of each depth `(B, h, w, depth)` of a residual."""
+    """The indices of each codebook: of each level of a hierarchy, and of each depth `(B, h, w, depth)` of a
+    residual.
+    """
     levels = indices if isinstance(indices, (tuple, list)) else (indices,)
     return [part for level in levels for part in (level.unbind(-1) if level.ndim == 4 else (level,))]
 

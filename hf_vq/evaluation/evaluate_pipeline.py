@@ -54,8 +54,8 @@ def evaluate_model(
 ) -> dict:
     """The figures of a tokenizer or of a pipeline over a data set.
 
-    In a distributed run every process calls this with the whole data set, measures its own part, and gets the figures of
-    the whole. Images that are drawn have a generator each, so that they depend neither on the batch size nor on the
+    In a distributed run every process calls this with the whole data set, measures its own part, and gets the figures
+    of the whole. Images that are drawn have a generator each, so that they depend neither on the batch size nor on the
     number of processes.
 
     Args:
@@ -66,8 +66,8 @@ def evaluate_model(
         extractor: the network of the distances between drawn and real images, and of rFID-like distances between
             reconstructions and originals; without it neither is measured.
         classifier: from images `(B, C, H, W)` in [-1, 1] to logits, for `classifier_score`.
-        num_samples: images that are drawn; by default as many as the data set has. Their classes and prompts are those of
-            the data set's rows, in their order and from the beginning again where it is exhausted.
+        num_samples: images that are drawn; by default as many as the data set has. Their classes and prompts are those
+            of the data set's rows, in their order and from the beginning again where it is exhausted.
         batch_size: images at a time.
         seed: of the drawn images and of the bound's noise.
         label_key, caption_key: the entries that hold the classes and the prompts of conditional priors.
@@ -182,7 +182,9 @@ def draw_images(
     progress: bool = True,
     **sampling: Any,
 ) -> Iterator[torch.FloatTensor]:
-    """Images `(B, C, H, W)` in [-1, 1] of the classes or prompts of the data set's rows; this process's part of them."""
+    """Images `(B, C, H, W)` in [-1, 1] of the classes or prompts of the data set's rows; this process's part of
+    them.
+    """
     pipeline.set_progress_bar_config(disable=True)
     parameters = inspect.signature(type(pipeline).__call__).parameters
     name, key = None, None

@@ -13,7 +13,8 @@ from ..images import check_pixel_range
 
 
 class FeatureExtractor(Protocol):
-    """A network that describes each picture by one vector, such as `hf_vq.training.objectives.perceptual.MobileNetV2Features`.
+    """A network that describes each picture by one vector, such as
+    `hf_vq.training.objectives.perceptual.MobileNetV2Features`.
 
     Attributes:
         name: of the network and its weights; every figure made with it carries this name.
@@ -29,8 +30,8 @@ class FeatureExtractor(Protocol):
 class PooledLayer:
     """One intermediate activation of a network, averaged over positions.
 
-    A layer of few channels is what the Fréchet distance needs when pictures are few: its estimate is mostly bias unless
-    there are several times more pictures than features. Layer 13 of MobileNetV2 has 96.
+    A layer of few channels is what the Fréchet distance needs when pictures are few: its estimate is mostly bias
+    unless there are several times more pictures than features. Layer 13 of MobileNetV2 has 96.
 
     Args:
         network: has a `name` and `features(images (B, 3, H, W) in [-1, 1], layers)`, a list of `(B, C, h, w)`.

@@ -193,7 +193,8 @@ def classifier_score(logits: torch.Tensor, num_splits: int = 10) -> tuple[float,
     """
     if logits.ndim != 2 or not 1 <= num_splits <= len(logits):
         raise ValueError(
-            f"`logits` must have shape (N, classes) with N at least `num_splits`={num_splits}, got {tuple(logits.shape)}"
+            f"`logits` must have shape (N, classes) with N at least `num_splits`={num_splits}, got "
+            f"{tuple(logits.shape)}"
         )
     scores = []
     for part in logits.double().log_softmax(1).tensor_split(num_splits):

@@ -25,8 +25,8 @@ def evaluate_hierarchy(
     set, one after the other, show how much the priors over-fit.
 
     Args:
-        priors: from top to bottom, each with `log_likelihood(indices, condition) -> (B,)` in nats, all but the first with
-            `condition_indices`, the codes of the level above; put into evaluation mode and back.
+        priors: from top to bottom, each with `log_likelihood(indices, condition) -> (B,)` in nats, all but the first
+            with `condition_indices`, the codes of the level above; put into evaluation mode and back.
         dataloader: yields dicts with `indices_0`, `indices_1`, …, int `(B, h, w)` from top to bottom, as
             `hf_vq.training.data.indices_cache` gives them.
         condition_key: the entry that is the condition of every prior that takes classes, such as `label`; without it
@@ -74,7 +74,8 @@ def _codes_of_levels(batch: dict, count: int) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def reconstruct_by_levels(model: PreTrainedModel, pixel_values: torch.Tensor) -> list[torch.Tensor]:
-    """What each level of a hierarchical tokenizer adds: reconstructions from the top level, from the top two, …, from all.
+    """What each level of a hierarchical tokenizer adds: reconstructions from the top level, from the top two, …, from
+    all.
 
     A tokenizer trained without `level_dropout` has never seen fewer levels than all; its pictures of some are rough.
 

@@ -191,8 +191,8 @@ def copied_share(samples: torch.Tensor, training: torch.Tensor, held_out: torch.
         samples, training, held_out: features `(N, D)`, `(M, D)` and `(L, D)` of one network.
 
     Returns:
-        The share of samples whose distance to the nearest training image is below the median of the same distance of the
-        held-out images, which were never trained on: about 0.5 for a generator that copies nothing.
+        The share of samples whose distance to the nearest training image is below the median of the same distance of
+        the held-out images, which were never trained on: about 0.5 for a generator that copies nothing.
     """
     nearest = [torch.cdist(one.double(), training.double()).amin(dim=1) for one in (samples, held_out)]
     return float((nearest[0] < nearest[1].median()).double().mean())

@@ -40,9 +40,9 @@ def ssim(images: torch.Tensor, references: torch.Tensor, window_size: int = 11, 
     """Structural similarity (Wang et al. 2004, equation 13) of each image, the mean over positions and channels.
 
     Means, variances and covariance are weighted by a Gaussian window, at the positions where the window lies wholly
-    inside the image; `C1 = (0.01 range)²`, `C2 = (0.03 range)²`. Colour channels are compared one by one. The luminance
-    term depends on where zero lies: as in every published figure it is that of [0, 1], range 1, which [-1, 1] is
-    mapped to.
+    inside the image; `C1 = (0.01 range)²`, `C2 = (0.03 range)²`. Colour channels are compared one by one. The
+    luminance term depends on where zero lies: as in every published figure it is that of [0, 1], range 1, which [-1,
+    1] is mapped to.
 
     Args:
         images, references (`(B, C, H, W)` in [-1, 1]): H and W at least `window_size`.

@@ -1,7 +1,7 @@
 """Loading that never invents weights: what a checkpoint lacks, has too much of or holds broken is one error.
 
-transformers and diffusers warn about a missing key and draw the tensor at random. For a tokenizer or a prior the result
-is noise that looks like a result, so each model class of the package inherits `CheckedLoadingMixin`.
+transformers and diffusers warn about a missing key and draw the tensor at random. For a tokenizer or a prior the
+result is noise that looks like a result, so each model class of the package inherits `CheckedLoadingMixin`.
 """
 
 import json
@@ -142,7 +142,9 @@ def _is_dispatched(part: nn.Module) -> bool:
 
 
 def _checked_files(cls: type, source: str | os.PathLike, kwargs: dict) -> list[Path]:
-    """The files of the weights in a folder or in the Hub's cache, after a look at each; [] where the base finds others."""
+    """The files of the weights in a folder or in the Hub's cache, after a look at each; [] where the base finds
+    others.
+    """
     folder = Path(source)
     if not folder.is_dir():
         name = "/".join(filter(None, (kwargs.get("subfolder"), "config.json")))

@@ -46,10 +46,11 @@ class VQDecoderOutput(ModelOutput):
 
 @dataclass
 class VQModelOutput(ModelOutput):
-    """One training pass of a tokenizer. Where it has levels, what belongs to one of them is a tuple, from top to bottom.
+    """One training pass of a tokenizer. Where it has levels, what belongs to one of them is a tuple, from top to
+    bottom.
 
-    The latents come first: `pipeline("image-feature-extraction")` gives the first output (that of a tokenizer with levels
-    with `return_tensors=True` only, as they are no one tensor).
+    The latents come first: `pipeline("image-feature-extraction")` gives the first output (that of a tokenizer with
+    levels with `return_tensors=True` only, as they are no one tensor).
 
     Args:
         latents (`(B, D, h, w)`): the encoder's output before quantization.

@@ -123,7 +123,9 @@ class LevelSampling:
         self.top_p = None if self.top_p is None else check_real("top_p", self.top_p, above=0, maximum=1)
 
     def check_guidance(self, config: PreTrainedConfig, prompt: torch.LongTensor):
-        """A ValueError if there is nothing to guide; `prompt` `(B, T)` begins with the prefix of the `config`'s prior."""
+        """A ValueError if there is nothing to guide; `prompt` `(B, T)` begins with the prefix of the `config`'s
+        prior.
+        """
         null = config.null_class_token_id
         if self.guidance_scale != 1 and (null is None or (prompt[:, : config.condition_length] == null).all()):
             raise ValueError("`guidance_scale` other than 1 needs a condition, and a prior that has a null condition.")

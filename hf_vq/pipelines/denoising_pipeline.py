@@ -220,7 +220,8 @@ class DenoisingPipeline(VQPipeline):
             has_tokens = condition.mask.any(dim=1)
             if self.needs_tokens and not has_tokens.all():
                 raise ValueError(
-                    f"`{name}`, or `{name}_attention_mask`, must have a token that is not padding in each row, but has "
+                    f"`{name}`, or `{name}_attention_mask`, must have a token that is not padding in "
+                    f"each row, but has "
                     f"none in row {int(has_tokens.int().argmin())}; for an empty text the tokenizer must add one."
                 )
             inputs["encoder_attention_mask"] = condition.mask.to(self._execution_device)

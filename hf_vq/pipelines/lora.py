@@ -90,7 +90,8 @@ def _load_into_denoiser(network, component: str, source, adapter_name: str, weig
     if strangers or not weights:
         raise ValueError(
             f"`pretrained_model_name_or_path_or_dict` must hold LoRA weights of `{component}`, a "
-            f"{type(network).__name__}, but {where} has {len(weights)} weights, among them of other networks {strangers[:5]}."
+            f"{type(network).__name__}, but {where} has {len(weights)} weights, among them of other "
+            f"networks {strangers[:5]}."
         )
     has_prefix = all(name.startswith(prefix) for name in source)
     network.load_lora_adapter(given, prefix=component if has_prefix else None, adapter_name=adapter_name, **own)

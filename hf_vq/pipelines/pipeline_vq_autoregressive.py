@@ -187,7 +187,9 @@ class VQAutoregressivePipeline(AutoregressivePipeline):
         return VQPipelineOutput(images=images, indices=indices) if return_dict else (images, indices)
 
     def _prompts(self, class_labels: Any, condition: Any) -> Sequence[torch.LongTensor]:
-        """The prefixes `(B, condition_length)`, or the codes `(B, h', w')` of a condition that windows are cut from."""
+        """The prefixes `(B, condition_length)`, or the codes `(B, h', w')` of a condition that windows are cut
+        from.
+        """
         config = self.prior.config
         condition = torch.as_tensor(condition) if isinstance(condition, np.ndarray) else condition
         is_grid = torch.is_tensor(condition) and condition.ndim == 3 and len(condition)

@@ -218,7 +218,9 @@ class VQDiffusionImagePipeline(DenoisingPipeline):
         strength: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> torch.LongTensor:
-        """The grids that denoising starts from: without codes, or noised ones of `indices`, but `kept` ones as given."""
+        """The grids that denoising starts from: without codes, or noised ones of `indices`, but `kept` ones as
+        given.
+        """
         if indices is None or strength == 1:
             shape = (batch_size, *self.transformer.sample_size)
             sample = scheduler.initial_sample(shape, self._execution_device, generator)

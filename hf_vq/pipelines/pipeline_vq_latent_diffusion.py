@@ -175,7 +175,9 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
         return {"encoder_hidden_states": tokens.to(self._execution_device, self.unet.dtype)}
 
     def encode_image(self, pixel_values: torch.Tensor, batch_size: int = 16) -> torch.Tensor:
-        """Images `(B, C, H, W)` in [-1, 1] to latents before quantization, unscaled, float32; `batch_size` at a time."""
+        """Images `(B, C, H, W)` in [-1, 1] to latents before quantization, unscaled, float32; `batch_size` at a
+        time.
+        """
         onload(self.vqvae)
         pixels = pixel_values.to(self._execution_device, self.vqvae.dtype)
         return torch.cat([self.vqvae.encode(part).latents.float() for part in pixels.split(batch_size)])

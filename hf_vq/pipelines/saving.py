@@ -9,7 +9,9 @@ from diffusers.configuration_utils import FrozenDict
 
 @contextmanager
 def without_path(*parts: Any) -> Iterator[None]:
-    """While it lasts, parts of diffusers forget where they were loaded from, which they would save in their configuration."""
+    """While it lasts, parts of diffusers forget where they were loaded from, which they would save in their
+    configuration.
+    """
     known = [(part, part._internal_dict) for part in parts if "_name_or_path" in getattr(part, "_internal_dict", {})]
     try:
         for part, config in known:

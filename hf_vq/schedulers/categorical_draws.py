@@ -3,7 +3,8 @@
 import torch
 
 
-# Logits worked on at a time. On a CPU they and what is made of them stay in the cache; elsewhere each launch has a price.
+# Logits worked on at a time. On a CPU they and what is made of them stay in the cache; elsewhere each launch has a
+# price.
 CHUNK_ELEMENTS = {"cpu": 2**20, "other": 2**26}
 
 
@@ -77,8 +78,8 @@ def draw_rows(
     """
     One code of each row's distribution softmax(logits / temperature), within its nucleus.
 
-    A nucleus need not be known to be drawn from. A code is drawn from all, and if it turns out that the codes before it
-    have the mass `truncation_rate` already, it is dropped together with those after it, and another one is drawn.
+    A nucleus need not be known to be drawn from. A code is drawn from all, and if it turns out that the codes before
+    it have the mass `truncation_rate` already, it is dropped together with those after it, and another one is drawn.
 
     Args:
         logits (`(M, K)`): in any floating dtype.
@@ -86,7 +87,8 @@ def draw_rows(
         counts (int64 `(B,)`, CPU): how many of `rows` belong to each sample.
         generator: see `uniform`.
         truncation_rate: see `nucleus`; 1 keeps all codes.
-        power (float32 `(N,)`, *optional*): what is drawn from is the probabilities of the nucleus to this power, normalised.
+        power (float32 `(N,)`, *optional*): what is drawn from is the probabilities of the nucleus to this power,
+        normalised.
 
     Returns:
         int64 `(N,)`.

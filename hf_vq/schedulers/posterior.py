@@ -41,8 +41,8 @@ def posterior_kl(
     """
     KL(q(x_s | x_t, x_0) || p(x_s | x_t)) in nats; -log p(x_0) where s is the data.
 
-    The posterior given x_0 has one value at x_0, one at x_t, and one at all other codes, so that only the prediction needs
-    a sum over codes, and that only where codes are replaced until s.
+    The posterior given x_0 has one value at x_0, one at x_t, and one at all other codes, so that only the prediction
+    needs a sum over codes, and that only where codes are replaced until s.
 
     Args:
         log_probs (float32 `(B, L, K)`): log p(x_0), normalised.

@@ -71,7 +71,8 @@ def purity_step(
         logits, sample, free, generator, truncation_rate, temperature: see `posterior_step`.
         counts (int64 `(B, 1)`): positions to pick in each sample, fewer where fewer are masked.
         weight: None picks positions with equal probability and draws from p(x_0). A number picks them in proportion to
-            a score, their `purity` over the largest of the sample's, and draws from p(x_0)^(1 + weight * score), normalised.
+            a score, their `purity` over the largest of the sample's, and draws from p(x_0)^(1 + weight * score),
+            normalised.
 
     Returns:
         int64 `(B, L)`.

@@ -31,15 +31,17 @@ class MaskReplaceScheduler(SchedulerMixin, ConfigMixin):
     """
     The noise of VQ-Diffusion (Gu et al. 2022): at each step a code is kept, replaced by a random one, or masked.
 
-    A timestep t in 0…T-1 means noised by entry t of the cumulative tables; -1 is the data. Sampling starts at T-1, fully
-    masked (of random codes with "uniform_only"), and takes steps of any length by the exact posterior q(x_s | x_t, x_0).
+    A timestep t in 0…T-1 means noised by entry t of the cumulative tables; -1 is the data. Sampling starts at T-1,
+    fully masked (of random codes with "uniform_only"), and takes steps of any length by the exact posterior q(x_s |
+    x_t, x_0).
 
     Args:
         num_embeddings: K, the number of codes; the mask has index K.
         num_train_timesteps: T, at least 2.
         schedule: "linear" (the paper's), "cosine", "mask_only" or "uniform_only", see `cumulative_tables`.
         alpha_cumprod_start, alpha_cumprod_end: ᾱ, the probability that a code is kept, at timesteps 0 and T-1.
-        gamma_cumprod_start, gamma_cumprod_end: γ̄, the probability of the mask; not read by "mask_only", "uniform_only".
+        gamma_cumprod_start, gamma_cumprod_end: γ̄, the probability of the mask; not read by "mask_only",
+        "uniform_only".
         auxiliary_loss_weight: what [`MaskReplaceObjective`] gives -log p(x_0 | x_t) by default.
         adaptive_auxiliary_loss: with the further weight 1 + (1 - t/T), see `auxiliary_loss`.
         mask_loss_weights: of the losses of positions that are masked in x_t, and of the others; read by
@@ -120,11 +122,12 @@ class MaskReplaceScheduler(SchedulerMixin, ConfigMixin):
         timesteps: list[int] | torch.LongTensor | None = None,
     ):
         """
-        Sets `timesteps`: `num_inference_steps` of them in strides that are equal up to rounding, the last one to the data
-        included, or a list.
+        Sets `timesteps`: `num_inference_steps` of them in strides that are equal up to rounding, the last one to the
+        data included, or a list.
 
         Raises:
-            ValueError: not exactly one of both, a number outside of 1…T, or a list that does not fall from T-1 to 0 or more.
+            ValueError: not exactly one of both, a number outside of 1…T, or a list that does not fall from T-1 to 0 or
+                more.
         """
         train = self.config.num_train_timesteps
         if (num_inference_steps is None) == (timesteps is None):
@@ -209,8 +212,8 @@ class MaskReplaceScheduler(SchedulerMixin, ConfigMixin):
         """
         p(x_0 | x_t), truncated to its nucleus and normalised again.
 
-        The original does not normalise. That makes no difference to what it samples: the posterior is linear in p(x_0), and
-        a draw takes probabilities of any scale.
+        The original does not normalise. That makes no difference to what it samples: the posterior is linear in
+        p(x_0), and a draw takes probabilities of any scale.
 
         Args:
             model_output (`(B, *, K)`): logits.
@@ -269,23 +272,25 @@ class MaskReplaceScheduler(SchedulerMixin, ConfigMixin):
         """
         Draws x_s from p(x_s | x_t), exactly for any s < t (`posterior_step`), or by the purity prior (`purity_step`).
 
-        The purity prior takes every step but the last one, to the data. It reveals as many masked positions as leave masked
-        what the chain leaves masked at s, γ̄_s of the positions, rounded, so that the denoiser sees as many masks as it
-        did in training, whatever the grid and the steps. For 1024 positions and 100 steps that is the original's table, give
-        or take one position; its table for 10 steps reveals up to 69 fewer until a step, and `prior_count` takes its numbers.
+        The purity prior takes every step but the last one, to the data. It reveals as many masked positions as leave
+        masked what the chain leaves masked at s, γ̄_s of the positions, rounded, so that the denoiser sees as many
+        masks as it did in training, whatever the grid and the steps. For 1024 positions and 100 steps that is the
+        original's table, give or take one position; its table for 10 steps reveals up to 69 fewer until a step, and
+        `prior_count` takes its numbers.
 
         Args:
             model_output (`(B, *, K)`): logits of p(x_0 | x_t), in any floating dtype; computed with in float32.
             timestep: t, an int or int64 `(B,)`.
             sample (int64 `(B, *)`): x_t, codes or the mask.
-            generator: `None`, a `torch.Generator`, or a list with one for each sample, whose draws then do not depend on
-                the other samples.
+            generator: `None`, a `torch.Generator`, or a list with one for each sample, whose draws then do not depend
+                on the other samples.
             truncation_rate: see `predict_original`.
-            prior_rule: 0, no purity prior; 1, all masked positions are alike; 2, those with a sure prediction come first.
+            prior_rule: 0, no purity prior; 1, all masked positions are alike; 2, those with a sure prediction come
+            first.
             prior_weight: at least 0; with rule 2, how much sure predictions are sharpened.
             prev_timestep: s, like t; by default what follows t in `timesteps`.
-            known_indices, known_mask (int64 and bool `(B, *)`): codes that are kept where the mask is set. `sample` should
-                hold them from the start, not noised: the denoiser takes what is not masked for clean.
+            known_indices, known_mask (int64 and bool `(B, *)`): codes that are kept where the mask is set. `sample`
+                should hold them from the start, not noised: the denoiser takes what is not masked for clean.
             temperature: divides the logits, before truncation.
             return_dict: False returns a tuple.
             prior_count: how many positions of each sample the purity prior reveals in this step.
@@ -338,8 +343,8 @@ class MaskReplaceScheduler(SchedulerMixin, ConfigMixin):
             timesteps: t, an int or int64 `(B,)`.
 
         Returns:
-            float32 `(B, *)` in nats, differentiable. Summed over all t and positions, with `prior_kl` for each position, it
-            estimates an upper bound of -log p(x_0).
+            float32 `(B, *)` in nats, differentiable. Summed over all t and positions, with `prior_kl` for each
+            position, it estimates an upper bound of -log p(x_0).
         """
         check_predictions("model_output", model_output, sample, self.mask_index)
         check_indices("original_samples", original_samples, self.mask_index - 1, sample.shape)
@@ -376,8 +381,9 @@ class MaskReplaceScheduler(SchedulerMixin, ConfigMixin):
         """
         KL(q(x_{T-1} | x_0) || p(x_{T-1})) of a position, in nats; the same for every x_0.
 
-        p(x_{T-1}) is what the chain makes of uniform codes: the mask with γ̄, and each code with (1 - γ̄) / K. Sampling, as
-        the original's, starts from the mask alone, to which q(x_{T-1} | x_0) comes as close as 1 - γ̄ (1e-5 by default).
+        p(x_{T-1}) is what the chain makes of uniform codes: the mask with γ̄, and each code with (1 - γ̄) / K.
+        Sampling, as the original's, starts from the mask alone, to which q(x_{T-1} | x_0) comes as close as 1 - γ̄
+        (1e-5 by default).
         """
         alpha, beta, gamma = self._tables[:, -1]
         entropy = torch.xlogy(alpha + beta, alpha + beta) + (self.mask_index - 1) * torch.xlogy(beta, beta)
@@ -416,7 +422,8 @@ class MaskReplaceScheduler(SchedulerMixin, ConfigMixin):
         mask = torch.as_tensor(mask, device=sample.device)
         if mask.dtype != torch.bool or mask.shape != sample.shape:
             raise ValueError(
-                f"`known_mask` must be bool of shape {tuple(sample.shape)}, got {mask.dtype} of shape {tuple(mask.shape)}."
+                f"`known_mask` must be bool of shape {tuple(sample.shape)}, got {mask.dtype} of shape "
+                f"{tuple(mask.shape)}."
             )
         check_indices("known_indices", indices, self.mask_index, sample.shape)
         if (indices[mask] == self.mask_index).any():

@@ -11,14 +11,15 @@ SCHEDULES = ("linear", "cosine", "mask_only", "uniform_only")
 
 class Transition(NamedTuple):
     """
-    Probabilities of the forward chain at timesteps s < t, one for each sample of a batch (Gu et al. 2022, section 4.1).
+    Probabilities of the forward chain at timesteps s < t, one for each sample of a batch (Gu et al. 2022, section
+    4.1).
 
-    From the data to s (`alpha_s`, `beta_s`, `gamma_s`), from the data to t (`..._t`), and from s to t (`alpha`, `beta`,
-    `gamma`), a code keeps its value with probability α, becomes any of the K codes, its own included, with β each, and the
-    mask with γ: α + K β + γ = 1. The mask stays the mask.
+    From the data to s (`alpha_s`, `beta_s`, `gamma_s`), from the data to t (`..._t`), and from s to t (`alpha`,
+    `beta`, `gamma`), a code keeps its value with probability α, becomes any of the K codes, its own included, with β
+    each, and the mask with γ: α + K β + γ = 1. The mask stays the mask.
 
-    The posterior q(x_s | x_t, x_0) = q(x_t | x_s) q(x_s | x_0) / q(x_t | x_0) is made of the properties. Where everything is
-    masked at t, an x_t that is a code cannot be; it stays what it is.
+    The posterior q(x_s | x_t, x_0) = q(x_t | x_s) q(x_s | x_0) / q(x_t | x_0) is made of the properties. Where
+    everything is masked at t, an x_t that is a code cannot be; it stays what it is.
     """
 
     alpha_s: torch.Tensor
@@ -75,7 +76,9 @@ class Transition(NamedTuple):
 
     @property
     def wrong_code_stays(self) -> torch.Tensor:
-        """(α + β) β̄_s / β̄_t: a code at t that is not x_0 was the same at s. 1 if nothing is replaced: x_s is x_t then."""
+        """(α + β) β̄_s / β̄_t: a code at t that is not x_0 was the same at s. 1 if nothing is replaced: x_s is x_t
+        then.
+        """
         return _ratio((self.alpha + self.beta) * self.beta_s, self.beta_t, otherwise=1.0)
 
     @property
@@ -100,9 +103,9 @@ def cumulative_tables(
     Cumulative ᾱ, β̄, γ̄ at timesteps -1 (the data), 0, …, T-1.
 
     Args:
-        schedule: "linear" (the paper's: ᾱ and γ̄ go from their first to their last value in equal steps), "cosine" (they
-            go along cos² and sin² of a quarter period, as in Nichol & Dhariwal 2021), "mask_only" (linear ᾱ, all the
-            rest is masked, nothing replaced: γ̄ = 1 - ᾱ) or "uniform_only" (linear ᾱ, nothing is masked: γ̄ = 0).
+        schedule: "linear" (the paper's: ᾱ and γ̄ go from their first to their last value in equal steps), "cosine"
+            (they go along cos² and sin² of a quarter period, as in Nichol & Dhariwal 2021), "mask_only" (linear ᾱ, all
+            the rest is masked, nothing replaced: γ̄ = 1 - ᾱ) or "uniform_only" (linear ᾱ, nothing is masked: γ̄ = 0).
         num_embeddings: K.
         num_train_timesteps: T.
         alphas, gammas: values at timesteps 0 and T-1; "mask_only" and "uniform_only" do not read `gammas`.

@@ -1,7 +1,8 @@
 """Folders that are either complete or absent, and the checkpoints of a run.
 
-A folder is written under a temporary name, flushed to the disk and then renamed: a process that is killed at any moment
-leaves the previous checkpoints and perhaps a temporary folder, which the next start removes. A checkpoint carries the size
+A folder is written under a temporary name, flushed to the disk and then renamed: a process that is killed at any
+moment leaves the previous checkpoints and perhaps a temporary folder, which the next start removes. A checkpoint
+carries the size
 and the checksum of each of its files: one that was damaged afterwards is found out before it is loaded.
 """
 
@@ -164,7 +165,8 @@ def write_error(path: Path, reason: str, needed: int) -> OSError:
     number = errno.ENOSPC if free < needed else errno.EIO
     return OSError(
         number,
-        f"the checkpoint could not be written ({reason}): it takes about {needed} bytes, and {free} bytes are free; {last}",
+        f"the checkpoint could not be written ({reason}): it takes about {needed} bytes, and {free} "
+        f"bytes are free; {last}",
         str(path),
     )
 
@@ -195,7 +197,9 @@ def set_aside_after(folder: str | Path, step: int) -> list[Path]:
 
 
 def save_parts(folder: Path, parts: dict) -> None:
-    """Writes every model to `folder/<name>.safetensors`, the `state_dict()` of every other part to `folder/<name>.pt`."""
+    """Writes every model to `folder/<name>.safetensors`, the `state_dict()` of every other part to
+    `folder/<name>.pt`.
+    """
     for name, part in parts.items():
         if isinstance(part, nn.Module):
             save_model(part, str(folder / f"{name}.safetensors"))

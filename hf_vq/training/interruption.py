@@ -14,8 +14,8 @@ from ..distributed import is_distributed
 
 logger = logging.getLogger(__name__)
 
-# How a run exits that a signal has ended: as a shell reports the signal, or, for what a cluster sends before it takes the
-# machine away, as a success, so that the job may be queued again.
+# How a run exits that a signal has ended: as a shell reports the signal, or, for what a cluster sends before it takes
+# the machine away, as a success, so that the job may be queued again.
 EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 0}
 REPEAT_SECONDS = 2.0  # a launcher passes on what the terminal, or the cluster, has sent to every process already
 CONSEQUENCE_SECONDS = 5.0  # in which a launcher finds the process that failed first
@@ -64,8 +64,9 @@ class Interruption:
 def end_all_on_error() -> None:
     """Lets an uncaught error of this process end a distributed run at once, its message last on the screen.
 
-    The error is given to the launcher (torchrun, accelerate launch), which ends the other processes and prints it. A process
-    that only lost the connection to a failed one waits for the launcher, so that it is not taken for the cause.
+    The error is given to the launcher (torchrun, accelerate launch), which ends the other processes and prints it. A
+    process that only lost the connection to a failed one waits for the launcher, so that it is not taken for the
+    cause.
     """
     if not is_distributed() or sys.excepthook is _report_and_exit:
         return

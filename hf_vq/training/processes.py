@@ -55,7 +55,8 @@ def build_accelerator(arguments: RunArguments, find_unused_parameters: bool):
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
     if on_cpu and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         logger.warning(
-            "This is a single process. If you asked for more with `accelerate launch --cpu --num_processes N`: it starts "
+            "This is a single process. If you asked for more with `accelerate launch --cpu "
+            "--num_processes N`: it starts "
             "one unless there is an MPI. Use `accelerate launch --multi_gpu --num_processes N SCRIPT ... --cpu`, or "
             "`torchrun --nproc_per_node N SCRIPT ... --cpu`."
         )
@@ -76,8 +77,8 @@ def prepare_model(accelerator: "Accelerator", model: nn.Module) -> nn.Module:
     """Moves a model to the device of this process and prepares it for precision and several processes."""
     prepared = accelerator.prepare_model(model)
     if isinstance(prepared, nn.parallel.DistributedDataParallel):
-        # Quantizers synchronise their own buffers, and a broadcast in the middle of a step would change tensors that the
-        # backward pass still needs.
+        # Quantizers synchronise their own buffers, and a broadcast in the middle of a step would change tensors that
+        # the backward pass still needs.
         prepared.broadcast_buffers = False
     return prepared
 

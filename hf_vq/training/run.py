@@ -9,7 +9,7 @@ dataset = load_image_dataset(data, "train", augment=True, seed=arguments.seed)
 model = run.add_model("model", VQGANModel(config), ema=True)
 discriminator = run.add_model("discriminator", PatchDiscriminator())
 optimizer = run.add_optimizer("optimizer", torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate))
-d_optimizer = run.add_optimizer("d_optimizer", torch.optim.AdamW(discriminator.parameters(), lr=arguments.learning_rate))
+d_optimizer = run.add_optimizer("d_optimizer", torch.optim.AdamW(discriminator.parameters()))
 run.on_validation(lambda: {"psnr": ...})                # with the averaged weights, in eval mode, without gradients
 run.start()                                             # continues from the last checkpoint, if there is one
 for batch in run.batches(dataset):                      # micro-batches of this process, on its device
@@ -29,8 +29,8 @@ with run.trained_model("model") as trained:             # whole, with the averag
 run.finish()                                            # closes trackers and processes
 ```
 
-The data order, the augmentation and the learning rate are functions of the seed and the step alone; everything else that
-a step depends on is in the checkpoint. A run that was killed continues with the losses that it would have had.
+The data order, the augmentation and the learning rate are functions of the seed and the step alone; everything else
+that a step depends on is in the checkpoint. A run that was killed continues with the losses that it would have had.
 """
 
 import errno
@@ -180,8 +180,9 @@ class TrainingRun:
         """Moves a model to the device and prepares it for precision and processes; returns what the loop calls.
 
         With `ema`, an average of its weights is kept if `ema_decay` is set. Parameters that are not trained must have
-        `requires_grad=False` already. Where the run is sharded, so is a model that names its blocks in `_no_split_modules`,
-        unless `shard` is false; the others are kept whole on every process. Make its optimizer afterwards.
+        `requires_grad=False` already. Where the run is sharded, so is a model that names its blocks in
+        `_no_split_modules`, unless `shard` is false; the others are kept whole on every process. Make its optimizer
+        afterwards.
         """
         self._check_new(name)
         if self.arguments.compile:
@@ -229,9 +230,9 @@ class TrainingRun:
     def on_validation(self, function: Callable[[], dict | None]) -> Callable[[], dict | None]:
         """Calls `function` every `validation_steps` and after the last step, on every process.
 
-        It runs with the averaged weights, in eval mode, without gradients, and what it draws from the random generators
-        does not change the training. The metrics that it returns on the main process are written with the prefix
-        `validation/`.
+        It runs with the averaged weights, in eval mode, without gradients, and what it draws from the random
+        generators does not change the training. The metrics that it returns on the main process are written with the
+        prefix `validation/`.
         """
         self._validation = function
         return function
@@ -248,7 +249,8 @@ class TrainingRun:
     def trained_model(self, name: str) -> Iterator[nn.Module | None]:
         """What is to be saved of a model: in eval mode, with its averaged weights. Entered by every process.
 
-        It is the model itself; of a sharded one, an ordinary copy on the CPU on the main process, `None` on the others.
+        It is the model itself; of a sharded one, an ordinary copy on the CPU on the main process, `None` on the
+        others.
         """
         model = self.models[name]
         with self.ema_weights(name):
@@ -298,8 +300,8 @@ class TrainingRun:
         """This process's micro-batches, on its device, from the run's position in the data to the end of the run.
 
         Args:
-            dataset: map-style (`len()` and, for an augmentation that depends on the epoch, `sample(index, epoch)`; else
-                `dataset[index]`), or a `StreamingImageDataset`.
+            dataset: map-style (`len()` and, for an augmentation that depends on the epoch, `sample(index, epoch)`;
+                else `dataset[index]`), or a `StreamingImageDataset`.
             collate_fn: makes a batch of a list of samples.
             shuffle: a new order in every epoch (a stream is always shuffled within its blocks).
         """
@@ -411,8 +413,9 @@ class TrainingRun:
     def log_codes(self, indices: torch.Tensor | tuple[torch.Tensor, ...], num_embeddings: int) -> None:
         """Counts the codes of one micro-batch, for the metric `codebook_perplexity`.
 
-        The metric is the perplexity of the codes of a whole step, over its micro-batches and processes, so that it does
-        not depend on their number; with several codebooks it is `codebook_perplexity_0`, `codebook_perplexity_1`, ….
+        The metric is the perplexity of the codes of a whole step, over its micro-batches and processes, so that it
+        does not depend on their number; with several codebooks it is `codebook_perplexity_0`, `codebook_perplexity_1`,
+        ….
 
         Args:
             indices: int `(B, h, w)`; a tuple of such for the levels of a hierarchy, `(B, h, w, depth)` for residuals.
@@ -425,13 +428,15 @@ class TrainingRun:
     def sample_generators(self) -> list[torch.Generator]:
         """A generator on the CPU for each sample of the present micro-batch, seeded by its position in the data.
 
-        What they draw does not depend on the number of processes. Every call returns new ones, with the same seeds: call it
-        once for a micro-batch.
+        What they draw does not depend on the number of processes. Every call returns new ones, with the same seeds:
+        call it once for a micro-batch.
         """
         return sample_generators(self.arguments.seed, self._positions)
 
     def finish_step(self) -> None:
-        """Ends a micro-batch; after the last of a step: schedule, averages, metrics, guards, validation, checkpoint."""
+        """Ends a micro-batch; after the last of a step: schedule, averages, metrics, guards, validation,
+        checkpoint.
+        """
         if not self.accelerator.sync_gradients:
             return
         arguments = self.arguments
@@ -462,7 +467,8 @@ class TrainingRun:
                 self.save_checkpoint()
         if self.is_finished and self.global_step < arguments.max_train_steps and self.is_main_process:
             logger.warning(
-                "max_train_minutes=%g ended the run after %d of max_train_steps=%d steps. The learning rate's schedule and "
+                "max_train_minutes=%g ended the run after %d of max_train_steps=%d steps. The "
+                "learning rate's schedule and "
                 "the start of a discriminator count steps: choose max_train_steps so that the run ends with them.",
                 arguments.max_train_minutes,
                 self.global_step,
@@ -470,7 +476,9 @@ class TrainingRun:
             )
 
     def finish(self) -> None:
-        """Closes the trackers and the process group, and gives the output folder free. Save the trained model before."""
+        """Closes the trackers and the process group, and gives the output folder free. Save the trained model
+        before.
+        """
         self._interruption.restore()
         self.accelerator.end_training()
         unlock_folder(self.output_dir)
@@ -506,7 +514,9 @@ class TrainingRun:
                 group["lr"] = peak * factor
 
     def _agree(self) -> "_Agreement":
-        """What all processes do after this step, though their clocks differ and a signal may reach only one of them."""
+        """What all processes do after this step, though their clocks differ and a signal may reach only one of
+        them.
+        """
         now, arguments = time.monotonic(), self.arguments
         time_is_up = save_is_due = False
         if self.is_main_process:
@@ -747,7 +757,8 @@ class TrainingRun:
         else:
             seed_process(self.accelerator, self.arguments.seed + 1000 * self.global_step)
             logger.warning(
-                "The checkpoint was written by %d processes and is continued by %d: the data go on where they were, but "
+                "The checkpoint was written by %d processes and is continued by %d: the data go on "
+                "where they were, but "
                 "what the model draws at random (dropout) differs from an unbroken run.",
                 position["num_processes"],
                 self.accelerator.num_processes,

@@ -191,7 +191,8 @@ def check_numbers(
     at_least_1_integer: Sequence[str] = (),
     finite: Sequence[str] = (),
 ) -> None:
-    """Refuses the numbers of a dataclass that are out of range, NaN or infinite, when the run starts; None is passed over.
+    """Refuses the numbers of a dataclass that are out of range, NaN or infinite, when the run starts; None is passed
+    over.
 
     Args:
         arguments: the dataclass.

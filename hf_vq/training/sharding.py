@@ -1,7 +1,8 @@
 """Fully sharded training (FSDP2): each process holds its part of the parameters, gradients, optimizer and averages.
 
-The engine is torch's `fully_shard` (Zhao et al. 2023, "PyTorch FSDP", https://arxiv.org/abs/2304.11277), on GPUs and, by gloo,
-on CPUs. A run asks for it with `--fsdp full_shard` or by an FSDP configuration (version 2) of `accelerate launch`.
+The engine is torch's `fully_shard` (Zhao et al. 2023, "PyTorch FSDP", https://arxiv.org/abs/2304.11277), on GPUs and,
+by gloo, on CPUs. A run asks for it with `--fsdp full_shard` or by an FSDP configuration (version 2) of `accelerate
+launch`.
 """
 
 import copy
@@ -25,7 +26,8 @@ def take_launchers_wish() -> bool:
     """Whether `accelerate launch` asks for FSDP; Accelerate is told that it does not, since torch is asked here.
 
     Raises:
-        ValueError: for DeepSpeed, and for an FSDP configuration that is not of version 2 or has what is not offered here.
+        ValueError: for DeepSpeed, and for an FSDP configuration that is not of version 2 or has what is not offered
+            here.
     """
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         raise ValueError(
@@ -49,8 +51,8 @@ def take_launchers_wish() -> bool:
 def shard_model(model: nn.Module, device: torch.device, mixed_precision: str) -> None:
     """Cuts the parameters of a model, on its device, over all processes: a group for each block, one for the rest.
 
-    The blocks are the modules whose class is named in the model's `_no_split_modules`, as everywhere in transformers. With
-    one process there is nothing to cut.
+    The blocks are the modules whose class is named in the model's `_no_split_modules`, as everywhere in transformers.
+    With one process there is nothing to cut.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -121,7 +123,9 @@ def skeleton_of(model: nn.Module) -> nn.Module:
 
 
 def gather_model(model: nn.Module, skeleton: nn.Module) -> nn.Module | None:
-    """The whole of a sharded model as an ordinary one on the CPU, on process 0; `None` on the others. Called by all."""
+    """The whole of a sharded model as an ordinary one on the CPU, on process 0; `None` on the others. Called by
+    all.
+    """
     if not is_distributed():
         return model
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict

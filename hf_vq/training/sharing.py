@@ -100,7 +100,8 @@ def save_trained(
             push_to_hub(model, run.arguments.hub_model_id, card=cards[True], image_processor=image_processor)
         except Exception as error:  # whatever it is, the model is there
             raise RuntimeError(
-                f"the model is saved in {run.output_dir / name}, but was not pushed to {run.arguments.hub_model_id!r}: {error} "
+                f"the model is saved in {run.output_dir / name}, but was not pushed to "
+                f"{run.arguments.hub_model_id!r}: {error} "
                 "The same command pushes it again, without training."
             ) from error
     return run.output_dir / name

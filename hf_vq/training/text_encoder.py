@@ -6,8 +6,8 @@ from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer, Pr
 
 def load_text_encoder(name: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
-    The text encoder of a folder or Hub id, in float32 and eval mode, without gradients, and its tokenizer. Of a model that
-    does more than encode text, such as CLIP or T5, only that part.
+    The text encoder of a folder or Hub id, in float32 and eval mode, without gradients, and its tokenizer. Of a model
+    that does more than encode text, such as CLIP or T5, only that part.
 
     Raises:
         ValueError: transformers knows no text encoder for this kind of model.

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 def start_tracker(accelerator: "Accelerator", arguments: RunArguments, output_dir: Path, step: int) -> None:
     """Starts the tracker that the arguments name so that a resumed run continues the same curves.
 
-    tensorboard drops what an interrupted run wrote after `step`; trackio and wandb find their run by an identifier that
-    is kept in the output folder.
+    tensorboard drops what an interrupted run wrote after `step`; trackio and wandb find their run by an identifier
+    that is kept in the output folder.
     """
     if arguments.report_to == "none":
         return

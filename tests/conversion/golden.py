@@ -42,7 +42,9 @@ class Golden:
         return self.tensors[name]
 
     def compare(self, name: str, actual: torch.Tensor):
-        """Indices must be equal; the rest within the case's own tolerance, at least 1e-5 (gradients: 3 times their own)."""
+        """Indices must be equal; the rest within the case's own tolerance, at least 1e-5 (gradients: 3 times their
+        own).
+        """
         expected, entry = self.tensors[name], self.manifest[name]
         self.compared.add(name)
         if not expected.is_floating_point():

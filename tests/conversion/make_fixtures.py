@@ -1,8 +1,10 @@
-"""Makes tests/fixtures/golden of what the original programs computed: `python tests/conversion/make_fixtures.py FOLDER`.
+"""Makes tests/fixtures/golden of what the original programs computed: `python tests/conversion/make_fixtures.py
+FOLDER`.
 
-FOLDER holds a folder for each case, with the checkpoint, its configuration, `io.safetensors` and `manifest.json`, and the
-folder `published_keys`. No value changes: tensors of a checkpoint that are equal become one, lists of keys are compressed,
-and files that no test reads are left out. Weights stay float32, since the outputs beside them are those of exactly these.
+FOLDER holds a folder for each case, with the checkpoint, its configuration, `io.safetensors` and `manifest.json`, and
+the folder `published_keys`. No value changes: tensors of a checkpoint that are equal become one, lists of keys are
+compressed, and files that no test reads are left out. Weights stay float32, since the outputs beside them are those of
+exactly these.
 """
 
 import gzip

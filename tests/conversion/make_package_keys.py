@@ -1,4 +1,5 @@
-"""Makes lists of keys of published tokenizers from the classes of other packages: `python -m tests.conversion.make_package_keys`.
+"""Makes lists of keys of published tokenizers from the classes of other packages: `python -m
+tests.conversion.make_package_keys`.
 
 Each list is that of the class at the published configuration, built without weights; it goes into
 `tests/fixtures/golden/published_keys`, beside those of the original programs.

@@ -183,7 +183,7 @@ def test_first_stage_alone(tmp_path, capsys):
     golden = Golden("ldm_vq_f4_firststage")
     arguments = {"checkpoint": "checkpoint.ckpt", "config": "config.yaml"}
     main([
-        *(f"--{name}={golden.folder / file}" for name, file in arguments.items()), f"--output={tmp_path}", "--discriminator"
+        *(f"--{name}={golden.folder / file}" for name, file in arguments.items()), f"--output={tmp_path}", "--discriminator"  # noqa: E501
     ])  # fmt: skip
     model = VQGANModel.from_pretrained(tmp_path)
     with torch.no_grad():

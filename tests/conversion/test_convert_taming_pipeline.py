@@ -231,5 +231,5 @@ def test_keys_without_a_place_are_refused(uncond):
 def test_a_whole_model_has_no_discriminator_to_save(tmp_path):
     folder = GOLDEN / "taming_gpt_uncond"
     with pytest.raises(ValueError, match="`--discriminator` needs the checkpoint of a first stage"):
-        main(["--checkpoint", f"{folder}/checkpoint.ckpt", "--config", f"{folder}/config.yaml", "--output", str(tmp_path),
+        main(["--checkpoint", f"{folder}/checkpoint.ckpt", "--config", f"{folder}/config.yaml", "--output", str(tmp_path),  # noqa: E501
               "--discriminator"])  # fmt: skip

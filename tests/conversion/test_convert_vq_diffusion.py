@@ -70,7 +70,9 @@ def guided_condition(golden: Golden, pipe, label=None) -> tuple[dict, dict]:
 
 
 def log_x_start(logits: torch.Tensor) -> torch.Tensor:
-    """As the original has it: `(B, K + 1, L)`, normalised in float64, floored at -70, and no probability of the mask."""
+    """As the original has it: `(B, K + 1, L)`, normalised in float64, floored at -70, and no probability of the
+    mask.
+    """
     log_probs = logits.double().flatten(1, 2).log_softmax(dim=-1).float().mT
     mask = torch.full_like(log_probs[:, :1], -70)
     return torch.cat([log_probs, mask], dim=1).clamp(-70, 0)
@@ -132,7 +134,9 @@ def test_text_encoder(golden, pipe):
 
 @torch.no_grad()
 def test_codec(golden, pipe, pieces):
-    """Codes in use keep their numbers; the original numbers every other code 0, here the nearest one in use is found."""
+    """Codes in use keep their numbers; the original numbers every other code 0, here the nearest one in use is
+    found.
+    """
     pixels, tokens = golden["img"] / 127.5 - 1, golden["codec_tokens"].view(2, 4, 4)
     weights = {key: value for key, value in pieces["checkpoint"]["model"].items() if key.startswith("content_codec.")}
     weights = {key.removeprefix("content_codec."): value for key, value in weights.items()}

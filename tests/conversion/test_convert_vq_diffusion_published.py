@@ -87,7 +87,9 @@ def test_every_key_of_a_published_model(name, only_keys):
 
 @pytest.fixture(scope="module")
 def vocabulary(tmp_path_factory):
-    """The beginning of CLIP's vocabulary (OpenAI, MIT licence), which the original's small text model was made with."""
+    """The beginning of CLIP's vocabulary (OpenAI, MIT licence), which the original's small text model was made
+    with.
+    """
     folder = tmp_path_factory.mktemp("vocabulary")
     merges = (GOLDEN.parent / "clip_merges.txt").read_text().splitlines()
     letters = list(bytes_to_unicode().values())

@@ -27,7 +27,8 @@ def convert(params, weights, live=None, null_class_id=None, tokenizer=None):
     return convert_conditioner(params, weights, live or {}, 3, null_class_id, tokenizer)
 
 
-# ------------------------------------------------------------------------------------------- how it reaches the denoiser
+# ------------------------------------------------------------------------------------------- how it reaches the
+# denoiser
 
 
 @pytest.mark.parametrize("key", ["concat", "crossattn", "hybrid", "adm"])
@@ -104,7 +105,7 @@ def test_a_class_table_that_contradicts(arguments, weights, message):
         )
 
 
-@pytest.mark.parametrize(("rows", "more", "given", "null"), [(5, {}, None, None), (5, {"ucg_rate": 0.1}, None, 4), (5, {}, 2, 2),
+@pytest.mark.parametrize(("rows", "more", "given", "null"), [(5, {}, None, None), (5, {"ucg_rate": 0.1}, None, 4), (5, {}, 2, 2),  # noqa: E501
                                                               (1001, {}, None, 1000)])  # fmt: skip
 def test_the_null_class(rows, more, given, null):
     arguments = {"embed_dim": 4, "n_classes": rows, "key": "class_label", **more}
@@ -119,7 +120,7 @@ def test_the_null_class(rows, more, given, null):
 # ------------------------------------------------------------------------------------------- maps
 
 
-@pytest.mark.parametrize("arguments", [{"n_stages": 2}, {"n_stages": 1, "method": "area", "multiplier": 0.25}, {"n_stages": 3},
+@pytest.mark.parametrize("arguments", [{"n_stages": 2}, {"n_stages": 1, "method": "area", "multiplier": 0.25}, {"n_stages": 3},  # noqa: E501
                                        {"n_stages": 0, "method": "bicubic"}])  # fmt: skip
 def test_maps_are_resized_as_the_original_does(arguments):
     assert convert(params_of("SpatialRescaler", "concat", arguments), {}) == ({}, {}, {})

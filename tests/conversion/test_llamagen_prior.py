@@ -1,4 +1,6 @@
-"""LlamaGen's priors: their layout with random weights, converted, against a plain implementation of the original's network."""
+"""LlamaGen's priors: their layout with random weights, converted, against a plain implementation of the original's
+network.
+"""
 
 import json
 

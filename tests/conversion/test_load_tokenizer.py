@@ -1,4 +1,6 @@
-"""`load_tokenizer` against the classes of transformers and diffusers, with random weights, and on files of each layout."""
+"""`load_tokenizer` against the classes of transformers and diffusers, with random weights, and on files of each
+layout.
+"""
 
 import json
 
@@ -184,7 +186,9 @@ def test_movq_with_averages(add_conv, tmp_path):
 
 
 def test_ibq_takes_the_averages(tmp_path):
-    """The names are taming's: the name of the file, or `layout`, tells them apart. The code is that of the inner product."""
+    """The names are taming's: the name of the file, or `layout`, tells them apart. The code is that of the inner
+    product.
+    """
     original = small(quantizer="ibq", num_res_blocks=4)
     weights = original.state_dict()
     averages = {f"model_ema.{key.replace('.', '')}": value for key, value in weights.items()}

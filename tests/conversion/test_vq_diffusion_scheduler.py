@@ -16,8 +16,8 @@ CASES = ["vqdiff_class", "vqdiff_text_clip", "vqdiff_text_ithq", "vqdiff_uncond"
 AUXILIARY = {"vqdiff_class": 1e-3, "vqdiff_text_clip": 5e-4, "vqdiff_text_ithq": 5e-4, "vqdiff_uncond": 1e-3}
 # The original writes a probability of 0 as some number between exp(-70) and exp(-53).
 FLOOR = -50.0
-# The state of importance sampling, which has its own test; the network and the codec; the original's fast sampling, which
-# is wrong; and its truncation to a number of codes, which no pipeline of it reaches.
+# The state of importance sampling, which has its own test; the network and the codec; the original's fast sampling,
+# which is wrong; and its truncation to a number of codes, which no pipeline of it reaches.
 ELSEWHERE = (
     "logits.",
     "log_x_start.",

@@ -36,7 +36,8 @@ def test_samples_follow_their_own_condition_and_not_another(tmp_path):
     run += "--cache_images true --train_batch_size 12 --lr_scheduler cosine "
     model = (
         "--base_channels 32 --channel_multiplier 1 1 1 --num_res_blocks 1 --attn_resolutions 4 --latent_channels 32 "
-        "--embed_dim 8 --num_embeddings 64 --perceptual none --disc_weight 0 --max_train_steps 110 --learning_rate 3e-3 "
+        "--embed_dim 8 --num_embeddings 64 --perceptual none --disc_weight 0 --max_train_steps 110 "
+        "--learning_rate 3e-3 "
     )
     condition = "--condition segmentation --num_labels 2 --conditioning_image_column mask"
     script("vqgan").main(f"{run} {model} --output_dir {tmp_path / 'image'}".split())

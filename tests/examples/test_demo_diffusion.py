@@ -1,4 +1,6 @@
-"""A short form of `make demo-diffusion`: the real script on the real images, with a few steps and a tiny text encoder."""
+"""A short form of `make demo-diffusion`: the real script on the real images, with a few steps and a tiny text
+encoder.
+"""
 
 import json
 import os

@@ -1,4 +1,6 @@
-"""Condition tokenizers and priors over pairs, by the training scripts, to a pipeline that is called with a condition."""
+"""Condition tokenizers and priors over pairs, by the training scripts, to a pipeline that is called with a
+condition.
+"""
 
 import datasets
 import numpy as np
@@ -13,7 +15,8 @@ from tests.examples.test_training_scripts import script
 
 
 TINY = (
-    "--base_channels 32 --channel_multiplier 1 1 --num_res_blocks 1 --attn_resolutions 4 --latent_channels 8 --embed_dim 4 "
+    "--base_channels 32 --channel_multiplier 1 1 --num_res_blocks 1 --attn_resolutions 4 "
+    "--latent_channels 8 --embed_dim 4 "
     "--num_embeddings 8 --disc_channels 4 --disc_layers 1 --disc_start_fraction 0 --resolution 16 "
 )
 LENGTH = "--max_train_steps 2 --train_batch_size 4 --cpu true --min_codebook_perplexity 0 --validation_steps 0 "

@@ -15,7 +15,7 @@ from tests.examples.runs import COMMON, finish, kill_at, places_and_length, rows
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
-    "--block_out_channels", "8", "8", "--layers_per_block", "1", "--attention_levels", "1", "--attention_head_dim", "4",
+    "--block_out_channels", "8", "8", "--layers_per_block", "1", "--attention_levels", "1", "--attention_head_dim", "4",  # noqa: E501
     "--norm_num_groups", "4", "--sample_steps", "2", "--sample_classes", "2",
 ]  # fmt: skip
 

@@ -1,4 +1,6 @@
-"""What only a GPU can show. `make gpu` runs these; with HF_VQ_REHEARSE=1 they run on the CPU, to see that they would."""
+"""What only a GPU can show. `make gpu` runs these; with HF_VQ_REHEARSE=1 they run on the CPU, to see that they
+would.
+"""
 
 import copy
 import os
@@ -66,7 +68,8 @@ def test_tokenizer_agrees_with_the_cpu_and_flips_are_counted(record_property):
         name: (codes != expected.indices).double().mean().item() for name, codes in (("tf32", tf32), ("bf16", bf16))
     }
     print(
-        f"\nindices that differ from the CPU's: float32 {1 - same:.4%}, TF32 {flips['tf32']:.3%}, bf16 {flips['bf16']:.3%}"
+        f"\nindices that differ from the CPU's: float32 {1 - same:.4%}, TF32 {flips['tf32']:.3%}, "
+        f"bf16 {flips['bf16']:.3%}"
     )
     assert flips["tf32"] < 0.1 and flips["bf16"] < 0.3
 

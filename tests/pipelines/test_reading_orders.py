@@ -1,4 +1,6 @@
-"""Completion around kept codes by priors that read the grid in other orders, and by a Llama, against a loop by hand."""
+"""Completion around kept codes by priors that read the grid in other orders, and by a Llama, against a loop by
+hand.
+"""
 
 import pytest
 import torch

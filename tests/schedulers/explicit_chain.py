@@ -1,4 +1,6 @@
-"""Mask-and-replace diffusion written out with (K+1) x (K+1) matrices, and exact sampling of a toy distribution by it."""
+"""Mask-and-replace diffusion written out with (K+1) x (K+1) matrices, and exact sampling of a toy distribution by
+it.
+"""
 
 import itertools
 import math
@@ -68,7 +70,9 @@ class ToyDistribution:
         return (samples * base ** torch.arange(self.positions - 1, -1, -1)).sum(-1)
 
     def denoise(self, t: int) -> torch.Tensor:
-        """p(x_0^i | x_t) of every state, float64 `(states, positions, K)`, by Bayes' rule; uniform where x_t is impossible."""
+        """p(x_0^i | x_t) of every state, float64 `(states, positions, K)`, by Bayes' rule; uniform where x_t is
+        impossible.
+        """
         chain = product(self.matrices[: t + 1])
         likelihood = torch.ones(len(self.states), len(self.data), dtype=torch.float64)
         for i in range(self.positions):

@@ -1,4 +1,6 @@
-"""Samples of a toy distribution, from a denoiser that knows it, against the exact distribution of the sampler's chain."""
+"""Samples of a toy distribution, from a denoiser that knows it, against the exact distribution of the sampler's
+chain.
+"""
 
 import pytest
 import torch
@@ -39,7 +41,9 @@ def sample(scheduler, toy, seed=0, count=SAMPLES, wrong_stride=False, **argument
 
 
 def propagate(toy, timesteps: list[int], kernel=None) -> torch.Tensor:
-    """The exact distribution of `toy.data` after all steps, from the start; `kernel(t, s)` replaces all but the last."""
+    """The exact distribution of `toy.data` after all steps, from the start; `kernel(t, s)` replaces all but the
+    last.
+    """
     distribution = toy.start(masked=toy is not TOYS["uniform_only"])
     for t, s in zip(timesteps, [*timesteps[1:], -1], strict=True):
         step = toy.step_kernel(t, s) if kernel is None or s < 0 else kernel(t, s)
@@ -125,7 +129,9 @@ def test_the_purity_prior_reveals_by_its_scores(rule, weight, timesteps):
 
 
 def test_known_codes_condition_the_others():
-    """With nothing replaced and one code at a time, the samples follow the joint distribution given the known codes."""
+    """With nothing replaced and one code at a time, the samples follow the joint distribution given the known
+    codes.
+    """
     toy, scheduler = TOYS["mask_only"], MaskReplaceScheduler(K, T, "mask_only")
     scheduler.set_timesteps(timesteps=[99, 80, 55, 30, 0])
     known = torch.tensor([[1, 0], [0, 2]]).expand(SAMPLES, 2, 2)

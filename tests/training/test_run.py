@@ -320,7 +320,9 @@ def test_clipping(tmp_path):
 
 
 def test_a_scaler_is_undone_before_clipping(tmp_path):
-    """The loss scale of fp16, here with a scaler on the CPU: same steps as without, and a skipped step after an inf."""
+    """The loss scale of fp16, here with a scaler on the CPU: same steps as without, and a skipped step after an
+    inf.
+    """
     plain = LinearRegression(tmp_path / "plain", max_grad_norm=0.01).train()
     case = LinearRegression(tmp_path / "scaled", max_grad_norm=0.01)
     case.run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)

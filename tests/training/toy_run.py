@@ -1,8 +1,8 @@
 """A tiny but complete run: two models, dropout, an EMA codebook with restarts, two optimizers, random augmentation.
 
-As a script it takes a JSON object: the arguments of `train`. `kill_at` kills its own process with SIGKILL in that step, at
-the `kill_moment` "step" (before the update), "save" (the checkpoint is written but not yet in place) or "published".
-In the step `fail_at` process 1 raises or dies, as `fail_how` says.
+As a script it takes a JSON object: the arguments of `train`. `kill_at` kills its own process with SIGKILL in that
+step, at the `kill_moment` "step" (before the update), "save" (the checkpoint is written but not yet in place) or
+"published". In the step `fail_at` process 1 raises or dies, as `fail_how` says.
 """
 
 import json
@@ -84,7 +84,9 @@ def train(
     spy=None,
     **arguments,
 ):
-    """Trains and returns the run and its models. `interrupt_at` raises `Interrupted` in that step, before the update."""
+    """Trains and returns the run and its models. `interrupt_at` raises `Interrupted` in that step, before the
+    update.
+    """
     defaults = {
         "max_train_steps": 10,
         "train_batch_size": 4,

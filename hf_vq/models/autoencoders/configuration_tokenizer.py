@@ -13,18 +13,18 @@ class VQTokenizerConfig(PreTrainedConfig):
 
     Args:
         in_channels: channels of the image, any number: 1 for greyscale, 3 for RGB, N for label maps.
-        resolution: side of the images it is trained on, in pixels, or `[height, width]`; other sizes work. A multiple of
-            the downsample factor.
+        resolution: side of the images it is trained on, in pixels, or `[height, width]`; other sizes work. A multiple
+            of the downsample factor.
         embed_dim: D, channels of a code.
         num_embeddings: K, codes (also `codebook_size`).
         quantizer: a name of `hf_vq.models.quantizers.build.QUANTIZERS`, such as "vq" or "ema".
         quantizer_kwargs: further arguments of that class.
         commitment_cost: β, the weight of the commitment term, at least 0.
         legacy_beta: put β on the codebook's term, as the original VQGAN code does.
-        remapped_from: the codes behind a remap table that is saved with the tokenizer (`quantize.remap`); its indices are
-            then renumbered to `num_embeddings` values. None has no table.
-        unknown_code: with `remapped_from`, what becomes of a code that the table lacks: "random", "nearest", "error", an
-            index, or "extra": the last index.
+        remapped_from: the codes behind a remap table that is saved with the tokenizer (`quantize.remap`); its indices
+            are then renumbered to `num_embeddings` values. None has no table.
+        unknown_code: with `remapped_from`, what becomes of a code that the table lacks: "random", "nearest", "error",
+            an index, or "extra": the last index.
         data_variance: divide the squared error of `forward` by this variance of the pixels, above 0; None does not.
         scaling_factor: latents are multiplied by it for a continuous diffusion prior; above 0.
         kwargs: those of `PreTrainedConfig`.

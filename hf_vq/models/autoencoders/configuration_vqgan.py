@@ -16,8 +16,8 @@ class VQGANConfig(VQTokenizerConfig):
         channel_multiplier: width of each resolution over `base_channels`; `f = 2 ** (len - 1)`.
         decoder_channel_multiplier: the decoder's, as many; None means `channel_multiplier`.
         num_res_blocks: residual blocks a resolution (the decoder has one more).
-        attn_resolutions: the sides of the feature maps with attention, for images of `resolution`; of rectangular images
-            the shorter side counts.
+        attn_resolutions: the sides of the feature maps with attention, for images of `resolution`; of rectangular
+            images the shorter side counts.
         mid_attention: attention at the lowest resolution (latent diffusion's "noattn" models have none).
         attention_type: "vanilla" or "linear" (latent diffusion's option).
         latent_channels: channels between encoder and `quant_conv` ("z_channels").
@@ -70,7 +70,8 @@ class VQGANConfig(VQTokenizerConfig):
         norm_num_groups = check_integer("norm_num_groups", norm_num_groups, minimum=1)
         if any(base_channels * multiplier % norm_num_groups for multiplier in [1, *multipliers, *decoder]):
             raise ValueError(
-                f"`norm_num_groups`={norm_num_groups} must divide every width: `base_channels`={base_channels} and its "
+                f"`norm_num_groups`={norm_num_groups} must divide every width: "
+                f"`base_channels`={base_channels} and its "
                 f"products with `channel_multiplier`={multipliers} and `decoder_channel_multiplier`={decoder}."
             )
         if attention_type not in ("vanilla", "linear"):

@@ -24,8 +24,8 @@ class VQImageProcessor(PilBackend):
     The same steps as training's: bicubic with antialiasing, transparency laid on white, EXIF orientation applied.
 
     Args:
-        size: side of the output, an `int` (or `{"shortest_edge": int}`) for squares, or `(height, width)` (or `{"height":
-            int, "width": int}`). The crop is of that size unless `crop_size` says otherwise.
+        size: side of the output, an `int` (or `{"shortest_edge": int}`) for squares, or `(height, width)` (or
+            `{"height": int, "width": int}`). The crop is of that size unless `crop_size` says otherwise.
             `do_resize=False, do_center_crop=False` keeps the images as they are.
         num_channels: of the output: 1 (grey), 3 (RGB), 4 (RGBA), or any number for arrays that have it.
         kwargs: as in every image processor of transformers.
@@ -82,7 +82,9 @@ class VQImageProcessor(PilBackend):
         return super()._preprocess(images, do_resize, size, resample, do_center_crop, crop_size, **kwargs)
 
     def _cover_and_crop(self, image, shortest_edge: int, window: tuple[int, int], resample) -> np.ndarray:
-        """The centre of one image `(C, H, W)`, scaled to its shortest edge, or more where that leaves the window bare."""
+        """The centre of one image `(C, H, W)`, scaled to its shortest edge, or more where that leaves the window
+        bare.
+        """
         sizes = [covering_size(image.shape[1:], sides) for sides in ((shortest_edge, shortest_edge), window)]
         resized = max(sizes)
         corner = tuple((resized[axis] - window[axis]) // 2 for axis in (0, 1))
@@ -98,8 +100,8 @@ class VQImageProcessor(PilBackend):
         """Samples `(B, num_channels, H, W)` in [-1, 1] (clipped) to images.
 
         Returns:
-            "pil": a list of Pillow images (1, 3 or 4 channels); "np": float32 `(B, H, W, num_channels)` in [0, 1]; "pt":
-            float32 `(B, num_channels, H, W)` in [0, 1].
+            "pil": a list of Pillow images (1, 3 or 4 channels); "np": float32 `(B, H, W, num_channels)` in [0, 1];
+            "pt": float32 `(B, num_channels, H, W)` in [0, 1].
         """
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f'`output_type` must be "pil", "np" or "pt", got {output_type!r}.')

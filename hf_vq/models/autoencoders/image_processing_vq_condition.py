@@ -18,23 +18,23 @@ class VQConditionProcessor(BaseImageProcessor):
     """Label maps, depth maps, edge maps and drawn skeletons, cut as `VQImageProcessor` cuts the images they belong to.
 
     Args:
-        condition (`str`): "segmentation": label maps to one channel for each label, 0 or 1; "depth": one channel, each map's
-            own minimum and maximum to -1 and 1; "edges": one channel, -1, and 1 on an edge; "pose" and "image": RGB in
-            [-1, 1].
+        condition (`str`): "segmentation": label maps to one channel for each label, 0 or 1; "depth": one channel, each
+            map's own minimum and maximum to -1 and 1; "edges": one channel, -1, and 1 on an edge; "pose" and "image":
+            RGB in [-1, 1].
         num_labels (`int`, *optional*): of a segmentation, N; the ids are 0…N-1.
         ignore_index (`int`, *optional*, defaults to 255): an id of a label map that means "unlabelled".
-        ignore_label (`int`, *optional*): the label that unlabelled pixels get; without it they get none, and all of their
-            channels are 0.
+        ignore_label (`int`, *optional*): the label that unlabelled pixels get; without it they get none, and all of
+            their channels are 0.
         label_map (`dict` or `list`, *optional*): from the ids of the data to the labels, applied before anything else:
             a list gives the label of id i at position i, a dict may leave out ids, which are then errors.
         palette (`list`, *optional*): the colour `[r, g, b]` of each label, by which coloured label maps are read and
             pictures drawn; without it labels are drawn in colours of their own.
-        size (`int` or `dict`, defaults to 256): `{"height": int, "width": int}` of the result. The shorter side, relative
-            to this, is scaled to it, and the centre is cut out. Ids are taken from the nearest pixel.
+        size (`int` or `dict`, defaults to 256): `{"height": int, "width": int}` of the result. The shorter side,
+            relative to this, is scaled to it, and the centre is cut out. Ids are taken from the nearest pixel.
         threshold (`float`, defaults to 0.5): an edge is where a map of values in [0, 1] lies above.
 
-    Called with a Pillow image, an array or tensor `(H, W)` (or `(H, W, 3)` where it has colours), or a list of them, returns
-    `pixel_values`, float32 `(B, N or 1 or 3, height, width)`.
+    Called with a Pillow image, an array or tensor `(H, W)` (or `(H, W, 3)` where it has colours), or a list of them,
+    returns `pixel_values`, float32 `(B, N or 1 or 3, height, width)`.
     """
 
     model_input_names = ["pixel_values"]
@@ -56,7 +56,8 @@ class VQConditionProcessor(BaseImageProcessor):
             raise ValueError(f"`condition` must be one of {', '.join(map(repr, CONDITIONS))}, got {condition!r}.")
         if (condition == "segmentation") != (num_labels is not None):
             raise ValueError(
-                f'`num_labels` must be given with condition "segmentation" alone, got {num_labels!r} with {condition!r}.'
+                f'`num_labels` must be given with condition "segmentation" alone, got {num_labels!r} '
+                f"with {condition!r}."
             )
         if num_labels is not None and num_labels < 1:
             raise ValueError(f"`num_labels` must be an int of at least 1, got {num_labels!r}.")
@@ -97,7 +98,8 @@ class VQConditionProcessor(BaseImageProcessor):
             return_tensors: "pt" or "np".
 
         Raises:
-            ValueError: an id that is no label, colours that no palette explains, values without a range, or another shape.
+            ValueError: an id that is no label, colours that no palette explains, values without a range, or another
+                shape.
         """
         height, width = _height_and_width(self.size if size is None else size).values()
         images = images if isinstance(images, (list, tuple)) else _split(images)
@@ -110,7 +112,9 @@ class VQConditionProcessor(BaseImageProcessor):
         return BatchFeature({"pixel_values": values}, tensor_type=return_tensors)
 
     def labels(self, images: Any, size: int | Mapping[str, int] | None = None) -> torch.LongTensor:
-        """The labels `(B, height, width)` of label maps; -1 where a pixel is unlabelled and has no label of its own."""
+        """The labels `(B, height, width)` of label maps; -1 where a pixel is unlabelled and has no label of its
+        own.
+        """
         height, width = _height_and_width(self.size if size is None else size).values()
         images = images if isinstance(images, (list, tuple)) else _split(images)
         return torch.from_numpy(np.stack([self._ids(image, height, width) for image in images]))
@@ -200,7 +204,8 @@ class VQConditionProcessor(BaseImageProcessor):
             pixels = np.asarray(image)
             if pixels.ndim != 3 or pixels.shape[-1] != 3 or pixels.dtype != np.uint8:
                 raise ValueError(
-                    f"`images` must be PIL images or uint8 arrays (H, W, 3) for {self.condition!r}, got {pixels.dtype} "
+                    f"`images` must be PIL images or uint8 arrays (H, W, 3) for {self.condition!r}, "
+                    f"got {pixels.dtype} "
                     f"of shape {pixels.shape}."
                 )
             image = Image.fromarray(pixels)
@@ -274,7 +279,8 @@ def _integers(image: Any) -> np.ndarray:
     values = values[0] if values.ndim == 3 and values.shape[0] == 1 else values
     if values.ndim != 2 or not values.size or not (np.issubdtype(values.dtype, np.integer) or values.dtype == bool):
         raise ValueError(
-            f"`images` must be label maps of integers (H, W), got {values.dtype} of shape {values.shape}; a photo needs an "
+            f"`images` must be label maps of integers (H, W), got {values.dtype} of shape "
+            f"{values.shape}; a photo needs an "
             "`annotator`."
         )
     return values.astype(np.int64)
@@ -287,7 +293,8 @@ def _floats(image: Any) -> np.ndarray:
             bands = np.asarray(image.convert("RGB"))
             if (bands != bands[..., :1]).any():
                 raise ValueError(
-                    f"`images` must be maps of one channel, got colours (mode {image.mode!r}); a photo needs an `annotator`."
+                    f"`images` must be maps of one channel, got colours (mode {image.mode!r}); a "
+                    f"photo needs an `annotator`."
                 )
             image = image.convert("L")
         image = np.asarray(image)

@@ -37,8 +37,8 @@ class VQTokenizerModel(CheckedLoadingMixin, PreTrainedModel):
     """An image tokenizer: `encoder → quant_conv → quantize → post_quant_conv → decoder`.
 
     A subclass sets these five, `quantize` by `build_quantizer_of(config)`, between `super().__init__(config)` and
-    `self.post_init()`. The encoder comes first: `self.dtype` is that of the first parameter, and the quantizer stays in
-    float32.
+    `self.post_init()`. The encoder comes first: `self.dtype` is that of the first parameter, and the quantizer stays
+    in float32.
     """
 
     main_input_name = "pixel_values"
@@ -62,7 +62,8 @@ class VQTokenizerModel(CheckedLoadingMixin, PreTrainedModel):
             module.reset_parameters()
 
     def set_training_step(self, step: int, total_steps: int) -> None:
-        """Move the schedules of the quantizers that have one (Gumbel's temperature); call it before each training step.
+        """Move the schedules of the quantizers that have one (Gumbel's temperature); call it before each training
+        step.
 
         Args:
             step: steps done so far, from 0.
@@ -88,7 +89,8 @@ class VQTokenizerModel(CheckedLoadingMixin, PreTrainedModel):
     use_slicing: bool = False
 
     def enable_tiling(self, tile_size: int | None = None, overlap: int | None = None) -> None:
-        """Encode and decode images larger than `tile_size` in overlapping tiles, blended: the memory is that of a tile.
+        """Encode and decode images larger than `tile_size` in overlapping tiles, blended: the memory is that of a
+        tile.
 
         Codes are still chosen from all latents at once. Tiles are not used in training mode.
 
@@ -101,7 +103,8 @@ class VQTokenizerModel(CheckedLoadingMixin, PreTrainedModel):
         overlap = tile_size // 4 // factor * factor if overlap is None else overlap
         if tile_size < 2 * factor or tile_size % factor:
             raise ValueError(
-                f"`tile_size` must be a multiple of {factor} (the downsample factor) and at least {2 * factor}, got {tile_size}."
+                f"`tile_size` must be a multiple of {factor} (the downsample factor) and at least "
+                f"{2 * factor}, got {tile_size}."
             )
         if not 0 <= overlap <= tile_size // 2 or overlap % factor:
             raise ValueError(
@@ -199,8 +202,9 @@ class VQTokenizerModel(CheckedLoadingMixin, PreTrainedModel):
             latents: `(B, D, h, w)`.
             quantize: False takes them as already quantized.
             return_dict: whether to return a `VQDecoderOutput`.
-            force_not_quantize: True is `quantize=False`, under the name that pipelines of diffusers use. Codes may then
-                stand in place of latents, as aMUSEd's pipeline gives them: an integer tensor, reshaped to `shape[:3]`.
+            force_not_quantize: True is `quantize=False`, under the name that pipelines of diffusers use. Codes may
+                then stand in place of latents, as aMUSEd's pipeline gives them: an integer tensor, reshaped to
+                `shape[:3]`.
             shape: `(B, h, w, D)`; read where the latents are codes.
 
         Returns:

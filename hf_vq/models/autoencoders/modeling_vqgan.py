@@ -1,7 +1,8 @@
 """The VQGAN tokenizer; `encode`, `decode` and `forward` are those of `modeling_tokenizer.VQTokenizerModel`.
 
 Esser, Rombach and Ommer 2021, "Taming Transformers for High-Resolution Image Synthesis", appendix A (the networks are
-those of Ho et al. 2020). Module names follow the original VQGAN, so that converting its checkpoints hardly renames a key.
+those of Ho et al. 2020). Module names follow the original VQGAN, so that converting its checkpoints hardly renames a
+key.
 """
 
 import importlib
@@ -21,8 +22,8 @@ from .modeling_tokenizer import VQTokenizerModel, build_quantizer_of
 class SpatialNorm(nn.Module):
     """GroupNorm whose scale and shift are read off the codes: norm(x) · Y(codes) + B(codes).
 
-    Zheng et al. 2022, "MoVQ: Modulating Quantized Vectors for High-Fidelity Image Generation", equation 5; Y and B are 1×1
-    convolutions of the codes resized to x by nearest neighbour.
+    Zheng et al. 2022, "MoVQ: Modulating Quantized Vectors for High-Fidelity Image Generation", equation 5; Y and B are
+    1×1 convolutions of the codes resized to x by nearest neighbour.
 
     Args:
         channels: of x.
@@ -158,7 +159,9 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution: `block`, `attn` (empty, or one for each block), and a `downsample` or `upsample`."""
+    """The blocks of one resolution: `block`, `attn` (empty, or one for each block), and a `downsample` or
+    `upsample`.
+    """
 
     def __init__(self, config: VQGANConfig, channels: list[int], side: int, norm_layers: NormLayers):
         super().__init__()
@@ -229,8 +232,8 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Features `(B, latent_channels, h, w)` to image `(B, out_channels, h·f, w·f)`.
 
-    `up` is in the order of resolution, the highest first, so it is run from its end. Spatial norms also read the `codes`
-    `(B, embed_dim, h, w)`.
+    `up` is in the order of resolution, the highest first, so it is run from its end. Spatial norms also read the
+    `codes` `(B, embed_dim, h, w)`.
     """
 
     def __init__(self, config: VQGANConfig):
@@ -298,14 +301,15 @@ class VQGANModel(VQTokenizerModel):
         scaling_factor: float = 1.0,
         **options: Any,
     ) -> "VQGANModel":
-        """A tokenizer from diffusers' `VQModel`, such as amused/amused-256 with `subfolder="vqvae"`. hf_vq must be installed.
+        """A tokenizer from diffusers' `VQModel`, such as amused/amused-256 with `subfolder="vqvae"`. hf_vq must be
+        installed.
 
         Args:
             source: a folder, or the id of a repository.
             subfolder: the part of a pipeline's repository that holds it.
             resolution: side of the images it was trained on, in pixels; by default the configuration's `sample_size`.
-            scaling_factor: what latents are multiplied by for diffusion. It is 1 for the published models, whatever their
-                configuration says: diffusers fills in that of Stable Diffusion.
+            scaling_factor: what latents are multiplied by for diffusion. It is 1 for the published models, whatever
+                their configuration says: diffusers fills in that of Stable Diffusion.
             options: of `hf_hub_download`, such as `revision`.
 
         Returns:

@@ -17,7 +17,9 @@ from .modeling_vqvae import VQVAEResidualStack
 
 
 class VQVAE2Encoder(nn.Module):
-    """4×4 convolutions with stride 2, a 3×3 one, residual blocks: `(B, C, H, W) -> (B, hidden, H/factor, W/factor)`."""
+    """4×4 convolutions with stride 2, a 3×3 one, residual blocks: `(B, C, H, W) -> (B, hidden, H/factor,
+    W/factor)`.
+    """
 
     def __init__(self, config: VQVAE2Config, in_channels: int, factor: int):
         super().__init__()
@@ -61,9 +63,10 @@ class VQVAE2Decoder(nn.Module):
 class VQVAE2Model(VQTokenizerModel):
     """The hierarchical VQ-VAE, with any of the quantizers; `forward` gives its whole training loss.
 
-    Each level's features are encoded from those of the level below it. From the top down, the codes so far are decoded to
-    the next level's resolution and condition that level's latents; the image's decoder sees the codes of all levels, those
-    of the upper ones upsampled. Lists of modules and tuples of tensors are in the order of the levels, the top first.
+    Each level's features are encoded from those of the level below it. From the top down, the codes so far are decoded
+    to the next level's resolution and condition that level's latents; the image's decoder sees the codes of all
+    levels, those of the upper ones upsampled. Lists of modules and tuples of tensors are in the order of the levels,
+    the top first.
 
     Raises:
         ValueError: as for every tokenizer, or for what is no tuple of as many levels or fewer.
@@ -191,8 +194,8 @@ class VQVAE2Model(VQTokenizerModel):
         """Latents to images.
 
         Args:
-            latents: `(B, D, h, w)` of each level from top to bottom. Of fewer levels, those from the top on, the others'
-                vectors are 0.
+            latents: `(B, D, h, w)` of each level from top to bottom. Of fewer levels, those from the top on, the
+                others' vectors are 0.
             quantize: False takes them as already quantized.
             return_dict: whether to return a `VQDecoderOutput`.
             force_not_quantize: True is `quantize=False`, under the name that pipelines of diffusers use.
@@ -206,7 +209,9 @@ class VQVAE2Model(VQTokenizerModel):
     def decode_indices(
         self, indices: Sequence[torch.Tensor], return_dict: bool = True
     ) -> VQDecoderOutput | tuple[torch.Tensor]:
-        """Codes, int64 `(B, h, w)` of each level from top to bottom, to images `(B, C, H, W)`; of fewer as in `decode`."""
+        """Codes, int64 `(B, h, w)` of each level from top to bottom, to images `(B, C, H, W)`; of fewer as in
+        `decode`.
+        """
         self._check_levels("indices", indices)
         quantized = [
             quantizer.indices_to_latents(own).to(self.dtype)

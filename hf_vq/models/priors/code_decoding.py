@@ -33,8 +33,8 @@ class PreallocatedLayer(DynamicLayer):
 
 class CodeDecoder:
     """
-    Reads a sequence part by part: called with the ids `(B, L)` that follow those it has read, it returns the logits `(B,
-    vocab_size)` of what comes next.
+    Reads a sequence part by part: called with the ids `(B, L)` that follow those it has read, it returns the logits
+    `(B, vocab_size)` of what comes next.
 
     Args:
         model: a causal LM over codes.
@@ -80,14 +80,15 @@ def sample_codes(
     **model_kwargs: Any,
 ) -> torch.LongTensor:
     """
-    The loop of transformers' `generate(custom_generate=...)` for a prior over codes. It draws what the usual loop draws, from
-    the same random numbers; with `null_prompt`, both rows of guidance are in one batch.
+    The loop of transformers' `generate(custom_generate=...)` for a prior over codes. It draws what the usual loop
+    draws, from the same random numbers; with `null_prompt`, both rows of guidance are in one batch.
 
     Args:
         input_ids (int64 `(B, T)`): the prompts.
         logits_processor, stopping_criteria, generation_config: as `generate` has made them.
-        null_prompt (int64 `(B, T)`, *optional*): the prompts of guidance; the codes that follow are those of `input_ids`.
-        null_scale: classifier-free guidance, `null + scale * (conditional - null)` on the log-probabilities (Ho & Salimans,
+        null_prompt (int64 `(B, T)`, *optional*): the prompts of guidance; the codes that follow are those of
+        `input_ids`. null_scale: classifier-free guidance, `null + scale * (conditional - null)` on the
+        log-probabilities (Ho & Salimans,
             2022).
 
     Returns:

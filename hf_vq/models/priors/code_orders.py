@@ -16,7 +16,8 @@ def code_order(name: str, height: int, width: int, permutation: list[int] | None
 
             - `"raster"`: row by row;
             - `"alternate"`: row by row, every second row from right to left;
-            - `"subsample"`: from coarse to fine, first one code of each largest square and last each code's neighbours;
+            - `"subsample"`: from coarse to fine, first one code of each largest square and last each code's
+              neighbours;
             - `"z-curve"`: the Morton order, quadrant by quadrant;
             - `"spiral-out"`: from the middle outwards, `"spiral-in"` its reverse;
             - `"random"`: `permutation`, or the one that the original's fixed seed draws.

@@ -1,4 +1,6 @@
-"""What the autoregressive priors share: sequences of a condition prefix and codes, their likelihood, and `generate`."""
+"""What the autoregressive priors share: sequences of a condition prefix and codes, their likelihood, and
+`generate`.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +23,9 @@ def _integers(values, name: str) -> torch.LongTensor:
 
 
 def check_range(values: torch.LongTensor, size: int, name: str, first: int = 0, meaning: str = ""):
-    """A ValueError that names the argument unless `values` lie in `first` … `size - 1`; `meaning` says what these are."""
+    """A ValueError that names the argument unless `values` lie in `first` … `size - 1`; `meaning` says what these
+    are.
+    """
     if not values.numel():
         return
     least, most = (bound.item() for bound in values.aminmax())
@@ -43,12 +47,12 @@ class CodesOnly(LogitsProcessor):
 
 class CodeSequenceMixin:
     """
-    Sequences `(B, condition_length + h * w)` of a causal LM over codes: a prefix of condition ids, then the codes of an
-    image in the order of `config.code_order`. Comes before `GenerationMixin` among the bases.
+    Sequences `(B, condition_length + h * w)` of a causal LM over codes: a prefix of condition ids, then the codes of
+    an image in the order of `config.code_order`. Comes before `GenerationMixin` among the bases.
 
     The model's config is a `CodeSequenceConfigMixin`, with `codebook_size`, `grid_size`, `condition_type`,
-    `condition_length`, `condition_vocab_size`, `input_vocab_size`, `vocab_size` (the width of the logits), `n_positions` (the
-    longest input; the last code is never one) and, for names of classes, `id2label`.
+    `condition_length`, `condition_vocab_size`, `input_vocab_size`, `vocab_size` (the width of the logits),
+    `n_positions` (the longest input; the last code is never one) and, for names of classes, `id2label`.
     """
 
     def prepare_condition(
@@ -60,16 +64,17 @@ class CodeSequenceMixin:
         The prefix of ids for a condition, on the model's device.
 
         Args:
-            condition: `None` for the start token or the null condition; else one class, or one per example, as an `int`,
-                a name of `config.id2label`, a list of these, or a tensor `(B,)`; for `condition_type="codes"` a tensor or
-                array of condition codes `(B, condition_length)` or `(B, h', w')`.
+            condition: `None` for the start token or the null condition; else one class, or one per example, as an
+                `int`, a name of `config.id2label`, a list of these, or a tensor `(B,)`; for `condition_type="codes"` a
+                tensor or array of condition codes `(B, condition_length)` or `(B, h', w')`.
             batch_size (`int`, *optional*): how many rows are wanted, at least 1; a single condition is repeated.
 
         Returns:
             `torch.LongTensor` of shape `(B, condition_length)`.
 
         Raises:
-            ValueError: condition out of range, of the wrong shape or type, or missing where there is no null condition.
+            ValueError: condition out of range, of the wrong shape or type, or missing where there is no null
+                condition.
         """
         config = self.config
         batch_size = None if batch_size is None else check_integer("batch_size", batch_size, 1)
@@ -125,7 +130,8 @@ class CodeSequenceMixin:
             condition: see [`~CodeSequenceMixin.prepare_condition`]; `None` is the null condition.
 
         Returns:
-            `dict` with `input_ids` and `labels`, both int64 `(B, condition_length + h * w)`; the prefix is labelled -100.
+            `dict` with `input_ids` and `labels`, both int64 `(B, condition_length + h * w)`; the prefix is labelled
+            -100.
 
         Raises:
             ValueError: indices of the wrong shape, type or range; condition as in `prepare_condition`.
@@ -138,7 +144,9 @@ class CodeSequenceMixin:
         }
 
     def extract_indices(self, sequences: torch.LongTensor) -> torch.LongTensor:
-        """The grid `(B, h, w)` of codes in full sequences `(B, condition_length + h * w)`, such as `generate` returns."""
+        """The grid `(B, h, w)` of codes in full sequences `(B, condition_length + h * w)`, such as `generate`
+        returns.
+        """
         start, length = self.config.condition_length, self.config.image_seq_length
         if sequences.ndim != 2 or sequences.shape[1] != start + length:
             raise ValueError(f"`sequences` must have shape (B, {start + length}), got {tuple(sequences.shape)}.")
@@ -187,9 +195,9 @@ class CodeSequenceMixin:
 
     def corrupt_inputs(self, input_ids: torch.LongTensor) -> torch.LongTensor:
         """
-        The training noise of `config.pkeep`, where the prior has it, on the codes and of `config.condition_dropout` on the
-        prefix of `input_ids` `(B, T)`; the argument is left unchanged. `forward` calls it in training mode when labels are
-        given.
+        The training noise of `config.pkeep`, where the prior has it, on the codes and of `config.condition_dropout` on
+        the prefix of `input_ids` `(B, T)`; the argument is left unchanged. `forward` calls it in training mode when
+        labels are given.
         """
         config, start = self.config, self.config.condition_length
         prefix, codes = input_ids[:, :start], input_ids[:, start:]
@@ -251,7 +259,8 @@ class CodeSequenceMixin:
             return  # a static cache counts on the device, and reading it there would stall: `generate` has checked
         if past + length > self.config.n_positions:
             raise ValueError(
-                f"`input_ids` reach position {past + length}, but the model has {self.config.n_positions}: a prefix of P ids "
+                f"`input_ids` reach position {past + length}, but the model has "
+                f"{self.config.n_positions}: a prefix of P ids "
                 "and N codes takes P + N - 1, since the last code is never an input."
             )
 
@@ -327,7 +336,8 @@ class CodeSequenceMixin:
             kwargs["max_new_tokens"] = total - length
         if total - 1 > self.config.n_positions:
             raise ValueError(
-                f"`max_new_tokens` leads to {total} tokens, but the model has positions for {self.config.n_positions + 1}."
+                f"`max_new_tokens` leads to {total} tokens, but the model has positions for "
+                f"{self.config.n_positions + 1}."
             )
         if setting("guidance_scale") not in (None, 1, 1.0):
             kwargs["negative_prompt_ids"] = self._negative_prompt(prompt, kwargs.get("negative_prompt_ids"), setting)
@@ -356,8 +366,8 @@ class CodeSequenceMixin:
 
     def _is_drawn_plainly(self, prompt, kwargs: dict, setting) -> bool:
         """
-        Whether `sample_codes` does what `generate` is asked for: one code of each row after another, with nothing but the
-        sequences returned. All else is transformers' own loop.
+        Whether `sample_codes` does what `generate` is asked for: one code of each row after another, with nothing but
+        the sequences returned. All else is transformers' own loop.
         """
         if prompt is None or self.training or setting("eos_token_id") is not None or setting("use_cache") is False:
             return False

@@ -13,8 +13,9 @@ class CodeSequenceConfigMixin:
     The ids of a sequence `(condition_length + image_seq_length)` of condition ids and codes; comes before the
     configuration of transformers among the bases.
 
-    Ids below `codebook_size` are codes. Above them lie the condition ids and, last, the null condition, which is also the
-    start token of an unconditional prior. All of them are inputs (`input_vocab_size`); the logits are `vocab_size` wide.
+    Ids below `codebook_size` are codes. Above them lie the condition ids and, last, the null condition, which is also
+    the start token of an unconditional prior. All of them are inputs (`input_vocab_size`); the logits are `vocab_size`
+    wide.
     """
 
     order = "raster"
@@ -78,9 +79,9 @@ class CodePriorConfig(CodeSequenceConfigMixin, PreTrainedConfig):
     The codes and the condition of a convolutional autoregressive prior.
 
     A sequence is one prefix id and the `grid_size[0] * grid_size[1]` codes of a grid, row by row. Ids below
-    `codebook_size` are codes; above them lie the classes and, last, the null class, which is also the start token of an
-    unconditional prior. `input_vocab_size` counts them all; the logits are of codes only, so that `vocab_size` is another
-    spelling of `codebook_size`.
+    `codebook_size` are codes; above them lie the classes and, last, the null class, which is also the start token of
+    an unconditional prior. `input_vocab_size` counts them all; the logits are of codes only, so that `vocab_size` is
+    another spelling of `codebook_size`.
 
     Args:
         codebook_size (`int`, defaults to 512): number of codes, and the width of the head.
@@ -88,8 +89,8 @@ class CodePriorConfig(CodeSequenceConfigMixin, PreTrainedConfig):
         condition_type (`str`, defaults to `"unconditional"`): or `"class"`.
         condition_vocab_size (`int`, defaults to 0): number of classes (also spelled `num_classes`), the null class not
             counted; 0 exactly when unconditional.
-        condition_dropout (`float`, defaults to 0.0): in training, probability with which an example's class becomes the
-            null class, as classifier-free guidance needs (Ho & Salimans, 2022).
+        condition_dropout (`float`, defaults to 0.0): in training, probability with which an example's class becomes
+            the null class, as classifier-free guidance needs (Ho & Salimans, 2022).
 
     Raises:
         ValueError: if the arguments contradict each other.

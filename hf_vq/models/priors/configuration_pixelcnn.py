@@ -8,9 +8,10 @@ from .configuration_code_prior import CodePriorConfig
 @strict
 class PixelCNNConfig(CodePriorConfig):
     """
-    Configuration of [`PixelCNNForCausalLM`], the gated PixelCNN (van den Oord et al., "Conditional Image Generation with
-    PixelCNN Decoders", 2016). Its fields for the codes and the class are those of [`CodePriorConfig`]: `codebook_size`,
-    `grid_size`, `condition_type`, `condition_vocab_size` (also spelled `num_classes`) and `condition_dropout`.
+    Configuration of [`PixelCNNForCausalLM`], the gated PixelCNN (van den Oord et al., "Conditional Image Generation
+    with PixelCNN Decoders", 2016). Its fields for the codes and the class are those of [`CodePriorConfig`]:
+    `codebook_size`, `grid_size`, `condition_type`, `condition_vocab_size` (also spelled `num_classes`) and
+    `condition_dropout`.
 
     Args:
         hidden_size (`int`, defaults to 128): channels of the features of either stack.
@@ -18,8 +19,8 @@ class PixelCNNConfig(CodePriorConfig):
         kernel_size (`int`, defaults to 5): odd side of the window whose earlier half a layer's convolutions see.
         head_hidden_size (`int`, defaults to 512): channels of the hidden layer of the head.
         dropout (`float`, defaults to 0.0): on what a layer adds to the horizontal stack.
-        weight_norm (`bool`, defaults to `False`): every convolution and linear layer has its weight as length and direction
-            (Salimans & Kingma, "Weight Normalization", 2016).
+        weight_norm (`bool`, defaults to `False`): every convolution and linear layer has its weight as length and
+            direction (Salimans & Kingma, "Weight Normalization", 2016).
 
     Raises:
         ValueError: if the arguments contradict each other.

@@ -8,24 +8,25 @@ from .configuration_code_prior import CodePriorConfig, pair_of_sides
 @strict
 class PixelSNAILConfig(CodePriorConfig):
     """
-    Configuration of [`PixelSNAILForCausalLM`]: gated residual blocks of causal convolutions, with causal self-attention
-    after every few of them (Chen et al., "PixelSNAIL", 2018; Razavi, van den Oord and Vinyals, "VQ-VAE-2", 2019, section
-    3.2 and appendix A). The paper's priors for ImageNet at 256 pixels are
+    Configuration of [`PixelSNAILForCausalLM`]: gated residual blocks of causal convolutions, with causal
+    self-attention after every few of them (Chen et al., "PixelSNAIL", 2018; Razavi, van den Oord and Vinyals,
+    "VQ-VAE-2", 2019, section 3.2 and appendix A). The paper's priors for ImageNet at 256 pixels are
 
-    - top: `grid_size=32, hidden_size=512, res_channels=2048, num_blocks=4, num_res_blocks=5, num_output_res_blocks=20`;
+    - top: `grid_size=32, hidden_size=512, res_channels=2048, num_blocks=4, num_res_blocks=5,
+      num_output_res_blocks=20`;
     - bottom: `grid_size=64, hidden_size=512, res_channels=1024, num_blocks=4, num_res_blocks=5, attention=False` with
       `conditioning_codebook_size=512, conditioning_grid_size=32, num_conditioning_res_blocks=20`.
 
-    Its fields for the codes and the class are those of [`CodePriorConfig`]: `codebook_size`, `grid_size`, `condition_type`,
-    `condition_vocab_size` (also spelled `num_classes`) and `condition_dropout`.
+    Its fields for the codes and the class are those of [`CodePriorConfig`]: `codebook_size`, `grid_size`,
+    `condition_type`, `condition_vocab_size` (also spelled `num_classes`) and `condition_dropout`.
 
     Args:
         conditioning_codebook_size (`int`, *optional*): number of codes of the level above, where there is one.
         conditioning_grid_size (`int` or pair of `int`, *optional*): height and width of that level; `grid_size` is a
             multiple of it. It is one level: the bottom of three is conditioned on the middle one.
         num_conditioning_res_blocks (`int`, defaults to 0): gated blocks over that level's codes.
-        conditioning_channels (`int`, defaults to 256): channels of what conditions every gated block, a map of the level
-            above and the embedding of a class, added.
+        conditioning_channels (`int`, defaults to 256): channels of what conditions every gated block, a map of the
+            level above and the embedding of a class, added.
         conditioning_kernel_size (`int`, defaults to 3): odd side of the convolutions over that level's codes.
         hidden_size (`int`, defaults to 256): channels of the hidden states.
         kernel_size (`int`, defaults to 5): odd side of the causal convolutions.

@@ -14,50 +14,51 @@ class VQGPTConfig(CodeSequenceConfigMixin, GPT2Config):
     """
     Configuration of [`VQGPTForCausalLM`], a GPT-2 over the code indices of an image tokenizer.
 
-    A sequence is a condition prefix of `condition_length` ids followed by the `grid_size[0] * grid_size[1]` codes of an
-    image in the order `order`. Ids below `codebook_size` are codes; above them lie the condition ids and, last, the null
-    condition:
+    A sequence is a condition prefix of `condition_length` ids followed by the `grid_size[0] * grid_size[1]` codes of
+    an image in the order `order`. Ids below `codebook_size` are codes; above them lie the condition ids and, last, the
+    null condition:
 
-    | condition_type    | prefix                                | ids                                                     |
-    |-------------------|---------------------------------------|---------------------------------------------------------|
-    | `"unconditional"` | one start token                       | start `codebook_size`                                   |
-    | `"class"`         | one class id                          | class c: `codebook_size + c`, null: the last id         |
-    | `"codes"`         | `condition_length` codes, e.g. of     | code c: `codebook_size + c`, null: the last id          |
-    |                   | another tokenizer's segmentation map  |                                                         |
-    | `"coordinates"`   | `condition_length` quantized          | coordinate c: `codebook_size + c`, null: the last id    |
-    |                   | coordinates of a crop                 |                                                         |
+    | condition_type    | prefix                                | ids                                                 |
+    |-------------------|---------------------------------------|-----------------------------------------------------|
+    | `"unconditional"` | one start token                       | start `codebook_size`                               |
+    | `"class"`         | one class id                          | class c: `codebook_size + c`, null: the last id     |
+    | `"codes"`         | `condition_length` codes, e.g. of     | code c: `codebook_size + c`, null: the last id      |
+    |                   | another tokenizer's segmentation map  |                                                     |
+    | `"coordinates"`   | `condition_length` quantized          | coordinate c: `codebook_size + c`, null: last id |
+    |                   | coordinates of a crop                 |                                                     |
 
-    With `share_condition_embedding=True`, the convention of the original VQGAN checkpoints, condition `c` uses the very
-    embedding of code `c`, the start token is `bos_token_id`, and there is no null condition.
+    With `share_condition_embedding=True`, the convention of the original VQGAN checkpoints, condition `c` uses the
+    very embedding of code `c`, the start token is `bos_token_id`, and there is no null condition.
 
-    The fields of `GPT2Config` that are not listed keep their meaning; `n_embd`, `n_layer`, `n_head` and `n_positions` may
-    also be spelled `hidden_size`, `num_hidden_layers`, `num_attention_heads` and `max_position_embeddings`.
+    The fields of `GPT2Config` that are not listed keep their meaning; `n_embd`, `n_layer`, `n_head` and `n_positions`
+    may also be spelled `hidden_size`, `num_hidden_layers`, `num_attention_heads` and `max_position_embeddings`.
 
     Args:
         codebook_size (`int`, defaults to 1024): number of codes of the image tokenizer.
         grid_size (`int` or pair of `int`, defaults to (16, 16)): height and width of the grid of codes.
         order (`str`, defaults to `"raster"`): the order in which the grid is read: `"raster"`, `"alternate"`,
             `"subsample"`, `"z-curve"`, `"spiral-out"`, `"spiral-in"` or `"random"`, see [`code_order`].
-        permutation (`list[int]`, *optional*): for `order="random"`, the raster positions in the order in which they are
-            read; by default the original's, and always saved.
+        permutation (`list[int]`, *optional*): for `order="random"`, the raster positions in the order in which they
+            are read; by default the original's, and always saved.
         condition_type (`str`, defaults to `"unconditional"`): one of the table above.
-        condition_vocab_size (`int`, defaults to 0): number of classes (also spelled `num_classes`), of condition codes or
-            of coordinates, the null condition not counted; 0 exactly when unconditional.
+        condition_vocab_size (`int`, defaults to 0): number of classes (also spelled `num_classes`), of condition codes
+            or of coordinates, the null condition not counted; 0 exactly when unconditional.
         condition_length (`int`, defaults to 1): number of ids in the prefix; more than 1 only for `"codes"` and
             `"coordinates"`. A condition map may have any size of its own, smaller than the image's grid too.
         share_condition_embedding (`bool`, defaults to `False`): condition ids reuse the codes' embeddings.
-        n_unmasked (`int`, defaults to 0): the first `n_unmasked` positions attend to each other in both directions. Where
-            they reach beyond the prefix, the training loss of the codes among them is no likelihood, since they see
-            themselves; sampling and `log_likelihood` then read each of these codes in a pass of its own, without a cache.
+        n_unmasked (`int`, defaults to 0): the first `n_unmasked` positions attend to each other in both directions.
+            Where they reach beyond the prefix, the training loss of the codes among them is no likelihood, since they
+            see themselves; sampling and `log_likelihood` then read each of these codes in a pass of its own, without a
+            cache.
         pkeep (`float`, defaults to 1.0): in training, each input code is replaced by a uniformly random one with
             probability `1 - pkeep` (Esser et al., "Taming Transformers", 2021, their code's `pkeep`).
-        condition_dropout (`float`, defaults to 0.0): in training, probability with which an example's whole prefix becomes
-            the null condition, as classifier-free guidance needs (Ho & Salimans, 2022).
-        vocab_size (`int`, *optional*): width of the logits, `codebook_size` by default. A head may have more columns, as
-            the original's do where its vocabulary exceeds the codebook: they count in the loss and in `log_likelihood`,
-            and are never sampled.
-        input_vocab_size (`int`, *optional*): rows of the embedding; derived, only needed by shared embeddings that have
-            more.
+        condition_dropout (`float`, defaults to 0.0): in training, probability with which an example's whole prefix
+            becomes the null condition, as classifier-free guidance needs (Ho & Salimans, 2022).
+        vocab_size (`int`, *optional*): width of the logits, `codebook_size` by default. A head may have more columns,
+            as the original's do where its vocabulary exceeds the codebook: they count in the loss and in
+            `log_likelihood`, and are never sampled.
+        input_vocab_size (`int`, *optional*): rows of the embedding; derived, only needed by shared embeddings that
+            have more.
         n_positions (`int`, *optional*): rows of the position table. The last code is never an input, so the default is
             `condition_length + image_seq_length - 1`.
         bos_token_id (`int`, *optional*): with shared embeddings and no condition, the start token (the original's

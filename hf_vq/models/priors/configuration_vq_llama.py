@@ -9,11 +9,11 @@ from .configuration_code_prior import CodeSequenceConfigMixin, pair_of_sides
 @strict
 class VQLlamaConfig(CodeSequenceConfigMixin, LlamaConfig):
     """
-    Configuration of [`VQLlamaForCausalLM`], a Llama over the code indices of an image tokenizer with rotary positions on the
-    grid (Sun et al., "Autoregressive Model Beats Diffusion: Llama for Scalable Image Generation", 2024).
+    Configuration of [`VQLlamaForCausalLM`], a Llama over the code indices of an image tokenizer with rotary positions
+    on the grid (Sun et al., "Autoregressive Model Beats Diffusion: Llama for Scalable Image Generation", 2024).
 
-    A sequence is a condition prefix of `condition_length` ids followed by the `grid_size[0] * grid_size[1]` codes of an
-    image. Ids below `codebook_size` are codes; above them lie the condition ids and, last, the null condition:
+    A sequence is a condition prefix of `condition_length` ids followed by the `grid_size[0] * grid_size[1]` codes of
+    an image. Ids below `codebook_size` are codes; above them lie the condition ids and, last, the null condition:
 
     | condition_type    | prefix                     | ids                                                          |
     |-------------------|----------------------------|--------------------------------------------------------------|
@@ -29,14 +29,15 @@ class VQLlamaConfig(CodeSequenceConfigMixin, LlamaConfig):
         grid_size (`int` or pair of `int`, defaults to (16, 16)): height and width of the grid of codes.
         order, permutation: the order in which the grid is read, as in [`VQGPTConfig`].
         condition_type (`str`, defaults to `"class"`): one of the table above.
-        condition_vocab_size (`int`, *optional*): number of classes (also spelled `num_classes`), the null class not counted.
+        condition_vocab_size (`int`, *optional*): number of classes (also spelled `num_classes`), the null class not
+        counted.
         condition_length (`int`, *optional*): number of ids in the prefix; by default 1, and 120 for `"text"`.
         text_embed_dim (`int`, defaults to 2048): channels of a text's features.
         embd_pdrop (`float`, defaults to 0.1): dropout of the embeddings.
-        pkeep (`float`, defaults to 1.0): in training, each input code is replaced by a uniformly random one with probability
-            `1 - pkeep`.
-        condition_dropout (`float`, defaults to 0.0): in training, probability with which an example's condition becomes the
-            null condition, as classifier-free guidance needs (Ho & Salimans, 2022).
+        pkeep (`float`, defaults to 1.0): in training, each input code is replaced by a uniformly random one with
+            probability `1 - pkeep`.
+        condition_dropout (`float`, defaults to 0.0): in training, probability with which an example's condition
+            becomes the null condition, as classifier-free guidance needs (Ho & Salimans, 2022).
         rope_base (`float`, defaults to 10000.0): of the rotary positions.
         intermediate_size (`int`, *optional*): by default 8 / 3 of `hidden_size`, rounded up to a multiple of 256.
 
@@ -107,7 +108,8 @@ class VQLlamaConfig(CodeSequenceConfigMixin, LlamaConfig):
                 raise ValueError(f"`{name}` must be {wanted}, got {getattr(self, name)}.")
         if self.condition_length < 1 or (self.condition_length > 1 and self.condition_type != "text"):
             raise ValueError(
-                f"`condition_length` must be 1 for condition_type={self.condition_type!r} (at least 1 for 'text'), got "
+                f"`condition_length` must be 1 for condition_type={self.condition_type!r} (at least 1 "
+                f"for 'text'), got "
                 f"{self.condition_length}."
             )
         if self.condition_type == "text" and self.condition_vocab_size != 1:

@@ -1,24 +1,25 @@
 """
 The base of the convolutional priors over a grid of codes: `forward`, and sampling without recomputation.
 
-[`CodePriorForCausalLM`] has the `forward` of transformers' causal LMs: training with labels, a full pass over the first
-positions (with `use_cache=True` it leaves an `IncrementalCache`), and with that cache one step for each new code. `generate`
-is transformers' own, so logits processors, sampling and guidance work as ever.
+[`CodePriorForCausalLM`] has the `forward` of transformers' causal LMs: training with labels, a full pass over the
+first positions (with `use_cache=True` it leaves an `IncrementalCache`), and with that cache one step for each new
+code. `generate` is transformers' own, so logits processors, sampling and guidance work as ever.
 
-Position `p` of a grid of width `w` lies in row `p // w` and column `p % w`. Its features are computed from the codes of the
-positions before it, and predict its code. The input ids are taken as one-hot vectors over all ids, `(B, T,
-input_vocab_size)`, which may be given themselves (`inputs_embeds`), and may then be weights over ids. What a model defines:
+Position `p` of a grid of width `w` lies in row `p // w` and column `p % w`. Its features are computed from the codes
+of the positions before it, and predict its code. The input ids are taken as one-hot vectors over all ids, `(B, T,
+input_vocab_size)`, which may be given themselves (`inputs_embeds`), and may then be weights over ids. What a model
+defines:
 
 - `encode_condition(prefix, condition_indices)`: what the passes need of the prefix, ids `(B,)` or weights over the
-  conditions `(B, condition_vocab_size + 1)`, and, if the model takes them, of the codes of the level above `(B, h', w')`. It
-  is computed once for each image and kept in the cache.
-- `read_grid(codes, condition, states)`: the features `(B, rows, w, C)` of all positions of the first `rows` rows, given codes
-  `(B, rows, w)` or weights over the codes `(B, rows, w, codebook_size)`. The features of a position must not depend on its
-  own code or on later ones. Each layer's features are appended to the list `states`, if it is one.
-- `read_grid_and_cache(codes, condition, positions, states)`: the same features and an `IncrementalCache` to go on with, where
-  only the codes before position `positions - 1` are known, and the others are 0.
-- `read_position(code, position, cache, states)`: the features `(B, C)` of `position`, given the code `(B,)` of the position
-  before it, and with what the cache holds of all others before. It changes the cache.
+  conditions `(B, condition_vocab_size + 1)`, and, if the model takes them, of the codes of the level above `(B, h',
+  w')`. It is computed once for each image and kept in the cache.
+- `read_grid(codes, condition, states)`: the features `(B, rows, w, C)` of all positions of the first `rows` rows,
+  given codes `(B, rows, w)` or weights over the codes `(B, rows, w, codebook_size)`. The features of a position must
+  not depend on its own code or on later ones. Each layer's features are appended to the list `states`, if it is one.
+- `read_grid_and_cache(codes, condition, positions, states)`: the same features and an `IncrementalCache` to go on
+  with, where only the codes before position `positions - 1` are known, and the others are 0.
+- `read_position(code, position, cache, states)`: the features `(B, C)` of `position`, given the code `(B,)` of the
+  position before it, and with what the cache holds of all others before. It changes the cache.
 - `head(features)`: the logits `(..., vocab_size)` of features `(..., C)`.
 """
 
@@ -114,34 +115,39 @@ class CodePriorForCausalLM(CodeSequenceMixin, CheckedLoadingMixin, PreTrainedMod
     ) -> CausalLMOutputWithPast:
         """
         Args:
-            input_ids (int64 `(B, T)`): a prefix id, then codes; or with `past_key_values` the codes after those it has read.
-            labels (int64 `(B, T)`, *optional*): the code wanted at each position; the model shifts them. The prefix and
-                positions with -100 do not count, so that `labels=input_ids` is fine. The last token predicts nothing and
-                is not run: `logits` then have `T - 1` positions.
-            condition_indices (int64 `(B, h', w')`, *optional*): the codes of the level above, for a model that takes them;
-                not needed any more with `past_key_values`.
+            input_ids (int64 `(B, T)`): a prefix id, then codes; or with `past_key_values` the codes after those it has
+            read. labels (int64 `(B, T)`, *optional*): the code wanted at each position; the model shifts them. The
+            prefix and
+                positions with -100 do not count, so that `labels=input_ids` is fine. The last token predicts nothing
+                and is not run: `logits` then have `T - 1` positions.
+            condition_indices (int64 `(B, h', w')`, *optional*): the codes of the level above, for a model that takes
+                them; not needed any more with `past_key_values`.
             attention_mask (`(B, T)`, *optional*): ones, since a grid has no padding.
-            past_key_values ([`IncrementalCache`], *optional*): what an earlier call with `use_cache` has returned. It is
-                changed in place, and carries no gradient.
-            inputs_embeds (`(B, T, input_vocab_size)`, *optional*): in place of `input_ids`, what `get_input_embeddings()`
-                makes of them, or any weights over the ids, which have a gradient. A cache holds codes and takes none.
-            position_ids (int64 `(B, T)`, *optional*): the positions on the grid in their order, which need not be given.
-            use_cache (`bool`, *optional*): whether to return a cache; without it, only if one was given. Dropout does not act
+            past_key_values ([`IncrementalCache`], *optional*): what an earlier call with `use_cache` has returned. It
+                is changed in place, and carries no gradient.
+            inputs_embeds (`(B, T, input_vocab_size)`, *optional*): in place of `input_ids`, what
+                `get_input_embeddings()` makes of them, or any weights over the ids, which have a gradient. A cache
+                holds codes and takes none.
+            position_ids (int64 `(B, T)`, *optional*): the positions on the grid in their order, which need not be
+            given. use_cache (`bool`, *optional*): whether to return a cache; without it, only if one was given.
+            Dropout does not act
                 in a step with a cache, so call `eval()` first: in training mode it is not what a whole pass computes.
             output_hidden_states (`bool`, *optional*): also return the features before and after each layer.
             output_attentions (`bool`, *optional*): False, since the layers keep no attention weights.
             return_dict (`bool`, *optional*): the output as an object or as a tuple; by default as the config says.
-            logits_to_keep (`int` or `torch.Tensor`): compute the logits of the last so many or of these positions; 0: all.
-            num_items_in_batch (`int`, *optional*): what the sum of the losses is divided by, instead of the labels here.
+            logits_to_keep (`int` or `torch.Tensor`): compute the logits of the last so many or of these positions; 0:
+            all.
+            num_items_in_batch (`int`, *optional*): what the sum of the losses is divided by, instead of the labels
+                here.
 
         Returns:
-            `CausalLMOutputWithPast` with `logits` `(B, T, vocab_size)` and, where asked for, `hidden_states`, a tuple of
-            `(B, T, hidden_size)` of which the last one is what the head sees.
+            `CausalLMOutputWithPast` with `logits` `(B, T, vocab_size)` and, where asked for, `hidden_states`, a tuple
+            of `(B, T, hidden_size)` of which the last one is what the head sees.
 
         Raises:
-            ValueError: inputs of the wrong type or shape, more positions than `config.n_positions`, labels together with a
-                cache, an argument that these priors do not have; padding and ids, labels or positions out of range, where
-                finding them needs no waiting for an accelerator in training or in a step with a cache.
+            ValueError: inputs of the wrong type or shape, more positions than `config.n_positions`, labels together
+                with a cache, an argument that these priors do not have; padding and ids, labels or positions out of
+                range, where finding them needs no waiting for an accelerator in training or in a step with a cache.
         """
         _refuse(kwargs, output_attentions=output_attentions)
         inputs = self._check_inputs(
@@ -221,7 +227,8 @@ class CodePriorForCausalLM(CodeSequenceMixin, CheckedLoadingMixin, PreTrainedMod
                 raise ValueError(f"`{name}` must be an int64 tensor (B, T), got {type(ids).__name__}.")
             if ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32) or not ids.numel():
                 raise ValueError(
-                    f"`{name}` must be int64 of shape (B, T) and not empty, got {ids.dtype} of shape {tuple(ids.shape)}."
+                    f"`{name}` must be int64 of shape (B, T) and not empty, got {ids.dtype} of shape "
+                    f"{tuple(ids.shape)}."
                 )
         inputs = self._check_embeds(inputs_embeds, past_key_values, use_cache) if input_ids is None else input_ids
         if labels is not None:
@@ -236,7 +243,8 @@ class CodePriorForCausalLM(CodeSequenceMixin, CheckedLoadingMixin, PreTrainedMod
         reached = past + inputs.shape[1] - (labels is not None)
         if reached > self.config.n_positions:
             raise ValueError(
-                f"`input_ids` reach position {reached}, but the model has {self.config.n_positions}: a prefix id and N "
+                f"`input_ids` reach position {reached}, but the model has {self.config.n_positions}: "
+                f"a prefix id and N "
                 "codes take N positions, since the last code is never an input."
             )
         if self.may_read(inputs, is_step=past_key_values is not None):
@@ -246,7 +254,8 @@ class CodePriorForCausalLM(CodeSequenceMixin, CheckedLoadingMixin, PreTrainedMod
                 position_ids.shape[1] != len(expected) or (position_ids != expected).any()
             ):
                 raise ValueError(
-                    f"`position_ids` must be {past} … {past + inputs.shape[1] - 1} in this order, or None: the codes of a "
+                    f"`position_ids` must be {past} … {past + inputs.shape[1] - 1} in this order, or "
+                    f"None: the codes of a "
                     "grid follow each other."
                 )
         return inputs
@@ -257,7 +266,8 @@ class CodePriorForCausalLM(CodeSequenceMixin, CheckedLoadingMixin, PreTrainedMod
         if not is_tensor or inputs_embeds.shape[2:] != (num_ids,) or not inputs_embeds.is_floating_point():
             got = f"{inputs_embeds.dtype} of shape {tuple(inputs_embeds.shape)}" if is_tensor else type(inputs_embeds)
             raise ValueError(
-                f"`inputs_embeds` must be weights over the ids (B, T, {num_ids}), see `get_input_embeddings`, got {got}."
+                f"`inputs_embeds` must be weights over the ids (B, T, {num_ids}), see "
+                f"`get_input_embeddings`, got {got}."
             )
         if past_key_values is not None or use_cache:
             raise ValueError(
@@ -281,8 +291,8 @@ class CodePriorForCausalLM(CodeSequenceMixin, CheckedLoadingMixin, PreTrainedMod
 
     def may_read(self, ids: torch.LongTensor, is_step: bool = False) -> bool:
         """
-        Whether `forward` may look at values: not in a compiled graph, and on an accelerator, where looking waits for all that
-        is under way, neither in training nor in a step with a cache.
+        Whether `forward` may look at values: not in a compiled graph, and on an accelerator, where looking waits for
+        all that is under way, neither in training nor in a step with a cache.
         """
         if torch.compiler.is_compiling() or ids.is_meta:
             return False
@@ -370,7 +380,8 @@ def effective_weight(layer: nn.Module) -> torch.Tensor:
         if adapter not in getattr(layer, "lora_A", {}):
             if not hasattr(layer, "lora_A"):
                 raise ValueError(
-                    f"`use_cache` must be False with an adapter of type {type(layer).__name__}, or merge it: only LoRA's "
+                    f"`use_cache` must be False with an adapter of type {type(layer).__name__}, or "
+                    f"merge it: only LoRA's "
                     "weights can be told."
                 )
             continue

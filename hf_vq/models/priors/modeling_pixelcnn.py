@@ -31,11 +31,11 @@ class ClassBias(nn.Embedding):
 
 class GatedLayer(GradientCheckpointingLayer):
     """
-    A layer of both stacks (van den Oord et al. 2016, figure 2). The vertical stack knows the rows above a position, all
-    around its column, and the horizontal stack what the vertical one knows and the positions on the left.
+    A layer of both stacks (van den Oord et al. 2016, figure 2). The vertical stack knows the rows above a position,
+    all around its column, and the horizontal stack what the vertical one knows and the positions on the left.
 
-    The paper masks k×k and 1×k convolutions; here the kernels end where the mask would begin, and the maps are padded (and
-    in the first layer, which may not see the position itself, shifted) by as much.
+    The paper masks k×k and 1×k convolutions; here the kernels end where the mask would begin, and the maps are padded
+    (and in the first layer, which may not see the position itself, shifted) by as much.
 
     Args:
         is_first: whether the inputs are the codes' embeddings; else they are features that know earlier codes only.
@@ -78,12 +78,13 @@ class GatedLayer(GradientCheckpointingLayer):
 
 class LayerSteps:
     """
-    A `GatedLayer` evaluated row by row, and in a row position by position: the vertical stack for a whole row as soon as the
-    row above is known. It keeps `kernel_size // 2` rows or columns, besides the current ones, of what the layer sees.
+    A `GatedLayer` evaluated row by row, and in a row position by position: the vertical stack for a whole row as soon
+    as the row above is known. It keeps `kernel_size // 2` rows or columns, besides the current ones, of what the layer
+    sees.
 
     Args:
-        vertical, horizontal (`(B, C, rows, w)`): what the layer has seen so far, in a pass over all rows up to the current
-            one.
+        vertical, horizontal (`(B, C, rows, w)`): what the layer has seen so far, in a pass over all rows up to the
+            current one.
     """
 
     def __init__(
@@ -115,7 +116,9 @@ class LayerSteps:
         return from_above[:, :, 0]
 
     def next_row(self, row: torch.Tensor) -> torch.Tensor | None:
-        """A new row of the vertical stack's input `(B, C, w)` (of the first layer's, the one above it), and its output."""
+        """A new row of the vertical stack's input `(B, C, w)` (of the first layer's, the one above it), and its
+        output.
+        """
         row = F.pad(row, (self.half, self.half))
         self.rows = torch.cat([self.rows[:, :, 1:], row[:, :, None]], dim=2)
         from_above = self._read_rows()
@@ -148,8 +151,8 @@ class PixelCNNHead(nn.Module):
 
 class PixelCNNForCausalLM(CodePriorForCausalLM):
     """
-    Gated PixelCNN over code indices (van den Oord et al., "Conditional Image Generation with PixelCNN Decoders", 2016), the
-    prior of VQ-VAE: `p(s | c) = prod_i p(s_i | s_<i, c)`, with `c` a class, see [`PixelCNNConfig`].
+    Gated PixelCNN over code indices (van den Oord et al., "Conditional Image Generation with PixelCNN Decoders",
+    2016), the prior of VQ-VAE: `p(s | c) = prod_i p(s_i | s_<i, c)`, with `c` a class, see [`PixelCNNConfig`].
 
     ```python
     inputs = prior.prepare_inputs(indices, class_labels)          # training: indices (B, h, w)

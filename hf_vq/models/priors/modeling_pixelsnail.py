@@ -1,6 +1,6 @@
 """
-The priors of VQ-VAE-2 over code indices: PixelSNAIL, alone or given the codes of the level above. Its `forward` is that of
-`CodePriorForCausalLM`, in modeling_code_prior.py.
+The priors of VQ-VAE-2 over code indices: PixelSNAIL, alone or given the codes of the level above. Its `forward` is
+that of `CodePriorForCausalLM`, in modeling_code_prior.py.
 """
 
 import torch
@@ -24,8 +24,8 @@ from .pixelsnail_steps import PixelSNAILSteps
 
 class PixelSNAILForCausalLM(CodePriorForCausalLM):
     """
-    PixelSNAIL over code indices (Razavi et al. 2019, section 3.2): `p(s | c, u) = prod_i p(s_i | s_<i, c, u)`, with `c` a
-    class and `u` the codes of the level above, either of them optional, see [`PixelSNAILConfig`].
+    PixelSNAIL over code indices (Razavi et al. 2019, section 3.2): `p(s | c, u) = prod_i p(s_i | s_<i, c, u)`, with
+    `c` a class and `u` the codes of the level above, either of them optional, see [`PixelSNAILConfig`].
 
     ```python
     inputs = prior.prepare_inputs(bottom, class_labels)           # training: bottom (B, h, w), top (B, h', w')

@@ -34,8 +34,8 @@ def _bidirectional_prefix(n_unmasked: int):
 
 class VQGPTForCausalLM(CodeSequenceMixin, VQGPTPreTrainedModel, GenerationMixin):
     """
-    GPT prior over code indices (Esser et al., "Taming Transformers for High-Resolution Image Synthesis", 2021, eq. 9 and
-    10): `p(s | c) = prod_i p(s_i | s_<i, c)`, with `c` a prefix of ids, see [`VQGPTConfig`].
+    GPT prior over code indices (Esser et al., "Taming Transformers for High-Resolution Image Synthesis", 2021, eq. 9
+    and 10): `p(s | c) = prod_i p(s_i | s_<i, c)`, with `c` a prefix of ids, see [`VQGPTConfig`].
 
     ```python
     inputs = prior.prepare_inputs(indices, class_labels)          # training: indices (B, h, w)
@@ -69,11 +69,11 @@ class VQGPTForCausalLM(CodeSequenceMixin, VQGPTPreTrainedModel, GenerationMixin)
         """
         Args:
             input_ids (int64 `(B, T)`): a prefix of condition ids, then codes.
-            labels (int64 `(B, T)`, *optional*): the code wanted at each position; the model shifts them. The prefix and
-                positions with -100 do not count, so that `labels=input_ids` is fine. The last token predicts nothing and
-                is not run: `logits` then have `T - 1` positions.
-            attention_mask, past_key_values, inputs_embeds `(B, T, n_embd)`, position_ids, use_cache, logits_to_keep: as
-                in every causal LM of transformers.
+            labels (int64 `(B, T)`, *optional*): the code wanted at each position; the model shifts them. The prefix
+                and positions with -100 do not count, so that `labels=input_ids` is fine. The last token predicts
+                nothing and is not run: `logits` then have `T - 1` positions.
+            attention_mask, past_key_values, inputs_embeds `(B, T, n_embd)`, position_ids, use_cache, logits_to_keep:
+                as in every causal LM of transformers.
 
         Returns:
             `CausalLMOutputWithPast` with `logits` `(B, T, vocab_size)`.
@@ -131,7 +131,8 @@ class VQGPTForCausalLM(CodeSequenceMixin, VQGPTPreTrainedModel, GenerationMixin)
             return
         if past < self.config.n_unmasked and (past or length < self.config.n_unmasked):
             raise ValueError(
-                f"`input_ids` must hold the {self.config.n_unmasked} bidirectional positions in one call when a cache is "
+                f"`input_ids` must hold the {self.config.n_unmasked} bidirectional positions in one "
+                f"call when a cache is "
                 f"used, got {length} after {past}."
             )
 
@@ -147,7 +148,8 @@ class VQGPTForCausalLM(CodeSequenceMixin, VQGPTPreTrainedModel, GenerationMixin)
             return attention_mask
         if self.config._attn_implementation not in ("eager", "sdpa"):
             raise ValueError(
-                f"`n_unmasked` needs attn_implementation 'sdpa' or 'eager', got {self.config._attn_implementation!r}, which "
+                f"`n_unmasked` needs attn_implementation 'sdpa' or 'eager', got "
+                f"{self.config._attn_implementation!r}, which "
                 "takes no mask of its own."
             )
         return create_causal_mask(
@@ -182,9 +184,10 @@ class VQGPTForCausalLM(CodeSequenceMixin, VQGPTPreTrainedModel, GenerationMixin)
 
 class GPTDecoder:
     """
-    A `VQGPTForCausalLM` that reads a sequence part by part, with all keys and values in memory of the final length: called with
-    the ids `(B, L)` that follow those it has read, it returns the logits `(B, vocab_size)` of what comes next. The layers are
-    called, so that adapters and quantized weights act; what stands between them in `GPT2Model` is done once, or not at all.
+    A `VQGPTForCausalLM` that reads a sequence part by part, with all keys and values in memory of the final length:
+    called with the ids `(B, L)` that follow those it has read, it returns the logits `(B, vocab_size)` of what comes
+    next. The layers are called, so that adapters and quantized weights act; what stands between them in `GPT2Model` is
+    done once, or not at all.
     """
 
     def __init__(self, model: VQGPTForCausalLM, batch_size: int, length: int):

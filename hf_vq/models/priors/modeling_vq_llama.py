@@ -19,9 +19,9 @@ from .configuration_vq_llama import VQLlamaConfig
 
 class GridPositions(nn.Module):
     """
-    Cosines and sines of rotary positions on a grid (Sun et al. 2024, section 2.2): half of a head's pairs turn with the row of
-    the code that is read, half with its column. The condition has no place on the grid, and the original multiplies its
-    queries and keys by 0.
+    Cosines and sines of rotary positions on a grid (Sun et al. 2024, section 2.2): half of a head's pairs turn with
+    the row of the code that is read, half with its column. The condition has no place on the grid, and the original
+    multiplies its queries and keys by 0.
     """
 
     def __init__(self, config: VQLlamaConfig):
@@ -48,8 +48,8 @@ class GridPositions(nn.Module):
 
 class TextProjection(nn.Module):
     """
-    The features of a text `(B, L, text_embed_dim)` as embeddings `(B, L, hidden_size)`; those of the null condition are
-    fixed noise.
+    The features of a text `(B, L, text_embed_dim)` as embeddings `(B, L, hidden_size)`; those of the null condition
+    are fixed noise.
     """
 
     def __init__(self, config: VQLlamaConfig):
@@ -79,8 +79,9 @@ class VQLlamaPreTrainedModel(CheckedLoadingMixin, LlamaPreTrainedModel):
 
 class VQLlamaForCausalLM(CodeSequenceMixin, VQLlamaPreTrainedModel, GenerationMixin):
     """
-    Llama prior over code indices (Sun et al., "Autoregressive Model Beats Diffusion: Llama for Scalable Image Generation",
-    2024): `p(s | c) = prod_i p(s_i | s_<i, c)`, with `c` a class or the features of a text, see [`VQLlamaConfig`].
+    Llama prior over code indices (Sun et al., "Autoregressive Model Beats Diffusion: Llama for Scalable Image
+    Generation", 2024): `p(s | c) = prod_i p(s_i | s_<i, c)`, with `c` a class or the features of a text, see
+    [`VQLlamaConfig`].
 
     ```python
     inputs = prior.prepare_inputs(indices, class_labels)          # training: indices (B, h, w)
@@ -167,13 +168,13 @@ class VQLlamaForCausalLM(CodeSequenceMixin, VQLlamaPreTrainedModel, GenerationMi
         """
         Args:
             input_ids (int64 `(B, T)`): a prefix of condition ids, then codes.
-            labels (int64 `(B, T)`, *optional*): the code wanted at each position; the model shifts them. The prefix and
-                positions with -100 do not count, so that `labels=input_ids` is fine. The last token predicts nothing and
-                is not run: `logits` then have `T - 1` positions.
-            condition_states (`(B, condition_length, text_embed_dim)`, *optional*): the features of a text for each prefix that
-                is not the null condition; not needed any more with `past_key_values`.
-            attention_mask, past_key_values, inputs_embeds `(B, T, hidden_size)`, position_ids, use_cache, logits_to_keep: as
-                in every causal LM of transformers.
+            labels (int64 `(B, T)`, *optional*): the code wanted at each position; the model shifts them. The prefix
+                and positions with -100 do not count, so that `labels=input_ids` is fine. The last token predicts
+                nothing and is not run: `logits` then have `T - 1` positions.
+            condition_states (`(B, condition_length, text_embed_dim)`, *optional*): the features of a text for each
+                prefix that is not the null condition; not needed any more with `past_key_values`.
+            attention_mask, past_key_values, inputs_embeds `(B, T, hidden_size)`, position_ids, use_cache,
+                logits_to_keep: as in every causal LM of transformers.
 
         Returns:
             `CausalLMOutputWithPast` with `logits` `(B, T, vocab_size)`.

@@ -1,6 +1,6 @@
 """
-The layers of PixelSNAIL (Chen et al., "PixelSNAIL: An Improved Autoregressive Generative Model", 2018, figure 3). Feature
-maps are channels-last, `(B, h, w, C)`.
+The layers of PixelSNAIL (Chen et al., "PixelSNAIL: An Improved Autoregressive Generative Model", 2018, figure 3).
+Feature maps are channels-last, `(B, h, w, C)`.
 """
 
 import math
@@ -31,8 +31,9 @@ def weight_norm(layer: nn.Module, fan_in: int | None = None) -> nn.Module:
 @torch.no_grad()
 def init_weight_norm(module: nn.Module) -> None:
     """
-    The weights of a layer of `weight_norm` as torch initialises convolutions. `module` is the layer, for its bias, or the list
-    of its parametrizations, for the rest: transformers does not come to a layer that has no parameter of its own.
+    The weights of a layer of `weight_norm` as torch initialises convolutions. `module` is the layer, for its bias, or
+    the list of its parametrizations, for the rest: transformers does not come to a layer that has no parameter of its
+    own.
     """
     if isinstance(module, ParametrizationList):
         bound = 1 / math.sqrt(module.fan_in)
@@ -63,9 +64,9 @@ class Conv(nn.Module):
 class CausalConv(nn.Module):
     """
     A convolution over what comes before a position in raster order, the position itself not included: `(B, h, w,
-    in_channels) -> (B, h, w, out_channels)`. Of a window of k rows and columns that ends with the position's row, `above` has
-    the first k - 1 rows, and `left` the first k // 2 columns of the last one. There are no other taps, so nothing has to be
-    masked, and an adapter on either of them is as causal as they are.
+    in_channels) -> (B, h, w, out_channels)`. Of a window of k rows and columns that ends with the position's row,
+    `above` has the first k - 1 rows, and `left` the first k // 2 columns of the last one. There are no other taps, so
+    nothing has to be masked, and an adapter on either of them is as causal as they are.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
@@ -84,8 +85,9 @@ class CausalConv(nn.Module):
 
 class CodeConv(nn.Module):
     """
-    A convolution over one-hot codes, which is a sum of columns of its weight, one for each tap: int64 `(B, h, w) -> (B, h,
-    w, out_channels)`. There are codes 0 … `num_codes` - 1; the code `num_codes`, and what lies outside, is all zeros.
+    A convolution over one-hot codes, which is a sum of columns of its weight, one for each tap: int64 `(B, h, w) ->
+    (B, h, w, out_channels)`. There are codes 0 … `num_codes` - 1; the code `num_codes`, and what lies outside, is all
+    zeros.
 
     Args:
         offsets: row and column of each tap, relative to the position.
@@ -103,7 +105,9 @@ class CodeConv(nn.Module):
         return F.pad(self.weight.permute(2, 1, 0), (0, 0, 0, 1)).flatten(0, 1)
 
     def forward(self, codes: torch.Tensor, table: torch.Tensor | None = None) -> torch.Tensor:
-        """`codes` may also be weights over the codes, `(B, h, w, num_codes)`; `table` is that of `table()`, if known."""
+        """`codes` may also be weights over the codes, `(B, h, w, num_codes)`; `table` is that of `table()`, if
+        known.
+        """
         height, width = codes.shape[1:3]
         reach = max(abs(distance) for offset in self.offsets for distance in offset)
         of_codes = (0, 0) * (codes.ndim - 3)
@@ -121,8 +125,8 @@ class CodeConv(nn.Module):
 
 class GatedResidualBlock(GradientCheckpointingLayer):
     """
-    ELU, convolution, ELU, convolution, and a gated linear unit, around a skip (Chen et al. 2018, figure 3a; van den Oord et
-    al. 2016, equation 2): `(B, h, w, channels)` to the same shape.
+    ELU, convolution, ELU, convolution, and a gated linear unit, around a skip (Chen et al. 2018, figure 3a; van den
+    Oord et al. 2016, equation 2): `(B, h, w, channels)` to the same shape.
 
     Args:
         conv: makes a convolution from its numbers of input and output channels.
@@ -154,7 +158,9 @@ class GatedResidualBlock(GradientCheckpointingLayer):
         auxiliary: torch.Tensor | None = None,
         condition: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`condition` is `(B, h, w, condition_channels)`, or `(B, 1, 1, condition_channels)` for the same everywhere."""
+        """`condition` is `(B, h, w, condition_channels)`, or `(B, 1, 1, condition_channels)` for the same
+        everywhere.
+        """
         inner = self.conv1(F.elu(features))
         if auxiliary is not None:
             inner = inner + self.auxiliary(F.elu(auxiliary))
@@ -199,8 +205,9 @@ class StrictlyCausalAttention(nn.Module):
 
 class PixelSNAILBlock(nn.Module):
     """
-    Gated residual blocks, and causal self-attention over what they and the block itself see (Chen et al. 2018, figure 2), or
-    a 1×1 convolution in its place: `(B, h, w, hidden_size)` to the same shape. Both also see the position on the grid.
+    Gated residual blocks, and causal self-attention over what they and the block itself see (Chen et al. 2018, figure
+    2), or a 1×1 convolution in its place: `(B, h, w, hidden_size)` to the same shape. Both also see the position on
+    the grid.
     """
 
     def __init__(self, config: PixelSNAILConfig):
@@ -249,8 +256,8 @@ class PixelSNAILBlock(nn.Module):
 
 class CodeStem(nn.Module):
     """
-    The codes before a position, what a [`CodeConv`] takes `-> (B, h, w, hidden_size)`: those of the rows above, all around its column, and
-    those on its left, from the rows above also.
+    The codes before a position, what a [`CodeConv`] takes `-> (B, h, w, hidden_size)`: those of the rows above, all
+    around its column, and those on its left, from the rows above also.
     """
 
     def __init__(self, config: PixelSNAILConfig):

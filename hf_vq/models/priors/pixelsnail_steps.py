@@ -1,9 +1,10 @@
 """
-PixelSNAIL over one part of a row after another, each position computed once: convolutions from cached rows and columns,
-attention from cached keys and values, weights normalised once. Features of L columns of a row are `(B · L, C)`.
+PixelSNAIL over one part of a row after another, each position computed once: convolutions from cached rows and
+columns, attention from cached keys and values, weights normalised once. Features of L columns of a row are `(B · L,
+C)`.
 
-What a convolution gets from the rows above is computed for a whole row when it begins. That leaves only the taps on the
-left for each position, so that most of the weights are read once a row.
+What a convolution gets from the rows above is computed for a whole row when it begins. That leaves only the taps on
+the left for each position, so that most of the weights are read once a row.
 """
 
 import torch
@@ -231,9 +232,9 @@ class PixelSNAILSteps:
     @torch.no_grad()
     def __call__(self, codes: torch.LongTensor, length: int, states: list | None = None) -> torch.Tensor:
         """
-        Hidden states `(B, length, hidden_size)` of the next `length` positions, given the `codes` `(B, L)` of those just
-        before them that have not been given, `L = length` or, at the very beginning, `length - 1`. Each layer's are
-        appended to `states`, if it is a list.
+        Hidden states `(B, length, hidden_size)` of the next `length` positions, given the `codes` `(B, L)` of those
+        just before them that have not been given, `L = length` or, at the very beginning, `length - 1`. Each layer's
+        are appended to `states`, if it is a list.
         """
         self.stem.put(codes, self.past + length - 1 - codes.shape[1])
         parts, of_parts = [], []

@@ -377,8 +377,8 @@ class VQDiffusionTransformer2DModel(CheckedLoadingMixin, ModelMixin, AttentionMi
             indices (int64 `(B, h, w)`): the noised codes, in 0 … K with K the mask.
             timestep (int64 `(B,)` or scalar): in 0 … T - 1, for each example or for all.
             encoder_hidden_states (`(B, S, D)`): of a text, if and only if `condition_type` is "text".
-            encoder_attention_mask (bool `(B, S)`, *optional*): True where a text state counts; at least one of each row.
-            class_labels (int64 `(B,)`): if and only if `condition_type` is "class"; in 0 … `num_classes` - 1, or
+            encoder_attention_mask (bool `(B, S)`, *optional*): True where a text state counts; at least one of each
+            row. class_labels (int64 `(B,)`): if and only if `condition_type` is "class"; in 0 … `num_classes` - 1, or
                 `null_class_id`.
             return_dict: a [`VQDiffusionTransformerOutput`] rather than a tuple.
 
@@ -460,7 +460,8 @@ class VQDiffusionTransformer2DModel(CheckedLoadingMixin, ModelMixin, AttentionMi
         positions = math.prod(config.sample_size)
         if math.prod(config.position_embedding_size or config.sample_size) < positions:
             raise ValueError(
-                f"`position_embedding_size` must hold the {positions} positions of `sample_size` {config.sample_size}, "
+                f"`position_embedding_size` must hold the {positions} positions of `sample_size` "
+                f"{config.sample_size}, "
                 f"got {config.position_embedding_size}."
             )
         for kind, (needed, *optional) in CONDITION_FIELDS.items():
@@ -479,7 +480,8 @@ class VQDiffusionTransformer2DModel(CheckedLoadingMixin, ModelMixin, AttentionMi
         width = config.num_attention_heads * config.attention_head_dim
         if "sinusoidal" in (config.timestep_embedding, config.class_embedding) and (width % 2 or width < 4):
             raise ValueError(
-                "`num_attention_heads` times `attention_head_dim` must be even and at least 4 for sinusoidal embeddings, "
+                "`num_attention_heads` times `attention_head_dim` must be even and at least 4 for "
+                "sinusoidal embeddings, "
                 f"got {width}."
             )
 

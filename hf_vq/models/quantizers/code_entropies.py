@@ -19,7 +19,8 @@ def choice_entropies(
     temperature: float,
     rows: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """E H[p(code | z)] and H[E p(code | z)] in nats, with p the softmax of (z·e + bias) / temperature, both differentiable.
+    """E H[p(code | z)] and H[E p(code | z)] in nats, with p the softmax of (z·e + bias) / temperature, both
+    differentiable.
 
     Scores are made for `rows` vectors at a time, and again in the backward pass, so that N×K is never held whole.
 

@@ -78,7 +78,9 @@ def has_finite_vectors(vectors: torch.Tensor) -> bool:
 
 
 def _rows_of_all(vectors: torch.Tensor, position: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
-    """Finite rows `position` of the vectors of all processes put one after the other; `sizes` says how many each has."""
+    """Finite rows `position` of the vectors of all processes put one after the other; `sizes` says how many each
+    has.
+    """
     rank = dist.get_rank() if is_distributed() else 0
     local = position - sizes[:rank].sum()
     mine = (local >= 0) & (local < sizes[rank])
@@ -98,8 +100,8 @@ def draw_vectors(vectors: torch.Tensor, count: int, seed: torch.Tensor | int, di
     """`count` pseudo-random finite rows of the vectors `(N, D)` of all processes, the same on every process.
 
     Which rows are drawn is a function of `seed` and the total number of finite vectors alone: not of the global
-    generator, so that a resumed run draws the same, and not of the number of processes among which the same vectors are
-    divided. A `seed` that lies on the device is not read from there.
+    generator, so that a resumed run draws the same, and not of the number of processes among which the same vectors
+    are divided. A `seed` that lies on the device is not read from there.
 
     Args:
         vectors: `(N, D)`, each process its own.
@@ -129,8 +131,8 @@ def draw_vectors(vectors: torch.Tensor, count: int, seed: torch.Tensor | int, di
 def kmeans(vectors: torch.Tensor, num_clusters: int, iterations: int = 10, seed: int = 0) -> torch.Tensor:
     """Lloyd's algorithm on the finite ones of the vectors `(N, D)` of all processes, whose result is the same on each.
 
-    Starts from vectors drawn by `draw_vectors`, with repeats only where there are fewer than K. A cluster that loses all
-    its members keeps its centre.
+    Starts from vectors drawn by `draw_vectors`, with repeats only where there are fewer than K. A cluster that loses
+    all its members keeps its centre.
 
     Args:
         vectors: `(N, D)`, each process its own.

@@ -7,8 +7,9 @@ import torch
 
 @dataclass
 class CodebookStatistics:
-    """`perplexity`: exp of the entropy of the code frequencies, 1 to K. `usage`: the share of codes used at least once,
-    0 to 1. `dead_codes`: the number of codes never used."""
+    """`perplexity`: exp of the entropy of the code frequencies, 1 to K. `usage`: the share of codes used at least
+    once, 0 to 1. `dead_codes`: the number of codes never used.
+    """
 
     perplexity: torch.Tensor
     usage: torch.Tensor

@@ -7,7 +7,9 @@ import torch.nn.functional as F
 
 
 def straight_through(latents: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
-    """The value of `quantized` to the bit, the identity's gradient to `latents` (van den Oord et al. 2017, section 3.2)."""
+    """The value of `quantized` to the bit, the identity's gradient to `latents` (van den Oord et al. 2017, section
+    3.2).
+    """
     # in this order the result has the memory layout of the latents, which the decoder then keeps
     return (latents - latents.detach()) + quantized.detach()
 

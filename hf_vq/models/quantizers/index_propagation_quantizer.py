@@ -15,10 +15,11 @@ class IndexPropagationQuantizer(Quantizer):
     """Index back-propagation quantization, IBQ (Shi et al. 2024, "Taming Scalable Visual Tokenizer").
 
     The code is that of the largest inner product, i = argmax z·e. With p = softmax(z·e) the quantized vector is
-    Σ (onehot(i) + p - sg[p]) e: its value is the code e_i, its gradient that of the soft choice, to all codes and to z.
+    Σ (onehot(i) + p - sg[p]) e: its value is the code e_i, its gradient that of the soft choice, to all codes and to
+    z.
 
-    loss = mean |q - z|² + mean |sg[e] - z|² + β · mean |e - sg[z]|² + w · (E H[p] - H[E p]), where the entropies are of
-    the softmax of z·e / τ. q has the gradient above, e that of the chosen code alone.
+    loss = mean |q - z|² + mean |sg[e] - z|² + β · mean |e - sg[z]|² + w · (E H[p] - H[E p]), where the entropies are
+    of the softmax of z·e / τ. q has the gradient above, e that of the chosen code alone.
 
     All N×K probabilities are held in training, since every one of them has a gradient.
 

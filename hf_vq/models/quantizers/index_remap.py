@@ -20,8 +20,8 @@ class IndexRemap(nn.Module):
     """Renumbers the codes that a data set really uses to 0 … len(used)-1, and back.
 
     Args:
-        used: distinct codes, int64 `(U,)`; code `used[i]` becomes i. Or U itself: the first U codes, until `set_used` or
-            a checkpoint says which.
+        used: distinct codes, int64 `(U,)`; code `used[i]` becomes i. Or U itself: the first U codes, until `set_used`
+            or a checkpoint says which.
         num_embeddings: K of the tokenizer.
         unknown: what `to_used` does with a code that is not in `used`: "error" (the default), "extra" (all become the
             one index U, which `to_full` takes for index 0, as the original VQGAN code does), "random" (a random used

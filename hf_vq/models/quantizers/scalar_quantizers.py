@@ -89,9 +89,9 @@ class FSQuantizer(ComputedCodebook):
 class LFQuantizer(ComputedCodebook):
     """Lookup-free quantization: the signs of D channels are the bits of the code, K = 2ᴰ (Yu et al. 2024, MAGVIT-v2).
 
-    loss = β · mean |z - sg[e]|² + w · (E H[p(code | z)] - H[E p(code | z)]), equations 5 and 6: each choice certain, all
-    codes used. p(code | z) ∝ exp(-|z - e|² · inverse_temperature), which is a product over bits. The entropy of the
-    mean is exact for up to `bits_per_group` bits, and the sum over groups of bits beyond (as in Open-MAGVIT2).
+    loss = β · mean |z - sg[e]|² + w · (E H[p(code | z)] - H[E p(code | z)]), equations 5 and 6: each choice certain,
+    all codes used. p(code | z) ∝ exp(-|z - e|² · inverse_temperature), which is a product over bits. The entropy of
+    the mean is exact for up to `bits_per_group` bits, and the sum over groups of bits beyond (as in Open-MAGVIT2).
 
     Args:
         num_embeddings: K, which must be 2 ** embed_dim.
@@ -177,9 +177,9 @@ class LFQuantizer(ComputedCodebook):
 class BSQuantizer(LFQuantizer):
     """Binary spherical quantization: the nearest corner of a cube inside the unit sphere (Zhao et al. 2024, BSQ).
 
-    u = z / |z| and the code is sign(u) / √D, of length 1 as u is, with K = 2ᴰ. The loss is that of `LFQuantizer` between u
-    and the code; p(code | z) ∝ exp(-|u - e|² · inverse_temperature) is the paper's exp(τ u·e) with τ twice as large, and
-    again a product over bits (section 4.2, equations 8 to 11).
+    u = z / |z| and the code is sign(u) / √D, of length 1 as u is, with K = 2ᴰ. The loss is that of `LFQuantizer`
+    between u and the code; p(code | z) ∝ exp(-|u - e|² · inverse_temperature) is the paper's exp(τ u·e) with τ twice
+    as large, and again a product over bits (section 4.2, equations 8 to 11).
 
     Args:
         num_embeddings: K, which must be 2 ** embed_dim.

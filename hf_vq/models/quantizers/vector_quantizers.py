@@ -150,8 +150,8 @@ class VectorQuantizer(NearestCodeQuantizer):
 class EMAVectorQuantizer(NearestCodeQuantizer):
     """A codebook of moving averages of the latents (van den Oord et al. 2017, appendix A.1).
 
-    N ← γN + (1-γ)n, m ← γm + (1-γ)Σz, e = m / N, over the latents of all processes; one that is not finite is left out.
-    Only the commitment term has a gradient: loss = β · mean |z - sg[e]|².
+    N ← γN + (1-γ)n, m ← γm + (1-γ)Σz, e = m / N, over the latents of all processes; one that is not finite is left
+    out. Only the commitment term has a gradient: loss = β · mean |z - sg[e]|².
 
     Zero-debiased (`zero_debias`): the rate is (1-γ)/(1-γᵗ) at update t, so the averages are exact weighted means of
     the data from the first update on, and hold nothing of the initial values (Kingma & Ba 2015, section 3). Counts
@@ -294,8 +294,8 @@ class EMAVectorQuantizer(NearestCodeQuantizer):
 class CosineVectorQuantizer(VectorQuantizer):
     """Nearest code by angle: latents and codes are scaled to length 1 (Yu et al. 2022, ViT-VQGAN, section 3.2).
 
-    loss = mean |sg[ẑ] - ê|² + β · mean |ẑ - sg[ê]|² + w · (E H[p] - H[E p]) between the unit vectors, with p(code | z) the
-    softmax of -|ẑ - ê|² / τ (LlamaGen's losses; Janus and LlamaGen publish w = 0). `quantized` has length 1.
+    loss = mean |sg[ẑ] - ê|² + β · mean |ẑ - sg[ê]|² + w · (E H[p] - H[E p]) between the unit vectors, with p(code | z)
+    the softmax of -|ẑ - ê|² / τ (LlamaGen's losses; Janus and LlamaGen publish w = 0). `quantized` has length 1.
 
     Args:
         num_embeddings: K.
@@ -360,8 +360,9 @@ class CosineVectorQuantizer(VectorQuantizer):
 class SimVectorQuantizer(Quantizer):
     """Frozen codes times one trained linear layer, SimVQ (Zhu et al. 2024, "Addressing Representation Collapse").
 
-    The codebook is C W + b with C drawn once from N(0, 1/D): a step moves the whole space of codes and not the chosen ones
-    alone, so that none is left behind. loss = mean |sg[z] - e|² + β · mean |z - sg[e]|², whose gradient goes to W and b.
+    The codebook is C W + b with C drawn once from N(0, 1/D): a step moves the whole space of codes and not the chosen
+    ones alone, so that none is left behind. loss = mean |sg[z] - e|² + β · mean |z - sg[e]|², whose gradient goes to W
+    and b.
 
     Args:
         num_embeddings: K.

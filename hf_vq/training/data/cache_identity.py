@@ -38,7 +38,9 @@ def tokenizer_fingerprint(tokenizer: nn.Module) -> str:
 
 
 def images_fingerprint(dataset: Dataset, samples: int = 16) -> str:
-    """A hash of the pixels and fields of a few images (evenly spaced, or the first of a stream), and of their number."""
+    """A hash of the pixels and fields of a few images (evenly spaced, or the first of a stream), and of their
+    number.
+    """
     digest = hashlib.sha256()
     if isinstance(dataset, StreamingImageDataset):
         chosen = list(itertools.islice(dataset, samples))

@@ -38,8 +38,8 @@ def load_code_splits(
         The data sets by split, and the names of the classes, if they have names.
 
     Raises:
-        ValueError: an augmentation that codes, which are written once, cannot have; a tokenizer of several levels where
-            one is wanted.
+        ValueError: an augmentation that codes, which are written once, cannot have; a tokenizer of several levels
+            where one is wanted.
     """
     levels = len(tokenizer.config.downsample_factors)
     if levels > 1 and not several_levels:
@@ -99,7 +99,8 @@ def count_classes(
     splits: dict, class_names: list[str] | None, label_column: str | None, allow_missing: bool = False
 ) -> int:
     """
-    How many classes a conditional model needs: as many as there are names, or one more than the highest training label.
+    How many classes a conditional model needs: as many as there are names, or one more than the highest training
+        label.
 
     Args:
         splits: data sets by name, "train" among them; their `labels` are arrays of all labels, or None (as those of a

@@ -1,4 +1,6 @@
-"""The columns of a data set that samples are made of: images, classes, captions and others, checked when it is opened."""
+"""The columns of a data set that samples are made of: images, classes, captions and others, checked when it is
+opened.
+"""
 
 import logging
 from collections.abc import Sequence
@@ -25,7 +27,8 @@ def prepare_columns(
     class_names: list[str] | None = None,
     keep_gaps: bool = True,
 ):
-    """Keeps the image columns, undecoded, as `image` and `conditioning_image`, integer labels as `label`, and the extra ones.
+    """Keeps the image columns, undecoded, as `image` and `conditioning_image`, integer labels as `label`, and the
+    extra ones.
 
     Args:
         class_names: number the classes in this order.
@@ -35,8 +38,8 @@ def prepare_columns(
         The rows, and the names of the classes, if they have names.
 
     Raises:
-        ValueError: a column is not there or holds something else; a value to exclude does not exist; a row has no label
-            or caption and `missing_condition` does not allow it (of a stream, when the row is read).
+        ValueError: a column is not there or holds something else; a value to exclude does not exist; a row has no
+            label or caption and `missing_condition` does not allow it (of a stream, when the row is read).
     """
     import datasets
 
@@ -93,7 +96,8 @@ def missing_error(column: str, row: str, more: int = 0) -> ValueError:
     """The error of a row without a label or caption."""
     others = f" and in {more} more rows" if more else ""
     return ValueError(
-        f"the column {column!r} has no value in {row}{others}: leave such rows out, or set missing_condition=null, which "
+        f"the column {column!r} has no value in {row}{others}: leave such rows out, or set "
+        f"missing_condition=null, which "
         "takes them as the null condition."
     )
 

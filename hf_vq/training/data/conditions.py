@@ -1,8 +1,8 @@
 """Spatial conditions beside the images: label maps, depth maps, edges and drawings, cut as the image is cut.
 
 A sample's `condition` is what `VQConditionProcessor` makes of the same window: of a segmentation the labels, int64
-`(h, w)`, -1 where a pixel has none, which `condition_values` turns into one channel for each label; of the others float32
-`(1 or 3, h, w)` in [-1, 1].
+`(h, w)`, -1 where a pixel has none, which `condition_values` turns into one channel for each label; of the others
+float32 `(1 or 3, h, w)` in [-1, 1].
 """
 
 from collections.abc import Callable
@@ -43,7 +43,8 @@ class ConditionReader:
         self.annotator = annotator
 
     def decode(self, source: Any, image: Image.Image | np.ndarray, rules: PathRules = ANY_PATH) -> np.ndarray | None:
-        """The whole map `(H, W, channels)` that belongs to `image`, with its own ids or values; None with an annotator.
+        """The whole map `(H, W, channels)` that belongs to `image`, with its own ids or values; None with an
+        annotator.
 
         Raises:
             BrokenImageError: it cannot be read, or has not the proportions of the image.
@@ -157,7 +158,9 @@ def build_reader(
 
 
 def condition_values(condition: torch.Tensor, processor: VQConditionProcessor) -> torch.FloatTensor:
-    """The pixel values `(B, C, h, w)` for a condition tokenizer of a batch of conditions, see the module's docstring."""
+    """The pixel values `(B, C, h, w)` for a condition tokenizer of a batch of conditions, see the module's
+    docstring.
+    """
     if processor.condition != "segmentation":
         return condition
     known = condition >= 0

@@ -50,7 +50,8 @@ class DataArguments:
 
     dataset_name_or_path: str = field(
         metadata={
-            "help": "Hub id; folder, file, pattern or address of images, zip, parquet, tar (WebDataset), jsonl or csv; or a "
+            "help": "Hub id; folder, file, pattern or address of images, zip, parquet, tar "
+            "(WebDataset), jsonl or csv; or a "
             "folder written by save_to_disk."
         }
     )
@@ -166,8 +167,8 @@ def load_image_dataset(
 ):
     """Opens one split as `ImageDataset`, or as `StreamingImageDataset` where `arguments.streaming` is set.
 
-    Of the validation split of a stream, the first 1000 rows (or `max_samples`) are read into memory, undecoded, and given
-    as an `ImageDataset`.
+    Of the validation split of a stream, the first 1000 rows (or `max_samples`) are read into memory, undecoded, and
+    given as an `ImageDataset`.
 
     Args:
         arguments (`DataArguments`): the data set.
@@ -175,11 +176,11 @@ def load_image_dataset(
         augment (`bool`): random crop and flip as the arguments say; without it, a centre crop and no flip.
         seed (`int`): of the augmentation, and of a stream's order.
         class_names (`list[str]`, *optional*): number the classes in this order, as the training split does (give its
-            `class_names`); without it, classes that are strings are numbered as `arguments.class_names`, or in the order
-            of the split's own names.
+            `class_names`); without it, classes that are strings are numbered as `arguments.class_names`, or in the
+            order of the split's own names.
         channels (`int`): of the images: 1 (grey), 3 (RGB), 4 (RGBA), or those of a column of arrays.
-        condition_processor (`VQConditionProcessor`, *optional*): samples have a `condition` too, as it reads the column
-            `conditioning_image_column`, or edges of the images where there is none.
+        condition_processor (`VQConditionProcessor`, *optional*): samples have a `condition` too, as it reads the
+            column `conditioning_image_column`, or edges of the images where there is none.
 
     Raises:
         ValueError: the data set, the split or a column is not there, a class is not among `class_names`, a value to
@@ -226,11 +227,13 @@ class ImageDataset(Dataset):
     """Map-style images.
 
     Args:
-        rows (`datasets.Dataset`): columns `image` (undecoded), optionally `label`, and others that samples carry along.
+        rows (`datasets.Dataset`): columns `image` (undecoded), optionally `label`, and others that samples carry
+        along.
         resolution (`int` or pair): the side of the square images, or `(height, width)`.
         crop (`str`): `"center"` or `"random"`.
         random_flip (`bool`): mirror half of the images.
-        cache_images (`bool`): decode and resize all images now and keep them as uint8, a byte for each pixel and channel.
+        cache_images (`bool`): decode and resize all images now and keep them as uint8, a byte for each pixel and
+        channel.
         seed (`int`): the augmentation of a sample is drawn from `(seed, epoch, index)`.
         class_names (`list[str]`, *optional*): names of the labels.
         channels (`int`): of the images.
@@ -289,9 +292,9 @@ class ImageDataset(Dataset):
         """One image as it is seen in `epoch`; in place of a broken one, the next that can be read.
 
         Returns:
-            `dict`: `pixel_values` float32 `(channels, height, width)` in [-1, 1]; `condition`, of the same window, if there
-            are conditions, see `hf_vq.training.data.conditions`; `label` (`int`) if there are labels;
-            the extra columns, of the captions one; `broken_images` (a tuple of names) only if broken images were passed over.
+            `dict`: `pixel_values` float32 `(channels, height, width)` in [-1, 1]; `condition`, of the same window, if
+            there are conditions, see `hf_vq.training.data.conditions`; `label` (`int`) if there are labels; the extra
+            columns, of the captions one; `broken_images` (a tuple of names) only if broken images were passed over.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"index={index}: the data set has the images 0 to {len(self) - 1}.")
@@ -353,7 +356,9 @@ class ImageDataset(Dataset):
 
 
 def collate(samples: list[dict]) -> dict:
-    """Stacks samples to a batch: tensors and numbers become tensors, `broken_images` are joined, the rest are lists."""
+    """Stacks samples to a batch: tensors and numbers become tensors, `broken_images` are joined, the rest are
+    lists.
+    """
     batch = {}
     for key in {key: None for sample in samples for key in sample}:
         values = [sample[key] for sample in samples if key in sample]

@@ -8,10 +8,11 @@ dataset[0]  # {"indices": int64 (h, w), "label": int}
 
 With conditions, `condition_codes` stands beside `indices`, and both are mirrored together.
 
-The folder holds parquet shards, which `datasets.load_dataset("parquet", data_dir=...)` opens as well, and `config.json`.
-Images are read and rows are written shard by shard, so memory does not grow with the data set; under `accelerate launch`
-every process writes its own shards. A shard appears complete or not at all, and a second call goes on with those that are
-missing. `config.json` says which tokenizer and which images the indices belong to: others are refused.
+The folder holds parquet shards, which `datasets.load_dataset("parquet", data_dir=...)` opens as well, and
+`config.json`. Images are read and rows are written shard by shard, so memory does not grow with the data set; under
+`accelerate launch` every process writes its own shards. A shard appears complete or not at all, and a second call goes
+on with those that are missing. `config.json` says which tokenizer and which images the indices belong to: others are
+refused.
 """
 
 import itertools
@@ -74,8 +75,8 @@ def write_indices(
         rows_per_shard (`int`): images per parquet file.
         num_workers (`int`): processes that read images ahead (map-style data only).
         overwrite (`bool`): replace indices of another tokenizer or other images.
-        condition_tokenizer, condition_processor (*optional*): also the codes of each sample's `condition`, in the column
-            `condition_codes`, by the tokenizer and the processor beside it.
+        condition_tokenizer, condition_processor (*optional*): also the codes of each sample's `condition`, in the
+            column `condition_codes`, by the tokenizer and the processor beside it.
 
     Raises:
         StaleIndicesError: the folder holds other indices, and `overwrite` is not set.
@@ -146,7 +147,9 @@ def _damage(shard: Path, identity: dict | None = None) -> str | None:
 
 
 def _remove_damaged(path: Path, wanted: dict, known: dict | None) -> bool:
-    """Removes shards that are damaged or belong to other codes, each named; whether the cache is complete without them."""
+    """Removes shards that are damaged or belong to other codes, each named; whether the cache is complete without
+    them.
+    """
     import pyarrow.parquet as pq
 
     rows = {}
@@ -204,7 +207,9 @@ class PairEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, samples: list[dict]) -> dict[str, np.ndarray]:
-        """`indices`, or `indices_0`, ... where the tokenizer has levels, top first; `condition_codes`; those `_flipped`."""
+        """`indices`, or `indices_0`, ... where the tokenizer has levels, top first; `condition_codes`; those
+        `_flipped`.
+        """
         columns = _codes_of(self.tokenizer, torch.stack([s["pixel_values"] for s in samples]), "indices", self.flip)
         if self.condition_tokenizer is not None:
             if "condition" not in samples[0]:
@@ -529,7 +534,9 @@ class IndicesDataset(Dataset):
         return self.sample(index)
 
     def sample(self, index: int, epoch: int = 0) -> dict:
-        """`indices`, `condition_codes` (int64, in the shapes of their grids), `label` (`int`) if there are labels, and the other columns."""
+        """`indices`, `condition_codes` (int64, in the shapes of their grids), `label` (`int`) if there are labels,
+        and the other columns.
+        """
         if not 0 <= index < len(self):
             raise IndexError(f"index={index}: there are the rows 0 to {len(self) - 1}.")
         mirrored = self.random_flip and np.random.default_rng((self.seed, epoch, index)).random() < 0.5

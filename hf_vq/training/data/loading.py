@@ -54,7 +54,8 @@ def micro_batches(
         position (`int`), stream_state (`dict`): where a map-style data set, or a stream, is continued.
         steps (`int`): optimizer steps that are left.
     """
-    # A generator of their own: the loaders draw from the global one at every start, which a resumed run does once more.
+    # A generator of their own: the loaders draw from the global one at every start, which a resumed run does once
+    # more.
     options = {"pin_memory": pin_memory, "generator": torch.Generator()}
     if isinstance(dataset, StreamingImageDataset):
         stream = _CollatedStream(dataset, collate_fn, stream_state, {**plan, "num_threads": max(1, num_workers)})

@@ -1,8 +1,8 @@
 """Which sample stands where: the order of the data as a pure function of the seed and the position.
 
 A run reads one endless sequence of samples: a permutation of the data set for every epoch, drawn from `(seed, epoch)`.
-A *position* counts samples since the first step, over all processes. Nothing here has a state, so a run that resumes at
-position `p`, with any number of processes or workers, meets the samples that the unbroken run would have met.
+A *position* counts samples since the first step, over all processes. Nothing here has a state, so a run that resumes
+at position `p`, with any number of processes or workers, meets the samples that the unbroken run would have met.
 """
 
 from collections.abc import Iterator
@@ -56,7 +56,8 @@ def micro_batch_sizes(batch_size: int, micro_batches: int, num_processes: int) -
     parts = micro_batches * num_processes
     if batch_size < 1 or batch_size % parts:
         raise ValueError(
-            f"train_batch_size={batch_size} is the number of samples per optimizer step over all processes: it must be "
+            f"train_batch_size={batch_size} is the number of samples per optimizer step over all "
+            f"processes: it must be "
             f"a positive multiple of gradient_accumulation_steps × processes = {micro_batches} × {num_processes} = "
             f"{parts}."
         )

@@ -1,16 +1,17 @@
 """Images read from a stream, in an order that can be continued from any step.
 
-The shards are read one after another, in a new order in every epoch, and the samples of each run of `shuffle_block` rows
-are shuffled within it. Both orders are drawn from the seed, so a position is described by the epoch, the shards that are
-left of it, the `datasets` state at the start of the current block, and the offset in the block: at most one block is read
-again to continue.
+The shards are read one after another, in a new order in every epoch, and the samples of each run of `shuffle_block`
+rows are shuffled within it. Both orders are drawn from the seed, so a position is described by the epoch, the shards
+that are left of it, the `datasets` state at the start of the current block, and the offset in the block: at most one
+block is read again to continue.
 
-With at least as many shards as processes, every process reads its own shards, every N-th of the epoch's order. With fewer,
-every process reads the whole stream and decodes its part of each batch.
+With at least as many shards as processes, every process reads its own shards, every N-th of the epoch's order. With
+fewer, every process reads the whole stream and decodes its part of each batch.
 
-The shards are dealt out here and not by `datasets.distributed.split_dataset_by_node`, which gives a process the same ones
-in every epoch and reads everything N times where their number is no multiple of N; nor is torchdata's `StatefulDataLoader`
-used: its state is that of its workers, so that it can be continued neither with other workers nor by other processes.
+The shards are dealt out here and not by `datasets.distributed.split_dataset_by_node`, which gives a process the same
+ones in every epoch and reads everything N times where their number is no multiple of N; nor is torchdata's
+`StatefulDataLoader` used: its state is that of its workers, so that it can be continued neither with other workers nor
+by other processes.
 """
 
 import logging
@@ -45,8 +46,9 @@ class _Block:
     """Consecutive rows of the stream in their shuffled order.
 
     Args:
-        start (`dict`): where it begins: the `epoch`, the number of the `block` in the epoch, and `shards`, what the process
-            has still to read in the epoch: `[number, datasets state (None: its start), rows that were read]` of each.
+        start (`dict`): where it begins: the `epoch`, the number of the `block` in the epoch, and `shards`, what the
+            process has still to read in the epoch: `[number, datasets state (None: its start), rows that were read]`
+            of each.
         end (`dict`): the same of the next block.
         rows (`list`): `(shard, row in the shard, example)` of each.
         order (`np.ndarray`): the permutation of the rows.
@@ -62,8 +64,8 @@ class _Block:
 class StreamingImageDataset:
     """Images from a `datasets.IterableDataset` whose rows hold `image` (undecoded) and, optionally, `label`.
 
-    `read_batches` is what a training run uses; iterating over the data set gives the centre crops of one epoch, in order,
-    without the broken images.
+    `read_batches` is what a training run uses; iterating over the data set gives the centre crops of one epoch, in
+    order, without the broken images.
 
     Args:
         rows (`datasets.IterableDataset`): the stream.
@@ -129,8 +131,8 @@ class StreamingImageDataset:
     def continued_state(self, states: list[dict], process_index: int, num_processes: int) -> dict:
         """Where a process goes on, given the states of all processes of a checkpoint.
 
-        With as many readers as there were, exactly there. Otherwise the blocks that were begun are left, and the shards that
-        were still to be read in the epoch are dealt out anew.
+        With as many readers as there were, exactly there. Otherwise the blocks that were begun are left, and the
+        shards that were still to be read in the epoch are dealt out anew.
         """
         readers = self.num_readers(num_processes)
         if states[0]["readers"] == readers:
@@ -241,7 +243,9 @@ class StreamingImageDataset:
             yield block({"epoch": epoch, "block": begin["block"] + 1, "shards": []})
 
     def _sample(self, block: _Block, offset: int) -> dict:
-        """The sample at `offset` of the block's order; in place of a broken one, the next in the block that can be read."""
+        """The sample at `offset` of the block's order; in place of a broken one, the next in the block that can be
+        read.
+        """
         passed = []
         for step in range(len(block.rows)):
             shard, row, example = block.rows[block.order[(offset + step) % len(block.rows)]]

@@ -22,10 +22,11 @@ class DiffusionObjective:
 
     Args:
         prediction_type: one of the three.
-        num_train_timesteps, beta_start, beta_end: noise schedule of the first two, linear in the square root of β as latent
-            diffusion's. Of a flow, only the number counts: the denoiser sees `σ · num_train_timesteps` as its timestep.
-        min_snr_gamma: γ of min-SNR weighting (Hang et al. 2023, equation 9): the squared error of the prediction of x is
-            weighted with `min(SNR, γ)`; None weighs the prediction itself with 1.
+        num_train_timesteps, beta_start, beta_end: noise schedule of the first two, linear in the square root of β as
+            latent diffusion's. Of a flow, only the number counts: the denoiser sees `σ · num_train_timesteps` as its
+            timestep.
+        min_snr_gamma: γ of min-SNR weighting (Hang et al. 2023, equation 9): the squared error of the prediction of x
+            is weighted with `min(SNR, γ)`; None weighs the prediction itself with 1.
         simple_weight: of that mean squared error in the loss.
         elbo_weight: of the variational bound's term beside it (Ho et al. 2020, equation 12; `original_elbo_weight` of
             latent diffusion); 0 for a flow.

@@ -26,8 +26,8 @@ class PatchDiscriminator(nn.Module):
         in_channels: channels of the images.
         base_channels: width of the first convolution (`ndf`); it doubles at every layer, up to 8 times.
         num_layers: stride-2 convolutions; each also widens the patch a logit sees.
-        norm: `"batch"` (the original, over the batches of all processes), `"group"` (statistics of one image: nothing to
-            keep in step over processes, and no dependence on the batch's other images) or `"none"`.
+        norm: `"batch"` (the original, over the batches of all processes), `"group"` (statistics of one image: nothing
+            to keep in step over processes, and no dependence on the batch's other images) or `"none"`.
 
     Raises:
         ValueError: for a size below 1 or an unknown `norm`.
@@ -132,8 +132,8 @@ class _SumOverProcesses(torch.autograd.Function):
 class SyncedBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm whose statistics in training are of the batches of all processes, on GPUs and on CPUs.
 
-    torch's `SyncBatchNorm` does the same on GPUs alone. Every process must bring as many pixels as the others. With one
-    process, and in evaluation mode, it is `nn.BatchNorm2d`.
+    torch's `SyncBatchNorm` does the same on GPUs alone. Every process must bring as many pixels as the others. With
+    one process, and in evaluation mode, it is `nn.BatchNorm2d`.
     """
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

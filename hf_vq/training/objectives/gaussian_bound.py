@@ -7,14 +7,14 @@ from ...argument_checks import check_real
 
 class GaussianBound:
     """
-    The chain q(z_t | z_{t-1}) = N(√(1 - β_t) z_{t-1}, β_t), its posterior, and the terms of the bound of -log p(z_0), the
-    divergences between the posteriors of the clean and of the predicted latents (Ho et al. 2020,
+    The chain q(z_t | z_{t-1}) = N(√(1 - β_t) z_{t-1}, β_t), its posterior, and the terms of the bound of -log p(z_0),
+    the divergences between the posteriors of the clean and of the predicted latents (Ho et al. 2020,
     https://arxiv.org/abs/2006.11239, equations 5 to 7 and 12).
 
     Args:
         betas: float `(T,)`, β of timesteps 0…T-1; timestep 0 has taken one step from the data.
-        variance_mix: v in [0, 1]; the variance of a step is (1 - v) β̃_t + v β_t, of which β̃_t is the posterior's and β_t
-            the other extreme (section 3.2).
+        variance_mix: v in [0, 1]; the variance of a step is (1 - v) β̃_t + v β_t, of which β̃_t is the posterior's and
+            β_t the other extreme (section 3.2).
 
     Raises:
         ValueError: betas out of (0, 1), or a `variance_mix` out of [0, 1].
@@ -43,8 +43,8 @@ class GaussianBound:
             timesteps: int64 `(B,)`.
 
         Returns:
-            The mean `(B, C, H, W)`, the variance and its logarithm `(B, 1, 1, 1)`, float32. At timestep 0 the variance is 0
-            with `variance_mix=0`; the logarithm is that of at least 1e-20.
+            The mean `(B, C, H, W)`, the variance and its logarithm `(B, 1, 1, 1)`, float32. At timestep 0 the variance
+            is 0 with `variance_mix=0`; the logarithm is that of at least 1e-20.
         """
         of_clean, of_noisy = (_at(values, timesteps, noisy) for values in (self.clean_weights, self.noisy_weights))
         mean = of_clean * clean.float() + of_noisy * noisy.float()
@@ -55,8 +55,8 @@ class GaussianBound:
         """
         The weight of the squared error of a prediction in each term of the bound, float32 `(T,)`.
 
-        Timestep 0 has the weight of timestep 1, as in the original latent diffusion: -log p(z_0 | z_1) is no divergence, and
-        its weight has no bound as the variance goes to 0.
+        Timestep 0 has the weight of timestep 1, as in the original latent diffusion: -log p(z_0 | z_1) is no
+        divergence, and its weight has no bound as the variance goes to 0.
 
         Args:
             prediction_type: "epsilon" (equation 12), "sample" or "v_prediction". For "sample" the original has another

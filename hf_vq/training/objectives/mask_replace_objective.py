@@ -14,8 +14,8 @@ class MaskReplaceLoss:
     """
     Args:
         loss: scalar, float32, what is minimised; of the size of nats per position.
-        terms: float32 `(B,)`, nats, each sample's term of the bound at its timestep, with the weights of its positions,
-            detached.
+        terms: float32 `(B,)`, nats, each sample's term of the bound at its timestep, with the weights of its
+            positions, detached.
         bits_per_index: scalar, an unbiased estimate of the bound's sum over timesteps, detached.
     """
 
@@ -26,17 +26,18 @@ class MaskReplaceLoss:
 
 class MaskReplaceObjective:
     """
-    The loss of VQ-Diffusion (Gu et al. 2022, equations 7 to 9): the bound's term at one random timestep of each sample, and
-    with a small weight -log p(x_0 | x_t), by which every timestep teaches the network to name the clean codes.
+    The loss of VQ-Diffusion (Gu et al. 2022, equations 7 to 9): the bound's term at one random timestep of each
+    sample, and with a small weight -log p(x_0 | x_t), by which every timestep teaches the network to name the clean
+    codes.
 
-    Both are divided by p(t), the probability of the timestep, so that the loss estimates a sum over timesteps however these
-    are drawn, and by the number of positions.
+    Both are divided by p(t), the probability of the timestep, so that the loss estimates a sum over timesteps however
+    these are drawn, and by the number of positions.
 
     Args:
-        scheduler: the forward chain. Its `mask_loss_weights` weigh the positions that are masked in x_t and the others, in
-            both parts, but not at t = 0.
-        auxiliary_weight (*optional*): of the second part, before the scheduler's adaptive weight 1 + (1 - t/T); by default
-            the scheduler's `auxiliary_loss_weight`. The original's is 5e-4, or 1e-3 on ImageNet and FFHQ.
+        scheduler: the forward chain. Its `mask_loss_weights` weigh the positions that are masked in x_t and the
+            others, in both parts, but not at t = 0.
+        auxiliary_weight (*optional*): of the second part, before the scheduler's adaptive weight 1 + (1 - t/T); by
+            default the scheduler's `auxiliary_loss_weight`. The original's is 5e-4, or 1e-3 on ImageNet and FFHQ.
 
     Raises:
         ValueError: `auxiliary_weight` is not a finite number of at least 0.

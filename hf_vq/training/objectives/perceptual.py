@@ -47,8 +47,9 @@ class PerceptualNetwork(nn.Module):
         A batch that needs no gradient, as a target does, is computed without a graph.
 
         Args:
-            images_a, images_b: `(B, C, H, W)` in [-1, 1]. The networks see RGB: of other images each three channels are
-                taken as one picture and each further one as a grey one, and the distance is the mean over channels.
+            images_a, images_b: `(B, C, H, W)` in [-1, 1]. The networks see RGB: of other images each three channels
+                are taken as one picture and each further one as a grey one, and the distance is the mean over
+                channels.
 
         Raises:
             ValueError: if the shapes differ, or the images are too small.
@@ -95,9 +96,9 @@ class PerceptualNetwork(nn.Module):
 class LPIPS(PerceptualNetwork):
     """LPIPS on VGG16 (Zhang et al. 2018, https://arxiv.org/abs/1801.03924, eq. 1).
 
-    Σ_l mean_{h,w} w_l · (â_l − b̂_l)², over relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3 with channels scaled to unit
-    length. Only the original weights (torchvision's VGG16, the paper's linear heads v0.1) give LPIPS values. Build it
-    with `from_hub` or `from_file`; the constructor alone leaves random weights.
+    Σ_l mean_{h,w} w_l · (â_l − b̂_l)², over relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3 with channels scaled to
+    unit length. Only the original weights (torchvision's VGG16, the paper's linear heads v0.1) give LPIPS values.
+    Build it with `from_hub` or `from_file`; the constructor alone leaves random weights.
     """
 
     name = "lpips"
@@ -199,9 +200,9 @@ class LPIPS(PerceptualNetwork):
 class MobileNetV2Features(PerceptualNetwork):
     """An uncalibrated distance on ImageNet features of MobileNetV2 (Sandler et al. 2018, arXiv:1801.04381, table 2).
 
-    Mean over feature maps of ‖â_l − b̂_l‖², averaged over positions, with channels scaled to unit length: between 0 and
-    4. It is the form of LPIPS without the heads, so its values are not LPIPS values. It is made to be cheap inside a
-    training loop: batch normalisation is folded into the convolutions, and only the layers that are asked for run.
+    Mean over feature maps of ‖â_l − b̂_l‖², averaged over positions, with channels scaled to unit length: between 0
+    and 4. It is the form of LPIPS without the heads, so its values are not LPIPS values. It is made to be cheap inside
+    a training loop: batch normalisation is folded into the convolutions, and only the layers that are asked for run.
 
     Build it with `from_package` or `from_file`; the constructor alone leaves random weights.
     """

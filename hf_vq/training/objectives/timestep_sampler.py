@@ -12,11 +12,11 @@ WARM_UP = 10  # every timestep is met more often than this before their losses c
 
 class ImportanceTimestepSampler:
     """
-    Timesteps with probability in proportion to √E[L_t²], L_t being a sample's term of the bound (Nichol & Dhariwal, "Improved
-    Denoising Diffusion Probabilistic Models", 2021, equation 18), as VQ-Diffusion is trained.
+    Timesteps with probability in proportion to √E[L_t²], L_t being a sample's term of the bound (Nichol & Dhariwal,
+    "Improved Denoising Diffusion Probabilistic Models", 2021, equation 18), as VQ-Diffusion is trained.
 
-    E[L_t²] is a moving average. Until every timestep has been met more than 10 times, the draws are uniform. Timestep 0, whose
-    term is a likelihood and not a divergence, is drawn as often as timestep 1.
+    E[L_t²] is a moving average. Until every timestep has been met more than 10 times, the draws are uniform. Timestep
+    0, whose term is a likelihood and not a divergence, is drawn as often as timestep 1.
 
     Its state is on the CPU in float64. The history is of all processes and the same in each.
 
@@ -59,7 +59,8 @@ class ImportanceTimestepSampler:
                 samples; by default torch's global randomness.
 
         Returns:
-            Timesteps, int64 `(B,)` in 0…T-1, and their probabilities, float32 `(B,)`, which losses are to be divided by.
+            Timesteps, int64 `(B,)` in 0…T-1, and their probabilities, float32 `(B,)`, which losses are to be divided
+            by.
         """
         batch_size = check_integer("batch_size", batch_size, minimum=1)
         probabilities = self.probabilities
@@ -76,7 +77,8 @@ class ImportanceTimestepSampler:
         """
         Adds the terms of one batch to the history; every process calls this with its own part of the batch.
 
-        A timestep that several samples share moves its average once, by the mean of their squares, whatever their order.
+        A timestep that several samples share moves its average once, by the mean of their squares, whatever their
+        order.
 
         Args:
             timesteps (int64 `(B,)`): in 0…T-1.
@@ -90,7 +92,8 @@ class ImportanceTimestepSampler:
         timesteps, losses = timesteps.detach().cpu(), losses.detach().cpu().double()
         if timesteps.ndim != 1 or losses.shape != timesteps.shape:
             raise ValueError(
-                f"`timesteps` and `losses` must have one shape (B,), got {tuple(timesteps.shape)} and {tuple(losses.shape)}."
+                f"`timesteps` and `losses` must have one shape (B,), got {tuple(timesteps.shape)} and "
+                f"{tuple(losses.shape)}."
             )
         if len(timesteps) and not 0 <= int(timesteps.min()) <= int(timesteps.max()) < self.num_train_timesteps:
             raise ValueError(

@@ -20,8 +20,8 @@ def l1_loss(reconstructions: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor
 def l2_loss(reconstructions: torch.Tensor, inputs: torch.Tensor, data_variance: float = 1.0) -> torch.Tensor:
     """Mean squared error over the variance of the data, a scalar.
 
-    With the variance of the training pixels as `data_variance` the value is the unexplained part of the variance, which
-    puts it on one scale with the commitment loss whatever the data (van den Oord et al. 2017).
+    With the variance of the training pixels as `data_variance` the value is the unexplained part of the variance,
+    which puts it on one scale with the commitment loss whatever the data (van den Oord et al. 2017).
     """
     _check_same_shape(reconstructions, inputs)
     return F.mse_loss(reconstructions, inputs) / check_real("data_variance", data_variance, above=0)

@@ -296,7 +296,8 @@ def test_stock_latent_diffusion_pipeline_decodes_with_it():
     assert all((vector == codes).all(dim=1).any() for vector in vectors)
 
 
-# ------------------------------------------------------------------------------- options of the original configurations
+# ------------------------------------------------------------------------------- options of the original
+# configurations
 
 
 def vqgan(**overrides):
@@ -366,7 +367,7 @@ def test_spatial_norms_decode_as_diffusers_do():
     model = vqgan(**SPATIAL)
     other = VQModel(
         block_out_channels=(32, 64), down_block_types=("DownEncoderBlock2D",) * 2, layers_per_block=1,
-        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, vq_embed_dim=4, num_vq_embeddings=16, norm_type="spatial",
+        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, vq_embed_dim=4, num_vq_embeddings=16, norm_type="spatial",  # noqa: E501
     ).eval()  # fmt: skip
     weights = {}
     for name, value in model.state_dict().items():
@@ -437,7 +438,8 @@ def test_rectangular_resolutions():
     assert model.tile_size == 32
 
 
-# ------------------------------------------------------------------------------------- what the libraries ask of a model
+# ------------------------------------------------------------------------------------- what the libraries ask of a
+# model
 
 
 @torch.no_grad()
@@ -461,7 +463,7 @@ class Rows(torch.utils.data.Dataset):
 def test_trainer_trains_and_evaluates(tmp_path):
     model = make_case("vqvae", "ema").make()
     arguments = TrainingArguments(str(tmp_path), max_steps=2, per_device_train_batch_size=3, use_cpu=True,
-                                  per_device_eval_batch_size=2, report_to=[], save_strategy="no", disable_tqdm=True)  # fmt: skip
+                                  per_device_eval_batch_size=2, report_to=[], save_strategy="no", disable_tqdm=True)  # noqa: E501  # fmt: skip
     trainer = Trainer(model, arguments, train_dataset=Rows(), eval_dataset=Rows())
     trainer.train()
     metrics = trainer.evaluate()

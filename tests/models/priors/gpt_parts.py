@@ -22,8 +22,8 @@ KINDS = {
 
 def make(kind, seed=5, **overrides):
     """
-    A tiny model whose weights are large enough that its distributions are far from uniform and differ by position. They are
-    drawn here, so that they do not change with the order in which transformers draws them.
+    A tiny model whose weights are large enough that its distributions are far from uniform and differ by position.
+    They are drawn here, so that they do not change with the order in which transformers draws them.
     """
     model = VQGPTForCausalLM(VQGPTConfig(**{**TINY, **KINDS[kind], **overrides})).eval()
     generator = torch.Generator().manual_seed(seed)

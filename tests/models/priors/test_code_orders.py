@@ -1,4 +1,6 @@
-"""The orders of the original VQGAN's permuters, against constructions of another kind, and priors that read in them."""
+"""The orders of the original VQGAN's permuters, against constructions of another kind, and priors that read in
+them.
+"""
 
 import itertools
 

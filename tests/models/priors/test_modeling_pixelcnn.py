@@ -1,4 +1,6 @@
-"""PixelCNN: against masked convolutions, its receptive field, and sampling position by position against whole passes."""
+"""PixelCNN: against masked convolutions, its receptive field, and sampling position by position against whole
+passes.
+"""
 
 import itertools
 import math
@@ -38,8 +40,8 @@ SHAPES = [((3, 4), 3, 3), ((5, 3), 5, 2), ((1, 6), 3, 2), ((6, 1), 3, 2), ((4, 4
 
 def make(kind="class", seed=5, **overrides):
     """
-    A tiny model far from uniform and different by position and class; its features pass no ReLU but that of the head's hidden
-    layer, which is wide, so that what one depends on is seen.
+    A tiny model far from uniform and different by position and class; its features pass no ReLU but that of the head's
+    hidden layer, which is wide, so that what one depends on is seen.
     """
     model = PixelCNNForCausalLM(PixelCNNConfig(**{**TINY, **KINDS[kind], **overrides})).eval()
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,6 @@
-"""PixelSNAIL: against dense masked computations, its receptive field, and sampling position by position against passes."""
+"""PixelSNAIL: against dense masked computations, its receptive field, and sampling position by position against
+passes.
+"""
 
 import itertools
 
@@ -173,7 +175,9 @@ def dense_condition(model, class_ids, above):
 
 
 def dense_logits(model, indices, class_ids=None, condition_indices=None):
-    """The network in the paper's terms: one-hot codes, masked kernels, shifted maps, all positions of the attention."""
+    """The network in the paper's terms: one-hot codes, masked kernels, shifted maps, all positions of the
+    attention.
+    """
     config, (height, width), k = model.config, model.config.grid_size, model.config.kernel_size
     half, codes = k // 2, one_hot(indices, config.codebook_size)
     above = weight_of(model.stem.above).unflatten(2, (half, k))

@@ -92,7 +92,9 @@ def interleaved(weight, heads):
 
 
 def original_rotary(x, angles):
-    """`x` `(B, T, heads, d)` in neighbouring pairs, as complex numbers turned by `angles` `(T, d / 2)`; nan means times 0."""
+    """`x` `(B, T, heads, d)` in neighbouring pairs, as complex numbers turned by `angles` `(T, d / 2)`; nan means
+    times 0.
+    """
     turn = torch.polar(torch.ones_like(angles), angles.nan_to_num())
     turn[angles.isnan()] = 0
     pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
@@ -115,7 +117,9 @@ def original_angles(config):
 
 
 def original_logits(model, input_ids, condition_states=None):
-    """The network as LlamaGen writes it: joined projections in neighbouring pairs, a table of angles, plain attention."""
+    """The network as LlamaGen writes it: joined projections in neighbouring pairs, a table of angles, plain
+    attention.
+    """
     config, state = model.config, {k: v.double() for k, v in model.state_dict().items()}
     heads, groups, length = config.num_attention_heads, config.num_key_value_heads, input_ids.shape[1]
     h = state["model.embed_tokens.weight"][input_ids]

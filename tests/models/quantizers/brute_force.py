@@ -14,7 +14,7 @@ def brute_force(vectors, codebook):
 
 def rows(latents):
     """`(B, D, h, w) -> (B·h·w, D)`, written out."""
-    return torch.stack([latents[b, :, i, j] for b in range(len(latents)) for i in range(latents.shape[2]) for j in range(latents.shape[3])])  # fmt: skip
+    return torch.stack([latents[b, :, i, j] for b in range(len(latents)) for i in range(latents.shape[2]) for j in range(latents.shape[3])])  # noqa: E501  # fmt: skip
 
 
 def plain_lloyd(vectors, centres, iterations):

@@ -14,7 +14,8 @@ from hf_vq.models.quantizers.quantizer import look_up
 from tests.models.quantizers.brute_force import brute_force, plain_lloyd, randn
 
 
-# -------------------------------------------------------------------------------------------------------- nearest codes
+# -------------------------------------------------------------------------------------------------------- nearest
+# codes
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 4 * 300 * 7, 4 * 300 * 250, 4 * 300 * 500, None])
@@ -95,7 +96,8 @@ def test_nearest_codes_refuses_other_widths():
         nearest_codes(torch.zeros(2, 3), torch.zeros(5, 4))
 
 
-# -------------------------------------------------------------------------------------------------------------- k-means
+# --------------------------------------------------------------------------------------------------------------
+# k-means
 
 
 @pytest.mark.parametrize("iterations", [0, 1, 8])
@@ -148,7 +150,8 @@ def test_kmeans_leaves_codes_that_were_set(name):
     assert (quantizer.codebook == before).all(dim=1).sum() >= 5
 
 
-# ------------------------------------------------------------------------------------------------ statistics, remapping
+# ------------------------------------------------------------------------------------------------ statistics,
+# remapping
 
 
 @pytest.mark.parametrize(

@@ -353,7 +353,7 @@ def test_residual_moving_averages_see_what_is_left():
     ("call", "message"),
     [
         (lambda: GumbelQuantizer(0, 3), "`num_embeddings` must be an int of at least 1, got 0"),
-        (lambda: make_gumbel(temperature=0.0)(torch.zeros(1, 3, 2, 2)), "`temperature` must be a finite number above 0, got 0.0"),
+        (lambda: make_gumbel(temperature=0.0)(torch.zeros(1, 3, 2, 2)), "`temperature` must be a " "finite number above 0, got 0.0"),  # noqa: E501
         (lambda: make_gumbel(temperature=math.nan), "`temperature` must be a finite number above 0, got nan"),
         (lambda: make_gumbel(temperature_start=0), "`temperature_start` must be a finite number above 0, got 0"),
         (lambda: make_gumbel(temperature_end=-1.0), "`temperature_end` must be a finite number above 0, got -1.0"),
@@ -369,7 +369,7 @@ def test_residual_moving_averages_see_what_is_left():
         (lambda: FSQuantizer(12, 2, (4, 4)), "their product is 16"),
         (lambda: FSQuantizer(3, 2, (3, 1)), "from 2 to 1000"),
         (lambda: FSQuantizer(1001, 1, (1001,)), "from 2 to 1000"),
-        (lambda: FSQuantizer(9, 2, (3, 3)).indices_to_latents(torch.tensor([[[9]]])), r"`indices` must lie in \[0, 9\)"),
+        (lambda: FSQuantizer(9, 2, (3, 3)).indices_to_latents(torch.tensor([[[9]]])), r"`indices` must lie in \[0, 9\)"),  # noqa: E501
         (lambda: FSQuantizer(9, 2, (3, 3))(torch.zeros(1, 3, 2, 2)), r"`latents` must have shape \(B, 2, h, w\)"),
         (lambda: LFQuantizer(31, 5), r"must be 2 \*\* embed_dim = 32 .* got 31"),
         (lambda: LFQuantizer(32, 5, bits_per_group=0), "`bits_per_group` must be an int of at least 1, got 0"),

@@ -12,7 +12,8 @@ from hf_vq.models.quantizers.vector_quantizers import EMAVectorQuantizer, Vector
 from tests.models.quantizers.brute_force import brute_force, plain_lloyd, randn, rows
 
 
-# -------------------------------------------------------------------------------------------------- gradient estimators
+# -------------------------------------------------------------------------------------------------- gradient
+# estimators
 
 
 @pytest.mark.parametrize("estimator", [straight_through, rotation_trick])
@@ -69,7 +70,8 @@ def test_straight_through_gradient_is_the_identity():
     assert torch.equal(jacobian(straight_through, randn(4), randn(4, seed=1)), torch.eye(4))
 
 
-# -------------------------------------------------------------------------------------- a codebook trained by gradients
+# -------------------------------------------------------------------------------------- a codebook trained by
+# gradients
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -127,7 +129,8 @@ def test_the_memory_layout_is_that_of_the_latents(estimator):
     assert output.quantized.is_contiguous(memory_format=torch.channels_last)
 
 
-# ---------------------------------------------------------------------------------------------- moving-average codebook
+# ---------------------------------------------------------------------------------------------- moving-average
+# codebook
 
 
 def run_ema(quantizer, batches):
@@ -376,7 +379,8 @@ def test_indices_of_latents_that_are_not_finite_are_in_range(name, bad):
         assert torch.equal(indices[others], expected[others])
 
 
-# ---------------------------------------------------------------------------------------------------------- distributed
+# ----------------------------------------------------------------------------------------------------------
+# distributed
 
 
 def latents_of(rank, step):
@@ -440,7 +444,8 @@ def test_two_processes_end_with_the_same_codebook(tmp_path):
             torch.testing.assert_close(first[name][key], value, atol=1e-5, rtol=1e-5)
 
 
-# --------------------------------------------------------------------------------------------------------------- errors
+# ---------------------------------------------------------------------------------------------------------------
+# errors
 
 
 @pytest.mark.parametrize(
@@ -448,12 +453,12 @@ def test_two_processes_end_with_the_same_codebook(tmp_path):
     [
         (lambda: VectorQuantizer(0, 4), "`num_embeddings` must be an int of at least 1, got 0"),
         (lambda: VectorQuantizer(4, 4, gradient_estimator="none"), "`gradient_estimator` must be one of"),
-        (lambda: VectorQuantizer(4, 3)(torch.zeros(1, 4, 2, 2)), r"`latents` must have shape \(B, 3, h, w\), got \(1, 4"),
+        (lambda: VectorQuantizer(4, 3)(torch.zeros(1, 4, 2, 2)), r"`latents` must have shape \(B, 3, " r"h, w\), got \(1, 4"),  # noqa: E501
         (lambda: VectorQuantizer(4, 3).set_codebook(torch.zeros(4, 2)), r"`codes` must have shape \(4, 3\)"),
         (lambda: VectorQuantizer(4, 3).indices_to_latents(torch.tensor([[[4]]])), r"\[0, 4\), got values from 4 to 4"),
         (lambda: VectorQuantizer(4, 3).indices_to_latents(torch.tensor([[[0.0]]])), "must be an integer tensor"),
         (lambda: EMAVectorQuantizer(4, 3, decay=1.0), r"`decay` must be a number in \[0, 1\), got 1.0"),
-        (lambda: EMAVectorQuantizer(4, 3, restart_threshold=-0.1), r"`restart_threshold` must be a number in \[0, 1\)"),
+        (lambda: EMAVectorQuantizer(4, 3, restart_threshold=-0.1), r"`restart_threshold` must be a " r"number in \[0, 1\)"),  # noqa: E501
         (lambda: EMAVectorQuantizer(4, 3, keep_unused=False), "`keep_unused=False` divides by counts of 0"),
         (lambda: EMAVectorQuantizer(4, 3, decay=float("nan")), "`decay` must be .* got nan"),
         (lambda: VectorQuantizer(4, 3, commitment_cost=float("nan")), "`commitment_cost` must be .* got nan"),
