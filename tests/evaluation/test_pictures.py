@@ -35,8 +35,8 @@ def test_to_pil_maps_and_clamps():
     red = torch.tensor([1.0, -1, -1]).view(1, 3, 1, 1).expand(1, 3, 2, 5)
     assert to_pil(red)[0].size == (5, 2)
     assert np.asarray(to_pil(red)[0])[0, 0].tolist() == [255, 0, 0]
-    with pytest.raises(ValueError, match="1 or 3"):
-        to_pil(torch.zeros(1, 4, 2, 2))
+    with pytest.raises(ValueError, match=r"`images` must have shape \(B, C, H, W\), got \(4, 2, 2\)"):
+        to_pil(torch.zeros(4, 2, 2))
 
 
 def test_rows_without_labels_lie_where_they_should():

@@ -28,6 +28,9 @@ def make(name):
         config = hf_vq.VQVAE2Config(**TOKENIZER, embed_dim=4)
     elif name == "VQGPTForCausalLM":
         config = hf_vq.VQGPTConfig(**GRID, n_embd=16, n_layer=2, n_head=2)
+    elif name == "VQLlamaForCausalLM":
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+        config = hf_vq.VQLlamaConfig(**GRID, **sizes)
     elif name == "PixelCNNForCausalLM":
         config = hf_vq.PixelCNNConfig(**GRID, num_hidden_layers=2, hidden_size=8)
     elif name == "PixelSNAILForCausalLM":

@@ -145,7 +145,7 @@ def test_text_is_padded_and_cuts_are_named(caplog):
 
 def test_embeddings_in_place_of_text():
     pipeline = make_pipeline("text", text_mask=False)
-    condition = encode_text(pipeline.text_encoder, pipeline.tokenizer, ["a red cat", ""])
+    condition = encode_text(pipeline.text_encoder, pipeline.tokenizer, ["a red cat", ""], mask_padding=False)
     by_text = latents_of(pipeline, prompt="a red cat", guidance_scale=2.0, generator=seeded())
     embeds = {"prompt_embeds": condition.embeddings[:1], "negative_prompt_embeds": condition.embeddings[1:]}
     bare = make_pipeline("text", text_encoder=None, tokenizer=None)

@@ -7,9 +7,10 @@ from diffusers.models.downsampling import Downsample2D
 from diffusers.models.upsampling import Upsample2D
 
 from ...argument_checks import check_integer
+from ..checked_loading import CheckedLoadingMixin
 
 
-class LatentUNet2DModel(UNet2DModel):
+class LatentUNet2DModel(CheckedLoadingMixin, UNet2DModel):
     """
     A [`~diffusers.UNet2DModel`] with one number of attention heads for all its widths, and with resampling that may
     have no convolutions (Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", 2022; the
