@@ -1,4 +1,4 @@
-"""How much of a large codebook stays in use: plain VQ beside SimVQ, BSQ and the EMA codebook with restarts."""
+"""How much of a large codebook stays in use: plain VQ beside SimVQ and BSQ, on synthetic patches."""
 
 import argparse
 import time
@@ -24,7 +24,7 @@ SMOOTH = 1  # images are noise, blurred so often
 
 
 def patches(count: int, generator: torch.Generator) -> torch.Tensor:
-    """`(1, 64, count / 64, 64)`: patches with the falling spectrum of natural images, of unit variance."""
+    """`(1, 64, count / 64, 64)`: patches of blurred noise, a falling spectrum, of unit variance."""
     images = torch.randn(count, 1, 8 + 2 * SMOOTH, 8 + 2 * SMOOTH, generator=generator, device=generator.device)
     for _ in range(SMOOTH):
         images = nn.functional.avg_pool2d(images, 3, stride=1)

@@ -29,6 +29,7 @@ def convert(
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Runs the converter by its command line arguments."""
     parser = argument_parser("A tokenizer of diffusers, or another of the Hub's, to hf_vq.")
     parser.add_argument("--part", help="the subfolder that holds the tokenizer, such as vqvae or movq")
     parser.add_argument("--layout", choices=LAYOUTS, help="where it cannot be told")

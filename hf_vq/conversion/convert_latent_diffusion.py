@@ -296,6 +296,7 @@ def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Runs the converter by its command line arguments."""
     parser = argument_parser("An original latent diffusion model with a VQ first stage, or that stage, to hf_vq.")
     parser.add_argument("--config", required=True, help="the YAML that the checkpoint was trained with")
     parser.add_argument("--live", action="store_true", help="take the weights themselves, not their averages")

@@ -154,6 +154,7 @@ def _read_tokenizer(state_dict: dict, config, resolution: int) -> tuple[VQGANMod
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Runs the converter by its command line arguments."""
     parser = argument_parser("An image tokenizer or a prior of LlamaGen, or both, to hf_vq.")
     parser.add_argument(
         "--config", help="JSON with the arguments of the original's VQModel or ModelArgs, to be checked"

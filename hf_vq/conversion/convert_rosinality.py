@@ -47,6 +47,7 @@ def load(path: str | Path, name: str = "checkpoint") -> tuple[dict[str, torch.Te
 
 
 def is_pixelsnail(state_dict: dict) -> bool:
+    """Whether weights are the original's `PixelSNAIL`, which alone has a `background`."""
     return "background" in state_dict
 
 
@@ -347,6 +348,7 @@ def convert(
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Runs the converter by its command line arguments."""
     parser = argument_parser("A VQVAE, a PixelSNAIL or both of rosinality/vq-vae-2-pytorch to hf_vq.")
     parser.add_argument("--top", help="the top prior of a VQVAE")
     parser.add_argument("--bottom", help="its bottom prior")

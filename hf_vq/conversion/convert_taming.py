@@ -321,6 +321,7 @@ def convert(
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Runs the converter by its command line arguments."""
     parser = argument_parser("An original VQGAN, or VQGAN with its GPT, to hf_vq.")
     parser.add_argument("--config", required=True, help="the YAML that the checkpoint was trained with")
     parser.add_argument("--discriminator", action="store_true", help="also save the discriminator of a VQGAN")

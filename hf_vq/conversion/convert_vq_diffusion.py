@@ -319,6 +319,7 @@ def convert(
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Runs the converter by its command line arguments."""
     parser = argument_parser("An original VQ-Diffusion model to hf_vq.")
     parser.add_argument("--config", required=True, help="the YAML that the checkpoint was trained with")
     parser.add_argument("--codec_config", help="the YAML of its image codec, which is left out without")

@@ -175,6 +175,7 @@ def convert(
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Runs the converter by its command line arguments."""
     parser = argument_parser("The VQ-VAE notebook's model to hf_vq.")
     parser.add_argument("--config", help="JSON with the arguments of the notebook's Model; its defaults otherwise")
     parser.add_argument("--data_variance", type=float, help="of the training pixels in [-0.5, 0.5]")

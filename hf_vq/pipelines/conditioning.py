@@ -154,6 +154,7 @@ def encode_text(
 
 
 def as_texts(prompts: str | Sequence[str], name: str) -> list[str]:
+    """One text or several as a list; a ValueError that names the argument `name` for anything else, or none."""
     texts = list(prompts) if isinstance(prompts, (list, tuple)) else [prompts]
     if not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"`{name}` must be a str or a list of them that is not empty, got {prompts!r}.")
