@@ -7,9 +7,10 @@ import sys
 import threading
 import time
 import traceback
+from dataclasses import dataclass
 from types import FrameType, TracebackType
 
-from ..distributed import is_distributed
+from ..distributed import is_distributed, is_main_process, maxima_over_processes
 
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,22 @@ class Interruption:
             self.signum, self._time = signum, now
 
 
+@dataclass(frozen=True)
+class Agreement:
+    """What all processes do after a step: end by the signal `signum` (0: none), or at the end of the run, or save."""
+
+    signum: int
+    reached_the_end: bool
+    save_is_due: bool
+
+
+def agree(signum: int, is_last_step: bool, time_is_up: bool, save_is_due: bool) -> Agreement:
+    """One agreement of all processes, though a signal may reach only one of them; the main process's clock counts."""
+    own = (signum, *((time_is_up, save_is_due) if is_main_process() else (False, False)))
+    signum, time_is_up, save_is_due = maxima_over_processes(own)
+    return Agreement(signum, is_last_step or bool(time_is_up), bool(save_is_due))
+
+
 def end_all_on_error() -> None:
     """Lets an uncaught error of this process end a distributed run at once, its message last on the screen.
 
@@ -101,4 +118,4 @@ def _is_consequence(error: BaseException) -> bool:
     )
 
 
-__all__ = ["EXIT_CODES", "Interruption", "end_all_on_error"]
+__all__ = ["EXIT_CODES", "Agreement", "Interruption", "agree", "end_all_on_error"]

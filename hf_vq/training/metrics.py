@@ -9,6 +9,9 @@ from pathlib import Path
 
 import torch
 
+from ..distributed import all_reduced
+from ..evaluation.evaluate import codebook_levels
+from ..models.quantizers.codebook_statistics import code_counts, codebook_statistics
 from .checkpointing import write_file_atomically
 
 
@@ -51,6 +54,29 @@ class MetricWindow:
     def load_state_dict(self, state: dict) -> None:
         self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
         self.counts = dict(state["counts"])
+
+
+class CodeCounts:
+    """Counts the codes of a step over its micro-batches and processes, so that the perplexity depends on neither."""
+
+    def __init__(self):
+        self.counts: list[torch.Tensor] = []
+
+    def add(self, indices: torch.Tensor | tuple[torch.Tensor, ...], num_embeddings: int) -> None:
+        """Takes the codes of one micro-batch, see `TrainingRun.log_codes`."""
+        counts = [code_counts(level, num_embeddings) for level in codebook_levels(indices)]
+        before = self.counts or [0.0] * len(counts)
+        self.counts = [old + new for old, new in zip(before, counts, strict=True)]
+
+    def take(self) -> dict[str, torch.Tensor]:
+        """The perplexity of each codebook, and no counts; called by all processes, or by none."""
+        if not self.counts:
+            return {}
+        totals = all_reduced(torch.stack(self.counts))
+        self.counts = []
+        names = [f"codebook_perplexity_{level}" for level in range(len(totals))]
+        names = names if len(totals) > 1 else ["codebook_perplexity"]
+        return {name: codebook_statistics(row).perplexity for name, row in zip(names, totals, strict=True)}
 
 
 class MetricsFile:

@@ -33,65 +33,42 @@ The data order, the augmentation and the learning rate are functions of the seed
 that a step depends on is in the checkpoint. A run that was killed continues with the losses that it would have had.
 """
 
-import errno
-import json
 import logging
-import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import Dataset
 
-from ..distributed import all_reduced, from_main_process, gathered, maxima_over_processes, union_over_processes
-from ..evaluation.evaluate import codebook_levels, evaluation_mode
-from ..models.quantizers.codebook_statistics import code_counts, codebook_statistics
+from ..distributed import from_main_process, gathered, union_over_processes
+from ..evaluation.evaluate import evaluation_mode
 from .checkpointing import (
-    draft_folder,
-    draft_path,
     find_checkpoints,
-    find_damage,
-    get_buffers,
     get_random_state,
-    load_parts,
     preserved_random_state,
-    publish_folder,
     remove_unfinished,
-    rotate_checkpoints,
-    save_parts,
     set_aside_after,
     set_random_state,
-    size_of_parts,
-    write_error,
-    write_manifest,
 )
 from .data.image_datasets import collate
 from .data.loading import micro_batches, move_to_device
 from .data.samplers import micro_batch_sizes, process_slice
-from .interruption import EXIT_CODES, Interruption, end_all_on_error
-from .metrics import MetricGuard, MetricsFile, MetricWindow, Stopwatch, TrainingStoppedError
+from .interruption import EXIT_CODES, Agreement, Interruption, agree, end_all_on_error
+from .metrics import CodeCounts, MetricGuard, MetricsFile, MetricWindow, Stopwatch, TrainingStoppedError
 from .output_lock import FolderInUseError, lock_folder, unlock_folder
 from .processes import build_accelerator, prepare_model, seed_process
 from .run_arguments import RunArguments, learning_rate_factor
+from .run_checkpoints import RunCheckpoints
+from .run_parts import RunParts
 from .sample_generators import sample_generators
-from .sharding import (
-    gather_model,
-    load_sharded,
-    save_sharded,
-    set_gradient_exchange,
-    shard_model,
-    skeleton_of,
-    unsharded,
-    whole,
-)
+from .sharding import gather_model, set_gradient_exchange, shard_model, skeleton_of, unsharded, whole
 from .trackers import start_tracker, track_images
 from .weight_ema import WeightEMA
 
@@ -104,15 +81,6 @@ logger = logging.getLogger(__name__)
 _FREE_ARGUMENTS = ("resume_from_checkpoint", "output_dir", "report_to", "push_to_hub", "hub_model_id", "cpu")
 
 
-@dataclass(frozen=True)
-class _Agreement:
-    """What all processes do after a step: end by the signal `signum` (0: none), or at the end of the run, or save."""
-
-    signum: int
-    reached_the_end: bool
-    save_is_due: bool
-
-
 class TrainingRun:
     """One training run, on one or several processes. See the module's docstring.
 
@@ -122,6 +90,7 @@ class TrainingRun:
 
     Attributes:
         accelerator (`accelerate.Accelerator`): processes, device and precision.
+        parts (`RunParts`): what is trained and saved; its `models`, `optimizers` and `emas` are the run's, too.
         global_step (`int`): optimizer steps done.
         is_finished (`bool`): the last step is done, now or in an earlier start of the same run.
         broken_images (`set[str]`): names of the images that were passed over.
@@ -140,11 +109,11 @@ class TrainingRun:
         )
         set_seed(arguments.seed)
 
-        self.models: dict[str, nn.Module] = {}
-        self.optimizers: dict[str, torch.optim.Optimizer] = {}
-        self.emas: dict[str, WeightEMA] = {}
-        self._skeletons: dict[str, nn.Module] = {}  # of the sharded models
-        self.states: dict[str, object] = {}
+        self.parts = RunParts()
+        self.models, self.optimizers, self.emas = self.parts.models, self.parts.optimizers, self.parts.emas
+        self._checkpoints = RunCheckpoints(
+            self.output_dir, self.accelerator, self.parts, arguments.checkpoints_total_limit
+        )
         self.global_step = 0
         self.samples_seen = 0
         self.is_finished = False
@@ -157,7 +126,7 @@ class TrainingRun:
         self._started = False
         self._metrics_file = MetricsFile(self.output_dir / "metrics.jsonl")
         self._window = MetricWindow(self.device)
-        self._code_counts: list[torch.Tensor] = []
+        self._code_counts = CodeCounts()
         self._positions = range(0)
         self._interruption = Interruption()
         self._validation_due = False
@@ -192,7 +161,7 @@ class TrainingRun:
             prepared = (
                 model.to(self.device) if self.accelerator.num_processes > 1 else prepare_model(self.accelerator, model)
             )
-            self._skeletons[name] = skeleton_of(model)
+            self.parts.skeletons[name] = skeleton_of(model)
             shard_model(model, self.device, self.arguments.mixed_precision)
         else:
             prepared = prepare_model(self.accelerator, model)
@@ -211,7 +180,7 @@ class TrainingRun:
     def add_optimizer(self, name: str, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """Registers an optimizer. Its learning rates become the peaks of the schedule that the arguments name."""
         self._check_new(name)
-        if self._skeletons:
+        if self.parts.skeletons:
             known = {parameter for model in self.models.values() for parameter in model.parameters()}
             if any(parameter not in known for group in optimizer.param_groups for parameter in group["params"]):
                 raise ValueError(
@@ -224,7 +193,7 @@ class TrainingRun:
     def add_state(self, name: str, state: Any):
         """Registers anything else with `state_dict()` and `load_state_dict()` that a resumed run needs."""
         self._check_new(name)
-        self.states[name] = state
+        self.parts.states[name] = state
         return state
 
     def on_validation(self, function: Callable[[], dict | None]) -> Callable[[], dict | None]:
@@ -254,13 +223,13 @@ class TrainingRun:
         """
         model = self.models[name]
         with self.ema_weights(name):
-            found = gather_model(model, self._skeletons[name]) if name in self._skeletons else model
+            found = gather_model(model, self.parts.skeletons[name]) if name in self.parts.skeletons else model
             yield None if found is None else found.eval()
 
     def _check_new(self, name: str) -> None:
         if self._started:
             raise ValueError(f"{name!r} is added after start(): add models, optimizers and states before it.")
-        if name in (*self.models, *self.optimizers, *self.states):
+        if name in self.parts:
             raise ValueError(f"the name {name!r} is taken: every model, optimizer and state needs its own.")
 
     # The loop
@@ -271,7 +240,7 @@ class TrainingRun:
             for name in remove_unfinished(self.output_dir):
                 logger.warning("Removed %s, left by an interrupted write.", self.output_dir / name)
         self.accelerator.wait_for_everyone()
-        checkpoint = self._checkpoint_to_resume()
+        checkpoint = self._checkpoints.to_resume(self.arguments.resume_from_checkpoint)
         if checkpoint is not None:
             self._load_checkpoint(checkpoint)
         else:
@@ -371,7 +340,7 @@ class TrainingRun:
     @contextmanager
     def _accumulate(self, *models: nn.Module) -> Iterator[None]:
         with self.accelerator.accumulate(*models):
-            for name in self._skeletons:
+            for name in self.parts.skeletons:
                 set_gradient_exchange(self.models[name], self.accelerator.sync_gradients)
             yield
 
@@ -421,9 +390,7 @@ class TrainingRun:
             indices: int `(B, h, w)`; a tuple of such for the levels of a hierarchy, `(B, h, w, depth)` for residuals.
             num_embeddings: codes of each codebook.
         """
-        counts = [code_counts(level, num_embeddings) for level in codebook_levels(indices)]
-        before = self._code_counts or [0.0] * len(counts)
-        self._code_counts = [old + new for old, new in zip(before, counts, strict=True)]
+        self._code_counts.add(indices, num_embeddings)
 
     def sample_generators(self) -> list[torch.Generator]:
         """A generator on the CPU for each sample of the present micro-batch, seeded by its position in the data.
@@ -444,7 +411,7 @@ class TrainingRun:
             self.accelerator.scaler.update()
         for ema in self.emas.values():
             ema.update()
-        self._take_codes()
+        self._window.add(self._code_counts.take())
         self.global_step += 1
         self.samples_seen += arguments.train_batch_size
         self._clock.samples += arguments.train_batch_size
@@ -513,32 +480,16 @@ class TrainingRun:
             for group, peak in zip(optimizer.param_groups, self._peak_rates[name], strict=True):
                 group["lr"] = peak * factor
 
-    def _agree(self) -> "_Agreement":
-        """What all processes do after this step, though their clocks differ and a signal may reach only one of
-        them.
-        """
-        now, arguments = time.monotonic(), self.arguments
-        time_is_up = save_is_due = False
-        if self.is_main_process:
-            minutes = arguments.max_train_minutes
-            time_is_up = minutes is not None and self._clock.elapsed() >= 60 * minutes
-            minutes = arguments.checkpointing_minutes
-            save_is_due = minutes is not None and now - self._last_save >= 60 * minutes
-        wishes = (self._interruption.signum, time_is_up, save_is_due)
-        signum, time_is_up, save_is_due = maxima_over_processes(wishes)
-        ended = self.global_step >= arguments.max_train_steps or bool(time_is_up)
-        return _Agreement(signum, ended, bool(save_is_due))
+    def _agree(self) -> Agreement:
+        arguments = self.arguments
+        minutes = arguments.max_train_minutes
+        time_is_up = minutes is not None and self._clock.elapsed() >= 60 * minutes
+        minutes = arguments.checkpointing_minutes
+        save_is_due = minutes is not None and time.monotonic() - self._last_save >= 60 * minutes
+        is_last = self.global_step >= arguments.max_train_steps
+        return agree(self._interruption.signum, is_last, time_is_up, save_is_due)
 
     # Metrics
-
-    def _take_codes(self) -> None:
-        if not self._code_counts:
-            return
-        totals = all_reduced(torch.stack(self._code_counts))
-        self._code_counts = []
-        for level, counts in enumerate(totals):
-            name = "codebook_perplexity" if len(totals) == 1 else f"codebook_perplexity_{level}"
-            self._window.add({name: codebook_statistics(counts).perplexity})
 
     def _report(self) -> None:
         row = {"step": self.global_step}
@@ -565,7 +516,7 @@ class TrainingRun:
             stack.enter_context(torch.no_grad())
             for name, model in self.models.items():
                 stack.enter_context(self.ema_weights(name))
-                if name in self._skeletons:
+                if name in self.parts.skeletons:
                     stack.enter_context(unsharded(model))
                 stack.enter_context(evaluation_mode(model))
             metrics = self._validation() or {}
@@ -595,26 +546,6 @@ class TrainingRun:
 
     # Checkpoints
 
-    def _parts(self) -> dict[str, object]:
-        """What one process writes for all."""
-        parts = {**self.models, **self.optimizers, **self.states}
-        parts.update({f"{name}-ema": ema for name, ema in self.emas.items()})
-        if self.accelerator.scaler is not None:
-            parts["grad_scaler"] = self.accelerator.scaler
-        sharded = {name for kind in self._sharded_parts() for name in kind}
-        return {name: part for name, part in parts.items() if name not in sharded}
-
-    def _sharded_parts(self) -> tuple[dict, dict, dict]:
-        """What every process writes its share of: models, `(model, optimizer)`, and averages, by name."""
-        models = {name: self.models[name] for name in self._skeletons}
-        owners = {parameter: model for model in models.values() for parameter in model.parameters()}
-        optimizers = {
-            name: (owners[first], optimizer)
-            for name, optimizer in self.optimizers.items()
-            if (first := optimizer.param_groups[0]["params"][0]) in owners
-        }
-        return models, optimizers, {f"{name}-ema": self.emas[name] for name in models if name in self.emas}
-
     def save_checkpoint(self, path: str | Path | None = None) -> Path:
         """Writes `output_dir/checkpoint-<step>`, which appears complete or not at all.
 
@@ -622,60 +553,13 @@ class TrainingRun:
         """
         path = Path(path) if path is not None else self.output_dir / f"checkpoint-{self.global_step}"
         self.broken_images = union_over_processes(self.broken_images)
-        draft = draft_path(path)
-        for write in (self._open_draft, self._write_state, self._publish):
-            self._on_all_or_none(write, draft, path)
-        self._last_save = time.monotonic()
-        return path
-
-    def _open_draft(self, draft: Path, path: Path) -> None:
-        if not self.is_main_process:
-            return
-        needed, free = self._size(), shutil.disk_usage(self.output_dir).free
-        if needed > free:
-            raise OSError(errno.ENOSPC, "the disk is too full")
-        draft_folder(path)
-
-    def _write_state(self, draft: Path, path: Path) -> None:
-        # The main process's buffers are with its models; BatchNorm's statistics, for one, are each process's own.
-        buffers = {}
-        if not self.is_main_process:
-            buffers = get_buffers({name: part for name, part in self.models.items() if name not in self._skeletons})
-        own = {"random": get_random_state(), "window": self._window.state_dict(), "buffers": buffers}
-        torch.save(own, draft / f"process-{self.accelerator.process_index}.pt")
-        if self._skeletons:
-            save_sharded(draft / "sharded", *self._sharded_parts())
         if self._stream_state is not None:
             self._saved_streams = gathered(self._stream_state)
-        if self.is_main_process:
-            save_parts(draft, self._parts())
-            (draft / "run.json").write_text(json.dumps(self._position(), indent=1))
-
-    def _publish(self, draft: Path, path: Path) -> None:
-        if self.is_main_process:
-            write_manifest(draft)
-            publish_folder(draft, path)
-            rotate_checkpoints(self.output_dir, self.arguments.checkpoints_total_limit)
-
-    def _on_all_or_none(self, write: Callable[[Path, Path], None], draft: Path, path: Path) -> None:
-        """Calls `write` on every process; where one fails, the draft is removed and all raise its error."""
-        reason, cause = None, None
-        try:
-            write(draft, path)
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises a RuntimeError
-            reason, cause = f"{type(error).__name__}: {error}", error
-        reasons = [text for text in gathered(reason) if text is not None]
-        if not reasons:
-            return
-        if self.is_main_process:
-            shutil.rmtree(draft, ignore_errors=True)
-        raise write_error(path, reasons[0], self._size()) from cause
-
-    def _size(self) -> int:
-        """About how many bytes a checkpoint takes."""
-        models, optimizers, emas = self._sharded_parts()
-        sharded = {**models, **{name: optimizer for name, (_, optimizer) in optimizers.items()}, **emas}
-        return size_of_parts({**self._parts(), **sharded})
+        self.parts.scaler = self.accelerator.scaler
+        own = {"random": get_random_state(), "window": self._window.state_dict()}
+        self._checkpoints.save(path, self._position(), own)
+        self._last_save = time.monotonic()
+        return path
 
     def _position(self) -> dict:
         return {
@@ -691,50 +575,9 @@ class TrainingRun:
             "arguments": asdict(self.arguments),
         }
 
-    def _checkpoint_to_resume(self) -> Path | None:
-        wanted = self.arguments.resume_from_checkpoint
-        if wanted == "none":
-            return None
-        if wanted == "latest":
-            path, damage = from_main_process(self._newest_whole_checkpoint() if self.is_main_process else None)
-            if path is None and damage:
-                raise ValueError(
-                    f"every checkpoint in {self.output_dir} is damaged ({damage[0]}): mend it, or start afresh with "
-                    "resume_from_checkpoint=none."
-                )
-            return path
-        if not Path(wanted).is_dir():
-            raise ValueError(
-                f'`resume_from_checkpoint` must be "latest", "none" or a checkpoint folder, got {wanted!r}.'
-            )
-        damage = from_main_process(find_damage(Path(wanted)) if self.is_main_process else None)
-        if damage is not None:
-            raise ValueError(f"`resume_from_checkpoint` must be a whole checkpoint, got {wanted!r}: {damage}.")
-        return Path(wanted)
-
-    def _newest_whole_checkpoint(self) -> tuple[Path | None, list[str]]:
-        """The newest checkpoint that is not damaged, and what is wrong with the later ones."""
-        damages = []
-        for path in reversed(find_checkpoints(self.output_dir).values()):
-            damage = find_damage(path)
-            if damage is None:
-                if damages:
-                    logger.warning("Continuing from %s, the last checkpoint that is whole.", path)
-                return path, damages
-            logger.warning("A checkpoint is damaged and passed over: %s.", damage)
-            damages.append(damage)
-        return None, damages
-
     def _load_checkpoint(self, path: Path) -> None:
-        if (path / "sharded").exists() != bool(self._skeletons):
-            raise ValueError(
-                f"the checkpoint {path} was written {'without' if self._skeletons else 'with'} fsdp=full_shard: "
-                "continue it in the same way."
-            )
-        load_parts(path, self._parts())
-        if self._skeletons:
-            load_sharded(path / "sharded", *self._sharded_parts())
-        position = json.loads((path / "run.json").read_text())
+        self.parts.scaler = self.accelerator.scaler
+        position, own = self._checkpoints.load(path)
         self.global_step = position["step"]
         self.samples_seen = position["samples_seen"]
         self._dataset_size = position["dataset_size"]
@@ -747,19 +590,15 @@ class TrainingRun:
             before = position["arguments"].get(name, value)
             if before != value and name not in _FREE_ARGUMENTS and self.is_main_process:
                 logger.warning("Continuing with %s=%r; the checkpoint was written with %r.", name, value, before)
-        if position["num_processes"] == self.accelerator.num_processes:
-            own_file = path / f"process-{self.accelerator.process_index}.pt"
-            own = torch.load(own_file, map_location="cpu", weights_only=True)
+        if own is not None:
             set_random_state(own["random"])
             self._window.load_state_dict(own["window"])
-            for name, buffers in own["buffers"].items():
-                self.models[name].load_state_dict(buffers, strict=False)
-        else:
-            seed_process(self.accelerator, self.arguments.seed + 1000 * self.global_step)
+            return
+        seed_process(self.accelerator, self.arguments.seed + 1000 * self.global_step)
+        if self.is_main_process:
             logger.warning(
-                "The checkpoint was written by %d processes and is continued by %d: the data go on "
-                "where they were, but "
-                "what the model draws at random (dropout) differs from an unbroken run.",
+                "The checkpoint was written by %d processes and is continued by %d: the data go on where they were, "
+                "but what the model draws at random (dropout) differs from an unbroken run.",
                 position["num_processes"],
                 self.accelerator.num_processes,
             )

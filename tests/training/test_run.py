@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from hf_vq.training import run_parts
 from hf_vq.training.checkpointing import find_checkpoints
 from hf_vq.training.run import RunArguments, TrainingRun, TrainingStoppedError
 from hf_vq.training.run_arguments import learning_rate_factor
@@ -163,9 +164,9 @@ def test_a_crash_while_saving_leaves_the_previous_checkpoint(unbroken, tmp_path,
 
 
 def fail_at_the_second_save(patch, crash):
-    saves, real = [], toy_run.run_module.save_parts
+    saves, real = [], run_parts.save_parts
     patch.setattr(
-        "hf_vq.training.run.save_parts", lambda *a: (saves.append(1), (real if len(saves) < 2 else crash)(*a))
+        "hf_vq.training.run_parts.save_parts", lambda *a: (saves.append(1), (real if len(saves) < 2 else crash)(*a))
     )
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_vq.models.quantizers.vector_quantizers import EMAVectorQuantizer
-from hf_vq.training import run as run_module
+from hf_vq.training import run_checkpoints
 from hf_vq.training.run import RunArguments, TrainingRun
 
 
@@ -58,7 +58,7 @@ def _kill():
 
 
 def _kill_while_saving(run, moment):
-    publish = run_module.publish_folder
+    publish = run_checkpoints.publish_folder
 
     def publish_and_die(draft, path):
         if moment == "save":
@@ -66,7 +66,7 @@ def _kill_while_saving(run, moment):
         publish(draft, path)
         _kill()
 
-    run_module.publish_folder = publish_and_die
+    run_checkpoints.publish_folder = publish_and_die
 
 
 def train(
