@@ -20,6 +20,7 @@ SAMPLING_OPTIONS = {
     "height": int,
     "width": int,
 }
+SYSTEMS = ("vqvae", "vqgan", "vqvae2", "pixelcnn", "vq_gpt", "vq_diffusion", "vq_latent_diffusion")
 EXIT_CODES = "exit codes: 0 done; 1 an error, or some files were skipped; 2 wrong usage"
 
 
@@ -132,6 +133,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--output", type=Path, help="the picture (default: named for what it shows, .png)")
 
     add_convert(add)
+    add_train(add)
 
     command = add(
         "evaluate",
@@ -212,6 +214,25 @@ def add_convert(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("--resolution", type=int, help="of the images, where the file does not hold it")
     command.add_argument("--data_variance", type=float, help="zalando: of the pixels in [-0.5, 0.5]")
     command.add_argument("--null_class_id", type=int, help="latent_diffusion: the class that stands for none")
+
+
+def add_train(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """The subcommand `train`, whose further arguments are those of the script."""
+    command = add(
+        "train",
+        "train.train",
+        "train a tokenizer or a prior; `hf-vq train SYSTEM --help` lists a system's arguments",
+        "vqgan --dataset_name_or_path photos/ --resolution 64 --output_dir outputs/vqgan",
+        "vq_gpt config.yaml --tokenizer outputs/vqgan/tokenizer --output_dir outputs/vq_gpt",
+    )
+    command.add_argument("system", choices=SYSTEMS, metavar="SYSTEM", help=", ".join(SYSTEMS))
+    command.add_argument(
+        "arguments",
+        nargs=argparse.REMAINDER,
+        metavar="...",
+        help="a YAML or JSON file, arguments, or both; on several processes: "
+        "accelerate launch -m hf_vq.training.scripts.train_SYSTEM ...",
+    )
 
 
 def add_tokenizer(command: argparse.ArgumentParser, also: str = "") -> None:

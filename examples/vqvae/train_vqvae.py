@@ -1,128 +1,17 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["hf_vq[train]"]
+# ///
 """Train a VQ-VAE tokenizer (van den Oord et al. 2017) on a folder of images, parquet files or a Hub data set.
 
-python examples/vqvae/train_vqvae.py examples/vqvae/emoji_32.yaml --output_dir outputs/vqvae
-accelerate launch examples/vqvae/train_vqvae.py CONFIG.yaml [--argument value ...]
+    python examples/vqvae/train_vqvae.py examples/vqvae/emoji_32.yaml --output_dir outputs/vqvae
+    accelerate launch examples/vqvae/train_vqvae.py CONFIG.yaml [--argument value ...]
+
+The model, the losses and the loop stand in `hf_vq/training/scripts/train_vqvae.py`;
+`hf-vq train vqvae` runs it too.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-
-import torch
-
-from hf_vq import VQImageProcessor, VQVAEConfig, VQVAEModel
-from hf_vq.training.data.image_datasets import DataArguments, load_image_dataset, pixel_variance
-from hf_vq.training.fine_tuning import PARTS, train_part
-from hf_vq.training.objectives.perceptual import build_perceptual
-from hf_vq.training.run import RunArguments, TrainingRun
-from hf_vq.training.run_arguments import check_agrees, check_numbers, parse_arguments, parse_mapping
-from hf_vq.training.sharing import save_trained
-from hf_vq.training.validation import validate_tokenizer
-
-
-@dataclass
-class VQVAEArguments:
-    """The model; the defaults are the paper's."""
-
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "Start from this tokenizer; the fields down to `quantizer_kwargs` are its own."},
-    )
-    train: str = field(
-        default="all",
-        metadata={"help": "What is trained: all, or the decoder on frozen codes.", "choices": list(PARTS)},
-    )
-    hidden_size: int = 128
-    residual_hidden_size: int = 32
-    num_residual_layers: int = 2
-    downsample_factor: int = 4
-    embed_dim: int = 64
-    num_embeddings: int = 512
-    commitment_cost: float = 0.25
-    quantizer: str = field(default="ema", metadata={"help": "vq, ema, gumbel, cosine, fsq, lfq or residual."})
-    in_channels: int = field(default=3, metadata={"help": "Channels of the images: 1 grey, 3 RGB, 4 RGBA."})
-    quantizer_kwargs: str = field(default="{}", metadata={"help": "Its further arguments, a mapping or JSON."})
-    data_variance: float | None = field(
-        default=None, metadata={"help": "Variance of the pixels; measured on the first 1000 images if not given."}
-    )
-    validation_perceptual: str = field(
-        default="none",
-        metadata={"help": "Network for the perceptual figure of validation: lpips, mobilenet_v2, none."},
-    )
-
-    def __post_init__(self):
-        self.quantizer_kwargs = parse_mapping("quantizer_kwargs", self.quantizer_kwargs)
-        check_numbers(
-            self,
-            at_least_0=("commitment_cost",),
-            positive=("data_variance",),
-            at_least_1_integer=("in_channels", "hidden_size", "residual_hidden_size", "embed_dim", "num_embeddings"),
-            at_least_0_integer=("num_residual_layers",),
-        )
-
-
-def build_model(args: VQVAEArguments, resolution: int | Sequence[int], dataset) -> VQVAEModel:
-    if args.model_name_or_path is not None:
-        tokenizer = VQVAEModel.from_pretrained(args.model_name_or_path, dtype=torch.float32)
-        check_agrees("in_channels", args.in_channels, tokenizer.config.in_channels, args.model_name_or_path)
-        return tokenizer
-    config = VQVAEConfig(
-        resolution=resolution,
-        in_channels=args.in_channels,
-        hidden_size=args.hidden_size,
-        residual_hidden_size=args.residual_hidden_size,
-        num_residual_layers=args.num_residual_layers,
-        downsample_factor=args.downsample_factor,
-        embed_dim=args.embed_dim,
-        num_embeddings=args.num_embeddings,
-        commitment_cost=args.commitment_cost,
-        quantizer=args.quantizer,
-        quantizer_kwargs=args.quantizer_kwargs,
-        data_variance=args.data_variance or pixel_variance(dataset),
-    )
-    return VQVAEModel(config)
-
-
-def main(argv: list[str] | None = None) -> None:
-    run_args, data_args, args = parse_arguments((RunArguments, DataArguments, VQVAEArguments), argv)
-    run = TrainingRun(run_args)
-    dataset = load_image_dataset(data_args, "train", augment=True, seed=run_args.seed, channels=args.in_channels)
-    validation = load_image_dataset(
-        data_args, "validation", class_names=dataset.class_names, channels=args.in_channels
-    )
-
-    tokenizer = build_model(args, data_args.resolution, validation).to(memory_format=torch.channels_last)
-    data_args.check_multiple_of(tokenizer.config.downsample_factor)
-    train_part(tokenizer, args.train)
-    model = run.add_model("model", tokenizer, ema=True)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = run.add_optimizer("optimizer", torch.optim.Adam(parameters, lr=run_args.learning_rate))
-    perceptual = build_perceptual(args.validation_perceptual)
-    if perceptual is not None:
-        perceptual.to(run.device)
-
-    run.on_validation(lambda: validate_tokenizer(run, tokenizer, validation, perceptual))
-    run.start()
-    for batch in run.batches(dataset):
-        tokenizer.set_training_step(run.global_step, run_args.max_train_steps)
-        with run.accumulate(model):
-            output = model(batch["pixel_values"].contiguous(memory_format=torch.channels_last))
-            run.backward(output.loss)
-            run.step(optimizer)
-            run.log(
-                {
-                    "loss": output.loss.detach(),
-                    "reconstruction_loss": output.reconstruction_loss.detach(),
-                    "quantizer_loss": output.quantizer_loss.detach(),
-                }
-            )
-            run.log_codes(output.indices, tokenizer.config.num_embeddings)
-        run.finish_step()
-
-    with run.trained_model("model") as trained:
-        if run.is_main_process:
-            processor = VQImageProcessor(size=data_args.resolution, num_channels=args.in_channels)
-            save_trained(run, trained, "tokenizer", data_args, processor)
-    run.finish()
+from hf_vq.training.scripts.train_vqvae import main
 
 
 if __name__ == "__main__":

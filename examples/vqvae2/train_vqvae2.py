@@ -1,146 +1,17 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["hf_vq[train]"]
+# ///
 """Train VQ-VAE-2's hierarchical tokenizer (Razavi et al. 2019) on a folder of images, parquet files or a Hub data set.
 
-python examples/vqvae2/train_vqvae2.py examples/vqvae2/emoji_64.yaml --output_dir outputs/vqvae2
-accelerate launch examples/vqvae2/train_vqvae2.py CONFIG.yaml [--argument value ...]
+    python examples/vqvae2/train_vqvae2.py examples/vqvae2/emoji_64.yaml --output_dir outputs/vqvae2
+    accelerate launch examples/vqvae2/train_vqvae2.py CONFIG.yaml [--argument value ...]
+
+The model, the losses and the loop stand in `hf_vq/training/scripts/train_vqvae2.py`;
+`hf-vq train vqvae2` runs it too.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-
-import torch
-
-from hf_vq import VQImageProcessor, VQVAE2Config, VQVAE2Model
-from hf_vq.evaluation.hierarchy import reconstruct_by_levels
-from hf_vq.training.data.image_datasets import DataArguments, load_image_dataset, pixel_variance
-from hf_vq.training.objectives.perceptual import build_perceptual
-from hf_vq.training.run import RunArguments, TrainingRun
-from hf_vq.training.run_arguments import check_agrees, check_numbers, parse_arguments, parse_mapping
-from hf_vq.training.sharing import save_trained
-from hf_vq.training.validation import validate_tokenizer
-
-
-@dataclass
-class VQVAE2Arguments:
-    """The model; the defaults are the paper's."""
-
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "Start from this tokenizer; the fields down to `quantizer_kwargs` are its own."},
-    )
-    hidden_size: int = 128
-    residual_hidden_size: int = 64
-    num_residual_layers: int = 2
-    num_levels: int = field(default=2, metadata={"help": "The paper has 2, and 3 for 1024 pixels."})
-    downsample_factor: int = field(default=8, metadata={"help": "Pixels a code of the top level; 32 for 3 levels."})
-    level_dropout: float = field(
-        default=0.0, metadata={"help": "Share of the training images that are decoded from upper levels alone."}
-    )
-    embed_dim: int = 64
-    num_embeddings: int = 512
-    commitment_cost: float = 0.25
-    quantizer: str = field(default="ema", metadata={"help": "vq, ema, gumbel, cosine, fsq, lfq or residual."})
-    in_channels: int = field(default=3, metadata={"help": "Channels of the images: 1 grey, 3 RGB, 4 RGBA."})
-    quantizer_kwargs: str = field(default="{}", metadata={"help": "Its further arguments, a mapping or JSON."})
-    data_variance: float | None = field(
-        default=None, metadata={"help": "Variance of the pixels; measured on the first 1000 images if not given."}
-    )
-    validation_perceptual: str = field(
-        default="none",
-        metadata={"help": "Network for the perceptual figure of validation: lpips, mobilenet_v2, none."},
-    )
-
-    def __post_init__(self):
-        self.quantizer_kwargs = parse_mapping("quantizer_kwargs", self.quantizer_kwargs)
-        check_numbers(
-            self,
-            at_least_0=("commitment_cost",),
-            positive=("data_variance",),
-            at_least_1_integer=(
-                "in_channels",
-                "hidden_size",
-                "residual_hidden_size",
-                "num_levels",
-                "embed_dim",
-                "num_embeddings",
-            ),
-            at_least_0_integer=("num_residual_layers",),
-            share=("level_dropout",),
-        )
-
-
-def build_model(args: VQVAE2Arguments, resolution: int | Sequence[int], dataset) -> VQVAE2Model:
-    if args.model_name_or_path is not None:
-        tokenizer = VQVAE2Model.from_pretrained(args.model_name_or_path, dtype=torch.float32)
-        check_agrees("in_channels", args.in_channels, tokenizer.config.in_channels, args.model_name_or_path)
-        return tokenizer
-    config = VQVAE2Config(
-        resolution=resolution,
-        in_channels=args.in_channels,
-        hidden_size=args.hidden_size,
-        residual_hidden_size=args.residual_hidden_size,
-        num_residual_layers=args.num_residual_layers,
-        num_levels=args.num_levels,
-        level_dropout=args.level_dropout,
-        downsample_factor=args.downsample_factor,
-        embed_dim=args.embed_dim,
-        num_embeddings=args.num_embeddings,
-        commitment_cost=args.commitment_cost,
-        quantizer=args.quantizer,
-        quantizer_kwargs=args.quantizer_kwargs,
-        data_variance=args.data_variance or pixel_variance(dataset),
-    )
-    return VQVAE2Model(config)
-
-
-@torch.no_grad()
-def validate(run: TrainingRun, tokenizer: VQVAE2Model, dataset, perceptual) -> dict[str, float]:
-    """The figures and the picture of every tokenizer, and one of what each level holds."""
-    images = torch.stack([dataset[i]["pixel_values"] for i in range(min(12, len(dataset)))]).to(run.device)
-    rows = [images, *reconstruct_by_levels(tokenizer, images)]
-    run.log_images("levels", torch.cat(rows), columns=len(images))
-    return validate_tokenizer(run, tokenizer, dataset, perceptual)
-
-
-def main(argv: list[str] | None = None) -> None:
-    run_args, data_args, args = parse_arguments((RunArguments, DataArguments, VQVAE2Arguments), argv)
-    run = TrainingRun(run_args)
-    dataset = load_image_dataset(data_args, "train", augment=True, seed=run_args.seed, channels=args.in_channels)
-    validation = load_image_dataset(
-        data_args, "validation", class_names=dataset.class_names, channels=args.in_channels
-    )
-
-    tokenizer = build_model(args, data_args.resolution, validation).to(memory_format=torch.channels_last)
-    data_args.check_multiple_of(max(tokenizer.config.downsample_factors))
-    tokenizer.train()
-    model = run.add_model("model", tokenizer, ema=True)
-    optimizer = run.add_optimizer("optimizer", torch.optim.Adam(model.parameters(), lr=run_args.learning_rate))
-    perceptual = build_perceptual(args.validation_perceptual)
-    if perceptual is not None:
-        perceptual.to(run.device)
-
-    run.on_validation(lambda: validate(run, tokenizer, validation, perceptual))
-    run.start()
-    for batch in run.batches(dataset):
-        tokenizer.set_training_step(run.global_step, run_args.max_train_steps)
-        with run.accumulate(model):
-            output = model(batch["pixel_values"].contiguous(memory_format=torch.channels_last))
-            run.backward(output.loss)
-            run.step(optimizer)
-            run.log(
-                {
-                    "loss": output.loss.detach(),
-                    "reconstruction_loss": output.reconstruction_loss.detach(),
-                    "quantizer_loss": output.quantizer_loss.detach(),
-                }
-            )
-            run.log_codes(output.indices, tokenizer.config.num_embeddings)
-        run.finish_step()
-
-    with run.trained_model("model") as trained:
-        if run.is_main_process:
-            processor = VQImageProcessor(size=data_args.resolution, num_channels=args.in_channels)
-            save_trained(run, trained, "tokenizer", data_args, processor)
-    run.finish()
+from hf_vq.training.scripts.train_vqvae2 import main
 
 
 if __name__ == "__main__":

@@ -41,7 +41,8 @@ def training_card(
 
     `with_code` says whether the card is for a folder that carries its code.
     """
-    command = shlex.join(["python", *map(_without_folders, sys.argv)])
+    program = sys.argv[0] if sys.argv[0].startswith("hf-vq ") else f"python {_without_folders(sys.argv[0])}"
+    command = " ".join([program, *(shlex.quote(_without_folders(argument)) for argument in sys.argv[1:])])
     name = run.arguments.hub_model_id or f"user/{run.output_dir.name}"
     source = data.dataset_name_or_path
     figures = {

@@ -1,6 +1,6 @@
 """Runs of the real training scripts, in this process and in others."""
 
-import importlib.util
+import importlib
 import json
 import os
 import signal
@@ -48,15 +48,12 @@ def kill_at(step: int, command: list[str], output_dir: Path) -> None:
     process.stderr.close()
 
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+EXAMPLES = ROOT / "examples"
 
 
 def script(name):
-    path = EXAMPLES / name / f"train_{name}.py"
-    spec = importlib.util.spec_from_file_location(f"train_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """The module of a training script."""
+    return importlib.import_module(f"hf_vq.training.scripts.train_{name}")
 
 
 def places_and_length(inputs, steps):

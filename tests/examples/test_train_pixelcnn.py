@@ -1,6 +1,5 @@
 """The training script of PixelCNN and PixelSNAIL: every level of a tokenizer, its resuming, and what it saves."""
 
-import importlib.util
 from pathlib import Path
 
 import datasets
@@ -22,7 +21,7 @@ from hf_vq import (
     VQVAEModel,
 )
 from hf_vq.training.data.indices_cache import load_indices
-from tests.examples.runs import COMMON, STEPS, finish, kill_at, rows
+from tests.examples.runs import COMMON, STEPS, finish, kill_at, rows, script
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,14 +30,6 @@ NETWORKS = {
     "pixelcnn": '{"num_hidden_layers": 2, "head_hidden_size": 8}',
     "pixelsnail": '{"num_blocks": 1, "num_res_blocks": 1, "res_channels": 8, "num_attention_heads": 2}',
 }
-
-
-def script():
-    path = ROOT / "examples/pixelcnn/train_pixelcnn.py"
-    spec = importlib.util.spec_from_file_location("train_pixelcnn", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +63,7 @@ def arguments(inputs, output, *options, prior="pixelcnn", levels=1, steps=2):
 
 
 def train(*args, **kwargs):
-    script().main(arguments(*args, **kwargs))
+    script("pixelcnn").main(arguments(*args, **kwargs))
 
 
 @pytest.mark.parametrize("prior", NETWORKS)

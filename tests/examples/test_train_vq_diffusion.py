@@ -1,6 +1,5 @@
 """The training script of VQ-Diffusion: its conditions, its resuming, and what it saves."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -17,7 +16,7 @@ from hf_vq.evaluation.diffusion_likelihood import DiffusionLikelihood
 from hf_vq.pipelines.conditioning import encode_text
 from hf_vq.training.data.indices_cache import load_indices
 from hf_vq.training.sample_generators import sample_generators
-from tests.examples.runs import COMMON, finish, kill_at, places_and_length, rows
+from tests.examples.runs import COMMON, finish, kill_at, places_and_length, rows, script
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,20 +27,13 @@ SMALL = [
 ]  # fmt: skip
 
 
-def script():
-    spec = importlib.util.spec_from_file_location("train_vq_diffusion", ROOT / SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def arguments(inputs, output, *options, steps=2):
     shared = places_and_length(inputs, steps)
     return [*shared, "--output_dir", str(output), "--logging_steps", "1", *SMALL, *options]
 
 
 def train(inputs, output, *options, steps=2):
-    script().main(arguments(inputs, output, *options, steps=steps))
+    script("vq_diffusion").main(arguments(inputs, output, *options, steps=steps))
     pipe = VQDiffusionImagePipeline.from_pretrained(output / "pipeline")
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -87,7 +79,7 @@ def test_unconditional(inputs, tmp_path, schedule):
 def test_the_null_condition_takes_the_place_of_what_is_dropped(inputs, tmp_path):
     options = [*text_options(inputs), "--learnable_null_embedding", "true", "--condition_dropout", "0.5"]
     pipe = train(inputs, tmp_path, *options)
-    module, captions = script(), ["a picture of 1", "a picture of 2", "a picture of 1"]
+    module, captions = script("vq_diffusion"), ["a picture of 1", "a picture of 2", "a picture of 1"]
     plain = encode_text(pipe.text_encoder, pipe.tokenizer, captions, max_length=7)
     condition = module.Condition(pipe, "caption", set(captions))
     kept, dropped = condition.inputs(captions), condition.inputs(captions, dropout=1.0)
@@ -103,7 +95,7 @@ def test_the_null_condition_takes_the_place_of_what_is_dropped(inputs, tmp_path)
 
 def test_without_a_learned_null_condition_the_empty_caption_stands_for_it(inputs, tmp_path):
     pipe = train(inputs, tmp_path, *text_options(inputs))
-    module = script()
+    module = script("vq_diffusion")
     for captions in (None, {"a picture of 1"}):  # encoded when needed, and from the table
         condition = module.Condition(pipe, "caption", captions)
         dropped = condition.inputs(["a picture of 1"], dropout=1.0)
@@ -144,7 +136,7 @@ def test_a_resumed_run_is_an_unbroken_one(inputs, tmp_path, monkeypatch):
     options = ["--label_column", "number", "--checkpointing_steps", "12", "--ema_decay", "0.9"]
     options += ["--condition_dropout", "0.4", "--num_train_timesteps", "3", "--dropout", "0.1"]
     train(inputs, tmp_path / "unbroken", *options, steps=17)
-    step = script().TrainingRun.finish_step
+    step = script("vq_diffusion").TrainingRun.finish_step
 
     def finish_step(run):
         step(run)

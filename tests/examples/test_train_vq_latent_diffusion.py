@@ -1,6 +1,5 @@
 """The training script of latent diffusion: its conditions, its resuming, and what it saves."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from hf_vq import VQLatentDiffusionPipeline
-from tests.examples.runs import COMMON, finish, kill_at, places_and_length, rows
+from tests.examples.runs import COMMON, finish, kill_at, places_and_length, rows, script
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,17 +19,9 @@ SMALL = [
 ]  # fmt: skip
 
 
-def script():
-    path = ROOT / "examples/vq_latent_diffusion/train_vq_latent_diffusion.py"
-    spec = importlib.util.spec_from_file_location("train_vq_latent_diffusion", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def train(inputs, output, *options, steps=2):
     arguments = [*places_and_length(inputs, steps), "--output_dir", str(output), "--logging_steps", "1"]
-    script().main([*arguments, *SMALL, *options])
+    script("vq_latent_diffusion").main([*arguments, *SMALL, *options])
     return VQLatentDiffusionPipeline.from_pretrained(output / "pipeline")
 
 
@@ -89,7 +80,7 @@ def test_a_resumed_run_is_an_unbroken_one(inputs, tmp_path, monkeypatch):
         "0.4",
     ]
     train(inputs, tmp_path / "unbroken", *options, steps=5)
-    module = script()
+    module = script("vq_latent_diffusion")
     seen, step = [], module.TrainingRun.finish_step
 
     def finish_step(run):

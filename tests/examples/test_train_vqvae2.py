@@ -1,6 +1,5 @@
 """The training script of the hierarchical tokenizer: what it saves, its figures of each level, and its resuming."""
 
-import importlib.util
 from pathlib import Path
 
 import datasets
@@ -11,7 +10,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
 from hf_vq import VQVAE2Model
-from tests.examples.runs import rows
+from tests.examples.runs import rows, script
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,14 +18,6 @@ SMALL = [
     "--hidden_size", "8", "--residual_hidden_size", "4", "--num_residual_layers", "1", "--embed_dim", "4",
     "--num_embeddings", "8", "--downsample_factor", "4", "--resolution", "16", "--cpu", "true",
 ]  # fmt: skip
-
-
-def script():
-    path = ROOT / "examples/vqvae2/train_vqvae2.py"
-    spec = importlib.util.spec_from_file_location("train_vqvae2", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +33,7 @@ def images(tmp_path_factory):
 def train(images, output, *options, steps=2):
     length = ["--max_train_steps", str(steps), "--train_batch_size", "4", "--logging_steps", "1"]
     places = ["--dataset_name_or_path", str(images), "--output_dir", str(output)]
-    script().main([*places, *length, *SMALL, *options])
+    script("vqvae2").main([*places, *length, *SMALL, *options])
     return VQVAE2Model.from_pretrained(output / "tokenizer")
 
 
@@ -78,7 +69,7 @@ def test_the_variance_divides_the_error(images, tmp_path):
 
 
 def test_gumbel_cools_at_every_level(images, tmp_path, monkeypatch):
-    module, seen = script(), []
+    module, seen = script("vqvae2"), []
     finish_step = module.TrainingRun.finish_step
 
     def spy(run):
@@ -102,7 +93,7 @@ def test_a_tokenizer_is_trained_further(images, tmp_path):
 def test_a_resumed_run_is_an_unbroken_one(images, tmp_path, monkeypatch):
     options = ["--checkpointing_steps", "2", "--ema_decay", "0.9", "--level_dropout", "0.3", "--random_flip", "true"]
     train(images, tmp_path / "unbroken", *options, steps=5)
-    finish_step, seen = script().TrainingRun.finish_step, []
+    finish_step, seen = script("vqvae2").TrainingRun.finish_step, []
 
     def interrupted(run):
         finish_step(run)

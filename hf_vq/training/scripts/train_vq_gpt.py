@@ -1,0 +1,241 @@
+"""Train a GPT prior (Esser et al. 2021) over the codes of a trained tokenizer: unconditional, by class, or by an
+image. With --architecture llama it is a Llama with rotary positions on the grid of codes (Sun et al. 2024).
+
+    hf-vq train vq_gpt CONFIG.yaml --tokenizer outputs/vqgan/tokenizer [--argument value ...]
+    accelerate launch -m hf_vq.training.scripts.train_vq_gpt CONFIG.yaml [--argument value ...]
+
+With --condition_tokenizer, which `train_vqgan.py --condition` makes, the codes of each picture's label map, depth map,
+edges or drawing (--conditioning_image_column) stand before its own.
+
+The data set is encoded once, into OUTPUT_DIR/indices. The result is a pipeline folder, OUTPUT_DIR/pipeline.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
+
+from hf_vq import VQAutoregressivePipeline, VQGPTConfig, VQGPTForCausalLM, VQLlamaConfig, VQLlamaForCausalLM
+from hf_vq.evaluation.evaluate import evaluate_prior
+from hf_vq.training.data.code_splits import count_classes, load_code_splits, training_inputs
+from hf_vq.training.data.conditions import load_condition_processor
+from hf_vq.training.data.image_datasets import DataArguments
+from hf_vq.training.data.indices_cache import CONDITION_CODES, IndicesDataset
+from hf_vq.training.run import RunArguments, TrainingRun
+from hf_vq.training.run_arguments import check_numbers, parse_arguments
+from hf_vq.training.sharing import save_trained
+from hf_vq.training.validation import validation_loader
+
+
+@dataclass
+class VQGPTArguments:
+    """The prior and its optimizer."""
+
+    tokenizer: str = field(metadata={"help": "Folder or Hub id of the trained tokenizer."})
+    condition_tokenizer: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of the tokenizer of the conditioning images."}
+    )
+    n_unmasked: int = field(
+        default=0,
+        metadata={"help": "So many first positions see each other in both directions, those of the condition say."},
+    )
+    architecture: str = field(
+        default="gpt", metadata={"help": '"gpt", or "llama" with rotary positions on the grid of codes.'}
+    )
+    num_hidden_layers: int = 12
+    hidden_size: int = 512
+    num_attention_heads: int = 8
+    dropout: float = field(default=0.1, metadata={"help": "In the residual stream (GPT) and the embedding (both)."})
+    attention_dropout: float = field(
+        default=0.0, metadata={"help": "On the attention weights; not 0 costs the fused attention of a CPU."}
+    )
+    pkeep: float = field(default=1.0, metadata={"help": "Share of the input codes that stay; the others are random."})
+    condition_dropout: float = field(
+        default=0.1, metadata={"help": "Share of the conditions that become the null condition, for guidance."}
+    )
+    random_flip_codes: bool = field(
+        default=False, metadata={"help": "In half of the cases, train on the codes of the mirrored image."}
+    )
+    weight_decay: float = field(default=0.01, metadata={"help": "On the weight matrices only."})
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    sample_classes: int = field(default=9, metadata={"help": "Classes in the validation picture, 8 samples each."})
+    guidance_scale: float = field(default=1.0, metadata={"help": "Guidance of the validation picture."})
+
+    def __post_init__(self):
+        if self.architecture not in ("gpt", "llama"):
+            raise ValueError(f"architecture={self.architecture!r}: it must be 'gpt' or 'llama'.")
+        check_numbers(
+            self,
+            at_least_0_integer=("n_unmasked",),
+            at_least_1_integer=("num_hidden_layers", "hidden_size", "num_attention_heads", "sample_classes"),
+            share=("pkeep",),
+            below_1=("dropout", "attention_dropout", "condition_dropout", "adam_beta1", "adam_beta2"),
+            at_least_0=("weight_decay", "guidance_scale"),
+        )
+        if self.architecture == "llama" and (self.condition_tokenizer is not None or self.n_unmasked):
+            name = "n_unmasked" if self.condition_tokenizer is None else "condition_tokenizer"
+            raise ValueError(f"{name}={getattr(self, name)!r}: it needs architecture='gpt', got 'llama'.")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads}: it must divide hidden_size={self.hidden_size}."
+            )
+        if self.architecture == "llama" and self.hidden_size // self.num_attention_heads % 4:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads}: a head of a Llama must have a "
+                f"multiple of 4 channels, "
+                f"got {self.hidden_size // self.num_attention_heads}."
+            )
+
+
+def build_prior(
+    args: VQGPTArguments,
+    tokenizer: PreTrainedModel,
+    grids: dict[str, Sequence[int]],
+    num_classes: int,
+    class_names: list[str] | None,
+    condition_tokenizer: PreTrainedModel | None = None,
+):
+    """A new prior over grids of codes, whose sizes are `grids["indices"]` and, of a condition,
+    `grids["condition_codes"]`.
+    """
+    condition = {"condition_type": "unconditional"}
+    if num_classes > 0:
+        condition = {"condition_type": "class", "condition_vocab_size": num_classes}
+        condition |= {"id2label": dict(enumerate(class_names))} if class_names is not None else {}
+    if condition_tokenizer is not None:
+        condition = {
+            "condition_type": "codes",
+            "condition_vocab_size": condition_tokenizer.config.num_embeddings,
+            "condition_length": math.prod(grids[CONDITION_CODES]),
+        }
+    common = {
+        "codebook_size": tokenizer.config.num_embeddings,
+        "grid_size": tuple(grids["indices"]),
+        "condition_dropout": 0.0 if condition["condition_type"] == "unconditional" else args.condition_dropout,
+        "pkeep": args.pkeep,
+        "embd_pdrop": args.dropout,
+        **condition,
+    }
+    if args.architecture == "llama":
+        config = VQLlamaConfig(
+            num_hidden_layers=args.num_hidden_layers,
+            hidden_size=args.hidden_size,
+            num_attention_heads=args.num_attention_heads,
+            attention_dropout=args.attention_dropout,
+            **common,
+        )
+        return VQLlamaForCausalLM(config)
+    config = VQGPTConfig(
+        n_unmasked=args.n_unmasked,
+        n_layer=args.num_hidden_layers,
+        n_embd=args.hidden_size,
+        n_head=args.num_attention_heads,
+        resid_pdrop=args.dropout,
+        attn_pdrop=args.attention_dropout,
+        **common,
+    )
+    return VQGPTForCausalLM(config)
+
+
+def weight_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
+    """Weight decay on the matrices of the blocks and the head; none on embeddings, norms and biases."""
+    embeddings = (".wte.", ".wpe.", ".embed_tokens.")
+    decayed, kept = [], []
+    for name, parameter in model.named_parameters():
+        is_matrix = parameter.ndim >= 2 and not any(part in name for part in embeddings)
+        (decayed if is_matrix else kept).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+
+
+@torch.no_grad()
+def validate(
+    run: TrainingRun, pipe: VQAutoregressivePipeline, codes: IndicesDataset, args: VQGPTArguments
+) -> dict[str, float]:
+    """Bits per index on the validation codes, and a picture with a row of samples for each class or condition."""
+    prior = pipe.prior
+    kind = prior.config.condition_type
+    keys = {"class": "label", "codes": CONDITION_CODES}
+    figures = evaluate_prior(prior, validation_loader(codes), condition_key=keys.get(kind), progress=False)
+    if run.is_main_process:
+        given = {}
+        if kind == "class":
+            given["class_labels"] = list(range(min(args.sample_classes, prior.config.condition_vocab_size)))
+        elif kind == "codes":
+            rows = range(min(args.sample_classes, len(codes)))
+            given["condition"] = torch.stack([codes[row][CONDITION_CODES] for row in rows]).to(prior.device)
+        images = pipe(
+            **given,
+            num_images_per_prompt=8 if given else 64,
+            guidance_scale=args.guidance_scale if given else 1.0,
+            generator=torch.Generator(prior.device).manual_seed(0),
+            output_type="pt",
+        ).images
+        run.log_images("samples", images * 2 - 1, columns=8)
+    return figures
+
+
+def load_condition(args: VQGPTArguments, data_args: DataArguments) -> dict:
+    """The tokenizer and the processor of the conditioning images, by their names in the pipeline; empty without
+    them.
+    """
+    if args.condition_tokenizer is None:
+        if data_args.conditioning_image_column is not None:
+            raise ValueError(
+                f"conditioning_image_column={data_args.conditioning_image_column!r} needs condition_tokenizer."
+            )
+        return {}
+    if data_args.label_column is not None:
+        raise ValueError("label_column and condition_tokenizer: give the one that is the condition.")
+    return {
+        "condition_tokenizer": AutoModel.from_pretrained(args.condition_tokenizer, dtype=torch.float32).eval(),
+        "condition_processor": load_condition_processor(args.condition_tokenizer),
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    run_args, data_args, args = parse_arguments((RunArguments, DataArguments, VQGPTArguments), argv)
+    condition = load_condition(args, data_args)
+    run = TrainingRun(run_args)
+    tokenizer = AutoModel.from_pretrained(args.tokenizer, dtype=torch.float32).to(run.device).eval()
+    condition_tokenizer = condition.get("condition_tokenizer")
+    if condition_tokenizer is not None:
+        condition_tokenizer.to(run.device)
+    codes, class_names = load_code_splits(run, data_args, tokenizer, args.random_flip_codes, **condition)
+
+    num_classes = count_classes(codes, class_names, data_args.label_column, data_args.missing_condition == "null")
+    prior = build_prior(args, tokenizer, codes["train"].grids, num_classes, class_names, condition_tokenizer)
+    model = run.add_model("model", prior, ema=True)
+    optimizer = run.add_optimizer(
+        "optimizer",
+        torch.optim.AdamW(
+            weight_groups(prior, args.weight_decay),
+            lr=run_args.learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+        ),
+    )
+
+    pipe = VQAutoregressivePipeline(vqvae=tokenizer, prior=prior, **condition)
+    pipe.set_progress_bar_config(disable=True)
+    run.on_validation(lambda: validate(run, pipe, codes["validation"], args))
+    run.start()
+    for batch in run.batches(codes["train"]):
+        with run.accumulate(model):
+            inputs = training_inputs(prior, batch["indices"], batch.get("label"), batch.get(CONDITION_CODES))
+            loss = model(**inputs).loss
+            run.backward(loss)
+            run.step(optimizer)
+            run.log({"loss": loss.detach()})
+        run.finish_step()
+
+    with run.trained_model("model") as trained:
+        if run.is_main_process:
+            pipe = VQAutoregressivePipeline(vqvae=tokenizer, prior=trained, **condition)
+            save_trained(run, pipe, "pipeline", data_args, AutoImageProcessor.from_pretrained(args.tokenizer))
+    run.finish()
+
+
+if __name__ == "__main__":
+    main()
