@@ -1,0 +1,201 @@
+"""Makes a checkpoint of this folder from a trained pipeline: half precision, figures, sheets of samples and a card.
+
+    python examples/checkpoints/ship.py outputs/pixelcnn-emoji-32/pipeline --name emoji-32-pixelcnn \
+        --about about.md --command "python examples/…" --sampling guidance_scale=2.0
+
+The weights are stored in half precision, and the program ends with an error where that changes a figure. Everything is
+measured on the packaged validation images, which no run trains on. `samples.png` has eight samples of each class, the
+first that were drawn; `nearest.png` the first two of each class above the training images that are closest to them in
+the features of MobileNetV2; `reconstructions.png` unseen images above their reconstructions. A tokenizer that another
+checkpoint has already is a link to it (`--tokenizer-of emoji-32`).
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+
+import hf_vq
+from hf_vq.evaluation.evaluate_pipeline import DISTANCES, applicable_metrics, draw_images, evaluate_model
+from hf_vq.evaluation.features import FeatureSet, PooledLayer, extract_features
+from hf_vq.evaluation.generation import compare_features
+from hf_vq.evaluation.inspection import copied_share
+from hf_vq.evaluation.pictures import labelled_rows, reconstruction_grid, samples_by_class
+from hf_vq.hub import model_card
+from hf_vq.training.data.image_datasets import DataArguments, collate, load_image_dataset
+from hf_vq.training.objectives.perceptual import build_perceptual
+
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+DATA = ROOT / "examples/data/emoji-64"
+DATASET = (
+    "emoji-64, the 3440 training pictures in `examples/data` at {size}×{size} pixels, with their nine categories. "
+    "Noto Emoji © Google (Apache-2.0) and Twemoji © Twitter, Inc. and contributors (CC BY 4.0)."
+)
+FEATURE_LAYER = 13  # of MobileNetV2, 96 features: few pictures suffice
+PER_CLASS = 8
+COLUMNS = 12
+SHOWN = (
+    "psnr", "ssim", "perceptual", "codebook_perplexity", "codebook_usage", "bits_per_index", "uniform_bits_per_index",
+    "bits_per_pixel_dim",
+)  # fmt: skip
+# what half precision may change: dB and bits, below what the cards show
+TOLERANCES = {"psnr": 0.02, "bits_per_index": 0.005}
+
+
+def halve(folder: Path) -> None:
+    """Stores every weight of a pipeline's folder in half precision; a model loads them as float32."""
+    for path in folder.rglob("*.safetensors"):
+        tensors = load_file(path)
+        half = {name: one.half() if one.dtype == torch.float32 else one.clone() for name, one in tensors.items()}
+        save_file(half, path, metadata={"format": "pt"})
+        path.chmod(0o644)
+
+
+def load(folder: Path) -> DiffusionPipeline:
+    """The pipeline of a folder, of the class that its model_index.json names."""
+    name = json.loads((folder / "model_index.json").read_text())["_class_name"]
+    pipeline = getattr(hf_vq, name).from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def likelihood_and_reconstruction(pipeline: DiffusionPipeline, dataset, perceptual=None) -> dict:
+    metrics = [name for name in applicable_metrics(pipeline) if name != "generation"]
+    return evaluate_model(pipeline, dataset, metrics, perceptual, label_key="label", batch_size=62, progress=False)
+
+
+def check_half(full: dict, half: dict) -> None:
+    """Raises where half precision changes a figure."""
+    for name, tolerance in TOLERANCES.items():
+        if name in full and abs(full[name] - half[name]) > tolerance:
+            raise ValueError(f"half precision changes `{name}` from {full[name]:.4f} to {half[name]:.4f}")
+
+
+def features(images, extractor) -> torch.Tensor:
+    return extract_features(images, extractor, progress=False).features
+
+
+def measure_samples(pipeline, dataset, training, folder: Path, sampling: dict) -> dict[str, float]:
+    """Draws as many images of each class as the data set has; their distances, and the sheets in `folder`."""
+    network = build_perceptual("mobilenet_v2")
+    extractor = PooledLayer(network, FEATURE_LAYER)
+    drawn = torch.cat(list(draw_images(pipeline, dataset, len(dataset), 62, 0, "label", progress=False, **sampling)))
+    labels = torch.tensor(dataset.labels)
+    chosen = torch.cat([(labels == label).nonzero().flatten()[:PER_CLASS] for label in range(len(dataset.class_names))])
+    scale = 2 if drawn.shape[-1] <= 32 else 1
+    sheet = samples_by_class(drawn[chosen], labels[chosen].tolist(), dataset.class_names, scale=scale)
+    sheet.save(folder / "samples.png")
+
+    own = features(drawn.split(62), extractor)
+    held_out = features(DataLoader(dataset, batch_size=62, collate_fn=collate), extractor)
+    seen = features(DataLoader(training, batch_size=62, collate_fn=collate), extractor)
+    shown = chosen.view(-1, PER_CLASS)[:, :2].flatten()
+    numbers = torch.cdist(own[shown].double(), seen.double()).topk(2, largest=False).indices
+    rows = [("sample", drawn[shown])]
+    for place, name in enumerate(("nearest", "second")):
+        rows.append((name, torch.stack([training[i]["pixel_values"] for i in numbers[:, place].tolist()])))
+    labelled_rows(rows, scale=scale).save(folder / "nearest.png")
+
+    measured = compare_features(
+        FeatureSet(held_out, "mobilenet_v2.layer13"), FeatureSet(own, "mobilenet_v2.layer13"), DISTANCES
+    )
+    figures = {f"{m.label} ({m.num_generated} against {m.num_real} images)": m.value for m in measured}
+    figures["frechet_distance of one half of the validation images to the other"] = measured[0].real_split
+    figures["copied_share"] = copied_share(own, seen, held_out)
+    return figures
+
+
+def reconstruct(pipeline, dataset, path: Path) -> None:
+    places = torch.linspace(0, len(dataset) - 1, 2 * COLUMNS).long().tolist()
+    images = torch.stack([dataset[i]["pixel_values"] for i in places])
+    sample = pipeline.vqvae.decode_indices(pipeline.vqvae.encode(images).indices).sample.clamp(-1, 1)
+    reconstruction_grid(images, sample, columns=COLUMNS, scale=2 if images.shape[-1] <= 32 else 1).save(path)
+
+
+def flat(figures: dict) -> dict[str, float]:
+    """The figures of `evaluate_model` that cards show; those of a hierarchy's levels with their number, 0 for the top."""
+    found = {name: figures[name] for name in SHOWN if name in figures}
+    for kind in ("codebooks", "levels"):
+        for number, level in enumerate(figures.get(kind, [])):
+            for name in ("codebook_usage", "codebook_perplexity", "bits_per_index"):
+                if name in level:
+                    found[f"{name} of level {number}"] = level[name]
+    return found
+
+
+@torch.no_grad()
+def ship(args: argparse.Namespace) -> None:
+    folder = HERE / args.name
+    shutil.rmtree(folder, ignore_errors=True)
+    full = load(args.pipeline)
+    full.save_pretrained(folder)
+    halve(folder)
+    if args.tokenizer_of:
+        shutil.rmtree(folder / "vqvae")
+        (folder / "vqvae").symlink_to(Path("..") / args.tokenizer_of / "vqvae")
+    else:
+        shutil.copy(args.pipeline / "vqvae/preprocessor_config.json", folder / "vqvae")
+    pipeline = load(folder)
+    size = pipeline.vqvae.config.resolution
+    data = DataArguments(str(DATA), label_column="category", resolution=size)
+    dataset, training = load_image_dataset(data, "validation"), load_image_dataset(data, "train")
+    perceptual = build_perceptual("mobilenet_v2")
+    figures = likelihood_and_reconstruction(pipeline, dataset, perceptual)
+    check_half(likelihood_and_reconstruction(full, dataset), figures)
+    figures = flat(figures) | measure_samples(pipeline, dataset, training, folder, args.sampling)
+    reconstruct(pipeline, dataset, folder / "reconstructions.png")
+    write_card(folder, pipeline, figures, args)
+    print(json.dumps(figures, indent=2))
+
+
+def write_card(folder: Path, pipeline, figures: dict, args: argparse.Namespace) -> None:
+    """README.md in the checkpoint's folder, and the same among the model cards."""
+    card = model_card(
+        pipeline,
+        f"examples/checkpoints/{folder.name}",
+        "cc-by-4.0",
+        DATASET.format(size=pipeline.vqvae.config.resolution),
+        metrics=figures,
+        description=args.about.read_text().strip(),
+        command=args.command,
+        with_code=False,
+    )
+    card.save(folder / "README.md")
+    text = (folder / "README.md").read_text().replace("](", f"](../examples/checkpoints/{folder.name}/")
+    (ROOT / "model_cards" / f"{folder.name}.md").write_text(text)
+
+
+def sampling_pair(text: str) -> tuple[str, object]:
+    name, _, value = text.partition("=")
+    return name, json.loads(value)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pipeline", type=Path, help="folder of the trained pipeline")
+    parser.add_argument("--name", required=True, help="of the checkpoint")
+    parser.add_argument("--about", type=Path, required=True, help="Markdown: what is particular about it, and its limits")
+    parser.add_argument("--command", required=True, help="what trained it")
+    parser.add_argument("--sampling", nargs="*", type=sampling_pair, default=[], help="name=JSON, of the call")
+    parser.add_argument("--tokenizer-of", help="the checkpoint whose tokenizer this one uses")
+    parser.add_argument("--card-only", action="store_true", help="write the card anew, with the figures it has")
+    args = parser.parse_args(argv)
+    args.sampling = dict(args.sampling)
+    if args.card_only:
+        folder = HERE / args.name
+        results = ModelCard.load(folder / "README.md").data.eval_results
+        write_card(folder, load(folder), {one.metric_type: one.metric_value for one in results}, args)
+    else:
+        ship(args)
+
+
+if __name__ == "__main__":
+    main()
