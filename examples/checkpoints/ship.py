@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
 import hf_vq
@@ -27,7 +26,7 @@ from hf_vq.evaluation.features import FeatureSet, PooledLayer, extract_features
 from hf_vq.evaluation.generation import compare_features
 from hf_vq.evaluation.inspection import copied_share
 from hf_vq.evaluation.pictures import labelled_rows, reconstruction_grid, samples_by_class
-from hf_vq.hub import model_card
+from hf_vq.hub import halve_weights, model_card
 from hf_vq.training.data.image_datasets import DataArguments, collate, load_image_dataset
 from hf_vq.training.objectives.perceptual import build_perceptual
 
@@ -48,15 +47,6 @@ SHOWN = (
 )  # fmt: skip
 # what half precision may change: dB and bits, below what the cards show
 TOLERANCES = {"psnr": 0.02, "bits_per_index": 0.005}
-
-
-def halve(folder: Path) -> None:
-    """Stores every weight of a pipeline's folder in half precision; a model loads them as float32."""
-    for path in folder.rglob("*.safetensors"):
-        tensors = load_file(path)
-        half = {name: one.half() if one.dtype == torch.float32 else one.clone() for name, one in tensors.items()}
-        save_file(half, path, metadata={"format": "pt"})
-        path.chmod(0o644)
 
 
 def load(folder: Path) -> DiffusionPipeline:
@@ -137,7 +127,7 @@ def ship(args: argparse.Namespace) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     full = load(args.pipeline)
     full.save_pretrained(folder)
-    halve(folder)
+    halve_weights(folder)
     if args.tokenizer_of:
         shutil.rmtree(folder / "vqvae")
         (folder / "vqvae").symlink_to(Path("..") / args.tokenizer_of / "vqvae")
