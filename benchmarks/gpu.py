@@ -10,9 +10,9 @@
     evaluate          measures the pipelines of all that was trained, and draws a sheet of samples of each
     speed             encoding, decoding and sampling on this device, beside diffusers' and transformers' own
 
-Without `tokenizer` the priors take the tokenizer of examples/checkpoints/emoji-64. No stage needs a network. Each has a
-time limit and may fail alone; a second call skips what is finished and goes on with the rest. The output folder holds
-results.json, logs.txt, the sheets, and pipelines.tar with the trained pipelines in half precision. `--quick` runs
+Without `tokenizer` the priors take the tokenizer of examples/checkpoints/emoji-64. No stage needs a network. Each has
+a time limit and may fail alone; a second call skips what is finished and goes on with the rest. The output folder
+holds results.json, logs.txt, the sheets, and pipelines.tar with the trained pipelines in half precision. `--quick` runs
 everything with networks that are hardly trained, in about two minutes on a CPU, to see that it would run.
 """
 
@@ -42,7 +42,7 @@ class Training:
         output: folder of the run.
         share: of the time for training, relative to the other trainings.
         tokenizer: folder of the run whose tokenizer this one needs.
-        steps_per_second: about those of a Hopper GPU, for schedules that must end with the time; none for a constant rate.
+        steps_per_second: about those of a Hopper GPU, for a schedule that must end with the time; none for a constant rate.
         options: beside those of the configuration.
         quick: options of the rehearsal.
     """
@@ -206,7 +206,7 @@ def run(command: list[str], stage: str, work: Path, seconds: float, quick: bool)
     with log.open("w") as file:
         try:
             code = subprocess.run(
-                command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, timeout=max(5, seconds)
+                command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, timeout=seconds
             ).returncode
         except subprocess.TimeoutExpired:
             code = "the time limit"
@@ -225,12 +225,12 @@ def run(command: list[str], stage: str, work: Path, seconds: float, quick: bool)
 
 def collect(work: Path, output: Path) -> None:
     """Copies what is worth keeping: the sheets, one archive of the pipelines in half precision, one file of logs."""
-    from hf_vq.hub import halve_weights
-
     for path in work.glob("*.png"):
         shutil.copyfile(path, output / path.name)
     pipelines = sorted(path.parent for path in work.glob("*/pipeline/model_index.json"))
     if pipelines:
+        from hf_vq.hub import halve_weights
+
         with tempfile.TemporaryDirectory() as folder, tarfile.open(output / "pipelines.tar", "w") as archive:
             for number, path in enumerate(pipelines):
                 copy = Path(folder) / str(number)

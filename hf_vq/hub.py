@@ -89,8 +89,8 @@ def save_for_sharing(
 def halve_weights(folder: str | Path) -> None:
     """Stores every float32 weight of a saved model or pipeline in half precision.
 
-    It loads as float32 again, from half as many bytes. Measure it before and after: what half precision changes depends on
-    the weights.
+    It loads as float32 again, from half as many bytes. Measure it before and after: what half precision changes
+    depends on the weights.
 
     Args:
         folder: what `save_pretrained` wrote, with its subfolders.

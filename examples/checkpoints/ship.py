@@ -79,7 +79,8 @@ def measure_samples(pipeline, dataset, training, folder: Path, sampling: dict) -
     extractor = PooledLayer(network, FEATURE_LAYER)
     drawn = torch.cat(list(draw_images(pipeline, dataset, len(dataset), 62, 0, "label", progress=False, **sampling)))
     labels = torch.tensor(dataset.labels)
-    chosen = torch.cat([(labels == label).nonzero().flatten()[:PER_CLASS] for label in range(len(dataset.class_names))])
+    classes = range(len(dataset.class_names))
+    chosen = torch.cat([(labels == label).nonzero().flatten()[:PER_CLASS] for label in classes])
     scale = 2 if drawn.shape[-1] <= 32 else 1
     sheet = samples_by_class(drawn[chosen], labels[chosen].tolist(), dataset.class_names, scale=scale)
     sheet.save(folder / "samples.png")
@@ -111,7 +112,7 @@ def reconstruct(pipeline, dataset, path: Path) -> None:
 
 
 def flat(figures: dict) -> dict[str, float]:
-    """The figures of `evaluate_model` that cards show; those of a hierarchy's levels with their number, 0 for the top."""
+    """The figures of `evaluate_model` that cards show; those of a hierarchy's levels with their number."""
     found = {name: figures[name] for name in SHOWN if name in figures}
     for kind in ("codebooks", "levels"):
         for number, level in enumerate(figures.get(kind, [])):
@@ -172,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pipeline", type=Path, help="folder of the trained pipeline")
     parser.add_argument("--name", required=True, help="of the checkpoint")
-    parser.add_argument("--about", type=Path, required=True, help="Markdown: what is particular about it, and its limits")
+    parser.add_argument("--about", type=Path, required=True, help="Markdown: what is particular, and the limits")
     parser.add_argument("--command", required=True, help="what trained it")
     parser.add_argument("--sampling", nargs="*", type=sampling_pair, default=[], help="name=JSON, of the call")
     parser.add_argument("--tokenizer-of", help="the checkpoint whose tokenizer this one uses")

@@ -34,7 +34,7 @@ def test_a_stage_that_fails_stops_no_other_and_a_finished_one_is_skipped(tmp_pat
 
 
 def test_a_stage_ends_with_its_time(tmp_path):
-    found = gpu.run([sys.executable, "-c", "import time; time.sleep(30)"], "speed", tmp_path, 0, False)
+    found = gpu.run([sys.executable, "-c", "import time; time.sleep(30)"], "speed", tmp_path, 0.5, False)
     assert found["error"] == "ended with the time limit"
 
 
