@@ -12,8 +12,8 @@
 
 Without `tokenizer` the priors take the tokenizer of examples/checkpoints/emoji-64. No stage needs a network. Each has
 a time limit and may fail alone; a second call skips what is finished and goes on with the rest. The output folder
-holds results.json, logs.txt, the sheets, and pipelines.tar with the trained pipelines in half precision. `--quick` runs
-everything with networks that are hardly trained, in about two minutes on a CPU, to see that it would run.
+holds results.json, logs.txt, the sheets, and pipelines.tar with the trained pipelines in half precision. `--quick`
+runs everything with networks that are hardly trained, in about two minutes on a CPU, to see that it would run.
 """
 
 import argparse
@@ -42,7 +42,7 @@ class Training:
         output: folder of the run.
         share: of the time for training, relative to the other trainings.
         tokenizer: folder of the run whose tokenizer this one needs.
-        steps_per_second: about those of a Hopper GPU, for a schedule that must end with the time; none for a constant rate.
+        steps_per_second: about those of a Hopper GPU, where the schedule must end with the time.
         options: beside those of the configuration.
         quick: options of the rehearsal.
     """
