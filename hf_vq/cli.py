@@ -196,7 +196,7 @@ def add_convert(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("source", nargs="?", choices=sources, help="(default: what the checkpoint looks like)")
     command.add_argument("--checkpoint", required=True, help="the original file; of diffusers a repository or folder")
     command.add_argument("--config", help="the YAML or JSON that it was trained with")
-    command.add_argument("--part", help="diffusers: the subfolder that holds the tokenizer")
+    command.add_argument("--part", help="one part alone, such as tokenizer or prior; diffusers: the subfolder")
     command.add_argument("--layout", help="diffusers: the layout of a tokenizer, where it cannot be told")
     command.add_argument("--verify", metavar="FILE", help="safetensors of inputs, and of what the original computed")
     command.add_argument("--output", type=Path, required=True, help="the folder to write")

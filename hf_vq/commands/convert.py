@@ -3,8 +3,6 @@
 import argparse
 import importlib
 import json
-import shutil
-import tempfile
 from pathlib import Path
 
 
@@ -35,41 +33,78 @@ ALIKE = {"taming", "latent_diffusion"}
 
 def convert(options: argparse.Namespace) -> None:
     """Converts, verifies, and writes a model card; an output folder of another kind is left as it is."""
-    from ..hub import model_card
-    from .sources import load
+    from ..conversion.checkpoints import written_folder
 
-    source = chosen_source(options)
     output = options.output
-    module = importlib.import_module(f"hf_vq.conversion.convert_{source}")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
-        module.main([*converter_arguments(options), "--output", folder])
-        check_output(output, Path(folder))
-        model = load(folder)
+    with written_folder(output) as folder:
+        source = chosen_source(options)
+        module = importlib.import_module(f"hf_vq.conversion.convert_{source}")
+        module.main([*converter_arguments(options), "--output", str(folder)])
+        check_output(output, folder)
+        model = load_converted(folder)
         errors = {}
         if options.verify is not None:
-            from ..conversion.verification import largest_errors
+            from ..conversion.verification import verify
 
-            errors = largest_errors(model, options.verify, options.live)
+            errors, others = verify(model, options.verify, folder, options.live)
             for name, error in errors.items():
                 print(f"{name}: largest error {error:.2g}")
-        repository, licence = SOURCES[source]
-        card = model_card(
-            model,
-            repo_id=options.push_to_hub or output.name,
-            license=options.license,
-            dataset="that of the original checkpoint",
-            description=f"Converted from `{Path(options.checkpoint).name}` of {repository} (code: "
-            f"{licence}). The weights "
-            f"keep the licence of that checkpoint.{error_table(errors)}",
-        )
-        card.save(Path(folder) / "README.md")
-        shutil.copytree(folder, output, dirs_exist_ok=True)
+            if others:
+                print(f"not compared: {', '.join(others)}")
+        write_card(model, options, source, errors, folder)
     print(output)
     if options.push_to_hub:
         from ..hub import push_folder
 
         print(push_folder(output, options.push_to_hub, "Upload converted weights"))
+
+
+def load_converted(folder: Path):
+    """The model or pipeline of hf_vq in a folder, or the model of diffusers or transformers that is a part of one."""
+    from .sources import load
+
+    config = {} if not (folder / "config.json").is_file() else json.loads((folder / "config.json").read_text())
+    name = config.get("_class_name") or next(iter(config.get("architectures") or []), "")
+    import diffusers
+    import transformers
+
+    import hf_vq
+
+    stock = getattr(diffusers, name, None) or getattr(transformers, name, None)
+    return load(str(folder)) if hasattr(hf_vq, name) or stock is None else stock.from_pretrained(folder)
+
+
+def write_card(model, options: argparse.Namespace, source: str, errors: dict[str, float], folder: Path) -> None:
+    """The folder's README.md: source, licence and figures."""
+    from huggingface_hub import ModelCard, ModelCardData
+    from transformers import PreTrainedModel
+
+    from ..hub import model_card
+
+    repository, licence = SOURCES[source]
+    repo_id = options.push_to_hub or options.output.name
+    description = (
+        f"Converted from `{Path(options.checkpoint).name}` of {repository} (code: {licence}). The weights keep the "
+        f"licence of that checkpoint.{error_table(errors)}"
+    )
+    if (folder / "model_index.json").is_file() or isinstance(model, PreTrainedModel) and is_ours(model):
+        card = model_card(
+            model,
+            repo_id=repo_id,
+            license=options.license,
+            dataset="that of the original checkpoint",
+            description=description,
+        )
+    else:  # a part of a pipeline
+        data = ModelCardData(license=options.license, library_name="hf_vq" if is_ours(model) else "diffusers")
+        name = repo_id.split("/")[-1]
+        card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {name}\n\nA `{type(model).__name__}`. {description}\n")
+    card.save(folder / "README.md")
+
+
+def is_ours(model) -> bool:
+    """Whether the class of a model is hf_vq's."""
+    return type(model).__module__.startswith("hf_vq.")
 
 
 def error_table(errors: dict[str, float]) -> str:

@@ -1,14 +1,20 @@
 """Original weights under our names: splitting, dropping with a reason, strict loading; and what every converter's
-command has.
+command has: its arguments, its errors, and the folder that it writes.
 """
 
 import argparse
+import re
+import secrets
+import shutil
+import sys
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..hub import save_with_code
 from ..models.autoencoders.image_processing_vq import VQImageProcessor
@@ -50,10 +56,10 @@ def check_keys(model: nn.Module, state_dict: dict) -> None:
         raise ValueError(f"`checkpoint` does not fit {type(model).__name__}: it {'; it '.join(problems[:5])}{more}.")
 
 
-def check_agrees(name: str, configured: Any, found: Any) -> None:
+def check_agrees(name: str, configured: Any, found: Any, argument: str = "config") -> None:
     """A `ValueError` if an option of the configuration contradicts the weights."""
-    if configured != found:
-        raise ValueError(f"`config` has {name}={configured!r}, but the weights in `checkpoint` are of {found!r}.")
+    if configured != found or isinstance(configured, bool) != isinstance(found, bool):
+        raise ValueError(f"`{argument}` has {name}={configured!r}, but the weights in `checkpoint` are of {found!r}.")
 
 
 def load_exactly(model: nn.Module, state_dict: dict) -> None:
@@ -73,6 +79,83 @@ def load_exactly(model: nn.Module, state_dict: dict) -> None:
         raise RuntimeError(f"{type(model).__name__} has tensors that no checkpoint holds: {still_empty[:5]}.")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors and the folder that is written
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Arguments of the converters: an error about anything else is about an option of the configuration.
+ARGUMENTS = (
+    "checkpoint codec_config config data_variance discriminator layout mapping null_class_id output part "
+    "resolution source tokenizer top bottom live verify".split()
+)
+
+
+@contextmanager
+def errors_name(**files: str | Path | None) -> Iterator[None]:
+    """Puts the path into a `ValueError` from inside that names one of the arguments `files` without it, and the
+    configuration's before one about an option, such as those of our own configurations.
+    """
+    try:
+        yield
+    except ValueError as error:
+        text = str(error)
+        named = re.match(r"`(?:--)?(\w+)`", text)
+        argument = named[1] if named else None
+        path = files.get(argument)
+        if path is not None and str(path) not in text:
+            raise ValueError(f"`{argument}` {path}{text[named.end() :]}") from error
+        if argument not in ARGUMENTS and files.get("config") is not None:
+            raise ValueError(f"`config` {files['config']}: {text}") from error
+        raise
+
+
+@contextmanager
+def written_folder(output: str | Path) -> Iterator[Path]:
+    """A folder to write to, whose content comes into `output` once all of it is written.
+
+    Raises:
+        ValueError: `output` is a file, or cannot be written.
+    """
+    output = Path(output)
+    existing = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(f"`output` {output} must be a folder, but {existing} is a file.")
+    try:
+        folder = output.parent / f".{output.name}-{secrets.token_hex(4)}"
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"`output` {output} cannot be written: {error.strerror}.") from error
+    try:
+        yield folder
+        if output.exists() and any(output.iterdir()):
+            shutil.copytree(folder, output, dirs_exist_ok=True)
+        else:
+            folder.replace(output)
+    except OSError as error:
+        raise ValueError(f"`output` {output} cannot be written: {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Runs a converter as a script: an error that a user can mend is one line, and the exit code 1."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def read_tokenizer(folder: str | Path, kind: type = AutoTokenizer) -> PreTrainedTokenizerBase:
+    """The text tokenizer in a folder; a `ValueError` if there is none that can be read."""
+    if not Path(folder).is_dir():
+        raise ValueError(f"`tokenizer` must be a folder with a vocabulary, got {folder}, which is none.")
+    try:
+        return kind.from_pretrained(folder)
+    except Exception as error:  # whatever a damaged vocabulary makes the library stumble over
+        raise ValueError(f"`tokenizer` {folder} holds no tokenizer of transformers that can be read.") from error
+
+
 def save_tokenizer(tokenizer: PreTrainedModel, folder: str | Path) -> None:
     """Writes a tokenizer with its image processor, if it has one."""
     save_with_code(tokenizer, folder)
@@ -84,6 +167,12 @@ def save_image_processor(tokenizer: PreTrainedModel, folder: str | Path) -> None
     channels = tokenizer.config.in_channels
     if channels in (1, 3):
         save_with_code(VQImageProcessor(size=tokenizer.config.resolution, num_channels=channels), folder)
+
+
+def check_part(part: str | None, known: tuple[str, ...]) -> None:
+    """A `ValueError` unless `part` is None or one of those that the files make."""
+    if part is not None and part not in known:
+        raise ValueError(f"`part` must be one of {', '.join(known)}: the files make no other, got {part!r}.")
 
 
 def print_dropped(dropped: dict[str, str]) -> None:

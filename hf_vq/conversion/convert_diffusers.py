@@ -6,7 +6,7 @@ hf-vq convert diffusers --checkpoint amused/amused-256 --part vqvae --output fol
 from pathlib import Path
 
 from ..hub import push_folder
-from .checkpoints import argument_parser, save_tokenizer
+from .checkpoints import argument_parser, save_tokenizer, written_folder
 from .load_tokenizer import LAYOUTS, load_tokenizer
 
 
@@ -25,7 +25,8 @@ def convert(
         output (`str` or `Path`): the folder.
         part, layout, resolution: `subfolder`, `layout` and `resolution` of [`load_tokenizer`].
     """
-    save_tokenizer(load_tokenizer(checkpoint, subfolder=part, layout=layout, resolution=resolution), output)
+    with written_folder(output) as folder:
+        save_tokenizer(load_tokenizer(checkpoint, subfolder=part, layout=layout, resolution=resolution), folder)
 
 
 def main(arguments: list[str] | None = None) -> None:

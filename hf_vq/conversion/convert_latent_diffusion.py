@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..argument_checks import check_integer, check_real
 from ..hub import push_folder, save_with_code
@@ -18,11 +18,15 @@ from ..pipelines.pipeline_vq_latent_diffusion import VQLatentDiffusionPipeline
 from .checkpoints import (
     argument_parser,
     check_agrees,
+    check_part,
     drop_keys,
+    errors_name,
     print_dropped,
+    read_tokenizer,
     save_image_processor,
     save_tokenizer,
     split_by_prefix,
+    written_folder,
 )
 from .ldm_conditioner import convert_conditioner
 from .ldm_unet import convert_unet
@@ -30,6 +34,7 @@ from .reading import Options, load_state_dict, read_model
 from .taming_tokenizer import convert_tokenizer, save_discriminator
 
 
+PARTS = ("tokenizer", "unet", "pipeline")
 PREFIXES = ("model.diffusion_model.", "model_ema.", "first_stage_model.", "cond_stage_model.")
 SCHEDULE_KEYS = (
     "betas",
@@ -243,6 +248,7 @@ def convert(
     null_class_id: int | None = None,
     discriminator: bool = False,
     tokenizer: str | Path | None = None,
+    part: str | None = None,
 ) -> dict[str, str]:
     """
     Writes the folder `output`: a pipeline, or a first stage with its image processor.
@@ -253,6 +259,7 @@ def convert(
         null_class_id (`int`, *optional*): see `convert_model`.
         discriminator (`bool`): also write a first stage's discriminator to `output/discriminator`.
         tokenizer (`str` or `Path`, *optional*): the folder of a text encoder's tokenizer.
+        part (`str`, *optional*): one of `PARTS`; by default all that the files make.
 
     Returns:
         for each key that is not used, why.
@@ -260,7 +267,20 @@ def convert(
     Raises:
         ValueError: as `convert_model`, or for an argument that the checkpoint has no use for.
     """
-    output = Path(output)
+    with written_folder(output) as folder, errors_name(checkpoint=checkpoint, config=config, tokenizer=tokenizer):
+        return _convert(checkpoint, config, folder, use_ema, null_class_id, discriminator, tokenizer, part)
+
+
+def _convert(
+    checkpoint,
+    config,
+    output: Path,
+    use_ema: bool,
+    null_class_id: int | None,
+    discriminator: bool,
+    tokenizer,
+    part: str | None,
+) -> dict[str, str]:
     model = read_model(config)
     state_dict = load_state_dict(checkpoint)
     target = model["target"].rpartition(".")[2]
@@ -272,27 +292,24 @@ def convert(
     if target in WHOLE_MODELS:
         if discriminator:
             raise ValueError("`--discriminator` needs the checkpoint of a first stage.")
+        check_part(part, PARTS)
         words = None if tokenizer is None else read_tokenizer(tokenizer)
         pipeline, dropped = convert_model(model, state_dict, use_ema, null_class_id, words)
-        save_with_code(pipeline, output)
-        save_image_processor(pipeline.vqvae, output / "vqvae")
+        if part == "tokenizer":
+            save_tokenizer(pipeline.vqvae, output)
+        elif part == "unet":
+            pipeline.unet.save_pretrained(output)
+        else:
+            save_with_code(pipeline, output)
+            save_image_processor(pipeline.vqvae, output / "vqvae")
         return dropped
+    check_part(part, PARTS[:1])
     for name, value in (("null_class_id", null_class_id), ("tokenizer", tokenizer)):
         if value is not None:
             raise ValueError(f"`{name}` needs a whole model, got a first stage ({model['target']}).")
     first_stage, dropped = convert_tokenizer(model, state_dict, use_ema)
     save_tokenizer(first_stage, output)
     return save_discriminator(model, state_dict, output, dropped) if discriminator else dropped
-
-
-def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder; a `ValueError` if there is none that can be read."""
-    if not Path(folder).is_dir():
-        raise ValueError(f"`tokenizer` must be a folder with a vocabulary, got {folder}, which is none.")
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"`tokenizer` {folder} holds no tokenizer of transformers that can be read.") from error
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -305,6 +322,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--null_class_id", type=int, help="the class that stands for none; by default the last of 1001"
     )
     parser.add_argument("--tokenizer", help="a folder with the vocabulary of the text encoder")
+    parser.add_argument("--part", choices=PARTS, help="(default: all that the files make)")
     options = parser.parse_args(arguments)
     dropped = convert(
         options.checkpoint,
@@ -314,6 +332,7 @@ def main(arguments: list[str] | None = None) -> None:
         options.null_class_id,
         options.discriminator,
         options.tokenizer,
+        options.part,
     )
     print_dropped(dropped)
     if options.push_to_hub:

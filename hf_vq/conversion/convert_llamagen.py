@@ -12,6 +12,7 @@ or, of a prior, `ModelArgs`, which are checked against them. Those of the tokeni
 from pathlib import Path
 from typing import Any
 
+from ..argument_checks import check_integer
 from ..hub import push_folder, save_with_code
 from ..models.autoencoders.modeling_vqgan import VQGANModel
 from ..pipelines.pipeline_vq_autoregressive import VQAutoregressivePipeline
@@ -19,13 +20,15 @@ from .checkpoints import (
     argument_parser,
     check_agrees,
     drop_keys,
+    errors_name,
     print_dropped,
     save_image_processor,
     save_tokenizer,
+    written_folder,
 )
 from .layouts import build, from_llamagen
 from .llamagen_prior import convert_prior, is_prior
-from .reading import Options, load_state_dict, read_config
+from .reading import Options, load_state_dict, read_arguments
 
 
 ENTRIES = ("ema", "model", "module", "state_dict")  # "module" is DeepSpeed's
@@ -43,33 +46,28 @@ ARGUMENT_FIELDS = {
 }
 
 
-def read_arguments(path: str | Path | None) -> tuple[dict, dict, dict[str, str]]:
+def tokenizer_arguments(path: str | Path | None, name: str = "config") -> tuple[dict, dict]:
     """The arguments of the original's `VQModel` in a JSON or YAML file.
 
     Returns:
-        fields of `VQGANConfig` that are not in the weights; arguments that must agree with them; and for each argument
-        that is not used, why.
+        fields of `VQGANConfig` that are not in the weights, and arguments that must agree with them.
 
     Raises:
         ValueError: as `read_config`, or for an argument that the original's `VQModel` does not have.
     """
-    content = {} if path is None else read_config(path)
-    flat = {name: value for name, value in content.items() if name not in ("params", "target")} | content.get(
-        "params", {}
-    )
-    options = Options(flat, "the arguments of VQModel")
-    agreeing = {name: options.take(name) for name in ARGUMENT_FIELDS if name in flat}
+    options = Options(read_arguments(path, name), "the arguments of VQModel", name)
+    agreeing = {name: options.take(name) for name in ARGUMENT_FIELDS if name in options.values}
     fields = {
-        "quantizer": "cosine" if options.take("codebook_l2_norm", True) else "vq",
-        "commitment_cost": options.take("commit_loss_beta", 0.25),
-        "dropout": options.take("dropout_p", 0.0),
+        "quantizer": "cosine" if options.flag("codebook_l2_norm", True) else "vq",
+        "commitment_cost": options.number("commit_loss_beta", 0.25),
+        "dropout": options.number("dropout_p", 0.0, below=1),
     }
-    dropped = {}
-    if options.take("entropy_loss_ratio", 0.0):
-        dropped["--config entropy_loss_ratio"] = "the weight of a loss of its training, which hf_vq does not have"
+    entropy_weight = options.number("entropy_loss_ratio", 0.0)
+    if entropy_weight:
+        fields["quantizer_kwargs"] = {"entropy_weight": entropy_weight}
     options.training_only("codebook_show_usage")  # what is logged
     options.finish()
-    return fields, agreeing, dropped
+    return fields, agreeing
 
 
 def convert_tokenizer(state_dict: dict, resolution: int = 256, **fields: Any) -> tuple[VQGANModel, dict[str, str]]:
@@ -118,6 +116,15 @@ def convert(
     Raises:
         ValueError: files that do not make the part, or do not fit each other.
     """
+    files = {"checkpoint": checkpoint, "config": config, "tokenizer": tokenizer, "codec_config": codec_config}
+    with written_folder(output) as folder, errors_name(**files):
+        return _convert(checkpoint, folder, config, resolution, live, part, tokenizer, codec_config)
+
+
+def _convert(
+    checkpoint, output: Path, config, resolution: int, live: bool, part: str | None, tokenizer, codec_config
+) -> dict[str, str]:
+    resolution = check_integer("resolution", resolution, minimum=1)
     state_dict = load_state_dict(checkpoint, entries=ENTRIES[1:] if live else ENTRIES)
     found = "tokenizer" if not is_prior(state_dict) else "prior" if tokenizer is None else "pipeline"
     if part not in (None, found) and not (part == "prior" and found == "pipeline"):
@@ -131,26 +138,28 @@ def convert(
         model, dropped = _read_tokenizer(state_dict, config, resolution)
         save_tokenizer(model, output)
         return dropped
-    arguments = {} if config is None else read_config(config)
+    arguments = read_arguments(config)
     if part == "prior" or tokenizer is None:
         prior, dropped = convert_prior(state_dict, arguments)
         save_with_code(prior, output)
         return dropped
     codec = load_state_dict(tokenizer, "tokenizer", entries=ENTRIES[1:] if live else ENTRIES)
-    vqvae, codec_dropped = _read_tokenizer(codec, codec_config, resolution)
+    vqvae, codec_dropped = _read_tokenizer(codec, codec_config, resolution, "codec_config")
     prior, dropped = convert_prior(state_dict, arguments, resolution // vqvae.config.downsample_factor)
     save_with_code(VQAutoregressivePipeline(vqvae=vqvae, prior=prior), output)
-    save_image_processor(vqvae, Path(output) / "vqvae")
+    save_image_processor(vqvae, output / "vqvae")
     return dropped | {f"tokenizer {key}": why for key, why in codec_dropped.items()}
 
 
-def _read_tokenizer(state_dict: dict, config, resolution: int) -> tuple[VQGANModel, dict[str, str]]:
+def _read_tokenizer(
+    state_dict: dict, config, resolution: int, name: str = "config"
+) -> tuple[VQGANModel, dict[str, str]]:
     """The tokenizer, whose arguments are checked, and what is not used."""
-    fields, agreeing, reasons = read_arguments(config)
+    fields, agreeing = tokenizer_arguments(config, name)
     tokenizer, dropped = convert_tokenizer(state_dict, resolution, **fields)
-    for name, value in agreeing.items():
-        check_agrees(name, value, getattr(tokenizer.config, ARGUMENT_FIELDS[name]))
-    return tokenizer, dropped | reasons
+    for argument, value in agreeing.items():
+        check_agrees(argument, value, getattr(tokenizer.config, ARGUMENT_FIELDS[argument]), name)
+    return tokenizer, dropped
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedConfig
 
 from ..hub import push_folder, save_with_code
 from ..models.autoencoders.configuration_vqvae2 import VQVAE2Config
@@ -20,13 +21,16 @@ from ..models.priors.modeling_pixelsnail import PixelSNAILForCausalLM
 from ..pipelines.pipeline_vqvae2 import VQVAE2Pipeline
 from .checkpoints import (
     argument_parser,
+    check_agrees,
     drop_keys,
+    errors_name,
     load_exactly,
     print_dropped,
     save_image_processor,
     save_tokenizer,
+    written_folder,
 )
-from .reading import load_checkpoint, tensors_of
+from .reading import Options, load_checkpoint, read_arguments, tensors_of
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -294,11 +298,57 @@ def convert_pixelsnail(state_dict: dict, dropout: float = 0.1) -> tuple[PixelSNA
 # ------------------------------------------------------------------------------------------------ all together
 
 
-def _load_pixelsnail(path, name: str) -> tuple[PixelSNAILForCausalLM, dict[str, str]]:
+# Arguments of the original's classes that follow from the weights → what they are in the converted model.
+VQVAE_ARGUMENTS = {
+    "in_channel": lambda config: config.in_channels,
+    "channel": lambda config: config.hidden_size,
+    "n_res_block": lambda config: config.num_residual_layers,
+    "n_res_channel": lambda config: config.residual_hidden_size,
+    "embed_dim": lambda config: config.embed_dim,
+    "n_embed": lambda config: config.num_embeddings,
+}
+PIXELSNAIL_ARGUMENTS = {
+    "shape": lambda config: list(config.grid_size),
+    "n_class": lambda config: config.codebook_size,
+    "channel": lambda config: config.hidden_size,
+    "kernel_size": lambda config: config.kernel_size,
+    "n_block": lambda config: config.num_blocks,
+    "n_res_block": lambda config: config.num_res_blocks,
+    "res_channel": lambda config: config.res_channels,
+    "attention": lambda config: config.attention,
+    "n_cond_res_block": lambda config: config.num_conditioning_res_blocks,
+    "cond_res_channel": lambda config: config.conditioning_channels,
+    "cond_res_kernel": lambda config: config.conditioning_kernel_size,
+    "n_out_res_block": lambda config: config.num_output_res_blocks,
+}
+OF_CONDITION = ("n_cond_res_block", "cond_res_channel", "cond_res_kernel")
+
+
+def _check_arguments(options: Options, config: PreTrainedConfig, fields: dict) -> None:
+    """A `ValueError` for an argument that contradicts the weights, or that the original does not have."""
+    if "n_res_channel" in fields and not config.num_residual_layers:
+        options.training_only("n_res_channel")
+    if "cond_res_channel" in fields and config.conditioning_codebook_size is None:
+        options.only("n_cond_res_block", 0, default=0)
+        options.training_only(*OF_CONDITION)
+        fields = {name: field for name, field in fields.items() if name not in OF_CONDITION}
+    for name, field in fields.items():
+        if name in options.values:
+            given = options.take(name)
+            check_agrees(name, list(given) if isinstance(given, tuple) else given, field(config))
+    options.training_only("decay")  # which the original's code does not hand on
+    options.finish()
+
+
+def _load_pixelsnail(path, name: str, config=None) -> tuple[PixelSNAILForCausalLM, dict[str, str]]:
     state_dict, arguments = load(path, name)
     if not is_pixelsnail(state_dict):
         raise ValueError(f"`{name}` {path} holds no PixelSNAIL: it lacks the key background.")
-    model, dropped = convert_pixelsnail(state_dict, arguments.get("dropout", 0.1))
+    options = Options(read_arguments(config), "the arguments of PixelSNAIL")
+    dropout = options.number("dropout", arguments.get("dropout", 0.1), below=1)
+    with errors_name(checkpoint=path if name != "checkpoint" else None):
+        model, dropped = convert_pixelsnail(state_dict, dropout)
+    _check_arguments(options, model.config, PIXELSNAIL_ARGUMENTS)
     return model, {f"{name}: {key}": why for key, why in dropped.items()}
 
 
@@ -308,6 +358,7 @@ def convert(
     top: str | Path | None = None,
     bottom: str | Path | None = None,
     resolution: int | None = None,
+    config: str | Path | None = None,
 ) -> dict[str, str]:
     """
     Writes the folder `output`: a model, or with `top` and `bottom` a pipeline.
@@ -316,6 +367,8 @@ def convert(
         checkpoint, output (`str` or `Path`): the original's file, and the folder.
         top, bottom (`str` or `Path`, *optional*): the files of the priors that belong to a VQVAE.
         resolution (`int`, *optional*): side of the VQVAE's images in pixels; by default that of the priors, or 256.
+        config (`str` or `Path`, *optional*): a JSON file with the arguments of the class in `checkpoint`, which are
+            checked against its weights; the dropout of a PixelSNAIL is not in them.
 
     Returns:
         for each key that is not used, why.
@@ -328,22 +381,30 @@ def convert(
         raise ValueError("`top` and `bottom` must be given together.")
     if resolution is not None and resolution < 1:
         raise ValueError(f"`resolution` must be positive, got {resolution}.")
+    with written_folder(output) as folder, errors_name(checkpoint=checkpoint, config=config, top=top, bottom=bottom):
+        return _convert(checkpoint, folder, top, bottom, resolution, config)
+
+
+def _convert(checkpoint, output: Path, top, bottom, resolution: int | None, config) -> dict[str, str]:
     state_dict, _ = load(checkpoint)
     if is_pixelsnail(state_dict):
         if top is not None or resolution is not None:
             raise ValueError("`checkpoint` must hold a VQVAE where `top`, `bottom` or `resolution` are given.")
-        model, dropped = _load_pixelsnail(checkpoint, "checkpoint")
+        model, dropped = _load_pixelsnail(checkpoint, "checkpoint", config)
         save_with_code(model, output)
         return dropped
+    options = Options(read_arguments(config), "the arguments of VQVAE")
     if top is None:
         vqvae = convert_vqvae(state_dict, resolution or 256)
+        _check_arguments(options, vqvae.config, VQVAE_ARGUMENTS)
         save_tokenizer(vqvae, output)
         return {}
     top_prior, dropped = _load_pixelsnail(top, "top")
     bottom_prior, dropped_too = _load_pixelsnail(bottom, "bottom")
     vqvae = convert_vqvae(state_dict, resolution or 8 * top_prior.config.grid_size[0])
+    _check_arguments(options, vqvae.config, VQVAE_ARGUMENTS)
     save_with_code(VQVAE2Pipeline(vqvae=vqvae, top_prior=top_prior, bottom_prior=bottom_prior), output)
-    save_image_processor(vqvae, Path(output) / "vqvae")
+    save_image_processor(vqvae, output / "vqvae")
     return dropped | dropped_too
 
 
@@ -353,7 +414,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--top", help="the top prior of a VQVAE")
     parser.add_argument("--bottom", help="its bottom prior")
     parser.add_argument("--resolution", type=int, help="of the VQVAE's images; by default that of the priors, or 256")
+    parser.add_argument("--config", help="JSON with the arguments of the class in --checkpoint, to be checked")
     options = parser.parse_args(arguments)
-    print_dropped(convert(options.checkpoint, options.output, options.top, options.bottom, options.resolution))
+    given = (options.checkpoint, options.output, options.top, options.bottom, options.resolution, options.config)
+    print_dropped(convert(*given))
     if options.push_to_hub:
         print(push_folder(options.output, options.push_to_hub, "Upload converted weights"))

@@ -19,11 +19,14 @@ from ..pipelines.pipeline_vq_autoregressive import VQAutoregressivePipeline
 from .checkpoints import (
     argument_parser,
     check_agrees,
+    check_part,
+    errors_name,
     load_exactly,
     print_dropped,
     save_image_processor,
     save_tokenizer,
     split_by_prefix,
+    written_folder,
 )
 from .reading import Options, load_state_dict, read_model
 from .taming_tokenizer import convert_tokenizer, save_discriminator
@@ -48,6 +51,7 @@ GPT_OUTER_KEYS = {
     "ln_f.bias": "transformer.ln_f.bias",
     "head.weight": "lm_head.weight",
 }
+PARTS = ("tokenizer", "prior", "pipeline", "condition_tokenizer")
 NET2NET_PREFIXES = ("first_stage_model.", "cond_stage_model.", "transformer.", "permuter.")
 # Options of the original's GPT that follow from its weights → (field of `VQGPTConfig`, the original's default).
 GPT_FIELDS = {
@@ -173,7 +177,7 @@ def convert_net2net(model: dict, state_dict: dict):
         raise ValueError(f"`config` has a transformer of the class {gpt_class}; known: GPT.")
     kwargs, weights = convert_gpt_state_dict(state_dict, vqvae.config.num_embeddings)
     for name, (field, default) in GPT_FIELDS.items():
-        configured = gpt.take(name) if default is None else gpt.take(name, default)
+        configured = gpt.count(name) if default is None else gpt.count(name, default, minimum=0)
         if name != "n_unmasked" or configured > 1:  # one position sees itself anyway
             check_agrees(f"transformer_config.{name}", configured, kwargs[field])
     masks = [key for key in state_dict if key.startswith("transformer.") and key.endswith(".attn.mask")]
@@ -183,13 +187,16 @@ def convert_net2net(model: dict, state_dict: dict):
         params, cond_stage, first_stage, vqvae, kwargs["input_vocab_size"], kwargs["n_positions"], order["grid_size"]
     )
     dropped |= {f"cond_stage_model.{key}": why for key, why in reasons.items()}
+    heads = gpt.count("n_head", 8)
+    if kwargs["n_embd"] % heads:
+        raise ValueError(f"`config` must have n_head divide the width {kwargs['n_embd']} of the GPT, got {heads}.")
     config = VQGPTConfig(
         **kwargs,
         **condition,
         **order,
-        n_head=gpt.take("n_head", 8),
-        pkeep=params.take("pkeep", 1.0),
-        **{name: gpt.take(name, 0.0) for name in ("embd_pdrop", "resid_pdrop", "attn_pdrop")},
+        n_head=heads,
+        pkeep=_kept_codes(params),
+        **{name: gpt.number(name, 0.0, below=1) for name in ("embd_pdrop", "resid_pdrop", "attn_pdrop")},
     )
     gpt.finish()
     params.finish()
@@ -205,7 +212,7 @@ def _code_order(params: Options, permuter: dict, side: int) -> dict:
         name, grid = "Identity", (side, side)
     else:
         name, sizes = params.node("permuter_config")
-        grid = (sizes.take("H", side), sizes.take("W", side))
+        grid = (sizes.count("H", side), sizes.count("W", side))
         sizes.finish()
     if name not in PERMUTERS:
         raise ValueError(f"`config` has a permuter of the class {name}; known: {', '.join(PERMUTERS)}.")
@@ -241,20 +248,26 @@ def _convert_condition(
         target, options = params.node("cond_stage_config")
     else:
         target = str(stage)
-    sos_token, size = params.take("sos_token", 0), params.take("downsample_cond_size", -1)
+    sos_token = _start_token(params.count("sos_token", 0, minimum=0), num_ids)
+    size = params.count("downsample_cond_size", -1, minimum=-1)
     tokenizer, dropped = None, {}
-    if params.take("unconditional", False) or target == "__is_unconditional__":
+    # as in the original, which asks for the first stage before it asks whether there is a condition at all
+    is_unconditional = params.flag("unconditional", False) and target != "__is_first_stage__"
+    if is_unconditional or target == "__is_unconditional__":
         fields, options = {"condition_type": "unconditional", "bos_token_id": sos_token}, None
     elif target == "SOSProvider":
         options.training_only("quantize_interface")
-        fields = {"condition_type": "unconditional", "bos_token_id": options.take("sos_token")}
+        fields = {
+            "condition_type": "unconditional",
+            "bos_token_id": _start_token(options.count("sos_token", minimum=0), num_ids),
+        }
     elif target == "Labelator":
         options.training_only("quantize_interface")
-        fields = {"condition_type": "class", "num_classes": options.take("n_classes")}
+        fields = {"condition_type": "class", "num_classes": options.count("n_classes")}
     elif target == "CoordStage":
         # its coordinates are rounded to 0 … n_embed, the ends included; the published models cannot embed the last one
-        side = (vqvae.config.resolution if size < 0 else size) // options.take("down_factor")
-        num_coordinates = min(options.take("n_embed") + 1, num_ids)
+        side = (vqvae.config.resolution if size < 0 else size) // options.count("down_factor")
+        num_coordinates = min(options.count("n_embed") + 1, num_ids)
         fields = {**_code_condition(num_coordinates, side**2), "condition_type": "coordinates"}
     elif target == "DummyCondStage":
         options.training_only("conditional_key")
@@ -283,12 +296,31 @@ def _convert_condition(
     return fields, tokenizer, dropped
 
 
+def _start_token(token: int, num_ids: int) -> int:
+    if token >= num_ids:
+        raise ValueError(f"`config` must have a sos_token below the GPT's vocabulary of {num_ids}, got {token}.")
+    return token
+
+
+def _kept_codes(params: Options) -> float:
+    """The probability with which training keeps an input code. With none kept the original draws all codes at once."""
+    pkeep = params.number("pkeep", 1.0)
+    if not 0 < pkeep <= 1:
+        raise ValueError(f"`config` must have a pkeep in (0, 1], got {pkeep}: a prior here reads the codes before.")
+    return pkeep
+
+
 def _code_condition(vocab_size: int, length: int) -> dict:
     return {"condition_type": "codes", "condition_vocab_size": vocab_size, "condition_length": length}
 
 
 def convert(
-    checkpoint: str | Path, config: str | Path, output: str | Path, discriminator: bool = False, use_ema: bool = True
+    checkpoint: str | Path,
+    config: str | Path,
+    output: str | Path,
+    discriminator: bool = False,
+    use_ema: bool = True,
+    part: str | None = None,
 ) -> dict[str, str]:
     """
     Writes the folder `output`: a model with its image processor, or a pipeline (and `condition_tokenizer` in it).
@@ -297,22 +329,37 @@ def convert(
         checkpoint, config, output (`str` or `Path`): the original's file, its YAML, and the folder.
         discriminator (`bool`): also write the discriminator's weights and arguments to `output/discriminator`.
         use_ema (`bool`): take the averages of a first stage's weights, where the checkpoint has them.
+        part (`str`, *optional*): one of `PARTS`; by default all that the files make.
 
     Returns:
         for each key that is not used, why.
+
+    Raises:
+        ValueError: a file that cannot be read, or that has no equivalent here, or a part that the files do not make.
     """
-    output = Path(output)
+    with written_folder(output) as folder, errors_name(checkpoint=checkpoint, config=config):
+        return _convert(checkpoint, config, folder, discriminator, use_ema, part)
+
+
+def _convert(checkpoint, config, output: Path, discriminator: bool, use_ema: bool, part: str | None) -> dict[str, str]:
     model = read_model(config)
     state_dict = load_state_dict(checkpoint)
     if model["target"].rpartition(".")[2] == "Net2NetTransformer":
         if discriminator:
             raise ValueError("`--discriminator` needs the checkpoint of a first stage.")
         pipeline, condition_tokenizer, dropped = convert_net2net(model, state_dict)
-        save_with_code(pipeline, output)
-        if condition_tokenizer is not None:
-            save_tokenizer(condition_tokenizer, output / "condition_tokenizer")
-        save_image_processor(pipeline.vqvae, output / "vqvae")
+        check_part(part, PARTS if condition_tokenizer is not None else PARTS[:-1])
+        if part == "prior":
+            save_with_code(pipeline.prior, output)
+        elif part in ("tokenizer", "condition_tokenizer"):
+            save_tokenizer(pipeline.vqvae if part == "tokenizer" else condition_tokenizer, output)
+        else:
+            save_with_code(pipeline, output)
+            if condition_tokenizer is not None:
+                save_tokenizer(condition_tokenizer, output / "condition_tokenizer")
+            save_image_processor(pipeline.vqvae, output / "vqvae")
         return dropped
+    check_part(part, PARTS[:1])
     tokenizer, dropped = convert_tokenizer(model, state_dict, use_ema)
     save_tokenizer(tokenizer, output)
     if discriminator:
@@ -326,7 +373,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--config", required=True, help="the YAML that the checkpoint was trained with")
     parser.add_argument("--discriminator", action="store_true", help="also save the discriminator of a VQGAN")
     parser.add_argument("--live", action="store_true", help="take the weights themselves, not their averages")
+    parser.add_argument("--part", choices=PARTS, help="(default: all that the files make)")
     options = parser.parse_args(arguments)
-    print_dropped(convert(options.checkpoint, options.config, options.output, options.discriminator, not options.live))
+    dropped = convert(
+        options.checkpoint, options.config, options.output, options.discriminator, not options.live, options.part
+    )
+    print_dropped(dropped)
     if options.push_to_hub:
         print(push_folder(options.output, options.push_to_hub, "Upload converted weights"))

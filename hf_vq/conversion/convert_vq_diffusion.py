@@ -11,11 +11,22 @@ from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
 from ..hub import push_folder, save_with_code
 from ..pipelines.pipeline_vq_diffusion import VQDiffusionImagePipeline
-from .checkpoints import argument_parser, print_dropped, save_image_processor, split_by_prefix
-from .reading import check_not_nan, load_checkpoint, read_model
+from .checkpoints import (
+    argument_parser,
+    check_part,
+    errors_name,
+    print_dropped,
+    read_tokenizer,
+    save_image_processor,
+    save_tokenizer,
+    split_by_prefix,
+    written_folder,
+)
+from .reading import check_finite, load_checkpoint, read_model
 from .vq_diffusion_codec import convert_codec
 from .vq_diffusion_network import (
     DIFFUSION_DEFAULTS,
+    SCHEDULE_KEYS,
     TABLE_REASONS,
     convert_schedule,
     convert_transformer,
@@ -25,6 +36,7 @@ from .vq_diffusion_network import (
 from .vq_diffusion_text import convert_text_encoder, text_options
 
 
+PARTS = ("tokenizer", "transformer", "text_encoder", "pipeline")
 # The original's whole models and their defaults.
 SHARED_DEFAULTS = {"content_info": None, "content_codec_config": None, "diffusion_config": None}
 MODELS = {
@@ -32,6 +44,7 @@ MODELS = {
     "C_DALLE": {**SHARED_DEFAULTS, "condition_info": None, "guidance_scale": 1.0, "learnable_cf": False},
     "DALLE": {**SHARED_DEFAULTS, "condition_info": None, "learnable_cf": False, "condition_codec_config": None},
 }
+CLASS_EMBEDDING_DEFAULTS = {"num_embed": 1000, "embed_dim": 512, "identity": False, "trainable": True}
 CODEC_DEFAULTS = {"trainable": False, "token_shape": (16, 16)}
 FILE_DEFAULTS = {"config_path": None, "ckpt_path": None, "mapping_path": None}
 CODECS = {
@@ -69,7 +82,8 @@ def trainer_entries(checkpoint: dict) -> dict[str, dict]:
                 f"`checkpoint` must hold weights in its entry {name}, got a "
                 f"{type(entry[others[0]]).__name__} as {others[0]}."
             )
-        check_not_nan(entry, f"`checkpoint`, in its entry {name},")
+        weights = {key: value for key, value in entry.items() if not key.endswith(SCHEDULE_KEYS)}
+        check_finite(weights, f"`checkpoint`, in its entry {name},")  # the schedule has logarithms of 0
     return entries
 
 
@@ -159,9 +173,8 @@ def model_params(model: dict) -> tuple[dict, dict]:
     if target not in MODELS:
         raise ValueError(f"`config` has the model {target!r}; known: {sorted(MODELS)}.")
     params = with_defaults(model.get("params") or {}, MODELS[target], "model")
-    for name in ("content_codec_config", "diffusion_config"):
-        if not isinstance(params[name], dict):
-            raise ValueError(f"`config` lacks the section {name}.")
+    if params["diffusion_config"] is None:
+        raise ValueError("`config` lacks the section diffusion_config.")
     diffusion = with_defaults(params["diffusion_config"].get("params") or {}, DIFFUSION_DEFAULTS, "diffusion_config")
     wanted = {"UC_DALLE": "unconditional", "C_DALLE": "class", "DALLE": "text"}[target]
     found = transformer_config(diffusion)["condition_type"]
@@ -174,9 +187,12 @@ def model_params(model: dict) -> tuple[dict, dict]:
 
 def check_class_embedding(diffusion: dict) -> None:
     """ValueErrors unless classes reach the denoiser as numbers, as its norms read them."""
-    section = diffusion["condition_emb_config"] or {}
+    section = diffusion["condition_emb_config"]
+    if section is None:
+        return  # the numbers are given as they are
     target = str(section.get("target", "")).rpartition(".")[2]
-    if target != "ClassEmbedding" or not (section.get("params") or {}).get("identity", False):
+    params = with_defaults(section.get("params") or {}, CLASS_EMBEDDING_DEFAULTS, "condition_emb_config")
+    if target != "ClassEmbedding" or not params["identity"]:
         raise ValueError(
             "`config` must have a ClassEmbedding with identity=True as condition_emb_config: the original's denoiser "
             f"reads the numbers of classes, got {target!r} with {section.get('params')}."
@@ -218,7 +234,13 @@ def convert_model(
     learned_null = "condition_codec_config" in params and bool(params["learnable_cf"] or diffusion["learnable_cf"])
     transformer, network_reasons = convert_transformer(diffusion, {**network, **null_embedding}, learned_null)
     options, text_reasons = convert_text(params, diffusion, text, tokenizer)
-    content_codec = codec_params(params["content_codec_config"], transformer.sample_size)
+    if codec_weights and params["content_codec_config"] is None:
+        raise ValueError("`config` lacks the section content_codec_config, of which `checkpoint` has weights.")
+    content_codec = None
+    if params["content_codec_config"] is not None:
+        content_codec = codec_params(params["content_codec_config"], tuple(transformer.config.sample_size))
+    if codec is not None and not codec_weights:
+        raise ValueError("`codec_config` must not be given: `checkpoint` has no codec (no key content_codec.…).")
     if codec is None:
         if mapping is not None:
             raise ValueError("`mapping` needs `codec_config`: it is about the codec's codes.")
@@ -266,6 +288,8 @@ def convert_text(
         if state_dict:
             raise ValueError(f"`checkpoint` has the key condition_emb.{min(state_dict)}, but the model reads no text.")
         return {}, {}
+    if params["condition_codec_config"] is None and not state_dict:
+        return {}, {}
     options = text_options(params["condition_codec_config"], diffusion["condition_emb_config"])
     if not state_dict:
         return options, {}
@@ -285,37 +309,54 @@ def convert(
     mapping: str | Path | None = None,
     tokenizer: str | Path | None = None,
     use_ema: bool = True,
+    part: str | None = None,
 ) -> dict[str, str]:
     """
-    Writes the folder `output`: a pipeline, and its codec's image processor; or without `codec_config` the other parts,
-    each in its folder.
+    Writes the folder `output`: a pipeline, and its codec's image processor; or without `codec_config` a pipeline that
+    has no tokenizer.
 
     Args:
         checkpoint, config, codec_config, mapping (`str` or `Path`): the original's files.
         tokenizer (`str` or `Path`, *optional*): a folder with CLIP's vocabulary.
         output (`str` or `Path`): the folder.
         use_ema: see `convert_model`.
+        part (`str`, *optional*): one of `PARTS`; by default all that the files make.
 
     Returns:
         for each key that is not used, why.
+
+    Raises:
+        ValueError: as `convert_model`, for a file that cannot be read, or a part that the files do not make.
     """
-    output = Path(output)
-    pipeline, dropped = convert_model(
-        read_model(config, "config"),
-        load_checkpoint(checkpoint),
-        None if codec_config is None else read_model(codec_config, "codec_config"),
-        None if mapping is None else load_checkpoint(mapping),
-        None if tokenizer is None else CLIPTokenizer.from_pretrained(tokenizer),
-        use_ema,
-    )
-    if pipeline.vqvae is None:
-        for name, part in pipeline.components.items():
-            if part is not None:
-                part.save_pretrained(output / name)
+    files = {"checkpoint": checkpoint, "config": config, "codec_config": codec_config, "mapping": mapping}
+    with written_folder(output) as folder, errors_name(**files, tokenizer=tokenizer):
+        pipeline, dropped = convert_model(
+            read_model(config, "config"),
+            load_checkpoint(checkpoint),
+            None if codec_config is None else read_model(codec_config, "codec_config"),
+            None if mapping is None else load_checkpoint(mapping, "mapping"),
+            None if tokenizer is None else read_tokenizer(tokenizer, CLIPTokenizer),
+            use_ema,
+        )
+        _save(pipeline, folder, part)
         return dropped
-    save_with_code(pipeline, output)
-    save_image_processor(pipeline.vqvae, output / "vqvae")
-    return dropped
+
+
+def _save(pipeline: VQDiffusionImagePipeline, folder: Path, part: str | None) -> None:
+    found = {"tokenizer": pipeline.vqvae, "transformer": pipeline.transformer, "text_encoder": pipeline.text_encoder}
+    check_part(part, tuple(name for name in PARTS if found.get(name, pipeline) is not None))
+    if part == "tokenizer":
+        save_tokenizer(pipeline.vqvae, folder)
+    elif part == "transformer":
+        save_with_code(pipeline.transformer, folder)
+    elif part == "text_encoder":
+        pipeline.text_encoder.save_pretrained(folder)
+        if pipeline.tokenizer is not None:
+            pipeline.tokenizer.save_pretrained(folder)
+    else:
+        save_with_code(pipeline, folder)
+        if pipeline.vqvae is not None:
+            save_image_processor(pipeline.vqvae, folder / "vqvae")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -326,6 +367,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--mapping", help="the file that says which of the codec's codes are in use")
     parser.add_argument("--tokenizer", help="a folder with CLIP's vocab.json and merges.txt")
     parser.add_argument("--live", action="store_true", help="take the model's own weights, not their averages")
+    parser.add_argument("--part", choices=PARTS, help="(default: all that the files make)")
     options = parser.parse_args(arguments)
     dropped = convert(
         options.checkpoint,
@@ -335,6 +377,7 @@ def main(arguments: list[str] | None = None) -> None:
         options.mapping,
         options.tokenizer,
         not options.live,
+        options.part,
     )
     print_dropped(dropped)
     if options.push_to_hub:

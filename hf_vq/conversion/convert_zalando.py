@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 
+from ..argument_checks import check_real
 from ..hub import push_folder
 from ..models.autoencoders.configuration_vqvae import VQVAEConfig
 from ..models.autoencoders.modeling_vqvae import VQVAEModel
-from .checkpoints import argument_parser, check_agrees, load_exactly, save_tokenizer
-from .reading import Options, load_state_dict, read_config
+from .checkpoints import argument_parser, check_agrees, errors_name, load_exactly, save_tokenizer, written_folder
+from .reading import Options, load_state_dict, read_arguments
 
 
 # Original module → ours; {i} is the number of a residual block.
@@ -104,6 +105,8 @@ def convert_model(
         data_variance (`float`, *optional*): of pixels in [-0.5, 0.5], which divides the squared error in training.
     """
     arguments, weights = convert_state_dict(state_dict)
+    if data_variance is not None:
+        data_variance = check_real("data_variance", data_variance, above=0)
     kwargs = {}
     if arguments["quantizer"] == "ema":
         kwargs = {"decay": decay, "zero_debias": False, "count_smoothing": "laplace_stored", "restart_threshold": 0.0}
@@ -129,21 +132,16 @@ ARGUMENT_FIELDS = {
 }
 
 
-def read_arguments(path: str | Path | None) -> tuple[dict, dict]:
+def model_arguments(path: str | Path | None) -> tuple[dict, dict]:
     """The training arguments, and those that must agree with the weights, in a JSON or YAML file of the notebook's
     arguments.
 
     Raises:
         ValueError: as `read_config`, or for an argument that the notebook's `Model` does not have.
     """
-    if path is None:
-        return {}, {}
-    content = read_config(path)
-    options = Options(content.get("params", content), "the arguments of Model")
-    if "params" not in content:
-        options.training_only("target")
-    training = {name: options.take(name) for name in ("decay", "commitment_cost") if name in options.values}
-    agreeing = {name: options.take(name) for name in ARGUMENT_FIELDS if name in options.values}
+    options = Options(read_arguments(path), "the arguments of Model")
+    training = {name: options.number(name) for name in ("decay", "commitment_cost") if name in options.values}
+    agreeing = {name: options.count(name, minimum=0) for name in ARGUMENT_FIELDS if name in options.values}
     options.finish()
     return training, agreeing
 
@@ -162,16 +160,17 @@ def convert(
     Raises:
         ValueError: if a file cannot be read, or the arguments contradict the weights.
     """
-    training, agreeing = read_arguments(config)
-    model = convert_model(load_state_dict(checkpoint), **training, data_variance=data_variance)
-    for name, value in agreeing.items():
-        check_agrees(name, value, getattr(model.config, ARGUMENT_FIELDS[name]))
-    if "decay" in training and (training["decay"] > 0) != (model.config.quantizer == "ema"):
-        raise ValueError(
-            f"`config` has decay={training['decay']}, but the weights are of a codebook that is "
-            f"{'a moving average' if model.config.quantizer == 'ema' else 'trained by gradients'}."
-        )
-    save_tokenizer(model, output)
+    with written_folder(output) as folder, errors_name(checkpoint=checkpoint, config=config):
+        training, agreeing = model_arguments(config)
+        model = convert_model(load_state_dict(checkpoint), **training, data_variance=data_variance)
+        for name, value in agreeing.items():
+            check_agrees(name, value, getattr(model.config, ARGUMENT_FIELDS[name]))
+        if "decay" in training and (training["decay"] > 0) != (model.config.quantizer == "ema"):
+            raise ValueError(
+                f"`config` has decay={training['decay']}, but the weights are of a codebook that is "
+                f"{'a moving average' if model.config.quantizer == 'ema' else 'trained by gradients'}."
+            )
+        save_tokenizer(model, folder)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -9,7 +9,7 @@ from ..models.priors.configuration_vq_llama import VQLlamaConfig
 from ..models.priors.modeling_vq_llama import VQLlamaForCausalLM
 from .checkpoints import check_agrees, drop_keys, load_exactly
 from .layouts import count
-from .reading import Options
+from .reading import Options, is_count
 
 
 DROPPED_KEYS = {"freqs_cis": "the rotary positions, which are computed"}
@@ -84,7 +84,7 @@ def convert_prior(
     depth, width = count(weights, r"layers\.(\d+)\."), weights["tok_embeddings.weight"].shape[1]
     options = Options(arguments, "the arguments of ModelArgs")
     heads = options.take("n_head", PUBLISHED_HEADS.get((depth, width)))
-    if heads is None or width % heads:
+    if not is_count(heads) or width % heads:
         raise ValueError(
             f"`config` must have n_head, a divisor of the width {width} of this prior of {depth} blocks, got {heads}."
         )
@@ -108,19 +108,25 @@ def _fields(options: Options, weights: dict, heads: int, grid_size: int | None, 
     kv_heads, rest = divmod(joined - width, 2 * width // heads)
     if rest or kv_heads < 1:
         raise ValueError(f"`config` has n_head={heads}, which does not fit the attention of {joined} channels.")
-    block_size = options.take("block_size", 256 if grid_size is None else grid_size**2)
+    block_size = options.count("block_size", 256 if grid_size is None else grid_size**2)
     side = math.isqrt(block_size)
     if side**2 != block_size or grid_size not in (None, side):
         wanted = "a square number" if grid_size is None else f"{grid_size**2}, the codes of an image"
         raise ValueError(f"`config` must have as block_size {wanted}, got {block_size}.")
     options.only("model_type", "t2i" if is_text else "c2i", default="t2i" if is_text else "c2i")
-    condition_dropout = options.take("class_dropout_prob", 0.1)
+    condition_dropout = options.number("class_dropout_prob", 0.1)
     reasons = {}
     if is_text:
         for name in ("cls_embedding.uncond_embedding", "cls_embedding.cap_proj.fc1.weight"):
             if name not in weights:
                 raise ValueError(f"`checkpoint` lacks the key {name} of a prior of LlamaGen.")
-        length, channels = weights["cls_embedding.uncond_embedding"].shape
+        rows, channels = weights["cls_embedding.uncond_embedding"].shape
+        # the table has 120 rows whatever the length, and the first are used
+        length = options.count("cls_token_num", rows)
+        if length > rows:
+            raise ValueError(
+                f"`config` must have a cls_token_num of at most the {rows} rows of the weights, got {length}."
+            )
         condition = {"condition_type": "text", "condition_length": length, "text_embed_dim": channels}
     else:
         num_classes = len(weights[CLASSES]) - (condition_dropout > 0)
@@ -134,11 +140,11 @@ def _fields(options: Options, weights: dict, heads: int, grid_size: int | None, 
         "num_key_value_heads": kv_heads,
         "intermediate_size": weights["layers.0.feed_forward.w1.weight"].shape[0],
         "condition_dropout": condition_dropout,
-        "embd_pdrop": options.take("token_dropout_p", 0.1),
-        "attention_dropout": options.take("attn_dropout_p", 0.0),
-        "rope_base": options.take("rope_base", 10000),
-        "rms_norm_eps": options.take("norm_eps", 1e-5),
-        "initializer_range": options.take("initializer_range", 0.02),
+        "embd_pdrop": options.number("token_dropout_p", 0.1, below=1),
+        "attention_dropout": options.number("attn_dropout_p", 0.0, below=1),
+        "rope_base": options.number("rope_base", 10000, minimum=1),
+        "rms_norm_eps": options.number("norm_eps", 1e-5),
+        "initializer_range": options.number("initializer_range", 0.02),
     }, reasons
 
 
@@ -163,6 +169,8 @@ def _renamed(weights: dict, config: VQLlamaConfig) -> dict:
             conditions = torch.cat([conditions, conditions.mean(dim=0, keepdim=True)])
     else:
         conditions = torch.zeros_like(codes[:2])  # a text and the null text have no rows of their own
+        null = weights["cls_embedding.uncond_embedding"]
+        weights["cls_embedding.uncond_embedding"] = null[: config.condition_length]
     new = {"model.embed_tokens.weight": torch.cat([codes, conditions])}
     for name, value in weights.items():
         block = re.fullmatch(r"layers\.(\d+)\.(.+)\.weight", name)

@@ -26,7 +26,7 @@ from .layouts import (
     renamed,
     reversed_levels,
 )
-from .reading import check_not_nan, file_format, load_checkpoint, tensors_of
+from .reading import check_finite, file_format, load_checkpoint, tensors_of
 from .taming_tokenizer import DROPPED_KEYS, EMA_CODEBOOK, choose_averages
 
 
@@ -160,7 +160,7 @@ def _read_shards(source, index: dict[str, str], subfolder: str | None, options: 
             whole = load_checkpoint(path, "source")
             shard = {key: whole[key] for key in wanted}
         weights |= shard
-    check_not_nan(weights, f"`{source}`")
+    check_finite(weights, f"`{source}`")
     return weights
 
 

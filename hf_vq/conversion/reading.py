@@ -5,9 +5,11 @@ Whatever is wrong with a file is one `ValueError` that says which file, what it 
 
 import argparse
 import json
+import math
 import pickle
 import re
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +188,7 @@ def load_state_dict(
     """The weights of a checkpoint: all that is in it, or in the first of `entries` that it has.
 
     Raises:
-        ValueError: as `load_checkpoint`; if it holds no dict of tensors; for a weight that is NaN.
+        ValueError: as `load_checkpoint`; if it holds no dict of tensors; for a weight that is not finite.
     """
     return tensors_of(load_checkpoint(path, name), path, name, entries)
 
@@ -206,7 +208,7 @@ def tensors_of(
     if others or not state_dict:
         has = f"{others[0]!r} is {_described(state_dict[others[0]])}" if others else "it is empty"
         raise ValueError(f"{where} must hold weights by name, and nothing else: {has}.")
-    check_not_nan(state_dict, where)
+    check_finite(state_dict, where)
     return state_dict
 
 
@@ -214,11 +216,15 @@ def _described(value) -> str:
     return f"a {type(value).__name__}"
 
 
-def check_not_nan(state_dict: dict[str, torch.Tensor], where: str = "`checkpoint`") -> None:
-    """A `ValueError` that names the first weight which is NaN, of all that are in a file, used or not."""
+def check_finite(state_dict: dict[str, torch.Tensor], where: str = "`checkpoint`") -> None:
+    """A `ValueError` that names the first weight which is not finite, of all that are in a file, used or not."""
     for key, value in state_dict.items():
-        if not value.is_meta and value.is_floating_point() and value.isnan().any():
-            raise ValueError(f"{where} has NaN in {key}: its training failed, or the file is damaged.")
+        # a sum is finite only if all of its terms are, and needs no copy; one that overflows is looked at again
+        if value.is_meta or not value.is_floating_point() or value.sum(dtype=torch.float64).isfinite():
+            continue
+        if not value.isfinite().all():
+            what = "NaN" if value.isnan().any() else "an infinite value"
+            raise ValueError(f"{where} has {what} in {key}: its training failed, or the file is damaged.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -232,6 +238,10 @@ class ConfigLoader(yaml.SafeLoader):
 
 ConfigLoader.add_constructor(
     "tag:yaml.org,2002:python/tuple", lambda loader, node: tuple(loader.construct_sequence(node))
+)
+# 1e-3 is a number, as in the originals' OmegaConf and in YAML 1.2
+ConfigLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
 
 
@@ -282,7 +292,26 @@ def read_model(path: str | Path, name: str = "config") -> dict:
     return {**model, "params": model.get("params") or {}}
 
 
+def read_arguments(path: str | Path | None, name: str = "config") -> dict:
+    """The arguments of an original's constructor in a JSON or YAML file: `{"target": …, "params": {…}}`, or these
+    alone. None has none.
+
+    Raises:
+        ValueError: as `read_config`, or for `params` that are no mapping.
+    """
+    content = {} if path is None else read_config(path, name)
+    params = content.get("params", {})
+    if not isinstance(params, dict):
+        raise ValueError(f"`{name}` {path} must have names and values as its params, got {params!r}.")
+    return {key: value for key, value in content.items() if key not in ("params", "target")} | params
+
+
 _REQUIRED = object()
+
+
+def is_count(value: Any, minimum: int = 1) -> bool:
+    """Whether this is an int of at least `minimum`; a bool is none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
 
 
 class Options:
@@ -304,6 +333,10 @@ class Options:
     def __init__(self, values: dict | None, where: str, argument: str = "config"):
         if not isinstance(values, dict) and values is not None:
             raise ValueError(f"`{argument}` must have a section {where}, got {values!r}.")
+        if values is not None and not all(isinstance(name, str) for name in values):
+            raise ValueError(
+                f"`{argument}` must have names in {where}, got {next(n for n in values if not isinstance(n, str))!r}."
+            )
         self.values, self.where, self.argument = dict(values or {}), where, argument
         self._left = set(self.values)
 
@@ -335,6 +368,37 @@ class Options:
             )
         return value
 
+    def _of_kind(self, name: str, default: Any, is_right: Callable[[Any], bool], wanted: str):
+        value = self.take(name, default)
+        if (name in self.values or default is _REQUIRED) and not is_right(value):
+            raise ValueError(f"`{self.argument}` must have {wanted} as {name} in {self.where}, got {value!r}.")
+        return value
+
+    def count(self, name: str, default: Any = _REQUIRED, minimum: int = 1) -> int:
+        """`take`, of an int of at least `minimum`."""
+        return self._of_kind(name, default, lambda value: is_count(value, minimum), f"an int of at least {minimum}")
+
+    def counts(self, name: str, default: Any = _REQUIRED) -> list[int]:
+        """`take`, of a list of ints of at least 1."""
+
+        def is_right(value):
+            return isinstance(value, (list, tuple)) and all(map(is_count, value))
+
+        return list(self._of_kind(name, default, is_right, "a list of ints of at least 1"))
+
+    def number(self, name: str, default: Any = _REQUIRED, minimum: float = 0.0, below: float = math.inf) -> float:
+        """`take`, of a finite number in [`minimum`, `below`)."""
+
+        def is_right(value):
+            return isinstance(value, (int, float)) and not isinstance(value, bool) and minimum <= value < below
+
+        wanted = f"a number of at least {minimum:g}" + ("" if below == math.inf else f" and below {below:g}")
+        return self._of_kind(name, default, is_right, wanted)
+
+    def flag(self, name: str, default: Any = _REQUIRED) -> bool:
+        """`take`, of true or false."""
+        return self._of_kind(name, default, lambda value: isinstance(value, bool), "true or false")
+
     def section(self, name: str, default: Any = _REQUIRED) -> "Options":
         """A mapping inside this one."""
         return Options(self.take(name, default), f"{self.where}.{name}", self.argument)
@@ -342,7 +406,9 @@ class Options:
     def node(self, name: str, default: Any = _REQUIRED) -> tuple[str, "Options"]:
         """The class that a `target` names, without its module, and its `params`."""
         value = self.section(name, default)
-        target = str(value.take("target"))
+        target = value.take("target")
+        if not isinstance(target, str):
+            raise ValueError(f"`{self.argument}` must have a class as {value.where}.target, got {target!r}.")
         params = value.section("params", {})
         value.finish()
         return target.rpartition(".")[2], params
@@ -362,10 +428,12 @@ class Options:
 __all__ = [
     "ConfigLoader",
     "Options",
-    "check_not_nan",
+    "check_finite",
     "file_format",
+    "is_count",
     "load_checkpoint",
     "load_state_dict",
+    "read_arguments",
     "read_config",
     "read_model",
     "tensors_of",

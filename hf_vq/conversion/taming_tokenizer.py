@@ -12,18 +12,14 @@ from .reading import Options
 
 
 # Name in `ddconfig` → name in `VQGANConfig`. The weights need no table: `VQGANModel` has the original's names.
-NETWORK_FIELDS = {
-    "attn_resolutions": "attn_resolutions",
+NETWORK_COUNTS = {
     "ch": "base_channels",
-    "ch_mult": "channel_multiplier",
-    "dropout": "dropout",
     "in_channels": "in_channels",
     "num_res_blocks": "num_res_blocks",
     "out_ch": "out_channels",
     "resolution": "resolution",
     "z_channels": "latent_channels",
 }
-NETWORK_DEFAULTS = {"ch_mult": [1, 2, 4, 8], "dropout": 0.0}
 # Arguments of every first stage that do not change what a trained model computes.
 TRAINING_PARAMS = (
     "batch_resize_range",
@@ -53,24 +49,25 @@ EMA_CODEBOOK = {
 }
 
 
-def tokenizer_config(model: dict, num_used: int | None = None) -> VQGANConfig:
+def tokenizer_config(model: dict, num_used: int | None = None, argument: str = "config") -> VQGANConfig:
     """The configuration of a first stage.
 
     Args:
         model: the `model` section of the original's YAML, with `target` and `params`.
         num_used: length of the checkpoint's table of the codes in use, for a configuration with `remap`.
+        argument: that `model` comes from, for errors.
 
     Raises:
         ValueError: for a class, or an argument, that `VQGANModel` has no equivalent of.
     """
-    node = Options(model, "model")
+    node = Options(model, "model", argument)
     path = str(node.take("target"))
     target = path.rpartition(".")[2]
     if target not in TARGETS:
-        raise ValueError(f"`config` has a first stage of the class {path}; known: {', '.join(TARGETS)}.")
+        raise ValueError(f"`{argument}` has a first stage of the class {path}; known: {', '.join(TARGETS)}.")
     params = node.section("params")
     params.training_only(*TRAINING_PARAMS)
-    embed_dim, num_embeddings = params.take("embed_dim"), params.take("n_embed")
+    embed_dim, num_embeddings = params.count("embed_dim"), params.count("n_embed")
     fields = network_fields(params.section("ddconfig"), is_taming=path.startswith("taming."))
     if target == "VQSegmentationModel":
         params.training_only("n_labels")
@@ -81,20 +78,17 @@ def tokenizer_config(model: dict, num_used: int | None = None) -> VQGANConfig:
         has = (
             "lacks quantize.used, the table" if num_used is None else "has quantize.used, a table that `config` lacks"
         )
-        raise ValueError(f"`checkpoint` {has} of the codes in use; `config` has remap={remap!r}.")
+        raise ValueError(f"`checkpoint` {has} of the codes in use; `{argument}` has remap={remap!r}.")
     if target == "GumbelVQ":
         if fields["latent_channels"] != embed_dim:
             raise ValueError(
-                "`config` must have embed_dim = z_channels for a GumbelVQ, which feeds one to the other, got "
+                f"`{argument}` must have embed_dim = z_channels for a GumbelVQ, which feeds one to the other, got "
                 f"{embed_dim} and {fields['latent_channels']}."
             )
-        kwargs = {
-            "kl_weight": params.take("kl_weight", 1e-8),
-            **temperature_schedule(params),
-        }  # the original's default
+        kwargs = {"kl_weight": params.number("kl_weight", 1e-8), **temperature_schedule(params)}
         quantizer = {"quantizer": "gumbel", "quantizer_kwargs": kwargs}
-        # its draw is among the codes in use alone
-        num_embeddings = num_embeddings if num_used is None else num_used
+        if num_used is not None:  # its draw is among the codes in use alone, its prior is uniform over all
+            kwargs["prior_size"], num_embeddings = num_embeddings, num_used
     elif target == "EMAVQ":
         kwargs = {"decay": 0.99, "zero_debias": False, "restart_threshold": 0.0, "count_smoothing": "laplace"}
         quantizer = {"quantizer": "ema", "quantizer_kwargs": kwargs, "commitment_cost": 0.25}
@@ -110,26 +104,25 @@ def tokenizer_config(model: dict, num_used: int | None = None) -> VQGANConfig:
 
 def network_fields(network: Options, is_taming: bool) -> dict:
     """The fields of `VQGANConfig` for a `ddconfig`. The code of taming-transformers ignores the later options."""
-    fields = {ours: network.take(name, *_default(name)) for name, ours in NETWORK_FIELDS.items()}
+    fields = {ours: network.count(name) for name, ours in NETWORK_COUNTS.items()}
+    fields["attn_resolutions"] = network.counts("attn_resolutions")
+    fields["channel_multiplier"] = network.counts("ch_mult", [1, 2, 4, 8])
+    fields["dropout"] = network.number("dropout", 0.0, below=1)
     network.only("double_z", False, default=True)
-    fields["resamp_with_conv"] = bool(network.take("resamp_with_conv", True))
-    fields["give_pre_end"] = bool(network.take("give_pre_end", False))
+    fields["resamp_with_conv"] = network.flag("resamp_with_conv", True)
+    fields["give_pre_end"] = network.flag("give_pre_end", False)
     if is_taming:
         network.training_only("attn_type", "use_linear_attn", "tanh_out")
     else:
         attention = network.only("attn_type", "vanilla", "none", "linear", default="vanilla")
-        attention = "linear" if network.take("use_linear_attn", False) else attention
+        attention = "linear" if network.flag("use_linear_attn", False) else attention
         if attention == "none":  # the mid block's too
             fields |= {"attn_resolutions": [], "mid_attention": False}
         else:
             fields["attention_type"] = attention
-        fields["tanh_out"] = bool(network.take("tanh_out", False))
+        fields["tanh_out"] = network.flag("tanh_out", False)
     network.finish()
     return fields
-
-
-def _default(name: str) -> tuple:
-    return (NETWORK_DEFAULTS[name],) if name in NETWORK_DEFAULTS else ()
 
 
 def temperature_schedule(params: Options) -> dict:
@@ -139,17 +132,19 @@ def temperature_schedule(params: Options) -> dict:
     target, schedule = params.node("temperature_scheduler_config")
     if target != "LambdaWarmUpCosineScheduler":
         raise ValueError(
-            f"`config` has the schedule {target} for its temperature; known: LambdaWarmUpCosineScheduler."
+            f"`{params.argument}` has the schedule {target} for its temperature; known: LambdaWarmUpCosineScheduler."
         )
     schedule.training_only("verbosity_interval")
     arguments = {
-        "temperature_start": schedule.take("lr_start"),
-        "temperature": schedule.take("lr_max"),
-        "temperature_end": schedule.take("lr_min"),
-        "warmup_steps": schedule.take("warm_up_steps"),
-        "decay_steps": schedule.take("max_decay_steps"),
+        "temperature_start": schedule.number("lr_start"),
+        "temperature": schedule.number("lr_max"),
+        "temperature_end": schedule.number("lr_min"),
+        "warmup_steps": schedule.count("warm_up_steps", minimum=0),
+        "decay_steps": schedule.count("max_decay_steps"),
     }
     schedule.finish()
+    if not arguments["warmup_steps"]:
+        del arguments["temperature_start"]  # which no step has
     return arguments
 
 

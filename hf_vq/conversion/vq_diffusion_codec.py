@@ -5,22 +5,11 @@ import torch
 from ..models.autoencoders.configuration_vqgan import VQGANConfig
 from ..models.autoencoders.modeling_vqgan import VQGANModel
 from .checkpoints import load_exactly, split_by_prefix
-from .taming_tokenizer import NETWORK_FIELDS, tokenizer_config
+from .reading import Options, is_count
+from .taming_tokenizer import tokenizer_config
 
 
-# Arguments of PatchVQGAN, and of its encoder and decoder, that do not change what a trained one computes.
-PATCH_PARAMS = {
-    "ckpt_path",
-    "data_info",
-    "decoder_config",
-    "encoder_config",
-    "ignore_keys",
-    "lossconfig",
-    "token_shape",
-    "trainable",
-}
-UNREAD_NETWORK_PARAMS = {"activate_output"}
-FIXED_NETWORK_PARAMS = {"double_z": False, "resamp_with_conv": True, "scale_by_2": None}
+TRAINING_PARAMS = ("ckpt_path", "data_info", "ignore_keys", "lossconfig", "token_shape", "trainable")
 
 
 def codec_config(model: dict) -> VQGANConfig:
@@ -34,58 +23,104 @@ def codec_config(model: dict) -> VQGANConfig:
         ValueError: for a class, or an argument, that `VQGANModel` has no equivalent of.
     """
     target = model["target"].rpartition(".")[2]
+    params = Options(model.get("params"), "model.params", "codec_config")
     if target == "Net2NetTransformer":
-        return tokenizer_config(model["params"]["first_stage_config"])
-    return _patch_config(model["params"]) if target == "PatchVQGAN" else tokenizer_config(model)
+        model = params.section("first_stage_config").values
+    return _patch_config(params) if target == "PatchVQGAN" else tokenizer_config(model, argument="codec_config")
 
 
-def _patch_config(params: dict) -> VQGANConfig:
+def _patch_config(params: Options) -> VQGANConfig:
     """Its quantizer has moving averages, smoothed, that do not correct their start, and no weight on its one term."""
-    fixed = {"quantizer_type": "EMAVQ", "quantizer_dis_type": "euclidean"}
-    for name, wanted in fixed.items():
-        if params.get(name, wanted) != wanted:
-            raise ValueError(f"`codec_config` must have {name}={wanted}, got {params[name]}.")
-    unknown = sorted(set(params) - PATCH_PARAMS - set(fixed) - {"decay", "embed_dim", "n_embed"})
-    if unknown:
-        raise ValueError(f"`codec_config` has parameters of PatchVQGAN that are not known: {unknown}.")
-    networks = [_patch_network(params[f"{part}_config"]["params"]) for part in ("encoder", "decoder")]
-    differing = [name for name, value in networks[1].items() if networks[0].get(name) != value]
-    if differing:
-        raise ValueError(f"`codec_config` must have one encoder and decoder, but they differ in {differing}.")
+    params.training_only(*TRAINING_PARAMS)
+    params.only("quantizer_type", "EMAVQ", default="VQ")  # the original's code has no other class, its default neither
+    metric = params.only("quantizer_dis_type", "euclidean", "cosine", default="euclidean")
     quantizer = {
-        "decay": params.get("decay", 0.99),
+        "decay": params.number("decay", 0.99, below=1),
         "zero_debias": False,
         "restart_threshold": 0,
         "count_smoothing": "laplace",
         "epsilon": 1e-5,
+        "by_angle": metric == "cosine",
     }
+    embed_dim, num_embeddings = params.count("embed_dim"), params.count("n_embed")
+    fields = _patch_networks(params)
+    params.finish()
     return VQGANConfig(
-        embed_dim=params["embed_dim"],
-        num_embeddings=params["n_embed"],
+        embed_dim=embed_dim,
+        num_embeddings=num_embeddings,
         quantizer="ema",
         quantizer_kwargs=quantizer,
         commitment_cost=1.0,
-        **networks[0],
+        **fields,
     )
 
 
-def _patch_network(params: dict) -> dict:
-    for name, wanted in FIXED_NETWORK_PARAMS.items():
-        if params.get(name, wanted) != wanted:
-            raise ValueError(f"`codec_config` must have {name}={wanted}, got {params[name]}.")
-    unknown = sorted(set(params) - set(NETWORK_FIELDS) - UNREAD_NETWORK_PARAMS - set(FIXED_NETWORK_PARAMS))
-    if unknown:
-        raise ValueError(f"`codec_config` has names of a network that are not known: {unknown}.")
-    fields = {NETWORK_FIELDS[name]: value for name, value in params.items() if name in NETWORK_FIELDS}
-    fields["resolution"] = _side(fields["resolution"])
-    fields["attn_resolutions"] = [_side(size) for size in fields["attn_resolutions"]]
+def _patch_networks(params: Options) -> dict:
+    """The fields of `VQGANConfig` for the encoder and the decoder, which may differ in their widths alone."""
+    encoder, decoder = (_patch_network(params, f"{part}_config") for part in ("encoder", "decoder"))
+    widths = [decoder["base_channels"] * multiplier for multiplier in decoder.pop("channel_multiplier")]
+    multipliers, base = encoder.pop("channel_multiplier"), encoder["base_channels"]
+    if len(widths) != len(multipliers) or any(width % base for width in widths):
+        raise ValueError(
+            f"`codec_config` must have as many widths in its decoder as in its encoder, all multiples of "
+            f"{base} (the encoder's ch), got {widths}."
+        )
+    decoder["base_channels"], decoder["in_channels"] = base, encoder["in_channels"]
+    encoder["out_channels"] = decoder["out_channels"]  # which the encoder does not read, as the decoder the other
+    differing = [name for name, value in encoder.items() if decoder[name] != value]
+    if differing:
+        raise ValueError(
+            f"`codec_config` must have one encoder and decoder but for their widths; they differ in {differing}."
+        )
+    return {
+        **encoder,
+        "channel_multiplier": multipliers,
+        "decoder_channel_multiplier": [width // base for width in widths],
+    }
+
+
+def _patch_network(params: Options, name: str) -> dict:
+    target, network = params.node(name)
+    wanted = name.removesuffix("_config").capitalize()
+    if target != wanted:
+        raise ValueError(f"`codec_config` must have the class {wanted} as model.params.{name}, got {target}.")
+    network.training_only("activate_output")  # no class of the original reads it
+    multipliers = network.counts("ch_mult", [1, 2, 4, 8])
+    network.only("double_z", False, default=False)
+    halves = [i < len(multipliers) - 1 for i in range(len(multipliers))]
+    scaled = network.take("scale_by_2", None)
+    if scaled is not None and [bool(half) for half in scaled] != (halves if name[0] == "e" else halves[::-1]):
+        raise ValueError(
+            f"`codec_config` must have scale_by_2=None, or one that halves between all levels, in {network.where}, "
+            f"got {scaled}: hf_vq has no other."
+        )
+    resolution = network.take("resolution")
+    fields = {
+        "channel_multiplier": multipliers,
+        "base_channels": network.count("ch"),
+        "num_res_blocks": network.count("num_res_blocks"),
+        "latent_channels": network.count("z_channels"),
+        "in_channels": network.count("in_channels", 3) if name[0] == "d" else network.count("in_channels"),
+        "out_channels": network.count("out_ch"),
+        "dropout": network.number("dropout", 0.0, below=1),
+        "resamp_with_conv": network.flag("resamp_with_conv", True),
+        "resolution": _side(resolution),
+        "attn_resolutions": [_side(size) for size in _listed(network.take("attn_resolutions"))],
+    }
+    network.finish()
     return fields
 
 
+def _listed(sizes) -> list:
+    if not isinstance(sizes, (list, tuple)):
+        raise ValueError(f"`codec_config` must have a list as attn_resolutions, got {sizes!r}.")
+    return list(sizes)
+
+
 def _side(size: int | list[int]) -> int:
-    sides = {size} if isinstance(size, int) else set(size)
-    if len(sides) != 1:
-        raise ValueError(f"`codec_config` must have square resolutions, got {size}.")
+    sides = set(size) if isinstance(size, (list, tuple)) else {size}
+    if len(sides) != 1 or not all(map(is_count, sides)):
+        raise ValueError(f"`codec_config` must have square resolutions, got {size!r}.")
     return sides.pop()
 
 

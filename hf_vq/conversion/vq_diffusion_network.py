@@ -2,12 +2,15 @@
 
 import math
 import re
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from ..models.priors.transformer_vq_diffusion import VQDiffusionTransformer2DModel
 from ..schedulers.scheduling_mask_replace import MaskReplaceScheduler
 from .checkpoints import drop_keys, load_exactly
+from .reading import is_count
 
 
 # The original's classes of denoisers: the condition, the one attn_type that each takes, and its own defaults.
@@ -120,15 +123,80 @@ TABLE_REASONS = {
 NULL_CLASS = 1000  # the original's, whatever the data set
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_pair(value: Any, is_right: Callable[[Any], bool]) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(is_right, value))
+
+
+# What an option must be: the check, how an error says it, and the options.
+KINDS: tuple[tuple[Callable[[Any], bool], str, tuple[str, ...]], ...] = (
+    (
+        is_count,
+        "an int of at least 1",
+        (
+            *("n_layer", "n_embd", "n_head", "content_seq_len", "condition_seq_len", "condition_dim", "class_number"),
+            *("num_embed", "embed_dim", "diffusion_step", "num_tokens", "context_length"),
+        ),
+    ),
+    (lambda value: is_count(value, 0), "an int of at least 0", ("quantize_number", "pad_value")),
+    (lambda value: _is_number(value) and 0 <= value < 1, "a number in [0, 1)", ("attn_pdrop", "resid_pdrop")),
+    (
+        lambda value: _is_number(value) and value >= 0,
+        "a number of at least 0",
+        ("auxiliary_loss_weight", "guidance_scale"),
+    ),
+    (lambda value: _is_number(value) and value > 0, "a number above 0", ("mlp_hidden_times",)),
+    (lambda value: _is_pair(value, _is_number), "two numbers", ("mask_weight",)),
+    (
+        lambda value: is_count(value) or value is None or _is_pair(value, is_count),
+        "an int or two, of at least 1",
+        ("spatial_size", "content_spatial_size"),
+    ),
+    (lambda value: _is_pair(value, is_count), "two ints of at least 1", ("token_shape",)),
+    (
+        lambda value: isinstance(value, bool),
+        "true or false",
+        (
+            *("adaptive_auxiliary_loss", "learnable_cf", "checkpoint", "trainable", "identity", "normalize"),
+            *("pick_last_embedding", "keep_seq_len_dim", "additional_last_embedding", "add_start_and_end"),
+            *("just_token", "with_mask", "clip_embedding"),
+        ),
+    ),
+    (
+        lambda value: isinstance(value, str),
+        "a name",
+        ("attn_type", "class_type", "timestep_type", "mlp_type", "pos_emb_type", "alpha_init_type"),
+    ),
+    (
+        lambda value: value is None or isinstance(value, dict),
+        "a section",
+        (
+            *("content_emb_config", "condition_emb_config", "transformer_config", "condition_codec_config"),
+            *("content_codec_config", "diffusion_config"),
+        ),
+    ),
+)
+
+
 def with_defaults(given: dict, defaults: dict, section: str) -> dict:
     """`given` over `defaults`.
 
     Raises:
-        ValueError: for a name that has no default, which the original does not know.
+        ValueError: for a name that has no default, which the original does not know; for a value that is not of the
+            option's kind.
     """
-    unknown = sorted(set(given) - set(defaults))
+    if not isinstance(given, dict):
+        raise ValueError(f"`config` must have names and values as the params of {section}, got {given!r}.")
+    unknown = sorted(set(map(str, given)) - set(defaults))
     if unknown:
         raise ValueError(f"`config` has names in {section} that are not known: {unknown}.")
+    for is_right, wanted, names in KINDS:
+        for name in names:
+            if name in given and not is_right(given[name]):
+                raise ValueError(f"`config` must have {wanted} as {name} in {section}, got {given[name]!r}.")
     return {**defaults, **given}
 
 

@@ -50,6 +50,8 @@ class VQDiffusionImagePipeline(DenoisingPipeline):
 
     model_cpu_offload_seq = "text_encoder->transformer->vqvae"
     _callback_tensor_inputs = ["indices"]
+    # without a tokenizer it draws indices alone
+    _optional_components = ["vqvae", "text_encoder", "tokenizer"]
     needs_tokens = True
 
     def __init__(

@@ -226,13 +226,17 @@ def test_tables_are_not_taken_on_trust():
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("quantizer_type", "VQ", "must have quantizer_type=EMAVQ, got VQ"),
-        ("quantizer_dis_type", "cosine", "must have quantizer_dis_type=euclidean"),
-        ("surprise", 1, r"PatchVQGAN that are not known: \['surprise'\]"),
+        ("quantizer_type", "VQ", "must have quantizer_type=EMAVQ in model.params, got 'VQ'"),
+        ("quantizer_dis_type", "sinkhorn", "must have quantizer_dis_type=euclidean or cosine in model.params"),
+        ("surprise", 1, r"options in model.params that are not known: \['surprise'\]"),
         ("encoder_config/params/scale_by_2", [True], "must have scale_by_2=None"),
-        ("encoder_config/params/surprise", 1, r"a network that are not known: \['surprise'\]"),
+        (
+            "encoder_config/params/surprise",
+            1,
+            r"in model.params.encoder_config.params that are not known: \['surprise'\]",
+        ),
         ("encoder_config/params/resolution", [8, 4], r"must have square resolutions, got \[8, 4\]"),
-        ("encoder_config/params/z_channels", 4, r"one encoder and decoder, but they differ in \['latent_channels'\]"),
+        ("encoder_config/params/z_channels", 4, r"but for their widths; they differ in \['latent_channels'\]"),
     ],
 )
 def test_codecs_that_are_refused(path, value, message):

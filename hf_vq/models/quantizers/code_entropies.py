@@ -18,6 +18,7 @@ def choice_entropies(
     bias: torch.Tensor | None,
     temperature: float,
     rows: int | None = None,
+    epsilon: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """E H[p(code | z)] and H[E p(code | z)] in nats, with p the softmax of (z·e + bias) / temperature, both
     differentiable.
@@ -30,6 +31,7 @@ def choice_entropies(
         bias: `(K,)`, or None for 0.
         temperature: above 0.
         rows: of one chunk; None for one of about 16 MB.
+        epsilon: added to the mean probability in the logarithm, as the original programs do.
 
     Returns:
         Two scalars from 0 to log K.
@@ -52,7 +54,7 @@ def choice_entropies(
         sample_sum, probability_sum = sample_sum + own_sum, probability_sum + own_probabilities
     mean = probability_sum / count
     # a code that no vector reaches has probability 0, where the logarithm and its gradient are not finite
-    mean_entropy = -(mean * mean.clamp_min(torch.finfo(mean.dtype).tiny).log()).sum()
+    mean_entropy = -(mean * (mean + epsilon).clamp_min(torch.finfo(mean.dtype).tiny).log()).sum()
     return sample_sum / count, mean_entropy
 
 

@@ -26,7 +26,9 @@ def _full_float32():
 
 
 @torch.no_grad()
-def nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor, chunk_bytes: int | None = None) -> torch.Tensor:
+def nearest_codes(
+    vectors: torch.Tensor, codebook: torch.Tensor, chunk_bytes: int | None = None, inner_product: bool = False
+) -> torch.Tensor:
     """Index of the nearest code of each vector by Euclidean distance; of equal scores, the lowest index.
 
     argmin |z - e|² = argmax (z·e - |e|²/2), always in float32, whatever the autocast or TF32 setting: half-precision
@@ -38,6 +40,7 @@ def nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor, chunk_bytes: in
         vectors: `(N, D)`.
         codebook: `(K, D)`.
         chunk_bytes: of one chunk of scores; None for the defaults above.
+        inner_product: take the largest z·e, whatever the lengths of the codes.
 
     Returns:
         int64 `(N,)`.
@@ -48,7 +51,7 @@ def nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor, chunk_bytes: in
         )
     with torch.autocast(vectors.device.type, enabled=False), _full_float32():
         vectors, codebook = vectors.float(), codebook.float()
-        bias = codebook.square().sum(dim=1).mul_(-0.5)
+        bias = codebook.new_zeros(len(codebook)) if inner_product else codebook.square().sum(dim=1).mul_(-0.5)
         rows = vectors.shape[0]
         if not torch.compiler.is_compiling():
             if chunk_bytes is None:

@@ -17,7 +17,7 @@ class GumbelQuantizer(Quantizer):
     """Codes drawn from a categorical whose logits are a 1×1 convolution of z (Jang et al. 2017; Ramesh et al. 2021).
 
     Training relaxes the draw at the temperature τ and adds `kl_weight` · KL(q(code | z) ‖ uniform), the mean over
-    positions. Evaluation takes the most likely code.
+    positions, with the uniform probability 1 / `prior_size`. Evaluation takes the most likely code.
 
     `set_training_step` moves τ, the attribute `temperature`: linearly from `temperature_start` to `temperature` over
     `warmup_steps`, then along half a cosine down to `temperature_end` at `decay_steps` and after. τ is a function of
@@ -33,6 +33,7 @@ class GumbelQuantizer(Quantizer):
         temperature_end: τ at the end of the cosine; above 0.
         warmup_steps: length of the warm-up.
         decay_steps: the step at which the cosine ends, beyond `warmup_steps`; None for the length of the run.
+        prior_size: of a codebook that was cut down to the codes in use, how many there were; None for K.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class GumbelQuantizer(Quantizer):
         temperature_end: float = 1e-6,
         warmup_steps: int = 0,
         decay_steps: int | None = None,
+        prior_size: int | None = None,
     ):
         super().__init__(num_embeddings, embed_dim)
         self.kl_weight = check_real("kl_weight", kl_weight, minimum=0)
@@ -57,6 +59,8 @@ class GumbelQuantizer(Quantizer):
         if decay_steps is not None:
             decay_steps = check_integer("decay_steps", decay_steps, minimum=self.warmup_steps + 1)
         self.decay_steps, self.hard = decay_steps, hard
+        self.prior_size = num_embeddings if prior_size is None else prior_size
+        self.prior_size = check_integer("prior_size", self.prior_size, minimum=num_embeddings)
         self.proj = nn.Conv2d(embed_dim, num_embeddings, 1)
         self.embed = nn.Embedding(num_embeddings, embed_dim)
 
@@ -110,7 +114,7 @@ class GumbelQuantizer(Quantizer):
             else:
                 quantized = look_up(indices, self.embed.weight.float())
             log_q = logits.log_softmax(dim=1)
-            kl = (log_q.exp() * (log_q + math.log(self.num_embeddings))).sum(dim=1).mean()
+            kl = (log_q.exp() * (log_q + math.log(self.prior_size))).sum(dim=1).mean()
         return QuantizerOutput(quantized=quantized.to(latents.dtype), indices=indices, loss=self.kl_weight * kl)
 
 

@@ -31,7 +31,8 @@ def vq_losses(
 class NearestCodeQuantizer(Quantizer):
     """A quantizer that takes the nearest row of a table: the search, the gradient estimator and the start by k-means.
 
-    A subclass builds its table, `codebook`, between `super().__init__` and `self.reset_parameters()`.
+    A subclass builds its table, `codebook`, between `super().__init__` and `self.reset_parameters()`, and may set
+    `by_angle` for the largest inner product in place of the smallest distance.
 
     Args:
         num_embeddings: K.
@@ -40,6 +41,8 @@ class NearestCodeQuantizer(Quantizer):
         kmeans_init: set the codes by k-means of the first training batch (of all processes).
         kmeans_iterations: Lloyd iterations of that.
     """
+
+    by_angle = False
 
     def __init__(
         self,
@@ -65,7 +68,7 @@ class NearestCodeQuantizer(Quantizer):
         flat = flatten(z.detach())
         if self.training and self.kmeans_iterations and not self.initialized and has_finite_vectors(flat):
             self.set_codebook(kmeans(flat, self.num_embeddings, self.kmeans_iterations))
-        return nearest_codes(flat, self.codebook).reshape(z.shape[0], *z.shape[2:])
+        return nearest_codes(flat, self.codebook, inner_product=self.by_angle).reshape(z.shape[0], *z.shape[2:])
 
     @torch.no_grad()
     def set_codebook(self, codes: torch.Tensor) -> None:
@@ -87,8 +90,9 @@ class NearestCodeQuantizer(Quantizer):
 class VectorQuantizer(NearestCodeQuantizer):
     """A codebook trained by its own gradient (van den Oord et al. 2017, equation 3).
 
-    loss = mean |sg[z] - e|² + β · mean |z - sg[e]|²: the codes move to the latents, and β weights how strongly the
-    encoder commits to the codes.
+    loss = mean |sg[z] - e|² + β · mean |z - sg[e]|² + w · (E H[p] - H[E p]): the codes move to the latents, β weights
+    how strongly the encoder commits to the codes, and w that each choice is certain and all codes are chosen, with
+    p(code | z) the softmax of -|z - e|² / τ (the entropies of LlamaGen's code).
 
     Args:
         num_embeddings: K.
@@ -96,6 +100,8 @@ class VectorQuantizer(NearestCodeQuantizer):
         commitment_cost: β, at least 0.
         legacy_beta: weight the other term, mean |z - sg[e]|² + β · mean |sg[z] - e|², as the original VQGAN code does;
             for checkpoints and recipes that come from there.
+        entropy_weight: w, at least 0.
+        entropy_temperature: τ, above 0.
         gradient_estimator: "straight_through" or "rotation".
         kmeans_init: set the codes by k-means of the first training batch (of all processes).
         kmeans_iterations: Lloyd iterations of that.
@@ -107,6 +113,8 @@ class VectorQuantizer(NearestCodeQuantizer):
         embed_dim: int,
         commitment_cost: float = 0.25,
         legacy_beta: bool = False,
+        entropy_weight: float = 0.0,
+        entropy_temperature: float = 0.01,
         gradient_estimator: str = "straight_through",
         kmeans_init: bool = False,
         kmeans_iterations: int = 10,
@@ -114,6 +122,8 @@ class VectorQuantizer(NearestCodeQuantizer):
         super().__init__(num_embeddings, embed_dim, gradient_estimator, kmeans_init, kmeans_iterations)
         self.commitment_cost = check_real("commitment_cost", commitment_cost, minimum=0)
         self.legacy_beta = legacy_beta
+        self.entropy_weight = check_real("entropy_weight", entropy_weight, minimum=0)
+        self.entropy_temperature = check_real("entropy_temperature", entropy_temperature, above=0)
         self.embedding = nn.Embedding(num_embeddings, embed_dim)
         self.reset_parameters()
 
@@ -132,8 +142,15 @@ class VectorQuantizer(NearestCodeQuantizer):
         with torch.autocast(latents.device.type, enabled=False):
             z = latents.float()
             indices = self.nearest(z)
-            codes = look_up(indices, self.codebook.float())
+            codebook = self.codebook.float()
+            codes = look_up(indices, codebook)
             loss, codebook_loss, commitment_loss = vq_losses(z, codes, self.commitment_cost, self.legacy_beta)
+            if self.entropy_weight > 0:
+                # -|z - e|² = 2z·e - |e|² - |z|², of which the last does not change the softmax
+                each, mean = choice_entropies(
+                    flatten(z), 2 * codebook, -codebook.square().sum(dim=1), self.entropy_temperature, epsilon=1e-5
+                )
+                loss = loss + self.entropy_weight * (each - mean)
             quantized = self.estimator(z, codes.detach())
         return QuantizerOutput(
             quantized=quantized.to(latents.dtype),
@@ -173,6 +190,8 @@ class EMAVectorQuantizer(NearestCodeQuantizer):
         epsilon: ε, above 0.
         keep_unused: False divides the average of a code without count all the same, as the original VQGAN code's EMA
             codebook does, which sends it away; for parity with that, and with `count_smoothing` only.
+        by_angle: scale latents to length 1, and take the code of the largest inner product; in training, codes are
+            scaled to length 1 before the search (the "cosine" of the original VQ-Diffusion's codec).
         gradient_estimator: "straight_through" or "rotation".
         kmeans_init: set the codes by k-means of the first training batch (of all processes).
         kmeans_iterations: Lloyd iterations of that.
@@ -189,6 +208,7 @@ class EMAVectorQuantizer(NearestCodeQuantizer):
         count_smoothing: str | None = None,
         epsilon: float = 1e-5,
         keep_unused: bool = True,
+        by_angle: bool = False,
         gradient_estimator: str = "straight_through",
         kmeans_init: bool = False,
         kmeans_iterations: int = 10,
@@ -202,7 +222,7 @@ class EMAVectorQuantizer(NearestCodeQuantizer):
             raise ValueError(
                 "`keep_unused=False` divides by counts of 0 without `count_smoothing`; set it to 'laplace'."
             )
-        self.keep_unused = keep_unused
+        self.keep_unused, self.by_angle = keep_unused, by_angle
         self.commitment_cost = check_real("commitment_cost", commitment_cost, minimum=0)
         self.decay = check_real("decay", decay, minimum=0, below=1)
         self.restart_threshold = check_real("restart_threshold", restart_threshold, minimum=0, below=1)
@@ -231,6 +251,11 @@ class EMAVectorQuantizer(NearestCodeQuantizer):
         self.check_latents(latents)
         with torch.autocast(latents.device.type, enabled=False):
             z = latents.float()
+            if self.by_angle:
+                z = F.normalize(z, dim=1)
+                if self.training:
+                    with torch.no_grad():
+                        self.embedding.copy_(F.normalize(self.embedding, dim=1))
             indices = self.nearest(z)
             codes = look_up(indices, self.embedding.float())
             commitment_loss = F.mse_loss(z, codes)
@@ -294,44 +319,9 @@ class EMAVectorQuantizer(NearestCodeQuantizer):
 class CosineVectorQuantizer(VectorQuantizer):
     """Nearest code by angle: latents and codes are scaled to length 1 (Yu et al. 2022, ViT-VQGAN, section 3.2).
 
-    loss = mean |sg[ẑ] - ê|² + β · mean |ẑ - sg[ê]|² + w · (E H[p] - H[E p]) between the unit vectors, with p(code | z)
-    the softmax of -|ẑ - ê|² / τ (LlamaGen's losses; Janus and LlamaGen publish w = 0). `quantized` has length 1.
-
-    Args:
-        num_embeddings: K.
-        embed_dim: D.
-        commitment_cost: β, at least 0.
-        legacy_beta: β weights the codebook's term, as in `VectorQuantizer`.
-        entropy_weight: w, at least 0.
-        entropy_temperature: τ, above 0.
-        gradient_estimator: "straight_through" or "rotation".
-        kmeans_init: set the codes by k-means of the first training batch (of all processes).
-        kmeans_iterations: Lloyd iterations of that.
+    The loss is that of `VectorQuantizer` between the unit vectors; with its arguments (Janus and LlamaGen publish
+    w = 0). `quantized` has length 1.
     """
-
-    def __init__(
-        self,
-        num_embeddings: int,
-        embed_dim: int,
-        commitment_cost: float = 0.25,
-        legacy_beta: bool = False,
-        entropy_weight: float = 0.0,
-        entropy_temperature: float = 0.01,
-        gradient_estimator: str = "straight_through",
-        kmeans_init: bool = False,
-        kmeans_iterations: int = 10,
-    ):
-        super().__init__(
-            num_embeddings,
-            embed_dim,
-            commitment_cost,
-            legacy_beta,
-            gradient_estimator=gradient_estimator,
-            kmeans_init=kmeans_init,
-            kmeans_iterations=kmeans_iterations,
-        )
-        self.entropy_weight = check_real("entropy_weight", entropy_weight, minimum=0)
-        self.entropy_temperature = check_real("entropy_temperature", entropy_temperature, above=0)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -346,14 +336,8 @@ class CosineVectorQuantizer(VectorQuantizer):
     def forward(self, latents: torch.Tensor) -> QuantizerOutput:
         """Quantize `latents` `(B, D, h, w)`, of any length."""
         self.check_latents(latents)
-        unit = F.normalize(latents.float(), dim=1)
-        output = super().forward(unit)
+        output = super().forward(F.normalize(latents.float(), dim=1))
         output.quantized = output.quantized.to(latents.dtype)
-        if self.entropy_weight > 0:
-            with torch.autocast(latents.device.type, enabled=False):
-                # -|ẑ - ê|² = 2ẑ·ê - 2 for unit vectors, and the constant does not change the softmax
-                each, mean = choice_entropies(flatten(unit), 2 * self.codebook.float(), None, self.entropy_temperature)
-                output.loss = output.loss + self.entropy_weight * (each - mean)
         return output
 
 

@@ -51,7 +51,7 @@ class GaussianBound:
         log_variance = _at(self.variances.clamp(min=1e-20).log(), timesteps, noisy)
         return mean, _at(self.variances, timesteps, noisy), log_variance
 
-    def weights(self, prediction_type: str = "epsilon") -> torch.FloatTensor:
+    def weights(self, prediction_type: str = "epsilon", exact: bool = False) -> torch.FloatTensor:
         """
         The weight of the squared error of a prediction in each term of the bound, float32 `(T,)`.
 
@@ -59,8 +59,9 @@ class GaussianBound:
         divergence, and its weight has no bound as the variance goes to 0.
 
         Args:
-            prediction_type: "epsilon" (equation 12), "sample" or "v_prediction". For "sample" the original has another
-                formula, which is no term of the bound.
+            prediction_type: "epsilon" (equation 12), "sample" or "v_prediction". The original latent diffusion weighs
+                "sample" by √ᾱ / (2 (2 - ᾱ)), which is no term of the bound; so does this.
+            exact: the terms of the bound for "sample" too.
 
         Raises:
             ValueError: another `prediction_type`.
@@ -71,6 +72,8 @@ class GaussianBound:
         if prediction_type not in errors:
             raise ValueError(f"`prediction_type` must be one of {sorted(errors)}, got {prediction_type!r}.")
         weights = errors[prediction_type] * self.clean_weights.square() / (2 * self.variances)
+        if prediction_type == "sample" and not exact:
+            weights = alphas.sqrt() / (2 * (2 - alphas))
         weights[0] = weights[1]
         return weights.float()
 

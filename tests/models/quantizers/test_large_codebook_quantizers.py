@@ -6,7 +6,12 @@ import torch
 from hf_vq.models.quantizers.code_entropies import choice_entropies
 from hf_vq.models.quantizers.index_propagation_quantizer import IndexPropagationQuantizer
 from hf_vq.models.quantizers.scalar_quantizers import BSQuantizer
-from hf_vq.models.quantizers.vector_quantizers import CosineVectorQuantizer, SimVectorQuantizer
+from hf_vq.models.quantizers.vector_quantizers import (
+    CosineVectorQuantizer,
+    EMAVectorQuantizer,
+    SimVectorQuantizer,
+    VectorQuantizer,
+)
 from tests.models.quantizers.brute_force import brute_force, randn, rows
 
 
@@ -40,15 +45,46 @@ def test_choice_entropies_of_certain_choices_have_finite_gradients():
     assert torch.isfinite(vectors.grad).all() and torch.isfinite(codebook.grad).all()
 
 
-def test_cosine_entropy_loss():
+@pytest.mark.parametrize("kind", [CosineVectorQuantizer, VectorQuantizer])
+def test_entropy_loss(kind):
+    """LlamaGen's: the softmax of -|z - e|² / τ, and 1e-5 added in the logarithm of the mean."""
     latents = randn(2, 3, 4, 5)
-    plain = CosineVectorQuantizer(7, 3, commitment_cost=0.4)
-    quantizer = CosineVectorQuantizer(7, 3, commitment_cost=0.4, entropy_weight=0.3, entropy_temperature=0.5)
+    plain = kind(7, 3, commitment_cost=0.4)
+    plain.embedding.weight.data.copy_(randn(7, 3, seed=1))
+    quantizer = kind(7, 3, commitment_cost=0.4, entropy_weight=0.3, entropy_temperature=0.5)
     quantizer.load_state_dict(plain.state_dict())
-    z, e = (torch.nn.functional.normalize(v.double(), dim=1) for v in (rows(latents), plain.embedding.weight))
+    z, e = rows(latents).double(), plain.embedding.weight.double()
+    if kind is CosineVectorQuantizer:
+        z, e = (torch.nn.functional.normalize(v, dim=1) for v in (z, e))
     probabilities = (-torch.cdist(z, e).square() / 0.5).softmax(1)
-    expected = plain(latents).loss + 0.3 * (entropy(probabilities).mean() - entropy(probabilities.mean(0)))
+    mean = probabilities.mean(0)
+    entropy_of_mean = -(mean * (mean + 1e-5).log()).sum()
+    expected = plain(latents).loss + 0.3 * (entropy(probabilities).mean() - entropy_of_mean)
     assert quantizer(latents).loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_averages_of_latents_of_length_1():
+    """VQ-Diffusion's "cosine" codebook: codes of any length in evaluation, scaled to 1 before a training search."""
+    quantizer = EMAVectorQuantizer(
+        5, 3, 1.0, zero_debias=False, restart_threshold=0, count_smoothing="laplace", by_angle=True
+    )
+    start, latents = 3 * randn(5, 3, seed=1), randn(2, 3, 4, 5)
+    quantizer.set_codebook(start)
+    z = torch.nn.functional.normalize(rows(latents), dim=1)
+    output = quantizer.eval()(latents)
+    indices = (z @ start.T).argmax(1)
+    assert torch.equal(output.indices.flatten(), indices)
+    assert not torch.equal(indices, brute_force(z, start))
+    torch.testing.assert_close(rows(output.quantized), start[indices])
+    torch.testing.assert_close(output.loss, (start[indices] - z).square().mean())
+    output = quantizer.train()(latents)
+    unit = torch.nn.functional.normalize(start, dim=1)
+    one_hot = torch.nn.functional.one_hot((z @ unit.T).argmax(1), 5).float()
+    assert torch.equal(output.indices.flatten(), one_hot.argmax(1))
+    counts = 0.99 + 0.01 * one_hot.sum(0)
+    sums = 0.99 * start + 0.01 * one_hot.T @ z
+    smoothed = (counts + 1e-5) / (counts.sum() + 5e-5) * counts.sum()
+    torch.testing.assert_close(quantizer.codebook, sums / smoothed[:, None])
 
 
 # --------------------------------------------------------------------------------------------------------------- SimVQ

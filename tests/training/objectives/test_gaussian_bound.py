@@ -37,7 +37,7 @@ def test_the_posterior_is_a_product_of_gaussians():
 def test_a_term_is_a_divergence(prediction_type, variance_mix):
     bound, generator = GaussianBound(BETAS, variance_mix), torch.Generator().manual_seed(0)
     clean, noise, error = torch.randn(3, 3, 2, 2, generator=generator, dtype=torch.float64)
-    weights = bound.weights(prediction_type)
+    weights = bound.weights(prediction_type, exact=True)
     for t in STEPS:
         _, _, cumulative = levels(t)
         alpha, sigma = cumulative.sqrt(), (1 - cumulative).sqrt()
@@ -53,6 +53,13 @@ def test_a_term_is_a_divergence(prediction_type, variance_mix):
         expected = kl_divergence(q, p)
         torch.testing.assert_close(weights[t].double() * error.square(), expected, atol=1e-5, rtol=1e-4)
     assert weights[0] == weights[1]
+
+
+def test_predictions_of_the_clean_latents_are_weighed_as_in_the_original():
+    cumulative = (1 - BETAS).cumprod(dim=0)
+    expected = 0.5 * cumulative.sqrt() / (2.0 * 1 - cumulative)
+    expected[0] = expected[1]
+    torch.testing.assert_close(GaussianBound(BETAS).weights("sample"), expected.float())
 
 
 @pytest.mark.parametrize(("variance_mix", "variance_type"), [(0.0, "fixed_small"), (1.0, "fixed_large")])
