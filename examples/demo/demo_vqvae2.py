@@ -93,7 +93,7 @@ def level_sheets(pipe: VQVAE2Pipeline, images: torch.Tensor, labels: list[int], 
 
 def rejection_sheet(pipe: VQVAE2Pipeline, train_images, validation, path: Path) -> dict[str, float]:
     """Write what a classifier accepts at each rate to `path`; its accuracy and the mean probability of the class."""
-    classifier = LinearClassifier(build_perceptual("mobilenet_v2").to(pipe.device), train_images)
+    classifier = LinearClassifier.fit(build_perceptual("mobilenet_v2").to(pipe.device), train_images)
     names = pipe.top_prior.config.id2label
     classes = sorted(names)
     results = pipe.rejection_sample(
