@@ -58,7 +58,7 @@ class Training:
 
 
 LARGER_LEVEL = {"train_batch_size": 64, "mixed_precision": "bf16"}
-QUICK_LEVEL = {"hidden_size": 16, "prior_kwargs": "{num_blocks: 1, num_res_blocks: 1, res_channels: 16, %s}"}
+QUICK_LEVEL = {"num_blocks": 1, "num_res_blocks": 1, "res_channels": 16}
 TRAININGS = {
     "tokenizer": Training(
         "vqgan/train_vqgan.py",
@@ -91,7 +91,7 @@ TRAININGS = {
         "latent_diffusion",
         share=1.5,
         tokenizer="vqgan",
-        quick={"block_out_channels": "16 16", "norm_num_groups": 8, "layers_per_block": 1},
+        quick={"block_out_channels": "16 16", "norm_num_groups": 8, "layers_per_block": 1, "attention_head_dim": 8},
     ),
     "vqvae2": Training(
         "vqvae2/train_vqvae2.py",
@@ -117,7 +117,7 @@ TRAININGS = {
         share=1,
         tokenizer="vqvae2",
         options={"max_train_steps": 100000, **LARGER_LEVEL},
-        quick={**QUICK_LEVEL, "prior_kwargs": QUICK_LEVEL["prior_kwargs"] % "num_attention_heads: 2"},
+        quick={"hidden_size": 16, "prior_kwargs": json.dumps({**QUICK_LEVEL, "num_attention_heads": 2})},
     ),
     "bottom": Training(
         "pixelcnn/train_pixelcnn.py",
@@ -126,7 +126,7 @@ TRAININGS = {
         share=1.5,
         tokenizer="vqvae2",
         options={"max_train_steps": 100000, **LARGER_LEVEL},
-        quick={**QUICK_LEVEL, "prior_kwargs": QUICK_LEVEL["prior_kwargs"] % "attention: false"},
+        quick={"hidden_size": 16, "prior_kwargs": json.dumps({**QUICK_LEVEL, "attention": False})},
     ),
 }
 STAGES = (*TRAININGS, "evaluate", "checks", "speed")
