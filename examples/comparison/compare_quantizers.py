@@ -3,10 +3,10 @@
     python examples/comparison/compare_quantizers.py [--steps 400] [--output_dir outputs/comparison-quantizers]
 
 The convolutional VQ-VAE of ../vqvae at 32×32 pixels with 8×8 codes; every row has the same batches in the same order,
-the same rate and the same initial encoder and decoder where the channels of a latent agree. The peers' quantizers are
-those of `vector-quantize-pytorch` (the extra `bench`) and of diffusers, in the same autoencoder; a row whose package
-is not installed is left out, which is printed. Writes quantizers.json and quantizers.md after each row; a second run
-measures the rows that are missing.
+the same rate and the same initial encoder and decoder, but for the layers that touch a latent of other channels. The
+peers' quantizers are those of `vector-quantize-pytorch` (the extra `bench`) and of diffusers, in the same autoencoder;
+a row whose package is not installed is left out, which is printed. Writes quantizers.json and quantizers.md after each
+row; a second run measures the rows that are missing.
 """
 
 import argparse
@@ -130,16 +130,16 @@ ROWS = {
 
 
 def build(name: str, num_codes: int) -> VQVAEModel:
-    """The autoencoder of a row; its encoder and decoder have the same weights in every row of as many channels."""
+    """The autoencoder of a row; the same initial encoder and decoder for every row, but for layers of other shapes."""
     row = ROWS[name]
-    torch.manual_seed(0)
     config = {"resolution": SIZE, "hidden_size": 64, "residual_hidden_size": 32}
+    torch.manual_seed(0)
+    common = VQVAEModel(VQVAEConfig(**config, num_embeddings=1, embed_dim=CHANNELS)).state_dict()
+    torch.manual_seed(0)
     config |= {"num_embeddings": codes_of(name, num_codes), "embed_dim": row.channels(num_codes)}
-    config |= {"quantizer": row.quantizer, "quantizer_kwargs": row.options(num_codes)}
-    plain = VQVAEModel(VQVAEConfig(**{**config, "quantizer": "vq", "quantizer_kwargs": {}}))
-    own = {name: weight for name, weight in plain.state_dict().items() if not name.startswith("quantize.")}
-    model = VQVAEModel(VQVAEConfig(**config))
-    model.load_state_dict(own, strict=False)
+    model = VQVAEModel(VQVAEConfig(**config, quantizer=row.quantizer, quantizer_kwargs=row.options(num_codes)))
+    own = {key: value.shape for key, value in model.state_dict().items() if not key.startswith("quantize.")}
+    model.load_state_dict({key: common[key] for key in own if common[key].shape == own[key]}, strict=False)
     if row.peer is not None:
         torch.manual_seed(0)
         model.quantize = row.peer(num_codes)
