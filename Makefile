@@ -5,7 +5,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TEXT_ENCODER := $(VENV)/.text-encoder
 
-.PHONY: help install demo demo-conditional demo-latent-diffusion demo-vqvae2 demo-diffusion gpu test test-all quality style clean
+SPACE := .venv-space
+DOCS := .venv-docs
+
+.PHONY: help install space space-test docs docs-serve demo demo-conditional demo-latent-diffusion demo-vqvae2 demo-diffusion gpu test test-all quality style clean
 
 help:
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -45,6 +48,30 @@ test: $(INSTALLED) ## the tests that need no GPU and no patience
 
 test-all: $(INSTALLED) ## every test
 	$(BIN)/python -m pytest -n 2 -m ""
+
+# gradio wants an older Pillow than constraints.txt names
+$(SPACE)/.installed: pyproject.toml examples/space/constraints.txt
+	$(SPACE)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(SPACE)
+	$(SPACE)/bin/python -m pip install --quiet --disable-pip-version-check -c examples/space/constraints.txt -e ".[eval]" gradio
+	touch $@
+
+space: $(SPACE)/.installed ## open a page that runs the models, on loopback
+	$(SPACE)/bin/python examples/space/app.py
+
+space-test: $(SPACE)/.installed ## test that page in Chromium, which must be installed
+	$(SPACE)/bin/python -m pip install --quiet --disable-pip-version-check -c examples/space/constraints.txt playwright pytest pytest-xdist
+	$(SPACE)/bin/python -m pytest -m "" tests/space
+
+docs: $(DOCS)/.installed ## build the documentation, into outputs/docs
+	$(DOCS)/bin/python -m mkdocs build --strict --quiet --config-file docs/mkdocs.yml
+
+docs-serve: $(DOCS)/.installed ## the documentation on loopback, built again when a page changes
+	$(DOCS)/bin/python -m mkdocs serve --config-file docs/mkdocs.yml
+
+$(DOCS)/.installed: pyproject.toml constraints.txt docs/requirements.txt
+	$(DOCS)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[eval]" -r docs/requirements.txt
+	touch $@
 
 gpu: $(INSTALLED) ## on an NVIDIA GPU: its tests, training, figures and speed, into outputs/gpu
 	$(BIN)/python -m benchmarks.gpu

@@ -72,10 +72,12 @@ def build_page(shelf: ModelShelf) -> gr.Blocks:
             on_model_change.append(_complete_tab(shelf, model))
         with gr.Tab("Compare"):
             _compare_tab(shelf)
-        describe = said(lambda name: shelf.get(name).summary)
-        gr.on([page.load, model.change], describe, model, summary)
-        for update, outputs in on_model_change:
-            gr.on([page.load, model.change], said(update), model, outputs)
+
+        def change(name: str) -> list:  # one event for all, so that none of them comes after what a visitor does next
+            return [shelf.get(name).summary, *(value for update, _ in on_model_change for value in update(name))]
+
+        fields = [field for _, outputs in on_model_change for field in outputs]
+        gr.on([page.load, model.change], said(change), model, [summary, *fields])
     return page
 
 
@@ -101,6 +103,13 @@ def upload(label: str, elem_id: str) -> gr.Image:
     return field
 
 
+def _clickable(heading: str, elem_id: str) -> gr.Image:
+    """A picture without labels and buttons, which would lie over what is to be clicked."""
+    with gr.Column(min_width=240):
+        gr.Markdown(heading)
+        return gr.Image(show_label=False, interactive=False, format="png", buttons=[], elem_id=elem_id)
+
+
 # Codes
 
 
@@ -111,25 +120,20 @@ def _codes_tab(shelf: ModelShelf, model: gr.Dropdown) -> tuple[Callable, list]:
             picture = upload("Picture", "codes-upload")
             encode = gr.Button("Encode", variant="primary", elem_id="encode")
             figures = gr.Markdown(elem_id="codes-figures")
-            original = gr.Image(label="What the tokenizer sees", interactive=False, format="png", height=200)
+            gr.Markdown("What the tokenizer sees:")
+            original = gr.Image(show_label=False, interactive=False, format="png", buttons=[], height=200)
         with gr.Column(scale=2):
             with gr.Row():
-                decoded = gr.Image(
-                    label="Decoded: click a place to paint", interactive=False, format="png", elem_id="decoded"
-                )
-                colours = gr.Image(
-                    label="Index map: a colour for each code", interactive=False, format="png", elem_id="index-map"
-                )
+                decoded = _clickable("**Decoded.** Click a place to paint it.", "decoded")
+                colours = _clickable("**Index map.** A colour for each code.", "index-map")
             with gr.Row():
                 level = gr.Radio([("0", 0)], value=0, label="Level, from the top", visible=False)
                 mode = gr.Radio(["paint", "pick up"], value="paint", label="A click on a place", elem_id="mode")
-                code = gr.Number(0, label="Code", precision=0, minimum=0, elem_id="code")
-                undo = gr.Button("Undo", elem_id="undo")
-                reset = gr.Button("Start over", elem_id="reset")
+                code = gr.Number(0, label="Code", precision=0, minimum=0, elem_id="code", min_width=80)
+                undo = gr.Button("Undo", elem_id="undo", min_width=80)
+                reset = gr.Button("Start over", elem_id="reset", min_width=80)
             note = gr.Markdown("Encode a picture, then click a code below and a place above.", elem_id="note")
-            swatches = gr.Image(
-                label="Codebook: click a code to take it", interactive=False, format="png", elem_id="palette"
-            )
+            swatches = _clickable("**Codebook.** Click a code to take it.", "palette")
 
     shown = [decoded, colours, original, note]
 
@@ -148,13 +152,13 @@ def _codes_tab(shelf: ModelShelf, model: gr.Dropdown) -> tuple[Callable, list]:
             text = f"Took code {before} of row {row}, column {column}."
             return encoded, before, *_show(loaded, encoded, level, text, (row, column))
         encoded = actions.edit(encoded, level, row, column, code, loaded.tokenizer.config.num_embeddings)
-        text = f"Row {row}, column {column}: code {before} became {int(code)}. {len(encoded.history)} edits."
+        text = f"Row {row}, column {column}: code {before} became {int(code)}; edits: {len(encoded.history)}"
         return encoded, code, *_show(loaded, encoded, level, text, (row, column))
 
     def take_back(name, encoded, level, everything=False):
         _check_encoded(encoded)
         encoded = actions.undo(encoded, everything)
-        return encoded, *_show(shelf.get(name), encoded, level, f"{len(encoded.history)} edits.")
+        return encoded, *_show(shelf.get(name), encoded, level, f"Edits: {len(encoded.history)}")
 
     def take(name, level, event: gr.SelectData):
         loaded = shelf.get(name)
@@ -307,7 +311,8 @@ def _compare_tab(shelf: ModelShelf) -> None:
             fields = _wish_fields("compare", count=6)
             button = gr.Button("Compare", variant="primary", elem_id="compare")
         with gr.Column(scale=2):
-            sheet = gr.Image(label="The same wishes to each model", interactive=False, format="png", elem_id="sheet")
+            gr.Markdown("The same wishes to each model:")
+            sheet = gr.Image(show_label=False, interactive=False, format="png", buttons=["download"], elem_id="sheet")
             table = gr.Dataframe(
                 headers=["model", "pipeline", "M parameters", "pictures", "seconds"],
                 interactive=False,

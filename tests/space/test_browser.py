@@ -1,4 +1,4 @@
-"""The web page in a real browser: upload, click, generate, mask, compare. Its screenshots are left in the temporary folder."""
+"""The web page in a real browser: upload, click, generate, mask, compare; screenshots are left in pytest's folder."""
 
 import importlib.util
 import io
@@ -137,7 +137,7 @@ def test_a_picture_is_encoded_and_its_codes_are_edited(page, shots):
     page.screenshot(path=shots / "edited.png", full_page=True)
 
     page.locator("#undo").click()
-    page.get_by_text("0 edits.").wait_for()
+    page.get_by_text("Edits: 0").wait_for()
     page.wait_for_timeout(500)
     assert (pixels(page, "#decoded") == before).all()
 
