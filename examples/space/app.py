@@ -281,7 +281,7 @@ def _complete_tab(shelf: ModelShelf, model: gr.Dropdown) -> tuple[Callable, list
                 canvas_size=(actions.SHOWN_SIDE, actions.SHOWN_SIDE),
                 elem_id="mask-editor",
             )
-            gallery = gr.Gallery(label="Completed", columns=4, format="png", elem_id="completed", height=320)
+            gallery = gr.Gallery(label="Completed", columns=5, format="png", elem_id="completed", height=320)
             figures = gr.Markdown(elem_id="complete-figures")
 
     def show(name, path):

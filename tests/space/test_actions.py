@@ -159,7 +159,8 @@ def test_too_large_a_codebook_is_not_shown(model, monkeypatch):
 
 def test_drawing_is_the_pipelines_own(model):
     shares = []
-    wishes = actions.Wishes([SMILEYS, "Flags"], count=2, seed=3, options={"guidance_scale": 2, "top_k": 50, "top_p": 1})
+    options = {"guidance_scale": 2, "top_k": 50, "top_p": 1}
+    wishes = actions.Wishes([SMILEYS, "Flags"], count=2, seed=3, options=options)
     drawn = actions.draw(model, wishes, shares.append)
     expected = model.pipeline(
         [SMILEYS, "Flags"],
