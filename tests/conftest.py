@@ -10,11 +10,15 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from tests.conversion.drawn_weights import rebuild_all  # noqa: E402
+from tests.conversion.golden import GOLDEN  # noqa: E402
 from tests.hub_stub import hub  # noqa: E402, F401
 
 
-def pytest_configure():
+def pytest_configure(config: pytest.Config):
     torch.set_num_threads(1)
+    if not hasattr(config, "workerinput"):  # before the workers start
+        rebuild_all(GOLDEN)
 
 
 class LoadReports(logging.Handler):

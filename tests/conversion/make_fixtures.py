@@ -2,12 +2,13 @@
 FOLDER`.
 
 FOLDER holds a folder for each case, with the checkpoint, its configuration, `io.safetensors` and `manifest.json`, and
-the folder `published_keys`. No value changes: tensors of a checkpoint that are equal become one, lists of keys are
-compressed, and files that no test reads are left out. Weights stay float32, since the outputs beside them are those of
-exactly these.
+the folder `published_keys`. No value changes: tensors of a checkpoint that are equal become one, weights that the seed
+gives again are left out (`drawn_weights.py`), lists of keys are compressed, and files that no test reads are dropped.
+Weights stay float32, since the outputs beside them are those of exactly these.
 """
 
 import gzip
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 
 from hf_vq.conversion.reading import load_checkpoint
+from tests.conversion.drawn_weights import store
 
 
 UNREAD = {"codec_checkpoint.pth", "README.md"}
@@ -43,6 +45,9 @@ def make(source: Path, target: Path):
             torch.save({**checkpoint, "state_dict": share_equal_tensors(checkpoint["state_dict"])}, place)
         else:
             shutil.copyfile(path, place)
+        if path.suffix in (".ckpt", ".pt"):
+            seed = json.loads((path.parent / "manifest.json").read_text())["seed"]
+            store(place, place.parent, [seed, seed + 100])  # VQ-Diffusion's codec has a seed of its own
 
 
 if __name__ == "__main__":
