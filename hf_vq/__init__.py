@@ -58,7 +58,7 @@ _MODULES = {
     "VectorQuantizer": "hf_vq.models.quantizers.vector_quantizers",
     "build_quantizer": "hf_vq.models.quantizers.build",
     "load_tokenizer": "hf_vq.conversion.load_tokenizer",
-    "model_card": "hf_vq.hub",
+    "model_card": "hf_vq.hub_cards",
     "push_to_hub": "hf_vq.hub",
     "rotation_trick": "hf_vq.models.quantizers.gradient_estimators",
     "save_for_sharing": "hf_vq.hub",
@@ -84,10 +84,10 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from .conversion.load_tokenizer import load_tokenizer as load_tokenizer
-    from .hub import model_card as model_card
     from .hub import push_to_hub as push_to_hub
     from .hub import save_for_sharing as save_for_sharing
     from .hub import save_with_code as save_with_code
+    from .hub_cards import model_card as model_card
     from .models.autoencoders.configuration_vqgan import VQGANConfig as VQGANConfig
     from .models.autoencoders.configuration_vqvae import VQVAEConfig as VQVAEConfig
     from .models.autoencoders.configuration_vqvae2 import VQVAE2Config as VQVAE2Config

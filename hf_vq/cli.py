@@ -57,7 +57,14 @@ def build_parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         return command
 
-    command = add("info", "info.info", "show what a model or a pipeline is", "user/model", "outputs/vqgan --json")
+    command = add(
+        "info",
+        "info.info",
+        "show what a model, a pipeline or a part of one, a run or a data set of indices is",
+        "user/model",
+        "outputs/vqgan --json    # the folder of a run",
+        "outputs/vq_gpt/indices",
+    )
     command.add_argument("model", metavar="MODEL", help="folder or Hub id")
     add_json(command)
 
@@ -133,6 +140,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--output", type=Path, help="the picture (default: named for what it shows, .png)")
 
     add_convert(add)
+    add_push(add)
     add_train(add)
 
     command = add(
@@ -214,6 +222,33 @@ def add_convert(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("--resolution", type=int, help="of the images, where the file does not hold it")
     command.add_argument("--data_variance", type=float, help="zalando: of the pixels in [-0.5, 0.5]")
     command.add_argument("--null_class_id", type=int, help="latent_diffusion: the class that stands for none")
+
+
+def add_push(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """The subcommand `push`."""
+    command = add(
+        "push",
+        "push.push",
+        "upload a model, a pipeline, a part of one, or indices to the Hub, with code and card",
+        "outputs/vq_gpt/pipeline user/emoji-gpt --private",
+        "outputs/vqgan/tokenizer user/emoji-vqgan --create-pr",
+        "outputs/vq_gpt/indices user/emoji-codes --revision trial    # becomes a data set",
+    )
+    command.add_argument("folder", metavar="FOLDER", help="what `save_pretrained` or a training run has written")
+    command.add_argument("repo", metavar="REPO", help='"user/name"; made if it does not exist')
+    command.add_argument("--revision", help="the branch to commit to; made if it does not exist (default: main)")
+    command.add_argument("--create-pr", action="store_true", help="open a pull request in place of a commit")
+    command.add_argument("--private", action="store_true", help="make the new repository private")
+    command.add_argument("--message", help="of the commit")
+    command.add_argument(
+        "--license", default="unknown", help="of the weights, for a card where there is none (default: %(default)s)"
+    )
+    command.add_argument(
+        "--no-code",
+        dest="code",
+        action="store_false",
+        help="without the code by which others load it who have no hf_vq",
+    )
 
 
 def add_train(add: Callable[..., argparse.ArgumentParser]) -> None:

@@ -1,4 +1,4 @@
-"""Sharing: folders that carry their own code, model cards, and pushing both to the Hub."""
+"""Sharing: folders that carry their own code, and pushing them with their cards to the Hub."""
 
 import inspect
 import json
@@ -8,18 +8,18 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
-from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .code_bundle import bundle
+from .hub_cards import is_ours, model_card, with_section
 from .hub_requests import request_patiently
+from .models.autoencoders.image_processing_vq import VQImageProcessor
+from .models.autoencoders.image_processing_vq_condition import VQConditionProcessor
 from .pipelines.saving import without_path
 from .registration import MODELS
-
-
-CARD_TEMPLATE = Path(__file__).parent / "model_card_template.md"
 
 
 def save_with_code(model: Any, folder: str | Path) -> None:
@@ -45,17 +45,15 @@ def save_with_code(model: Any, folder: str | Path) -> None:
     if isinstance(model, DiffusionPipeline):
         _save_pipeline(model, folder)
         return
-    if not _is_ours(model) or not isinstance(model, (PreTrainedModel, ModelMixin, SchedulerMixin, BaseImageProcessor)):
+    if not is_ours(model) or not isinstance(model, (PreTrainedModel, ModelMixin, SchedulerMixin, BaseImageProcessor)):
         raise ValueError(
             "`model` must be a model, an image processor or a scheduler of hf_vq, or a pipeline that has one, got "
             f"{type(model).__module__}.{type(model).__name__}."
         )
-    auto_map = _auto_map(model)
+    _auto_map(model)  # refuses a class that is not registered before anything is written
     with without_path(model):
         model.save_pretrained(folder)
-    _write_code(model, folder)
-    if auto_map:
-        _edit_json(folder / _config_name(model), auto_map=auto_map)
+    _add_code(model, folder)
 
 
 def save_for_sharing(
@@ -156,7 +154,20 @@ def push_folder(
     revision: str | None = None,
     create_pr: bool = False,
 ) -> str:
-    """Uploads a folder in one commit, as `push_to_hub` says, and returns the address of the commit or pull request."""
+    """Uploads a folder, as `push_to_hub` says, and returns the address of the commit or pull request.
+
+    An upload that broke off goes on where it was when it is started again: files whose content the Hub has are not
+    sent again. huggingface_hub splits very large folders into several commits.
+
+    Raises:
+        ValueError: both a branch and a pull request, which is always one to the main branch.
+        PermissionError: as in `push_to_hub`.
+    """
+    if create_pr and revision is not None:
+        raise ValueError(
+            f'`create_pr` must not be given with `revision`, got {revision!r}; "refs/pr/N" as the revision adds to '
+            "pull request N."
+        )
     api = HfApi(token=token)
     created = request_patiently(lambda: api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True))
     to = {"repo_id": created.repo_id, "repo_type": repo_type}
@@ -195,143 +206,71 @@ def _link_indices(source: Path, folder: Path, card: ModelCard | None) -> None:
     card.save(folder / "README.md")
 
 
-def model_card(
+def push_saved(
+    source: str | Path,
     model: Any,
     repo_id: str,
-    license: str,
-    dataset: str,
-    dataset_id: str | None = None,
-    metrics: dict[str, float] | None = None,
-    split: str = "validation",
-    description: str = "",
-    command: str | None = None,
-    tags: tuple[str, ...] = (),
+    license: str = "unknown",
     with_code: bool = True,
-) -> ModelCard:
-    """The card of a model or pipeline: what it is, how it loads, what it was trained on, and its figures.
+    commit_message: str | None = None,
+    **to: Any,
+) -> str:
+    """Uploads the folder that a model or pipeline is saved in, as `folder_for_sharing` completes it.
 
     Args:
-        repo_id: where it will live, for the examples.
-        license: the weights' licence by its Hub name, such as "apache-2.0" or "cc-by-4.0".
-        dataset: the training data's name, and its credit where its licence asks for it.
-        dataset_id: the data set's Hub id, if it has one.
-        metrics: the figures by name, measured on `split` of the data set; the card's index carries them too.
-        description: what is particular about this checkpoint, in Markdown.
-        command: the command that trained it.
-        tags: further tags.
-        with_code: whether the repository carries the code, as after `save_with_code`.
-
-    Raises:
-        ValueError: for a figure that is not a finite number.
+        source, model, repo_id, license, with_code: as in `folder_for_sharing`.
+        commit_message, to: as in `push_folder`.
     """
-    is_pipeline = isinstance(model, DiffusionPipeline)
-    parts = {name: part for name, part in model.components.items() if _is_ours(part)} if is_pipeline else {"": model}
-    metrics = metrics or {}
-    for name, value in metrics.items():
-        if not isinstance(value, (int, float)) or value - value != 0:
-            raise ValueError(f"`metrics[{name!r}]` must be a finite number, got {value!r}.")
-    task = _task(model)
-    results = [
-        EvalResult(
-            task_type=task,
-            dataset_type=dataset_id or "custom",
-            dataset_name=dataset_id or dataset.splitlines()[0],
-            dataset_split=split,
-            metric_type=name,
-            metric_value=value,
-        )
-        for name, value in metrics.items()
-    ]
-    data = ModelCardData(
-        library_name="hf_vq",
-        license=license,
-        pipeline_tag=task,
-        datasets=[dataset_id] if dataset_id else None,
-        metrics=list(metrics) or None,
-        tags=["vector-quantization", *(["diffusers"] if is_pipeline else []), *tags],
-        **({"model_name": repo_id.split("/")[-1], "eval_results": results} if results else {}),
-    )
-    return ModelCard.from_template(
-        data,
-        template_path=str(CARD_TEMPLATE),
-        repo_id=repo_id,
-        name=repo_id.split("/")[-1],
-        class_name=type(model).__name__,
-        auto_class="DiffusionPipeline" if is_pipeline else next(iter(MODELS[model.config.model_type][1])),
-        call=_example_call(model) if is_pipeline else None,
-        with_code=with_code,
-        facts=[
-            (f"`{name}` {key}" if name else key, value)
-            for name, part in {**parts, **_stock_models(model)}.items()
-            for key, value in facts(part)
-        ],
-        dataset=dataset,
-        split=split,
-        metrics=metrics,
-        description=description,
-        command=command,
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        folder_for_sharing(source, folder, model, repo_id, license, with_code)
+        return push_folder(folder, repo_id, commit_message or f"Upload {type(model).__name__}", **to)
 
 
-def facts(model: PreTrainedModel | ModelMixin | SchedulerMixin) -> list[tuple[str, str]]:
-    """What a model, or another part of a pipeline, is, as pairs of a name and a value, for people."""
-    found = [("class", type(model).__name__)]
-    if isinstance(model, SchedulerMixin) and _is_ours(model):
-        return [*found, ("steps", str(model.config.num_train_timesteps)), ("schedule", model.config.schedule)]
-    if not hasattr(model, "num_parameters"):
-        return found
-    config = model.config
-    found += [("parameters", f"{model.num_parameters():,}")]
-    if hasattr(config, "quantizer"):
-        found += [
-            (
-                "codebook",
-                f"{config.num_embeddings} codes of {config.embed_dim} channels, quantizer `{config.quantizer}`",
-            ),
-            ("pixels a code", ", ".join(f"{factor}×{factor}" for factor in config.downsample_factors)),
-            ("trained at", f"{config.resolution}×{config.resolution}"),
-        ]
-    elif hasattr(config, "codebook_size"):
-        height, width = config.grid_size
-        found += [
-            ("codes", f"{height}×{width} of {config.codebook_size}"),
-            ("layers", str(config.num_hidden_layers)),
-            ("width", str(config.hidden_size)),
-            ("condition", config.condition_type),
-        ]
-    elif isinstance(model, ModelMixin) and _is_ours(model):
-        height, width = model.sample_size
-        found += [
-            ("codes", f"{height}×{width} of {config.num_embeddings}"),
-            ("layers", str(config.num_layers)),
-            ("width", str(config.num_attention_heads * config.attention_head_dim)),
-            ("condition", config.condition_type),
-        ]
-    return found
+def folder_for_sharing(
+    source: str | Path, folder: str | Path, model: Any, repo_id: str, license: str = "unknown", with_code: bool = True
+) -> None:
+    """Fills a folder with what a saved model is to be on the Hub: links to its files, its code, and its card.
 
+    A card that is there stays, but that it names the repository, and how to load from it; without one it is made.
 
-def _example_call(pipeline) -> str:
-    """The arguments of a simple call of a pipeline; one of diffusers takes none."""
-    return getattr(pipeline, "example_call", "")
-
-
-def _stock_models(model) -> dict:
-    """The denoisers of a pipeline that are diffusers' own classes."""
-    if not isinstance(model, DiffusionPipeline):
-        return {}
-    return {
-        name: part for name, part in model.components.items() if isinstance(part, ModelMixin) and not _is_ours(part)
-    }
-
-
-def _task(model) -> str:
-    if isinstance(model, DiffusionPipeline):
-        return "text-to-image" if "prompt=" in _example_call(model) else "unconditional-image-generation"
-    return "image-feature-extraction" if hasattr(model.config, "quantizer") else "unconditional-image-generation"
-
-
-def _is_ours(model) -> bool:
-    return type(model).__module__.split(".")[0] == __package__
+    Args:
+        source: the folder in which `model` is saved.
+        folder: an empty one.
+        model: what loads from `source`.
+        repo_id: where it will live, for the card.
+        license: for a card where there is none.
+        with_code: so that it loads where hf_vq is not installed.
+    """
+    source, folder = Path(source), Path(folder)
+    for file in sorted(source.rglob("*")):
+        place = file.relative_to(source)
+        if file.is_dir() or "__pycache__" in place.parts or place.parts[0] in (".git", ".cache"):
+            continue
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        if file.suffix == ".json":
+            content = json.loads(file.read_text(encoding="utf-8"))
+            if isinstance(content, dict) and Path(str(content.get("_name_or_path", ""))).is_absolute():
+                del content["_name_or_path"]  # of the author's machine
+            (folder / place).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        elif file.suffix != ".py":  # code, which is written anew
+            (folder / place).symlink_to(file.resolve())
+    processors = [VQImageProcessor, VQConditionProcessor]
+    if with_code:
+        _add_code(model, folder)
+        for file in sorted(folder.rglob("preprocessor_config.json")):
+            name = json.loads(file.read_text(encoding="utf-8")).get("image_processor_type")
+            for processor in (kind.from_pretrained(file.parent) for kind in processors if kind.__name__ == name):
+                _add_code(processor, file.parent)
+                _write_code(processor, folder)  # see `_add_code`
+    path = folder / "README.md"
+    card = model_card(model, repo_id, license, "", with_code=with_code)
+    if path.exists():
+        text = with_section(path.read_text(encoding="utf-8"), card.text, "## Use")
+        path.unlink()
+        card = ModelCard(text, ignore_metadata_errors=True)
+        if card.data.model_name is not None:
+            card.data.model_name = repo_id.split("/")[-1]
+    card.save(path)
 
 
 def _config_name(model: Any) -> str:
@@ -370,21 +309,34 @@ def _write_code(model: Any, folder: Path) -> str:
 
 
 def _save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
-    ours = {name: part for name, part in pipeline.components.items() if _is_ours(part)}
+    ours = [part for part in pipeline.components.values() if is_ours(part)]
     if not ours:
         raise ValueError(f"`model` must have a component of hf_vq, got {type(pipeline).__name__} without one.")
-    auto_maps = {name: _auto_map(part) for name, part in ours.items() if isinstance(part, PreTrainedModel)}
+    for part in ours:
+        _auto_map(part)
     with without_path(pipeline, *pipeline.components.values()):
         pipeline.save_pretrained(folder)
+    _add_code(pipeline, folder)
+
+
+def _add_code(model: Any, folder: Path) -> None:
+    """Adds the code to a folder that ``model`` is saved in, and tells its configurations about it."""
+    if not isinstance(model, DiffusionPipeline):
+        _write_code(model, folder)
+        if auto_map := _auto_map(model):
+            _edit_json(folder / _config_name(model), auto_map=auto_map)
+        return
     entries = {}
-    for name, part in ours.items():
+    for name, part in model.components.items():
+        if not is_ours(part):
+            continue
         entries[name] = [_write_code(part, folder / name), type(part).__name__]
-        if name in auto_maps:
-            _edit_json(folder / name / "config.json", auto_map=auto_maps[name])
+        if isinstance(part, PreTrainedModel):
+            _edit_json(folder / name / "config.json", auto_map=_auto_map(part))
             # diffusers looks for the code beside the component, the Auto classes with `subfolder` at the root
             _write_code(part, folder)
-    if _is_ours(pipeline):
-        entries["_class_name"] = [_write_code(pipeline, folder), type(pipeline).__name__]
+    if is_ours(model):
+        entries["_class_name"] = [_write_code(model, folder), type(model).__name__]
     _edit_json(folder / "model_index.json", **entries)
 
 
@@ -398,4 +350,12 @@ def _edit_json(path: Path, **entries) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-__all__ = ["facts", "halve_weights", "model_card", "push_folder", "push_to_hub", "save_for_sharing", "save_with_code"]
+__all__ = [
+    "folder_for_sharing",
+    "halve_weights",
+    "push_folder",
+    "push_saved",
+    "push_to_hub",
+    "save_for_sharing",
+    "save_with_code",
+]

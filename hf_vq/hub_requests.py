@@ -28,7 +28,8 @@ def request_patiently(request: Callable[[], Result], minutes: float = 10.0) -> R
 
     Raises:
         PermissionError: there is no token, or one that may not do this.
-        HfHubHTTPError: any other refusal, or the last one when the time is over.
+        HfHubHTTPError: any other refusal, or the last one when the time is over; a RuntimeError of huggingface_hub
+            where it was one of the files that it uploads before the commit.
     """
     end, pause = time.monotonic() + 60 * minutes, 1.0
     while True:
@@ -36,11 +37,14 @@ def request_patiently(request: Callable[[], Result], minutes: float = 10.0) -> R
             return request()
         except LocalTokenNotFoundError as error:
             raise PermissionError(f"the Hub wants a token, and there is none: {LOG_IN}.") from error
-        except HfHubHTTPError as error:
-            status = error.response.status_code
+        except (HfHubHTTPError, RuntimeError) as error:
+            refusal = error if isinstance(error, HfHubHTTPError) else error.__cause__  # of an upload of a large file
+            if not isinstance(refusal, HfHubHTTPError):
+                raise
+            status = refusal.response.status_code
             if status in (401, 403):
-                raise PermissionError(f"the Hub refuses the token ({error}): {LOG_IN}.") from error
-            wait = _asked_for(error) or pause
+                raise PermissionError(f"the Hub refuses the token ({refusal}): {LOG_IN}.") from error
+            wait = _asked_for(refusal) or pause
             if status != 429 and status < 500 or time.monotonic() + wait > end:
                 raise
             logger.warning("The Hub answers with %d: once more in %.0f seconds.", status, wait)

@@ -81,6 +81,7 @@ class Store:
     repositories: dict[tuple[str, str], Repository] = field(default_factory=dict)
     large_files: dict[str, bytes] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
+    broken_uploads: int = 0  # so many uploads of large files from now on fail
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -172,6 +173,9 @@ class Handler(BaseHTTPRequestHandler):
     def lfs_upload(self, oid):
         if hashlib.sha256(self.body).hexdigest() != oid:
             raise Failure(400, "BadHash")
+        if self.store.broken_uploads > 0:
+            self.store.broken_uploads -= 1
+            raise Failure(400, "Broken")
         self.store.large_files[oid] = self.body
         self.answer(200, {})
 

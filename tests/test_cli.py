@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 import hf_vq
 from hf_vq.cli import build_parser, main
 from hf_vq.evaluation.pictures import labelled_rows
-from hf_vq.hub import model_card
+from hf_vq.hub_cards import model_card
 from tests.pipelines import latent_diffusion_parts, vq_diffusion_parts, vqvae2_parts
 
 
@@ -320,7 +320,7 @@ def test_options_that_a_pipeline_does_not_have(folder, diffusion, capsys):
 @pytest.mark.parametrize(
     "arguments,message",
     [
-        (("info", "."), "model_index.json or a config.json"),
+        (("info", "."), "must hold one of model_index.json, config.json"),
         (("encode", "prior", "a.png"), "must be a tokenizer"),
         (("encode", "vqgan", "missing.png"), "None of 1 images could be read"),
         (("encode", "vqgan", "prior"), "The folder `prior` must hold images"),

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import diffusers
@@ -15,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel
 
 import hf_vq
-from hf_vq.hub import CARD_TEMPLATE, facts, model_card, save_for_sharing, save_with_code
+from hf_vq.hub import save_for_sharing, save_with_code
+from hf_vq.hub_cards import CARD_TEMPLATE, facts, model_card
 from hf_vq.training.data.indices_cache import write_indices
 from hf_vq.training.sharing import save_trained
 
@@ -180,7 +182,7 @@ def test_pipeline_without_hf_vq(pipeline, hub, tmp_path):
     models = LOAD_PRIOR_AND_VQVAE.format(**expect_prior_and_vqvae(pipeline.prior, tmp_path))
     hub.run(LOAD_PIPELINE.format(source=folder, expected=expected) + models, installed=False)
     hub.run(
-        "import hf_vq\nfrom hf_vq.hub import model_card, push_to_hub\n"
+        "import hf_vq\nfrom hf_vq import model_card, push_to_hub\n"
         f"pipeline = hf_vq.VQAutoregressivePipeline.from_pretrained({folder!r})\n"
         "card = model_card(pipeline, 'tester/pipeline', 'apache-2.0', 'emoji-64', metrics={'psnr': 20.5})\n"
         "processor = hf_vq.VQImageProcessor(size=12)\n"
@@ -238,16 +240,27 @@ def test_every_component_names_its_code(pipeline, tmp_path):
 
 
 def test_a_trained_pipeline_has_the_card_of_its_folder(pipeline, tmp_path, monkeypatch):
-    """On disk without code, pushed with it; its image processor beside the tokenizer in both."""
+    """On disk without code, pushed with it; its image processor beside the tokenizer, and the run's last picture."""
     pushed = {}
-    monkeypatch.setattr("hf_vq.training.sharing.push_to_hub", lambda *args, **options: pushed.update(options))
+
+    def push_folder(folder, repo_id, message, **options):
+        pushed.update({str(file.relative_to(folder)): file.read_bytes() for file in Path(folder).rglob("*.*")})
+        return repo_id
+
+    monkeypatch.setattr("hf_vq.hub.push_folder", push_folder)
     (tmp_path / "metrics.jsonl").write_text('{"step": 3, "validation/psnr": 20.5}\n')
+    (tmp_path / "pictures").mkdir()
+    for step in (2, 10):
+        (tmp_path / "pictures" / f"samples-{step:07d}.png").write_bytes(str(step).encode())
     arguments = SimpleNamespace(hub_model_id="tester/a", hub_license="mit", train_batch_size=2, push_to_hub=True)
     trained = SimpleNamespace(output_dir=tmp_path, arguments=arguments, global_step=3)
     data = SimpleNamespace(dataset_name_or_path=str(tmp_path), validation_split="validation")
     folder = save_trained(trained, pipeline, "pipeline", data, hf_vq.VQImageProcessor(size=12))
     assert not list(folder.rglob("*.py")) and "trust_remote_code" not in (folder / "README.md").read_text()
-    assert "trust_remote_code" in pushed["card"].content and pushed["image_processor"] is not None
+    card = pushed["README.md"].decode()
+    assert 'from_pretrained("tester/a", trust_remote_code=True)' in card and str(tmp_path) not in card
+    assert "![samples, at the end of the run](samples.png)" in card and pushed["samples.png"] == b"10"
+    assert "image_processing_vq.py" in pushed and "vqvae/preprocessor_config.json" in pushed
     assert (folder / "vqvae" / "preprocessor_config.json").is_file()
     assert not (folder / "preprocessor_config.json").exists()
 

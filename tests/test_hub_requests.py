@@ -48,6 +48,23 @@ def test_it_is_not_asked_for_ever(clock):
     assert sum(clock) <= 180 and clock[-1] == 60.0
 
 
+def test_a_large_file_is_sent_again_too(clock):
+    """huggingface_hub wraps what went wrong with a file that it uploads before the commit."""
+
+    def wrapped(refusal):
+        error = RuntimeError("Error while uploading 'a.safetensors'")
+        error.__cause__ = refusal
+        return error
+
+    assert request_patiently(answers(wrapped(Refusal(503)))) == "done" and clock == [1.0]
+    with pytest.raises(PermissionError, match="HF_TOKEN"):
+        request_patiently(answers(wrapped(Refusal(403))))
+    for error in (wrapped(Refusal(400)), wrapped(OSError("no network")), RuntimeError("other")):
+        with pytest.raises(RuntimeError):
+            request_patiently(answers(error))
+    assert clock == [1.0]
+
+
 @pytest.mark.parametrize("error", [LocalTokenNotFoundError("none"), Refusal(401), Refusal(403)])
 def test_who_may_not_write_is_told_how_to_log_in(clock, error):
     with pytest.raises(PermissionError, match="hf auth login.*HF_TOKEN"):
@@ -65,7 +82,7 @@ def test_a_failed_push_says_that_the_model_is_saved(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise PermissionError("no token.")
 
-    monkeypatch.setattr(sharing, "push_to_hub", refuse)
+    monkeypatch.setattr(sharing, "push_saved", refuse)
     monkeypatch.setattr(sharing, "training_card", lambda *args: None)
     monkeypatch.setattr(
         sharing, "save_for_sharing", lambda folder, *args, **kwargs: (folder / "a").write_text("model")

@@ -79,7 +79,7 @@ def write_card(model, options: argparse.Namespace, source: str, errors: dict[str
     from huggingface_hub import ModelCard, ModelCardData
     from transformers import PreTrainedModel
 
-    from ..hub import model_card
+    from ..hub_cards import model_card
 
     repository, licence = SOURCES[source]
     repo_id = options.push_to_hub or options.output.name

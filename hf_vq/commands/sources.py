@@ -14,22 +14,39 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+CLASS_KEYS = {  # the files that name a class, and where in them
+    "model_index.json": "_class_name",
+    "config.json": "architectures",
+    "scheduler_config.json": "_class_name",
+    "preprocessor_config.json": "image_processor_type",
+}
+
+
 def load(source: str):
-    """The model or pipeline of hf_vq in a folder or Hub repository."""
+    """The model, pipeline, scheduler or image processor of hf_vq in a folder or Hub repository."""
     import hf_vq
 
-    index = read_json(source, "model_index.json")
-    if index is None:
-        config = read_json(source, "config.json", needed=True)
-        if config is None:
-            raise ValueError(f"`{source}` must hold a model_index.json or a config.json.")
-        name = (config.get("architectures") or [config.get("_class_name")])[0]
-    else:
-        name = index.get("_class_name")
-        name = name[-1] if isinstance(name, list) and name else name
+    name = class_name(source)
+    if name is None:
+        raise ValueError(f"`{source}` must hold one of {', '.join(CLASS_KEYS)}.")
     if name not in hf_vq.__all__:
-        raise ValueError(f"`{source}` must be a model or pipeline of hf_vq, got a {name}.")
+        raise ValueError(f"`{source}` must be a model or pipeline of hf_vq, or a part of one, got a {name}.")
     return getattr(hf_vq, name).from_pretrained(source)
+
+
+def class_name(source: str) -> str | None:
+    """The class of what is saved in a folder or Hub repository; None where no file of `CLASS_KEYS` is there."""
+    for file, key in CLASS_KEYS.items():
+        content = read_json(source, file, needed=file == "config.json")
+        if content is not None:
+            name = content.get(key, content.get("_class_name"))
+            return name[-1] if isinstance(name, list) and name else name  # with code, [module, class]
+    return None
+
+
+def is_indices(source: Path) -> bool:
+    """Whether a folder holds indices, or a folder of them for each split."""
+    return any(source.glob("indices-*.parquet")) or any(source.glob("*/indices-*.parquet"))
 
 
 def read_json(source: str, name: str, needed: bool = False) -> dict | None:

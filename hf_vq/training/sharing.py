@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,8 @@ from huggingface_hub import ModelCard
 from torch import nn
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..hub import model_card, push_to_hub, save_for_sharing
+from ..hub import push_saved, save_for_sharing
+from ..hub_cards import model_card
 from .checkpointing import atomic_folder
 from .data.image_datasets import DataArguments
 
@@ -35,11 +37,9 @@ def training_card(
     model: nn.Module | DiffusionPipeline,
     data: DataArguments,
     license: str = "unknown",
-    with_code: bool = True,
 ) -> ModelCard:
-    """The card of what a run has trained: its data, its command and the figures of its last validation.
-
-    `with_code` says whether the card is for a folder that carries its code.
+    """The card of what a run has trained, for those who have hf_vq: its data, its command, its last pictures and the
+    figures of its last validation.
     """
     program = sys.argv[0] if sys.argv[0].startswith("hf-vq ") else f"python {_without_folders(sys.argv[0])}"
     command = " ".join([program, *(shlex.quote(_without_folders(argument)) for argument in sys.argv[1:])])
@@ -62,8 +62,19 @@ def training_card(
         split=data.validation_split,
         description=description,
         command=command,
-        with_code=with_code,
+        with_code=False,
+        pictures={file: f"{Path(file).stem}, at the end of the run" for file in newest_pictures(run.output_dir)},
     )
+
+
+def newest_pictures(output_dir: Path) -> dict[str, Path]:
+    """The last picture of each kind that a run has drawn, by the name that it gets beside the model."""
+    found = {}
+    for path in sorted((output_dir / "pictures").glob("*.png")):
+        name, _, step = path.stem.rpartition("-")
+        if name and step.isdigit():
+            found[f"{name}.png"] = path
+    return found
 
 
 def _without_folders(argument: str) -> str:
@@ -93,12 +104,14 @@ def save_trained(
 
     The folder is for those who have hf_vq; what is pushed carries its code, and each has the card that says so.
     """
-    cards = {code: training_card(run, model, data, run.arguments.hub_license, code) for code in (False, True)}
+    card = training_card(run, model, data, run.arguments.hub_license)
     with atomic_folder(run.output_dir / name) as folder:
-        save_for_sharing(folder, model, cards[False], image_processor, with_code=False)
+        save_for_sharing(folder, model, card, image_processor, with_code=False)
+        for file, picture in newest_pictures(run.output_dir).items():
+            shutil.copyfile(picture, folder / file)
     if run.arguments.push_to_hub:
         try:
-            push_to_hub(model, run.arguments.hub_model_id, card=cards[True], image_processor=image_processor)
+            push_saved(run.output_dir / name, model, run.arguments.hub_model_id)
         except Exception as error:  # whatever it is, the model is there
             raise RuntimeError(
                 f"the model is saved in {run.output_dir / name}, but was not pushed to "

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from hf_vq.cli import main
-from hf_vq.hub import model_card, save_with_code
+from hf_vq.hub import save_with_code
+from hf_vq.hub_cards import model_card
 from hf_vq.models.autoencoders.configuration_vqgan import VQGANConfig
 from hf_vq.models.autoencoders.image_processing_vq_condition import VQConditionProcessor
 from hf_vq.models.autoencoders.modeling_vqgan import VQGANModel

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 import hf_vq
-from hf_vq.hub import facts, model_card, save_with_code
+from hf_vq.hub import save_with_code
+from hf_vq.hub_cards import facts, model_card
 from hf_vq.models.autoencoders.image_processing_vq import VQImageProcessor
 from tests.pipelines.vq_diffusion_parts import CONDITIONS, indices_of, make_pipeline
 
@@ -28,7 +29,7 @@ assert torch.equal(output.images, expected["images"])
 """
 PUSH = """
 from hf_vq import VQDiffusionImagePipeline
-from hf_vq.hub import model_card, push_to_hub
+from hf_vq import model_card, push_to_hub
 pipeline = VQDiffusionImagePipeline.from_pretrained({folder!r})
 assert type(pipeline.transformer).__module__ == "hf_vq.models.priors.transformer_vq_diffusion"
 card = model_card(pipeline, "tester/text", "apache-2.0", "emoji-64")

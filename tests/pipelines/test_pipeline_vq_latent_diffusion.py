@@ -17,7 +17,8 @@ from diffusers import (
 )
 
 from hf_vq import VQGANModel, VQLatentDiffusionPipeline, VQVAE2Config, VQVAE2Model
-from hf_vq.hub import model_card, save_with_code
+from hf_vq.hub import save_with_code
+from hf_vq.hub_cards import model_card
 from hf_vq.models.autoencoders.image_processing_vq import VQImageProcessor
 from tests.pipelines.latent_diffusion_parts import (
     CONDITIONS,

@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hf_vq.hub import model_card, save_with_code
+from hf_vq.hub import save_with_code
+from hf_vq.hub_cards import model_card
 from hf_vq.models.autoencoders.configuration_vqvae import VQVAEConfig
 from hf_vq.models.autoencoders.image_processing_vq import VQImageProcessor
 from hf_vq.models.autoencoders.modeling_vqvae import VQVAEModel
