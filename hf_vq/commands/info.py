@@ -3,6 +3,7 @@
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from .sources import is_indices, load
 
@@ -32,7 +33,7 @@ def info(options: argparse.Namespace) -> None:
             print(f"  {name:14} {value}")
 
 
-def model_facts(model) -> dict[str, dict]:
+def model_facts(model: Any) -> dict[str, dict]:
     """What each part of a pipeline is, by its name; of anything else by the name ""."""
     from ..hub_cards import facts
 
@@ -44,7 +45,7 @@ def model_facts(model) -> dict[str, dict]:
     }
 
 
-def codebook_health(model) -> dict[str, str]:
+def codebook_health(model: Any) -> dict[str, str]:
     """How evenly training last used the codes, by the running counts of an EMA codebook; empty where none are kept."""
     from ..models.quantizers.codebook_statistics import codebook_statistics
 
