@@ -2,32 +2,33 @@
 
 from torch import nn
 
+from hf_vq.models.autoencoders.modeling_tokenizer import VQTokenizerModel
+
 
 PARTS = ("all", "decoder")
 
 
-def train_part(tokenizer: nn.Module, part: str) -> list[nn.Parameter]:
+def train_part(tokenizer: VQTokenizerModel, part: str) -> list[nn.Parameter]:
     """Sets a tokenizer up to train all of it, or its decoder on the codes that it has; returns what is trained.
 
-    With "decoder", all modules but `decoder` and `post_quant_conv` have no gradients and are in evaluation mode: the
+    With "decoder", all modules but `tokenizer.modules_after_codes()` have no gradients and are in evaluation mode: the
     encoder and the codebook stay as they are, one of moving averages too, and priors on its codes stay valid.
 
     Args:
-        tokenizer: a tokenizer of one level.
+        tokenizer: any tokenizer of the package.
         part: "all" or "decoder".
 
     Raises:
-        ValueError: another `part`, or a tokenizer without those modules.
+        ValueError: another `part`.
     """
     if part not in PARTS:
         raise ValueError(f"`part` must be one of {PARTS}, got {part!r}.")
     tokenizer.train().requires_grad_(True)
     if part == "decoder":
-        if not hasattr(tokenizer, "post_quant_conv"):
-            raise ValueError(f'`part` must be "all" for {type(tokenizer).__name__}, whose decoder is not apart.')
-        for name, module in tokenizer.named_children():
-            if name not in ("decoder", "post_quant_conv"):
-                module.eval().requires_grad_(False)
+        for module in tokenizer.children():
+            module.eval().requires_grad_(False)
+        for module in tokenizer.modules_after_codes():
+            module.train().requires_grad_(True)
     return [parameter for parameter in tokenizer.parameters() if parameter.requires_grad]
 
 

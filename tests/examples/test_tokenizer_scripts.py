@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor
 
-from hf_vq import VQGANModel, VQVAEModel
+from hf_vq import VQGANModel, VQVAE2Config, VQVAE2Model, VQVAEModel
 from hf_vq.training.fine_tuning import train_part
 from hf_vq.training.objectives.discriminator import PatchDiscriminator
 from tests.examples.runs import script
@@ -68,24 +68,38 @@ def test_what_does_not_fit_is_refused_at_the_start(images, tmp_path):
 
 
 @pytest.mark.parametrize("quantizer", ["ema", "vq"])
-@pytest.mark.parametrize("name,kind", [("vqgan", VQGANModel), ("vqvae", VQVAEModel)])
+@pytest.mark.parametrize("name,kind", [("vqgan", VQGANModel), ("vqvae", VQVAEModel), ("vqvae2", VQVAE2Model)])
 def test_the_decoder_alone(images, tmp_path, name, kind, quantizer):
     first = train(name, images, tmp_path / "first", "--quantizer", quantizer)
     second = train(name, images, tmp_path / "second", "--model_name_or_path", str(first), "--train", "decoder")
     before, after = (kind.from_pretrained(folder).state_dict() for folder in (first, second))
     changed = {key.split(".")[0] for key in before if not torch.equal(before[key], after[key])}
-    assert changed == ({"decoder", "post_quant_conv"} if name == "vqgan" else {"decoder"})
+    besides = {"vqgan": {"post_quant_conv"}, "vqvae": set(), "vqvae2": {"upsample"}}
+    assert changed == {"decoder"} | besides[name]
     third = train(name, images, tmp_path / "third", "--model_name_or_path", str(first))
     after = kind.from_pretrained(third).state_dict()
     changed = {key.split(".")[0] for key in before if not torch.equal(before[key], after[key])}
     assert {"encoder", "quantize", "decoder"} <= changed  # a loaded model is in evaluation mode until it is trained
 
 
-def test_a_part_that_is_not_there(tmp_path):
+def test_codes_of_three_levels_do_not_depend_on_what_is_trained():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "residual_hidden_size": 4, "num_residual_layers": 1, "embed_dim": 4}
+    model = VQVAE2Model(VQVAE2Config(resolution=32, num_levels=3, downsample_factor=16, num_embeddings=64, **sizes))
+    trained, pixels = train_part(model, "decoder"), torch.rand(2, 3, 32, 32)
+    latents, images = model.encode(pixels).latents, model.eval()(pixels).sample
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.add_(0.1)
+    assert all(torch.equal(*pair) for pair in zip(latents, model.encode(pixels).latents, strict=True))
+    assert not torch.allclose(images, model(pixels).sample)
+    upsampling = [name for name, value in model.upsample.named_parameters() if value.requires_grad]
+    assert upsampling == ["1.weight", "1.bias"]
+
+
+def test_a_part_that_is_not_there():
     with pytest.raises(ValueError, match="`part` must be one of"):
-        train_part(torch.nn.Linear(1, 1), "encoder")
-    with pytest.raises(ValueError, match='`part` must be "all" for Linear'):
-        train_part(torch.nn.Linear(1, 1), "decoder")
+        train_part(VQVAEModel.__new__(VQVAEModel), "encoder")
 
 
 def test_a_discriminator_goes_on(images, tmp_path):

@@ -73,6 +73,10 @@ class VQTokenizerModel(CheckedLoadingMixin, PreTrainedModel):
             if isinstance(module, Quantizer):
                 module.set_training_step(step, total_steps)
 
+    def modules_after_codes(self) -> list[nn.Module]:
+        """The modules that no code depends on: training them alone leaves priors on the codes valid."""
+        return [self.post_quant_conv, self.decoder]
+
     def _check_pixels(self, pixel_values: torch.Tensor) -> None:
         channels, factor = self.config.in_channels, self.config.downsample_factor
         if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:

@@ -103,6 +103,12 @@ class VQVAE2Model(VQTokenizerModel):
         """The weight of the decoder's last convolution, which an adaptive adversarial weight is measured on."""
         return self.decoder.up[-1].weight
 
+    def modules_after_codes(self) -> list[nn.Module]:
+        """The modules that no code depends on; of three levels, the codes of the bottom depend on the first
+        upsampling.
+        """
+        return [*self.upsample[-1:], self.decoder]
+
     def _at(self, factor: int, function, inputs: torch.Tensor, scale: float) -> torch.Tensor:
         """`function(inputs)` in slices and tiles; a position of `inputs` is `factor` pixels wide."""
         return self._in_pieces(function, inputs, (self.tile_size or 0) // factor, self.tile_overlap // factor, scale)

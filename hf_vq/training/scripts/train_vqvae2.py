@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from hf_vq import VQImageProcessor, VQVAE2Config, VQVAE2Model
 from hf_vq.evaluation.hierarchy import reconstruct_by_levels
 from hf_vq.training.data.image_datasets import DataArguments, load_image_dataset, pixel_variance
+from hf_vq.training.fine_tuning import PARTS, train_part
 from hf_vq.training.objectives.perceptual import PerceptualNetwork, build_perceptual
 from hf_vq.training.run import RunArguments, TrainingRun
 from hf_vq.training.run_arguments import check_agrees, check_numbers, parse_arguments, parse_mapping
@@ -27,6 +28,10 @@ class VQVAE2Arguments:
     model_name_or_path: str | None = field(
         default=None,
         metadata={"help": "Start from this tokenizer; the fields down to `quantizer_kwargs` are its own."},
+    )
+    train: str = field(
+        default="all",
+        metadata={"help": "What is trained: all, or the decoder on frozen codes.", "choices": list(PARTS)},
     )
     hidden_size: int = 128
     residual_hidden_size: int = 64
@@ -114,9 +119,10 @@ def main(argv: list[str] | None = None) -> None:
 
     tokenizer = build_model(args, data_args.resolution, validation).to(memory_format=torch.channels_last)
     data_args.check_multiple_of(max(tokenizer.config.downsample_factors))
-    tokenizer.train()
+    train_part(tokenizer, args.train)
     model = run.add_model("model", tokenizer, ema=True)
-    optimizer = run.add_optimizer("optimizer", torch.optim.Adam(model.parameters(), lr=run_args.learning_rate))
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = run.add_optimizer("optimizer", torch.optim.Adam(parameters, lr=run_args.learning_rate))
     perceptual = build_perceptual(args.validation_perceptual)
     if perceptual is not None:
         perceptual.to(run.device)
