@@ -29,6 +29,18 @@ SIGNS = (
 )
 # Sources whose first stages are saved alike.
 ALIKE = {"taming", "latent_diffusion"}
+# The options of each source's converter.
+OPTIONS = {
+    "taming": ("config", "part", "discriminator", "live"),
+    "latent_diffusion": ("config", "part", "discriminator", "live", "null_class_id", "tokenizer"),
+    "vq_diffusion": ("config", "part", "codec_config", "mapping", "tokenizer", "live"),
+    "rosinality": ("config", "top", "bottom", "resolution"),
+    "zalando": ("config", "data_variance"),
+    "llamagen": ("config", "part", "tokenizer", "codec_config", "resolution", "live"),
+    "diffusers": ("part", "layout", "resolution"),
+}
+NEED_CONFIG = ("taming", "latent_diffusion", "vq_diffusion")
+FLAGS = ("discriminator", "live")
 
 
 def convert(options: argparse.Namespace) -> None:
@@ -39,7 +51,7 @@ def convert(options: argparse.Namespace) -> None:
     with written_folder(output) as folder:
         source = chosen_source(options)
         module = importlib.import_module(f"hf_vq.conversion.convert_{source}")
-        module.main([*converter_arguments(options), "--output", str(folder)])
+        module.main([*converter_arguments(options, source), "--output", str(folder)])
         check_output(output, folder)
         model = load_converted(folder)
         errors = {}
@@ -115,13 +127,24 @@ def error_table(errors: dict[str, float]) -> str:
     return f"\n\nAgainst the original program:\n\n| output | largest error |\n|---|---|\n{rows}"
 
 
-def converter_arguments(options: argparse.Namespace) -> list[str]:
-    """The options of the command that are given, as the converter of the source reads them."""
-    own = ("checkpoint", "config", "part", "codec_config", "mapping", "tokenizer", "top", "bottom", "resolution",
-           "data_variance", "null_class_id", "layout")  # fmt: skip
-    given = [(name, getattr(options, name)) for name in own if getattr(options, name) is not None]
-    arguments = [text for name, value in given for text in (f"--{name}", str(value))]
-    return arguments + [f"--{name}" for name in ("discriminator", "live") if getattr(options, name)]
+def converter_arguments(options: argparse.Namespace, source: str) -> list[str]:
+    """The options of the command that are given, as the converter of the source reads them.
+
+    Raises:
+        ValueError: one that this source has no use for, or a configuration that is needed and not given.
+    """
+    every = dict.fromkeys(name for names in OPTIONS.values() for name in names)
+    given = {name: getattr(options, name) for name in every if getattr(options, name) not in (None, False)}
+    for name in given:
+        if name not in OPTIONS[source]:
+            known = ", ".join(f"--{name}" for name in OPTIONS[source])
+            raise ValueError(f"`{name}` must not be given: a {source} checkpoint has no use for it; it has {known}.")
+    if source in NEED_CONFIG and "config" not in given:
+        raise ValueError(f"`config` must be given: a {source} checkpoint needs the YAML that it was trained with.")
+    arguments = ["--checkpoint", str(options.checkpoint)]
+    for name, value in given.items():
+        arguments += [f"--{name}"] if name in FLAGS else [f"--{name}", str(value)]
+    return arguments
 
 
 def chosen_source(options: argparse.Namespace) -> str:
@@ -130,8 +153,9 @@ def chosen_source(options: argparse.Namespace) -> str:
     Raises:
         ValueError: if it looks like another one, or like none.
     """
-    found = recognise(options.checkpoint)
-    named = options.source
+    found, named = recognise(options.checkpoint), options.source
+    if found == "taming" and options.config is not None and _is_of_latent_diffusion(options.config):
+        found = "latent_diffusion"
     if found is None and named is None:
         raise ValueError(
             f"`--checkpoint` {options.checkpoint} looks like none of {', '.join(SOURCES)}; name its source."
@@ -155,7 +179,16 @@ def recognise(checkpoint: str) -> str | None:
     while isinstance(content, dict):
         keys += [key for key in content if isinstance(key, str)]
         content = next((content[name] for name in ("state_dict", "model", "module", "ema") if name in content), None)
+    # a flat file of VQ-Diffusion says of each key which entry it is from
+    keys += [key.removeprefix(entry) for key in keys for entry in ("model.", "ema.") if key.startswith(entry)]
     return next((name for name, signs in SIGNS if any(key.startswith(signs) for key in keys)), None)
+
+
+def _is_of_latent_diffusion(config: str) -> bool:
+    from ..conversion.reading import read_config
+
+    model = read_config(config).get("model")
+    return isinstance(model, dict) and str(model.get("target")).startswith("ldm.")
 
 
 def check_output(output: Path, folder: Path) -> None:

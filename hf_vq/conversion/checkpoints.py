@@ -86,14 +86,15 @@ def load_exactly(model: nn.Module, state_dict: dict) -> None:
 # Arguments of the converters: an error about anything else is about an option of the configuration.
 ARGUMENTS = (
     "checkpoint codec_config config data_variance discriminator layout mapping null_class_id output part "
-    "resolution source tokenizer top bottom live verify".split()
+    "source tokenizer top bottom live verify".split()
 )
 
 
 @contextmanager
 def errors_name(**files: str | Path | None) -> Iterator[None]:
     """Puts the path into a `ValueError` from inside that names one of the arguments `files` without it, and the
-    configuration's before one about an option, such as those of our own configurations.
+    configuration's before one about an option, such as those of our own configurations. Of what else is in `files`,
+    errors are left as they are.
     """
     try:
         yield
@@ -104,7 +105,7 @@ def errors_name(**files: str | Path | None) -> Iterator[None]:
         path = files.get(argument)
         if path is not None and str(path) not in text:
             raise ValueError(f"`{argument}` {path}{text[named.end() :]}") from error
-        if argument not in ARGUMENTS and files.get("config") is not None:
+        if argument not in (*ARGUMENTS, *files) and files.get("config") is not None:
             raise ValueError(f"`config` {files['config']}: {text}") from error
         raise
 

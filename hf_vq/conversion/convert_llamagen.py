@@ -117,6 +117,7 @@ def convert(
         ValueError: files that do not make the part, or do not fit each other.
     """
     files = {"checkpoint": checkpoint, "config": config, "tokenizer": tokenizer, "codec_config": codec_config}
+    files["resolution"] = None
     with written_folder(output) as folder, errors_name(**files):
         return _convert(checkpoint, folder, config, resolution, live, part, tokenizer, codec_config)
 

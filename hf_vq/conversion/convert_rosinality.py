@@ -381,7 +381,8 @@ def convert(
         raise ValueError("`top` and `bottom` must be given together.")
     if resolution is not None and resolution < 1:
         raise ValueError(f"`resolution` must be positive, got {resolution}.")
-    with written_folder(output) as folder, errors_name(checkpoint=checkpoint, config=config, top=top, bottom=bottom):
+    files = {"checkpoint": checkpoint, "config": config, "top": top, "bottom": bottom, "resolution": None}
+    with written_folder(output) as folder, errors_name(**files):
         return _convert(checkpoint, folder, top, bottom, resolution, config)
 
 

@@ -294,6 +294,15 @@ def convert_text(
     if not state_dict:
         return options, {}
     text_encoder, dropped = convert_text_encoder(state_dict)
+    for name, option, limit in (
+        ("context_length", "text_max_length", text_encoder.config.max_position_embeddings),
+        ("pad_value", "text_pad_token_id", text_encoder.config.vocab_size - 1),
+    ):
+        if options[option] > limit:
+            raise ValueError(
+                f"`config` must have a {name} of at most {limit} in condition_codec_config, as the text encoder has, "
+                f"got {options[option]}."
+            )
     if tokenizer is not None and len(tokenizer) != text_encoder.config.vocab_size:
         raise ValueError(
             f"`tokenizer` must have the text encoder's {text_encoder.config.vocab_size} tokens, got {len(tokenizer)}."

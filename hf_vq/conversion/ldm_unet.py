@@ -10,6 +10,7 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 
 from ..models.priors.unet_2d_latent import LatentUNet2DModel
 from .checkpoints import load_exactly
+from .reading import MAX_DEPTH, is_count, is_depth
 
 
 REQUIRED = ("image_size", "in_channels", "model_channels", "out_channels", "num_res_blocks", "attention_resolutions")
@@ -74,15 +75,17 @@ def unet_params(given: dict) -> dict:
     for name, (wanted, why) in FIXED_PARAMS.items():
         if params[name] != wanted:
             raise ValueError(f"`config` must have {name}={wanted} in unet_config, got {params[name]}: {why}.")
-    for name in ("in_channels", "model_channels", "out_channels", "num_res_blocks", "transformer_depth"):
-        _check(params, name, _is_count(params[name]), "an int of at least 1")
+    for name in ("in_channels", "model_channels", "out_channels"):
+        _check(params, name, is_count(params[name]), "an int of at least 1")
+    for name in ("num_res_blocks", "transformer_depth"):
+        _check(params, name, is_depth(params[name]), f"an int from 1 to {MAX_DEPTH}")
     for name in ("num_heads", "num_head_channels", "num_heads_upsample"):
-        _check(params, name, params[name] == -1 or _is_count(params[name]), "-1 or an int of at least 1")
+        _check(params, name, params[name] == -1 or is_count(params[name]), "-1 or an int of at least 1")
     for name in ("num_classes", "context_dim"):
-        _check(params, name, params[name] is None or _is_count(params[name]), "an int of at least 1, or none")
+        _check(params, name, params[name] is None or is_count(params[name]), "an int of at least 1, or none")
     for name in ("channel_mult", "attention_resolutions"):
         values = params[name]
-        is_list = isinstance(values, (list, tuple)) and all(map(_is_count, values))
+        is_list = isinstance(values, (list, tuple)) and all(map(is_count, values))
         _check(params, name, is_list and (name != "channel_mult" or values), "a list of ints of at least 1")
     dropout = params["dropout"]
     _check(params, "dropout", isinstance(dropout, (int, float)) and 0 <= dropout < 1, "a number in [0, 1)")
@@ -107,10 +110,6 @@ def unet_params(given: dict) -> dict:
             "`config` must have context_dim in unet_config if and only if use_spatial_transformer is set."
         )
     return params
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _check(params: dict, name: str, is_right: Any, wanted: str) -> None:

@@ -314,6 +314,14 @@ def is_count(value: Any, minimum: int = 1) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
 
 
+MAX_DEPTH = 1000
+
+
+def is_depth(value: Any) -> bool:
+    """Whether this is a number of layers that some model has."""
+    return is_count(value) and value <= MAX_DEPTH
+
+
 class Options:
     """A section of an original's configuration that remembers what was read of it, so that nothing is ignored unsaid.
 
@@ -378,6 +386,10 @@ class Options:
         """`take`, of an int of at least `minimum`."""
         return self._of_kind(name, default, lambda value: is_count(value, minimum), f"an int of at least {minimum}")
 
+    def depth(self, name: str, default: Any = _REQUIRED) -> int:
+        """`take`, of a number of layers, which a model is built with before its weights are compared."""
+        return self._of_kind(name, default, is_depth, f"an int from 1 to {MAX_DEPTH}")
+
     def counts(self, name: str, default: Any = _REQUIRED) -> list[int]:
         """`take`, of a list of ints of at least 1."""
 
@@ -431,6 +443,7 @@ __all__ = [
     "check_finite",
     "file_format",
     "is_count",
+    "is_depth",
     "load_checkpoint",
     "load_state_dict",
     "read_arguments",

@@ -15,7 +15,6 @@ from .reading import Options
 NETWORK_COUNTS = {
     "ch": "base_channels",
     "in_channels": "in_channels",
-    "num_res_blocks": "num_res_blocks",
     "out_ch": "out_channels",
     "resolution": "resolution",
     "z_channels": "latent_channels",
@@ -67,6 +66,8 @@ def tokenizer_config(model: dict, num_used: int | None = None, argument: str = "
         raise ValueError(f"`{argument}` has a first stage of the class {path}; known: {', '.join(TARGETS)}.")
     params = node.section("params")
     params.training_only(*TRAINING_PARAMS)
+    if params.values.get("lossconfig") is not None:
+        params.node("lossconfig")
     embed_dim, num_embeddings = params.count("embed_dim"), params.count("n_embed")
     fields = network_fields(params.section("ddconfig"), is_taming=path.startswith("taming."))
     if target == "VQSegmentationModel":
@@ -105,6 +106,7 @@ def tokenizer_config(model: dict, num_used: int | None = None, argument: str = "
 def network_fields(network: Options, is_taming: bool) -> dict:
     """The fields of `VQGANConfig` for a `ddconfig`. The code of taming-transformers ignores the later options."""
     fields = {ours: network.count(name) for name, ours in NETWORK_COUNTS.items()}
+    fields["num_res_blocks"] = network.depth("num_res_blocks")
     fields["attn_resolutions"] = network.counts("attn_resolutions")
     fields["channel_multiplier"] = network.counts("ch_mult", [1, 2, 4, 8])
     fields["dropout"] = network.number("dropout", 0.0, below=1)

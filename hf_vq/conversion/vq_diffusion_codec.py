@@ -26,7 +26,13 @@ def codec_config(model: dict) -> VQGANConfig:
     params = Options(model.get("params"), "model.params", "codec_config")
     if target == "Net2NetTransformer":
         model = params.section("first_stage_config").values
-    return _patch_config(params) if target == "PatchVQGAN" else tokenizer_config(model, argument="codec_config")
+    try:
+        return _patch_config(params) if target == "PatchVQGAN" else tokenizer_config(model, argument="codec_config")
+    except ValueError as error:  # of our own configuration
+        text = str(error)
+        raise ValueError(
+            text if text.startswith(("`codec_config`", "`checkpoint`")) else f"`codec_config`: {text}"
+        ) from error
 
 
 def _patch_config(params: Options) -> VQGANConfig:
@@ -98,7 +104,7 @@ def _patch_network(params: Options, name: str) -> dict:
     fields = {
         "channel_multiplier": multipliers,
         "base_channels": network.count("ch"),
-        "num_res_blocks": network.count("num_res_blocks"),
+        "num_res_blocks": network.depth("num_res_blocks"),
         "latent_channels": network.count("z_channels"),
         "in_channels": network.count("in_channels", 3) if name[0] == "d" else network.count("in_channels"),
         "out_channels": network.count("out_ch"),
@@ -118,10 +124,10 @@ def _listed(sizes) -> list:
 
 
 def _side(size: int | list[int]) -> int:
-    sides = set(size) if isinstance(size, (list, tuple)) else {size}
-    if len(sides) != 1 or not all(map(is_count, sides)):
+    sides = list(size) if isinstance(size, (list, tuple)) else [size]
+    if not sides or not all(is_count(side) and side == sides[0] for side in sides):
         raise ValueError(f"`codec_config` must have square resolutions, got {size!r}.")
-    return sides.pop()
+    return sides[0]
 
 
 def first_codes(mapping: torch.Tensor, num_embeddings: int, num_used: int) -> torch.LongTensor:

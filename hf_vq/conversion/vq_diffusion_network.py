@@ -10,7 +10,7 @@ import torch
 from ..models.priors.transformer_vq_diffusion import VQDiffusionTransformer2DModel
 from ..schedulers.scheduling_mask_replace import MaskReplaceScheduler
 from .checkpoints import drop_keys, load_exactly
-from .reading import is_count
+from .reading import MAX_DEPTH, is_count, is_depth
 
 
 # The original's classes of denoisers: the condition, the one attn_type that each takes, and its own defaults.
@@ -137,10 +137,11 @@ KINDS: tuple[tuple[Callable[[Any], bool], str, tuple[str, ...]], ...] = (
         is_count,
         "an int of at least 1",
         (
-            *("n_layer", "n_embd", "n_head", "content_seq_len", "condition_seq_len", "condition_dim", "class_number"),
+            *("n_embd", "n_head", "content_seq_len", "condition_seq_len", "condition_dim", "class_number"),
             *("num_embed", "embed_dim", "diffusion_step", "num_tokens", "context_length"),
         ),
     ),
+    (is_depth, f"an int from 1 to {MAX_DEPTH}", ("n_layer",)),
     (lambda value: is_count(value, 0), "an int of at least 0", ("quantize_number", "pad_value")),
     (lambda value: _is_number(value) and 0 <= value < 1, "a number in [0, 1)", ("attn_pdrop", "resid_pdrop")),
     (
@@ -151,9 +152,14 @@ KINDS: tuple[tuple[Callable[[Any], bool], str, tuple[str, ...]], ...] = (
     (lambda value: _is_number(value) and value > 0, "a number above 0", ("mlp_hidden_times",)),
     (lambda value: _is_pair(value, _is_number), "two numbers", ("mask_weight",)),
     (
-        lambda value: is_count(value) or value is None or _is_pair(value, is_count),
+        lambda value: is_count(value) or _is_pair(value, is_count),
         "an int or two, of at least 1",
-        ("spatial_size", "content_spatial_size"),
+        ("spatial_size",),
+    ),
+    (
+        lambda value: is_count(value) or value is None or _is_pair(value, is_count),
+        "an int or two, of at least 1, or none",
+        ("content_spatial_size",),
     ),
     (lambda value: _is_pair(value, is_count), "two ints of at least 1", ("token_shape",)),
     (
@@ -224,7 +230,7 @@ def transformer_config(diffusion: dict) -> dict:
         )
     if params["n_embd"] % params["n_head"]:
         raise ValueError(f"`config` must have n_embd a multiple of n_head={params['n_head']}, got {params['n_embd']}.")
-    if params["block_activate"] not in ACTIVATIONS:
+    if params["block_activate"] not in [*ACTIVATIONS]:
         raise ValueError(f"`config` must have block_activate=GELU or GELU2, got {params['block_activate']!r}.")
     if "adalayernorm" not in params["timestep_type"]:
         raise ValueError(
