@@ -5,9 +5,9 @@
 
 The weights are stored in half precision, and the program ends with an error where that changes a figure. Everything is
 measured on the packaged validation images, which no run trains on. `samples.png` has eight samples of each class, the
-first that were drawn; `nearest.png` the first two of each class above the training images that are closest to them in
-the features of MobileNetV2; `reconstructions.png` unseen images above their reconstructions. A tokenizer that another
-checkpoint has already is a link to it (`--tokenizer-of emoji-32`).
+first that were drawn, and `row.png` the first of each; `nearest.png` the first two of each class above the training
+images that are closest to them in the features of MobileNetV2; `reconstructions.png` unseen images above their
+reconstructions. A tokenizer that another checkpoint has already is a link to it (`--tokenizer-of emoji-32`).
 """
 
 import argparse
@@ -84,6 +84,7 @@ def measure_samples(pipeline, dataset, training, folder: Path, sampling: dict) -
     scale = 2 if drawn.shape[-1] <= 32 else 1
     sheet = samples_by_class(drawn[chosen], labels[chosen].tolist(), dataset.class_names, scale=scale)
     sheet.save(folder / "samples.png")
+    labelled_rows([("", drawn[chosen[::PER_CLASS]])], scale=scale).save(folder / "row.png")
 
     own = features(drawn.split(62), extractor)
     held_out = features(DataLoader(dataset, batch_size=62, collate_fn=collate), extractor)
@@ -125,8 +126,8 @@ def flat(figures: dict) -> dict[str, float]:
 @torch.no_grad()
 def ship(args: argparse.Namespace) -> None:
     folder = HERE / args.name
-    shutil.rmtree(folder, ignore_errors=True)
     full = load(args.pipeline)
+    shutil.rmtree(folder, ignore_errors=True)
     full.save_pretrained(folder)
     halve_weights(folder)
     if args.tokenizer_of:
@@ -136,7 +137,7 @@ def ship(args: argparse.Namespace) -> None:
         shutil.copy(args.pipeline / "vqvae/preprocessor_config.json", folder / "vqvae")
     pipeline = load(folder)
     size = pipeline.vqvae.config.resolution
-    data = DataArguments(str(DATA), label_column="category", resolution=size)
+    data = DataArguments(str(DATA), label_column="category", resolution=size, max_samples=args.max_samples)
     dataset, training = load_image_dataset(data, "validation"), load_image_dataset(data, "train")
     perceptual = build_perceptual("mobilenet_v2")
     figures = likelihood_and_reconstruction(pipeline, dataset, perceptual)
@@ -177,6 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--command", required=True, help="what trained it")
     parser.add_argument("--sampling", nargs="*", type=sampling_pair, default=[], help="name=JSON, of the call")
     parser.add_argument("--tokenizer-of", help="the checkpoint whose tokenizer this one uses")
+    parser.add_argument("--max-samples", type=int, help="measure on fewer images, for tests")
     parser.add_argument("--card-only", action="store_true", help="write the card anew, with the figures it has")
     args = parser.parse_args(argv)
     args.sampling = dict(args.sampling)

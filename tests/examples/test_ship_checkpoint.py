@@ -1,0 +1,71 @@
+"""The program that makes a checkpoint to be shipped: half precision, figures, sheets and a card."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+
+from hf_vq import (
+    PixelCNNConfig,
+    PixelCNNForCausalLM,
+    VQAutoregressivePipeline,
+    VQImageProcessor,
+    VQVAEConfig,
+    VQVAEModel,
+)
+
+
+SCRIPT = Path(__file__).resolve().parents[2] / "examples/checkpoints/ship.py"
+spec = importlib.util.spec_from_file_location("ship", SCRIPT)
+program = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(program)
+
+
+def test_a_figure_that_half_precision_changes_is_an_error():
+    full = {"psnr": 25.0, "bits_per_index": 5.0}
+    program.check_half(full, {"psnr": 25.01, "bits_per_index": 5.001})
+    with pytest.raises(ValueError, match="`bits_per_index` from 5.0000 to 5.2000"):
+        program.check_half(full, {"psnr": 25.0, "bits_per_index": 5.2})
+
+
+@pytest.mark.slow
+def test_a_pipeline_becomes_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(program, "HERE", tmp_path / "examples/checkpoints")
+    monkeypatch.setattr(program, "ROOT", tmp_path)
+    (tmp_path / "model_cards").mkdir()
+    torch.manual_seed(0)
+    tokenizer = VQVAEModel(VQVAEConfig(hidden_size=8, residual_hidden_size=4, embed_dim=4, num_embeddings=16))
+    config = PixelCNNConfig(
+        codebook_size=16,
+        grid_size=8,
+        hidden_size=8,
+        num_hidden_layers=1,
+        condition_type="class",
+        condition_vocab_size=9,
+    )
+    pipeline = VQAutoregressivePipeline(vqvae=tokenizer, prior=PixelCNNForCausalLM(config))
+    pipeline.save_pretrained(tmp_path / "trained")
+    VQImageProcessor(size=32).save_pretrained(tmp_path / "trained/vqvae")
+    (tmp_path / "about.md").write_text("Blobs.\n\n![Samples](samples.png)\n")
+    options = ["--about", str(tmp_path / "about.md"), "--command", "python train.py", "--max-samples", "96"]
+    program.main([str(tmp_path / "trained"), "--name", "first", *options])
+    program.main([str(tmp_path / "trained"), "--name", "second", *options, "--tokenizer-of", "first"])
+
+    folder = tmp_path / "examples/checkpoints/first"
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix in (".png", ".md")}
+    assert names == {"README.md", "samples.png", "row.png", "nearest.png", "reconstructions.png"}
+    stored = load_file(folder / "prior/model.safetensors")
+    assert {tensor.dtype for tensor in stored.values() if tensor.is_floating_point()} == {torch.float16}
+    figures = {one.metric_type: one.metric_value for one in ModelCard.load(folder / "README.md").data.eval_results}
+    assert 3 < figures["bits_per_index"] < 6 and figures["uniform_bits_per_index"] == 4
+    assert figures["frechet_distance[mobilenet_v2.layer13] (96 against 96 images)"] > 1
+    assert 0 <= figures["copied_share"] <= 1
+    card = (tmp_path / "model_cards/first.md").read_text()
+    assert "![Samples](../examples/checkpoints/first/samples.png)" in card and "python train.py" in card
+
+    linked = tmp_path / "examples/checkpoints/second/vqvae"
+    assert os.readlink(linked) == "../first/vqvae" and program.load(linked.parent).vqvae.num_parameters() > 0
