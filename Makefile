@@ -73,7 +73,7 @@ $(DOCS)/.installed: pyproject.toml constraints.txt docs/requirements.txt
 	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[eval]" -r docs/requirements.txt
 	touch $@
 
-gpu: $(INSTALLED) ## on an NVIDIA GPU: its tests, training, figures and speed, into outputs/gpu
+gpu: $(INSTALLED) ## on an NVIDIA GPU: its tests, a training of every system, figures and speed
 	$(BIN)/python -m benchmarks.gpu
 
 quality: $(INSTALLED) ## check style
