@@ -4,6 +4,7 @@ import argparse
 import importlib
 import json
 from pathlib import Path
+from typing import Any
 
 
 # Source → what it is, and the licence of its code; weights have their own.
@@ -86,7 +87,7 @@ def load_converted(folder: Path):
     return load(str(folder)) if hasattr(hf_vq, name) or stock is None else stock.from_pretrained(folder)
 
 
-def write_card(model, options: argparse.Namespace, source: str, errors: dict[str, float], folder: Path) -> None:
+def write_card(model: Any, options: argparse.Namespace, source: str, errors: dict[str, float], folder: Path) -> None:
     """The folder's README.md: source, licence and figures."""
     from huggingface_hub import ModelCard, ModelCardData
     from transformers import PreTrainedModel
@@ -114,7 +115,7 @@ def write_card(model, options: argparse.Namespace, source: str, errors: dict[str
     card.save(folder / "README.md")
 
 
-def is_ours(model) -> bool:
+def is_ours(model: Any) -> bool:
     """Whether the class of a model is hf_vq's."""
     return type(model).__module__.startswith("hf_vq.")
 

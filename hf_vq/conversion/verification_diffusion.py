@@ -1,5 +1,7 @@
 """What converted diffusion models compute of an original program's outputs, by its names; see `verification`."""
 
+from typing import Any
+
 import torch
 
 from ..models.autoencoders.modeling_vqgan import VQGANModel
@@ -17,7 +19,7 @@ Tensors = dict[str, torch.Tensor]
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def of_latent_diffusion(pipe: VQLatentDiffusionPipeline, tensors, live: bool) -> Tensors:
+def of_latent_diffusion(pipe: VQLatentDiffusionPipeline, tensors: Any, live: bool) -> Tensors:
     """Of an unconditional model; with its averages only what the original computed with them."""
     vqvae, scale, scheduler = pipe.vqvae, pipe.vqvae.config.scaling_factor, pipe.scheduler
     computed = {}
@@ -40,7 +42,7 @@ def of_latent_diffusion(pipe: VQLatentDiffusionPipeline, tensors, live: bool) ->
     return computed
 
 
-def _of_denoiser(pipe: VQLatentDiffusionPipeline, tensors, live: bool) -> Tensors:
+def _of_denoiser(pipe: VQLatentDiffusionPipeline, tensors: Any, live: bool) -> Tensors:
     computed, suffix = {}, "" if live else "_ema"
     has_averages = any(name.endswith("_ema") for name in tensors)
     suffix = suffix if has_averages else ""
@@ -93,7 +95,7 @@ def _ddim(pipe: VQLatentDiffusionPipeline, tensors, suffix: str) -> Tensors:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def of_codec(model: VQGANModel, tensors) -> Tensors:
+def of_codec(model: VQGANModel, tensors: Any) -> Tensors:
     """Of `img` in 0 … 255.
 
     The original draws a Gumbel codec's tokens, so the most likely ones are compared. Where only some codes are in use,
@@ -116,7 +118,7 @@ def of_codec(model: VQGANModel, tensors) -> Tensors:
     return computed
 
 
-def of_mask_replace_diffusion(transformer: VQDiffusionTransformer2DModel, tensors) -> Tensors:
+def of_mask_replace_diffusion(transformer: VQDiffusionTransformer2DModel, tensors: Any) -> Tensors:
     """Predictions of noised tokens."""
     computed = {}
     names = {f"x_t.{letter}": (f"t.{letter}", f"logits.{letter}", f"log_x_start.{letter}") for letter in "ab"}
@@ -154,7 +156,7 @@ def of_mask_replace_schedule(scheduler: MaskReplaceScheduler) -> Tensors:
     return logarithms
 
 
-def _condition(transformer: VQDiffusionTransformer2DModel, tensors) -> dict | None:
+def _condition(transformer: VQDiffusionTransformer2DModel, tensors: Any) -> dict | None:
     kind = transformer.config.condition_type
     if kind == "unconditional":
         return {}

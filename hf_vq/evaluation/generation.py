@@ -123,7 +123,8 @@ def frechet_distance(real: torch.Tensor, generated: torch.Tensor) -> float:
     few times D the distance is mostly bias.
 
     Args:
-        real `(N, D)`, generated `(M, D)`: N and M at least 2.
+        real: `(N, D)`, N at least 2.
+        generated: `(M, D)`, M at least 2.
     """
     real, generated = _check_pair(real, generated, minimum=2)
     roots = symmetric_sqrt(_covariance(real)), symmetric_sqrt(_covariance(generated))
@@ -138,7 +139,8 @@ def kernel_distance(
     """Unbiased squared maximum mean discrepancy with the kernel `(x·y / D + 1)³` (Bińkowski et al. 2018, equation 4).
 
     Args:
-        real `(N, D)`, generated `(M, D)`: N and M at least 3.
+        real: `(N, D)`, N at least 3.
+        generated: `(M, D)`, M at least 3.
         subset_size: without it, all pairs are used and the standard error is the two-sample jackknife's. With it
             (for large sets), the mean over the disjoint random subsets of this size, at least two, and the standard
             error of that mean.
@@ -173,7 +175,8 @@ def precision_recall(real: torch.Tensor, generated: torch.Tensor, neighbours: in
     that of the generated ones.
 
     Args:
-        real `(N, D)`, generated `(M, D)`: N and M above `neighbours`.
+        real: `(N, D)`, N above `neighbours`.
+        generated: `(M, D)`, M above `neighbours`.
         neighbours: k.
     """
     if neighbours < 1:

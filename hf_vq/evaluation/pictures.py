@@ -73,7 +73,7 @@ def reconstruction_grid(
     """Originals in one row, their reconstructions in the row below, `columns` at a time.
 
     Args:
-        originals (`(B, C, H, W)` in [-1, 1]).
+        originals: `(B, C, H, W)` in [-1, 1].
         reconstructions: the same shape, or several of them by the name that their rows get.
         columns: images in a row.
         kwargs: passed to `labelled_rows`.

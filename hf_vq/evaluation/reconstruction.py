@@ -20,7 +20,8 @@ def psnr(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
     """Peak signal-to-noise ratio in dB, `10 log10(range² / MSE)`, of each image; infinite where the two are equal.
 
     Args:
-        images, references (`(B, C, H, W)` in [-1, 1]).
+        images: `(B, C, H, W)` in [-1, 1].
+        references: what they are measured against, the same shape.
 
     Returns:
         `(B,)`.

@@ -88,7 +88,7 @@ def draw_rows(
         generator: see `uniform`.
         truncation_rate: see `nucleus`; 1 keeps all codes.
         power (float32 `(N,)`, *optional*): what is drawn from is the probabilities of the nucleus to this power,
-        normalised.
+            normalised.
 
     Returns:
         int64 `(N,)`.

@@ -41,7 +41,7 @@ class MaskReplaceScheduler(SchedulerMixin, ConfigMixin):
         schedule: "linear" (the paper's), "cosine", "mask_only" or "uniform_only", see `cumulative_tables`.
         alpha_cumprod_start, alpha_cumprod_end: ᾱ, the probability that a code is kept, at timesteps 0 and T-1.
         gamma_cumprod_start, gamma_cumprod_end: γ̄, the probability of the mask; not read by "mask_only",
-        "uniform_only".
+            "uniform_only".
         auxiliary_loss_weight: what [`MaskReplaceObjective`] gives -log p(x_0 | x_t) by default.
         adaptive_auxiliary_loss: with the further weight 1 + (1 - t/T), see `auxiliary_loss`.
         mask_loss_weights: of the losses of positions that are masked in x_t, and of the others; read by
@@ -286,7 +286,7 @@ class MaskReplaceScheduler(SchedulerMixin, ConfigMixin):
                 on the other samples.
             truncation_rate: see `predict_original`.
             prior_rule: 0, no purity prior; 1, all masked positions are alike; 2, those with a sure prediction come
-            first.
+                first.
             prior_weight: at least 0; with rule 2, how much sure predictions are sharpened.
             prev_timestep: s, like t; by default what follows t in `timesteps`.
             known_indices, known_mask (int64 and bool `(B, *)`): codes that are kept where the mask is set. `sample`

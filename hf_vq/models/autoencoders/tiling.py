@@ -35,7 +35,8 @@ def map_tiles(
     Args:
         function: `(B, C, H, W) -> (B, C', H·scale, W·scale)`.
         inputs: `(B, C, H, W)`.
-        tile: side of a tile. overlap: positions that neighbours share, less than half of `tile`.
+        tile: side of a tile.
+        overlap: positions that neighbours share, less than half of `tile`.
         scale: output positions over input positions; `tile`, `overlap`, H and W times `scale` must be whole numbers.
     """
     height, width = inputs.shape[2:]

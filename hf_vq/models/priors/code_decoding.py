@@ -87,9 +87,9 @@ def sample_codes(
         input_ids (int64 `(B, T)`): the prompts.
         logits_processor, stopping_criteria, generation_config: as `generate` has made them.
         null_prompt (int64 `(B, T)`, *optional*): the prompts of guidance; the codes that follow are those of
-        `input_ids`. null_scale: classifier-free guidance, `null + scale * (conditional - null)` on the
-        log-probabilities (Ho & Salimans,
-            2022).
+            `input_ids`.
+        null_scale: classifier-free guidance, `null + scale * (conditional - null)` on the log-probabilities (Ho &
+            Salimans, 2022).
 
     Returns:
         int64 `(B, max_length)`, or less if the stopping criteria end all rows.

@@ -30,7 +30,7 @@ class VQLlamaConfig(CodeSequenceConfigMixin, LlamaConfig):
         order, permutation: the order in which the grid is read, as in [`VQGPTConfig`].
         condition_type (`str`, defaults to `"class"`): one of the table above.
         condition_vocab_size (`int`, *optional*): number of classes (also spelled `num_classes`), the null class not
-        counted.
+            counted.
         condition_length (`int`, *optional*): number of ids in the prefix; by default 1, and 120 for `"text"`.
         text_embed_dim (`int`, defaults to 2048): channels of a text's features.
         embd_pdrop (`float`, defaults to 0.1): dropout of the embeddings.

@@ -116,10 +116,10 @@ class CodePriorForCausalLM(CodeSequenceMixin, CheckedLoadingMixin, PreTrainedMod
         """
         Args:
             input_ids (int64 `(B, T)`): a prefix id, then codes; or with `past_key_values` the codes after those it has
-            read. labels (int64 `(B, T)`, *optional*): the code wanted at each position; the model shifts them. The
-            prefix and
-                positions with -100 do not count, so that `labels=input_ids` is fine. The last token predicts nothing
-                and is not run: `logits` then have `T - 1` positions.
+                read.
+            labels (int64 `(B, T)`, *optional*): the code wanted at each position; the model shifts them. The prefix
+                and positions with -100 do not count, so that `labels=input_ids` is fine. The last token predicts
+                nothing and is not run: `logits` then have `T - 1` positions.
             condition_indices (int64 `(B, h', w')`, *optional*): the codes of the level above, for a model that takes
                 them; not needed any more with `past_key_values`.
             attention_mask (`(B, T)`, *optional*): ones, since a grid has no padding.
@@ -129,14 +129,15 @@ class CodePriorForCausalLM(CodeSequenceMixin, CheckedLoadingMixin, PreTrainedMod
                 `get_input_embeddings()` makes of them, or any weights over the ids, which have a gradient. A cache
                 holds codes and takes none.
             position_ids (int64 `(B, T)`, *optional*): the positions on the grid in their order, which need not be
-            given. use_cache (`bool`, *optional*): whether to return a cache; without it, only if one was given.
-            Dropout does not act
-                in a step with a cache, so call `eval()` first: in training mode it is not what a whole pass computes.
+                given.
+            use_cache (`bool`, *optional*): whether to return a cache; without it, only if one was given. Dropout does
+                not act in a step with a cache, so call `eval()` first: in training mode it is not what a whole pass
+                computes.
             output_hidden_states (`bool`, *optional*): also return the features before and after each layer.
             output_attentions (`bool`, *optional*): False, since the layers keep no attention weights.
             return_dict (`bool`, *optional*): the output as an object or as a tuple; by default as the config says.
-            logits_to_keep (`int` or `torch.Tensor`): compute the logits of the last so many or of these positions; 0:
-            all.
+            logits_to_keep (`int` or `torch.Tensor`): compute the logits of the last so many or of these positions; 0
+                of all.
             num_items_in_batch (`int`, *optional*): what the sum of the losses is divided by, instead of the labels
                 here.
 

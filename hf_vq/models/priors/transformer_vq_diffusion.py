@@ -378,7 +378,8 @@ class VQDiffusionTransformer2DModel(CheckedLoadingMixin, ModelMixin, AttentionMi
             timestep (int64 `(B,)` or scalar): in 0 … T - 1, for each example or for all.
             encoder_hidden_states (`(B, S, D)`): of a text, if and only if `condition_type` is "text".
             encoder_attention_mask (bool `(B, S)`, *optional*): True where a text state counts; at least one of each
-            row. class_labels (int64 `(B,)`): if and only if `condition_type` is "class"; in 0 … `num_classes` - 1, or
+                row.
+            class_labels (int64 `(B,)`): if and only if `condition_type` is "class"; in 0 … `num_classes` - 1, or
                 `null_class_id`.
             return_dict: a [`VQDiffusionTransformerOutput`] rather than a tuple.
 

@@ -228,12 +228,12 @@ class ImageDataset(Dataset):
 
     Args:
         rows (`datasets.Dataset`): columns `image` (undecoded), optionally `label`, and others that samples carry
-        along.
+            along.
         resolution (`int` or pair): the side of the square images, or `(height, width)`.
         crop (`str`): `"center"` or `"random"`.
         random_flip (`bool`): mirror half of the images.
         cache_images (`bool`): decode and resize all images now and keep them as uint8, a byte for each pixel and
-        channel.
+            channel.
         seed (`int`): the augmentation of a sample is drawn from `(seed, epoch, index)`.
         class_names (`list[str]`, *optional*): names of the labels.
         channels (`int`): of the images.
