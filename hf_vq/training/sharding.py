@@ -22,30 +22,59 @@ from ..distributed import is_distributed
 PRECISIONS = {"no": None, "bf16": torch.bfloat16}
 
 
+# What an FSDP configuration may say here, by the variable that `accelerate launch` puts it in; unset is allowed too.
+_ALLOWED = {
+    "FSDP_VERSION": ("2",),
+    "FSDP_OFFLOAD_PARAMS": ("false",),
+    "FSDP_ACTIVATION_CHECKPOINTING": ("false",),
+    "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": ("false",),
+    "FSDP_RESHARD_AFTER_FORWARD": ("true", "full_shard"),
+    "FSDP_AUTO_WRAP_POLICY": ("transformer_based_wrap",),
+    "FSDP_IGNORED_MODULES": (),
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": (),
+    "FSDP_STATE_DICT_TYPE": ("sharded_state_dict",),
+}
+_WHY = {
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "a model's blocks are those that it names itself",
+    "FSDP_STATE_DICT_TYPE": "checkpoints are sharded, and the trained model is gathered",
+}
+
+
 def take_launchers_wish() -> bool:
     """Whether `accelerate launch` asks for FSDP; Accelerate is told that it does not, since torch is asked here.
 
     Raises:
-        ValueError: for DeepSpeed, and for an FSDP configuration that is not of version 2 or has what is not offered
-            here.
+        ValueError: for another engine, and for an FSDP configuration that is not of version 2 or has what is not
+            offered here.
     """
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+    if _is_set("ACCELERATE_USE_DEEPSPEED"):
         raise ValueError(
             "DeepSpeed is not supported: use FSDP2, which shards as its stage 3 does, by --fsdp full_shard or by "
             "`accelerate launch --use_fsdp --fsdp_version 2`."
         )
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
-        return False
-    if os.environ.get("FSDP_VERSION", "1") != "2":
-        raise ValueError("an FSDP configuration must have `fsdp_version: 2`; version 1 is not supported.")
-    for name, what in (
-        ("FSDP_OFFLOAD_PARAMS", "fsdp_offload_params"),
-        ("FSDP_ACTIVATION_CHECKPOINTING", "fsdp_activation_checkpointing"),
+    for name, engine in (
+        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "A `parallelism_config`"),
     ):
-        if os.environ.get(name, "false").lower() == "true":
-            raise ValueError(f"an FSDP configuration must not have `{what}`: it is not supported.")
+        if _is_set(name):
+            raise ValueError(f"{engine} is not supported: use data parallelism, or FSDP2 by --fsdp full_shard.")
+    if not _is_set("ACCELERATE_USE_FSDP"):
+        return False
+    os.environ.setdefault("FSDP_VERSION", "1")
+    for name, allowed in _ALLOWED.items():
+        value = os.environ.get(name)
+        if value is None or value.lower() in allowed:
+            continue
+        option = name.lower().replace("transformer_cls", "transformer_layer_cls")
+        asked = f"`{option}: {allowed[0]}`" if allowed else f"no `{option}`"
+        why = f": {_WHY[name]}" if name in _WHY else ""
+        raise ValueError(f"an FSDP configuration must have {asked}, got {value!r}{why}.")
     os.environ["ACCELERATE_USE_FSDP"] = "false"
     return True
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() == "true"
 
 
 def shard_model(model: nn.Module, device: torch.device, mixed_precision: str) -> None:

@@ -1,6 +1,5 @@
 """The real training scripts, all seven: ended by SIGTERM, on two processes, sharded, and on two "machines"."""
 
-import itertools
 import os
 import signal
 import socket
@@ -61,11 +60,23 @@ def test_sigterm_loses_no_step(name, tmp_path):
 
 
 def launch(command: list[str], output_dir: Path, *, processes: int = 2, options: tuple[str, ...] = ()):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), *options]
+    """By torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), *options]
     launcher += [] if options else ["--master_port", str(free_port())]
+    return start_launcher([*launcher, *command], output_dir)
+
+
+def launch_fsdp(command: list[str], output_dir: Path, processes: int = 2):
+    """By `accelerate launch` with the FSDP configuration of the examples."""
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", "examples/fsdp2.yaml"]
+    launcher += ["--num_processes", str(processes), "--main_process_port", str(free_port())]
+    return start_launcher([*launcher, *command], output_dir)
+
+
+def start_launcher(command: list[str], output_dir: Path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        [*launcher, *command, "--output_dir", str(output_dir)],
+        [sys.executable, *command, "--output_dir", str(output_dir)],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
@@ -74,33 +85,55 @@ def launch(command: list[str], output_dir: Path, *, processes: int = 2, options:
     )
 
 
+def wait_for(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output
+    return output
+
+
 def losses(output_dir: Path) -> list[float]:
     name = "generator_loss" if "generator_loss" in rows(output_dir)[0] else "loss"
     return [row[name] for row in rows(output_dir) if name in row]
 
 
-def codebook_perplexities(output_dir: Path) -> list[float]:
-    """Of every step; 0 for a prior."""
-    return [row.get("codebook_perplexity", 0.0) for row in rows(output_dir) if "epoch" in row]
-
-
 @pytest.mark.parametrize("sharded", [False, True], ids=["data_parallel", "fsdp"])
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_two_processes_have_the_losses_of_one(name, sharded, tmp_path):
-    command = [*SCRIPTS[name], *COMMON, *UNDISTURBED.get(name, []), "--max_train_steps", "6"]
+    """Few steps: the longer a tokenizer trains, the likelier rounding decides the code of a latent between two."""
+    command = [*SCRIPTS[name], *COMMON, *UNDISTURBED.get(name, []), "--max_train_steps", "4"]
     finish(command, tmp_path / "one")
-    process = launch([*command, *(["--fsdp", "full_shard"] if sharded else [])], tmp_path / "two")
-    output, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, output
+    wait_for((launch_fsdp if sharded else launch)(command, tmp_path / "two"))
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     differences = [abs(a - b) / abs(a) for a, b in zip(one, two, strict=True)]
     print(f"{name} {'fsdp' if sharded else 'ddp'}: largest relative difference of the losses {max(differences):.2e}")
-    # where a latent lies between two codes, rounding decides which it gets; flat areas have it at many places at once
-    pairs = zip(codebook_perplexities(tmp_path / "one"), codebook_perplexities(tmp_path / "two"), strict=True)
-    equal = list(itertools.takewhile(lambda pair: pair[0] == pytest.approx(pair[1], rel=1e-5), pairs))
-    assert len(one) == 6 and len(equal) >= 4
-    assert max(differences[: len(equal)]) < 2e-4 and max(differences) < 5e-3
+    assert len(one) == 4 and max(differences) < 2e-5
     assert list((tmp_path / "two").glob("*/**/*.safetensors"))
+    has_blocks = name not in ("vqvae", "vqvae2", "vqgan")
+    assert bool(list((tmp_path / "two").glob("checkpoint-4/sharded"))) == (sharded and has_blocks)
+
+
+@pytest.mark.parametrize("processes", [2, 1, 4])
+def test_a_sharded_run_is_killed_and_continued(processes, tmp_path):
+    """By as many processes, by fewer, by more."""
+    command = [*SCRIPTS["vq_gpt"], *COMMON, *UNDISTURBED["vq_gpt"], "--max_train_steps", "30"]
+    command += ["--checkpointing_steps", "2", "--learning_rate", "1e-4"]
+    finish(command, tmp_path / "one")
+    process = launch_fsdp(command, tmp_path / "two")
+    while process.poll() is None and len(rows(tmp_path / "two")) < 5:
+        time.sleep(0.02)
+    workers = children_of(process.pid)
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker, signal.SIGKILL)
+    process.communicate(timeout=60)
+    steps = [int(path.name.split("-")[1]) for path in (tmp_path / "two").glob("checkpoint-*")]
+    assert process.returncode != 0 and steps and max(steps) < 30
+    wait_for(launch_fsdp(command, tmp_path / "two", processes))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def test_two_machines_on_loopback(tmp_path):
@@ -113,6 +146,5 @@ def test_two_machines_on_loopback(tmp_path):
         options = ("--nnodes", "2", "--node_rank", rank, "--master_addr", "127.0.0.1", "--master_port", port)
         machines.append(launch(command, tmp_path / "two", processes=1, options=options))
     for machine in machines:
-        output, _ = machine.communicate(timeout=400)
-        assert machine.returncode == 0, output
+        wait_for(machine)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-4)

@@ -119,17 +119,48 @@ def test_another_way_of_storing_is_refused(whole, tmp_path):
 def test_what_a_launcher_may_ask_for(monkeypatch):
     assert not take_launchers_wish()
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="`fsdp_version: 2`"):
+    monkeypatch.delenv("FSDP_VERSION", raising=False)
+    with pytest.raises(ValueError, match="must have `fsdp_version: 2`, got '1'"):
         take_launchers_wish()
     monkeypatch.setenv("FSDP_VERSION", "2")
-    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
-    with pytest.raises(ValueError, match="must not have `fsdp_offload_params`"):
-        take_launchers_wish()
-    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "false")
+    for name, value, message in (
+        ("OFFLOAD_PARAMS", "true", "must have `fsdp_offload_params: false`, got 'true'"),
+        ("RESHARD_AFTER_FORWARD", "false", "must have `fsdp_reshard_after_forward: true`, got 'false'"),
+        ("AUTO_WRAP_POLICY", "SIZE_BASED_WRAP", "`fsdp_auto_wrap_policy: transformer_based_wrap`"),
+        ("TRANSFORMER_CLS_TO_WRAP", "Block", "no `fsdp_transformer_layer_cls_to_wrap`, got 'Block': .* names itself"),
+        ("STATE_DICT_TYPE", "FULL_STATE_DICT", "`fsdp_state_dict_type: sharded_state_dict`"),
+    ):
+        monkeypatch.setenv(f"FSDP_{name}", value)
+        with pytest.raises(ValueError, match=message):
+            take_launchers_wish()
+        monkeypatch.delenv(f"FSDP_{name}")
     assert take_launchers_wish() and not take_launchers_wish()
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(ValueError, match="DeepSpeed is not supported: use FSDP2"):
-        take_launchers_wish()
+    for name, message in (
+        ("MEGATRON_LM", "Megatron-LM is not supported"),
+        ("PARALLELISM_CONFIG", "`parallelism_config` is not supported"),
+        ("DEEPSPEED", "DeepSpeed is not supported: use FSDP2"),
+    ):
+        monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+        with pytest.raises(ValueError, match=message):
+            take_launchers_wish()
+        monkeypatch.delenv(f"ACCELERATE_USE_{name}")
+
+
+def test_the_defaults_of_the_launcher_are_taken(monkeypatch):
+    """What `accelerate launch` sets for our configuration file, and without one."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    file = str(Path(__file__).resolve().parents[2] / "examples" / "fsdp2.yaml")
+    for options in (["--config_file", file], ["--use_fsdp", "--fsdp_version", "2", "--num_processes", "2"]):
+        parsed = launch_command_parser().parse_args([*options, "train.py"])
+        parsed, _, _ = _validate_launch_command(parsed)
+        environment = prepare_multi_gpu_env(parsed)
+        with monkeypatch.context() as patch:
+            for name, value in environment.items():
+                if name.startswith(("FSDP", "ACCELERATE")):
+                    patch.setenv(name, value)
+            assert take_launchers_wish()
 
 
 def test_models_without_blocks_stay_whole(tmp_path, capsys, caplog):

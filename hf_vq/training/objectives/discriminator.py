@@ -139,7 +139,7 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         if not self.training or not is_distributed():
             return super().forward(images)
-        values = images.float()
+        values = images.to(torch.promote_types(images.dtype, torch.float32))
         count = values.numel() // values.shape[1] * num_processes()
         mean = _SumOverProcesses.apply(values.sum(dim=(0, 2, 3))) / count
         centred = values - mean[:, None, None]
