@@ -9,7 +9,15 @@ import torch
 from .table import markdown
 
 
-BENCHMARKS = ("quantizer", "generate", "mask_replace_step", "incremental", "sliding_window")
+BENCHMARKS = (
+    "quantizer",
+    "generate",
+    "mask_replace_step",
+    "incremental",
+    "sliding_window",
+    "extraction",
+    "fsdp_memory",
+)
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class StaleIndicesError(ValueError):
-    """The cached indices belong to another tokenizer or to other images."""
+    """The cached indices or latents belong to another tokenizer or to other images."""
 
 
 def tokenizer_fingerprint(tokenizer: nn.Module) -> str:
@@ -37,13 +37,13 @@ def tokenizer_fingerprint(tokenizer: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def images_fingerprint(dataset: Dataset, samples: int = 16) -> str:
+def images_fingerprint(dataset: Dataset, samples: int = 16, head: list[dict] | None = None) -> str:
     """A hash of the pixels and fields of a few images (evenly spaced, or the first of a stream), and of their
-    number.
+    number; `head` are the first of a stream, where they have been read already.
     """
     digest = hashlib.sha256()
     if isinstance(dataset, StreamingImageDataset):
-        chosen = list(itertools.islice(dataset, samples))
+        chosen = list(itertools.islice(dataset, samples)) if head is None else head
     else:
         digest.update(str(len(dataset)).encode())
         places = np.unique(np.linspace(0, len(dataset) - 1, samples).round().astype(int))

@@ -14,9 +14,9 @@ def picture(number, size=(12, 8)):
     return Image.fromarray(np.random.default_rng(number).integers(0, 255, (size[1], size[0], 3), np.uint8))
 
 
-def encoded(number):
+def encoded(number, size=(12, 8)):
     buffer = io.BytesIO()
-    picture(number).save(buffer, "PNG")
+    picture(number, size).save(buffer, "PNG")
     return buffer.getvalue()
 
 

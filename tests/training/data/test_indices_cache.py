@@ -1,7 +1,9 @@
 import itertools
 import json
 import logging
+import re
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -10,11 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-from hf_vq.training.data import indices_cache
 from hf_vq.training.data.cache_identity import StaleIndicesError, images_fingerprint, tokenizer_fingerprint
 from hf_vq.training.data.image_datasets import load_image_dataset
 from hf_vq.training.data.indices_cache import load_indices, smallest_dtype, write_indices
-from tests.training.data.image_rows import arguments, make_rows
+from tests.process_groups import in_processes
+from tests.training.data.image_rows import arguments, encoded, make_rows, write_shards
 
 
 class ToyTokenizer(nn.Module):
@@ -74,7 +76,7 @@ def test_the_cache_holds_what_the_tokenizer_gives(source, tmp_path, streaming):
         assert torch.equal(views[3], augmented.sample(row, 3)["indices"])
     assert 130 < flipped < 290  # half of 420
     info = json.loads((path / "config.json").read_text())
-    assert info["broken_rows"] == [4, 22] and info["rows"] == 21
+    assert info["broken_rows"] == ([[0, 4], [0, 22]] if streaming else [4, 22]) and info["rows"] == 21
     from_disk = load_indices(path, in_memory=False)
     assert all(torch.equal(from_disk[row]["indices"], dataset[row]["indices"]) for row in range(21))
 
@@ -129,23 +131,62 @@ def test_an_interrupted_cache_is_continued(source, tmp_path, monkeypatch, stream
     assert tokenizer.images == 0
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_processes_write_their_own_shards(source, tmp_path, monkeypatch, streaming):
-    """Two processes, one after the other: the barriers are those of `torch.distributed`."""
-    images = open_images(source, streaming=streaming)
-    tokenizer = ToyTokenizer()
-    whole = write_indices(tokenizer, images, tmp_path / "whole", rows_per_shard=5)
-    monkeypatch.setattr(indices_cache, "is_distributed", lambda: True)
-    monkeypatch.setattr(indices_cache.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(indices_cache, "_barrier", lambda: None)
-    for rank, expected in ((1, {1, 3}), (0, {0, 1, 2, 3, 4})):
-        monkeypatch.setattr(indices_cache.dist, "get_rank", lambda rank=rank: rank)
-        tokenizer.images = 0
-        (tmp_path / "cache").mkdir(exist_ok=True)
-        write_indices(tokenizer, images, tmp_path / "cache", rows_per_shard=5)
-        assert set(indices_cache._shards(tmp_path / "cache")) == expected
-    for file in whole.iterdir():
-        assert (tmp_path / "cache" / file.name).read_bytes() == file.read_bytes(), file.name
+def written_by(processes, folder, images, path, **options):
+    """The images that each process has encoded, and each file's content."""
+
+    def write():
+        tokenizer = ToyTokenizer()
+        write_indices(tokenizer, images, path, progress=False, **options)
+        return tokenizer.images
+
+    counts = in_processes(processes, folder, write)
+    return counts, {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+@pytest.mark.parametrize("shards", [None, 1, 5])
+def test_processes_share_the_work_and_any_number_goes_on(tmp_path, shards):
+    """Of a map-style data set, of a stream with fewer shards than processes, and of one with more."""
+    source = write_shards(tmp_path / "data", shards or 1, rows=23, broken=(4, 22))
+    images = open_images(source, streaming=shards is not None)
+    whole = write_indices(ToyTokenizer(), images, tmp_path / "whole", rows_per_shard=3, progress=False)
+    expected = {file.name: file.read_bytes() for file in whole.iterdir()}
+    counts, files = written_by(2, tmp_path, images, tmp_path / "two", rows_per_shard=3)
+    assert files == expected
+    assert sum(counts) == 21 + 2 and min(counts) >= 9  # every process encodes the first image, to learn the shape
+    for name in sorted(name for name in files if name.startswith("indices"))[::2]:
+        (tmp_path / "two" / name).unlink()
+    assert written_by(3, tmp_path, images, tmp_path / "two", rows_per_shard=3)[1] == expected
+    assert written_by(3, tmp_path, images, tmp_path / "two", rows_per_shard=3)[0] == [0, 0, 0]
+    rows = load_indices(whole)
+    assert [rows[i]["text"] for i in range(21)] == [f"text {n % 3}" for n in range(23) if n not in (4, 22)]
+
+
+@pytest.mark.slow
+def test_processes_read_a_stream_once(tmp_path):
+    """Bytes that are read of 16 files, over all processes, in units of the data."""
+    features = datasets.Features({"img": datasets.Image(), "animal": datasets.Value("string")})
+    (tmp_path / "data").mkdir()
+    for number in range(16):
+        noise = [{"bytes": encoded(16 * number + row, (128, 128)), "path": f"{row}.png"} for row in range(16)]
+        rows = datasets.Dataset.from_dict({"img": noise, "animal": ["cat"] * 16}, features=features)
+        rows.to_parquet(tmp_path / "data" / f"train-{number:05d}-of-00016.parquet")
+    total = sum(file.stat().st_size for file in (tmp_path / "data").iterdir())
+
+    def write(path):
+        images = load_image_dataset(arguments(str(tmp_path / "data"), streaming=True))
+        before = bytes_read()
+        write_indices(ToyTokenizer(), images, path, progress=False)
+        return bytes_read() - before
+
+    write(tmp_path / "imports")  # which read files, too
+    for processes in (1, 2, 4):
+        read = sum(in_processes(processes, tmp_path, write, tmp_path / str(processes)))
+        print(f"{processes} processes read {read / total:.2f} of the data")
+        assert 1.0 <= read / total < 1.25
+
+
+def bytes_read():
+    return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text()).group(1))
 
 
 def test_stale_indices_are_refused(source, tmp_path):
