@@ -135,14 +135,7 @@ class Data:
             )
         run, flip = self.run, data.random_flip and split == "train"
         folder = run.output_dir / "latents" / split
-        write_latents(
-            self.tokenizer,
-            images,
-            folder,
-            flip=flip,
-            num_workers=run.arguments.dataloader_num_workers,
-            is_main_process=run.is_main_process,
-        )
+        write_latents(self.tokenizer, images, folder, flip=flip, num_workers=run.arguments.dataloader_num_workers)
         return LatentsDataset(folder, random_flip=flip, seed=run.arguments.seed, caption_column=data.caption_column)
 
     def latents(self, batch: dict) -> torch.Tensor:
