@@ -3,12 +3,16 @@
 import multiprocessing
 import os
 import pickle
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+
+_SINGLETONS = ("AcceleratorState", "GradientState")
 
 
 def in_processes(count: int, folder: Path, function: Callable, *arguments) -> list:
@@ -42,6 +46,10 @@ def in_processes(count: int, folder: Path, function: Callable, *arguments) -> li
 
 def _run(rank: int, count: int, rendezvous: Path, pipe, function: Callable, arguments: tuple) -> None:
     torch.set_num_threads(1)
+    if "accelerate" in sys.modules:  # its singletons know the parent's one process
+        AcceleratorState, GradientState = (getattr(sys.modules["accelerate.state"], name) for name in _SINGLETONS)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29999")  # for who asks; the processes meet in a file
     try:
