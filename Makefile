@@ -63,14 +63,15 @@ space-test: $(SPACE)/.installed ## test that page in Chromium, which must be ins
 	$(SPACE)/bin/python -m pytest -m "" tests/space
 
 docs: $(DOCS)/.installed ## build the documentation, into outputs/docs
-	$(DOCS)/bin/python -m mkdocs build --strict --quiet --config-file docs/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true PYTHONPATH=. $(DOCS)/bin/python -m mkdocs build --strict --quiet --config-file docs/mkdocs.yml
 
 docs-serve: $(DOCS)/.installed ## the documentation on loopback, built again when a page changes
-	$(DOCS)/bin/python -m mkdocs serve --config-file docs/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true PYTHONPATH=. $(DOCS)/bin/python -m mkdocs serve --config-file docs/mkdocs.yml
 
-$(DOCS)/.installed: pyproject.toml constraints.txt docs/requirements.txt
+# the pages are made from the sources, which are read and not run: the package needs no installing
+$(DOCS)/.installed: docs/requirements.txt
 	$(DOCS)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(DOCS)
-	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[eval]" -r docs/requirements.txt
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -r docs/requirements.txt
 	touch $@
 
 gpu: $(INSTALLED) ## on an NVIDIA GPU: its tests, a training of every system, figures and speed

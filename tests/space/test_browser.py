@@ -44,7 +44,7 @@ def address():
     server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     address = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(240):
+        for _ in range(600):
             if server.poll() is not None:
                 pytest.fail(server.stdout.read())
             try:
