@@ -7,6 +7,7 @@ from griffe import Extension, Object
 import hf_vq
 
 
+ARGUMENT = re.compile(r"^( +\w+(?:, \w+)* )\(((?:`[^`]*`|[^()`])+)\):", flags=re.MULTILINE)
 REFERENCE = re.compile(r"\[`~?([\w.]+)`\](?![\[(])")
 
 
@@ -15,7 +16,14 @@ class DocstringLinks(Extension):
 
     def on_object(self, *, obj: Object, **kwargs) -> None:
         if obj.docstring is not None:
-            obj.docstring.value = REFERENCE.sub(_link, obj.docstring.value)
+            text = ARGUMENT.sub(_type, obj.docstring.value)
+            obj.docstring.value = REFERENCE.sub(_link, text)
+
+
+def _type(match: re.Match) -> str:
+    """The type of an argument without Markdown, which is not read there, nor its default, which the signature has."""
+    kind = re.sub(r", \*?optional\*?|, defaults to .*", "", match[2]).replace("`", "").replace("*", "")
+    return f"{match[1]}({kind}):"
 
 
 def _link(match: re.Match) -> str:

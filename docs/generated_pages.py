@@ -11,6 +11,7 @@ import mkdocs_gen_files
 import yaml
 
 import hf_vq
+from docs.rooms import rooms
 from hf_vq.cli import build_parser
 
 
@@ -22,14 +23,6 @@ READMES = {
     "web_page.md": "examples/space/README.md",
     "data.md": "examples/data/README.md",
     **{f"scripts/{name}.md": f"examples/{name}/README.md" for name in SCRIPTS},
-}
-ROOMS = {  # the title of a page of classes, and where they are defined
-    "tokenizers": ("Tokenizers", ("hf_vq.models.autoencoders", "hf_vq.models.modeling_outputs")),
-    "quantizers": ("Quantizers", ("hf_vq.models.quantizers",)),
-    "priors": ("Priors", ("hf_vq.models.priors",)),
-    "schedulers": ("Schedulers", ("hf_vq.schedulers",)),
-    "pipelines": ("Pipelines", ("hf_vq.pipelines",)),
-    "sharing": ("Sharing and converting", ("hf_vq.hub", "hf_vq.conversion")),
 }
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 
@@ -48,7 +41,7 @@ def picture(source: str) -> str:
 
 
 def readme(page: str, source: str) -> str:
-    """A README as a page: pictures are copied, links to other READMEs go to their pages, and those to files are code."""
+    """A README as a page: its pictures copied, links to other READMEs to their pages, and those to files as code."""
     text = (ROOT / source).read_text(encoding="utf-8")
     text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
     up = "../" * page.count("/")
@@ -68,17 +61,13 @@ def readme(page: str, source: str) -> str:
 
 
 def classes() -> None:
-    rows = []
-    for room, (title, modules) in ROOMS.items():
-        names = [name for name in hf_vq.__all__ if hf_vq._MODULES[name].startswith(modules)]
-        blocks = [f"::: {hf_vq._MODULES[name]}.{name}\n" for name in names]
-        write(f"classes/{room}.md", f"# {title}\n\n" + "\n".join(blocks))
-        rows += [
-            f"| [`{name}`]({room}.md#{hf_vq._MODULES[name]}.{name}) | {title.lower()} |" for name in names
-        ]
-    assert len(rows) == len(hf_vq.__all__), "a public name has no page: see ROOMS"
-    head = "# Classes\n\nEvery public name, `from hf_vq import …`.\n\n| name | room |\n|---|---|\n"
-    write("classes/index.md", head + "\n".join(rows) + "\n")
+    """A page for each public name, and one that lists them."""
+    parts = ["# Classes\n\nEvery public name: `from hf_vq import …`.\n"]
+    for title, names in rooms().items():
+        parts.append(f"## {title}\n\n" + "\n".join(f"- [`{name}`]({name}.md)" for name in names) + "\n")
+        for name in names:
+            write(f"classes/{name}.md", f"# {name}\n\n::: {hf_vq._MODULES[name]}.{name}\n")
+    write("classes/index.md", "\n".join(parts))
 
 
 def command_line() -> None:
@@ -100,7 +89,8 @@ def figures() -> None:
         result = data["model-index"][0]["results"][0]
         table = ["| metric | value |", "|---|---|"]
         table += [f"| {metric['type']} | {metric['value']:.4g} |" for metric in result["metrics"]]
-        parts.append(f"### {card.parent.name}\n\nOn the {result['dataset']['split']} split.\n\n" + "\n".join(table) + "\n")
+        parts.append(f"### {card.parent.name}\n\nOn the {result['dataset']['split']} split.\n")
+        parts.append("\n".join(table) + "\n")
         sheet = card.parent / "samples.png"
         if sheet.is_file():
             parts.append(f"![Samples]({picture(str(sheet.relative_to(ROOT)))})\n")
