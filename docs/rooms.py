@@ -1,9 +1,12 @@
 """The public names by the rooms of the package, which are the sections of the documentation's classes."""
 
-from mkdocs.config.defaults import MkDocsConfig
+from typing import TYPE_CHECKING
 
 import hf_vq
 
+
+if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
 
 ROOMS = {
     "Tokenizers": ("hf_vq.models.autoencoders", "hf_vq.models.modeling_outputs"),
@@ -31,7 +34,7 @@ def rooms() -> dict[str, list[str]]:
     return found
 
 
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
+def on_config(config: "MkDocsConfig") -> "MkDocsConfig":
     """Called by MkDocs: puts the page of each name below "Classes"."""
     pages = [{title: [{name: f"classes/{name}.md"} for name in names]} for title, names in rooms().items()]
     next(item for item in config.nav if "Classes" in item)["Classes"] += pages
