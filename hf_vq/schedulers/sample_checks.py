@@ -16,10 +16,9 @@ def check_indices(name: str, indices: torch.Tensor, highest: int, shape: torch.S
         raise ValueError(f"`{name}` must have shape {tuple(shape)}, got {tuple(indices.shape)}.")
     if indices.numel() == 0:
         raise ValueError(f"`{name}` must hold at least one index, got shape {tuple(indices.shape)}.")
-    if int(indices.min()) < 0 or int(indices.max()) > highest:
-        raise ValueError(
-            f"`{name}` must hold indices in 0…{highest}, got {int(indices.min())} to {int(indices.max())}."
-        )
+    lowest_found, highest_found = torch.stack(indices.aminmax()).tolist()  # one wait for an accelerator, not two
+    if lowest_found < 0 or highest_found > highest:
+        raise ValueError(f"`{name}` must hold indices in 0…{highest}, got {lowest_found} to {highest_found}.")
 
 
 def check_predictions(name: str, predictions: torch.Tensor, sample: torch.Tensor, num_embeddings: int):
@@ -32,6 +31,19 @@ def check_predictions(name: str, predictions: torch.Tensor, sample: torch.Tensor
             f"`{name}` must be floating and of shape {expected}, the codes last, got {predictions.dtype} of shape "
             f"{tuple(predictions.shape)}."
         )
+
+
+def check_distributions(name: str, values: torch.Tensor, in_training: bool = False):
+    """`values` `(..., K)`, a softmax or its logarithm, must come from logits that make a distribution of each row.
+
+    One NaN or infinity among the logits of a row, or nothing but -inf, makes NaN of all its probabilities, so that one
+    of them tells. `in_training`, an accelerator is not waited for: the loss is NaN then, which a training run looks
+    at, and with float16 some steps overflow that its loss scale is there for.
+    """
+    if in_training and values.device.type != "cpu":
+        return
+    if values[..., 0].isnan().any():
+        raise ValueError(f"`{name}` must hold logits of which at least one is finite and none is NaN.")
 
 
 def check_timesteps(
@@ -65,4 +77,11 @@ def check_generators(generator: torch.Generator | list[torch.Generator] | None, 
         )
 
 
-__all__ = ["check_generators", "check_indices", "check_predictions", "check_rate", "check_timesteps"]
+__all__ = [
+    "check_distributions",
+    "check_generators",
+    "check_indices",
+    "check_predictions",
+    "check_rate",
+    "check_timesteps",
+]

@@ -13,7 +13,14 @@ from ..argument_checks import check_integer, check_real
 from .categorical_draws import nucleus, uniform, uniform_positions
 from .posterior import posterior_kl, posterior_probs
 from .reverse_steps import posterior_step, purity_step
-from .sample_checks import check_generators, check_indices, check_predictions, check_rate, check_timesteps
+from .sample_checks import (
+    check_distributions,
+    check_generators,
+    check_indices,
+    check_predictions,
+    check_rate,
+    check_timesteps,
+)
 from .transition_tables import Transition, cumulative_tables
 
 
@@ -221,9 +228,13 @@ class MaskReplaceScheduler(SchedulerMixin, ConfigMixin):
 
         Returns:
             float32 `(B, *, K)`.
+
+        Raises:
+            ValueError: a rate out of range, or logits that make no distribution, such as NaN.
         """
         check_rate(truncation_rate)
         probs = model_output.softmax(dim=-1, dtype=torch.float32)
+        check_distributions("model_output", probs)
         if truncation_rate == 1:
             return probs
         probs = torch.where(nucleus(probs, truncation_rate), probs, 0.0)
@@ -248,6 +259,8 @@ class MaskReplaceScheduler(SchedulerMixin, ConfigMixin):
             float32 `(B, *, K + 1)`, the mask last.
         """
         check_predictions("pred_original", pred_original, sample, self.mask_index)
+        if not (pred_original.sum(dim=-1) > 0).all():  # neither NaN nor nothing
+            raise ValueError("`pred_original` must hold probabilities, got a row whose sum is not positive.")
         transition, _ = self._transition(sample, timesteps, prev_timesteps)
         flat = sample.reshape(len(sample), -1)
         probs = posterior_probs(pred_original.float().reshape(*flat.shape, self.mask_index), flat, transition)
@@ -352,6 +365,7 @@ class MaskReplaceScheduler(SchedulerMixin, ConfigMixin):
         transition, _ = self._transition(sample, now, now - 1)
         flat = sample.reshape(len(sample), -1)
         log_probs = model_output.log_softmax(dim=-1, dtype=torch.float32).reshape(*flat.shape, self.mask_index)
+        check_distributions("model_output", log_probs, in_training=True)
         return posterior_kl(log_probs, original_samples.reshape(flat.shape), flat, transition).reshape(sample.shape)
 
     def auxiliary_loss(
@@ -371,8 +385,9 @@ class MaskReplaceScheduler(SchedulerMixin, ConfigMixin):
         check_predictions("model_output", model_output, original_samples, self.mask_index)
         batch = len(original_samples)
         now = check_timesteps("timesteps", timesteps, batch, 0, self.config.num_train_timesteps - 1)
-        logits = model_output.float().reshape(-1, self.mask_index)
-        nll = F.cross_entropy(logits, original_samples.flatten(), reduction="none").reshape(batch, -1)
+        log_probs = model_output.log_softmax(dim=-1, dtype=torch.float32).reshape(-1, self.mask_index)
+        check_distributions("model_output", log_probs, in_training=True)
+        nll = F.nll_loss(log_probs, original_samples.flatten(), reduction="none").reshape(batch, -1)
         if self.config.adaptive_auxiliary_loss:
             nll = nll * (2 - now / self.config.num_train_timesteps)[:, None].to(nll)
         return nll.reshape(original_samples.shape)

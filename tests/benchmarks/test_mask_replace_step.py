@@ -1,6 +1,8 @@
+import pytest
 import torch
 
 from benchmarks.mask_replace_step import STEPS, diffusers_step, hf_vq_step, measure
+from benchmarks.measure import peak_allocated_bytes
 from hf_vq import MaskReplaceScheduler
 
 
@@ -25,3 +27,13 @@ def test_both_sides_do_the_same():
     assert torch.equal(counts[0] > 0, counts[1] > 0) and 2 < (counts[0] > 0).sum() <= codes
     noise = (counts.sum(dim=0) + 1).sqrt()
     assert ((counts[0] - counts[1]).abs() < 4 * noise).all()
+
+
+@pytest.mark.parametrize("t, s", [(50, 49), (99, -1)])
+def test_a_step_needs_less_memory_than_a_copy_of_the_prediction(t, s):
+    scheduler = MaskReplaceScheduler(4096, 100)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 32, 32, 4096, generator=generator)
+    x = scheduler.add_noise(torch.zeros(4, 32, 32, dtype=torch.long), t, generator)
+    peak = peak_allocated_bytes(lambda: scheduler.step(logits, t, x, generator, 0.9, prev_timestep=s))
+    assert peak < logits.nbytes / 2
