@@ -7,11 +7,27 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..argument_checks import check_real
+from ..argument_checks import check_integer, check_real
 from ..images import images_as, to_pixel_values
-from .code_sampling import KnownCodes, LevelSampling, count_steps, for_each_level, sample_level
-from .completion import check_outpaint, check_painted, kept_at_levels, pad_to_outpaint, paste, random_mask
-from .conditioning import class_ids, count_inputs, repeat_rows, to_mask
+from .code_sampling import (
+    KnownCodes,
+    LevelSampling,
+    count_steps,
+    for_each_level,
+    sample_level,
+    strides_of_levels,
+)
+from .completion import (
+    Given,
+    check_painted,
+    check_whole_size,
+    grids_of,
+    kept_at_levels,
+    paste,
+    random_mask,
+    read_given,
+)
+from .conditioning import class_ids, count_inputs, repeat_rows
 from .rejection_sampling import rejection_sample
 from .vq_pipeline import VQPipeline, as_levels, check_codes, check_generator, check_part, of_levels, onload
 
@@ -34,7 +50,8 @@ class AutoregressivePipeline(VQPipeline):
     @property
     def example_call(self) -> str:
         """The arguments of a simple call, for a model card."""
-        return {"class": "class_labels=0", "codes": "condition=codes"}.get(self.priors[0].config.condition_type, "")
+        calls = {"class": "class_labels=0", "codes": "condition=codes", "text": "prompt_embeds=states"}
+        return calls.get(self.priors[0].config.condition_type, "")
 
     def prepare_prompts(self, class_labels: Any = None, condition: Any = None) -> tuple[torch.LongTensor, ...]:
         """Each prior's prefix for each class or condition, `(B, condition_length)`, or 1 row where it takes none.
@@ -99,6 +116,52 @@ class AutoregressivePipeline(VQPipeline):
 
     # The call
 
+    @property
+    def own_size(self) -> tuple[int, int]:
+        """Height and width in pixels of the images that the priors' grids decode to."""
+        factor = self.vqvae.config.downsample_factors[0]
+        return tuple(side * factor for side in self.priors[0].config.grid_size)
+
+    def wanted_size(
+        self,
+        height: int | None,
+        width: int | None,
+        stride: int = 1,
+        window: int | Sequence[int] | None = None,
+    ) -> tuple[int, int] | None:
+        """`height` and `width`, the priors' own where one of them is missing; None where both are.
+
+        Raises:
+            ValueError: a size that the priors' windows cannot sample, or no such window or stride.
+        """
+        strides_of_levels(stride, self.priors, window)
+        if height is None and width is None:
+            return None
+        own = self.own_size
+        pairs = (("height", height, own[0]), ("width", width, own[1]))
+        size = tuple(default if value is None else check_integer(name, value, 1) for name, value, default in pairs)
+        grid, least = grids_of(size, self.vqvae.config.downsample_factors)[0], self.priors[0].config.grid_size
+        for name, length, side in zip(("height", "width"), grid, least, strict=True):
+            if length < side:
+                raise ValueError(
+                    f"`{name}` must be at least the {side} codes of the prior's grid, got {length} codes."
+                )
+        return size
+
+    def _read_given(self, image, indices, mask_image, keep_fraction, outpaint) -> Given | None:
+        """What is completed, or a ValueError unless one argument says which part of it is kept."""
+        factors = self.vqvae.config.downsample_factors
+
+        def read_codes(pixels, indices, size):
+            return self.given_codes(pixels, indices, grids_of(size, factors))
+
+        given = read_given(self.vqvae.config, image, indices, mask_image, keep_fraction, outpaint, read_codes)
+        if given is not None and given.mask is None and keep_fraction is None:
+            raise ValueError(
+                "Exactly one of `mask_image` and `keep_fraction`, or `outpaint`, must be given for an image."
+            )
+        return given
+
     def draw_images(
         self,
         prompts: dict[str, Sequence[torch.Tensor]],
@@ -114,6 +177,7 @@ class AutoregressivePipeline(VQPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
         decode_batch_size: int = 16,
+        inputs: dict[str, torch.Tensor] | None = None,
         **sampling: Any,
     ) -> tuple[Any, torch.LongTensor | tuple[torch.LongTensor, ...]]:
         """
@@ -124,19 +188,28 @@ class AutoregressivePipeline(VQPipeline):
                 the codes of a condition that windows are cut from.
             size: height and width in pixels.
             top_indices: codes of the first levels, which are not sampled.
+            inputs: what else the first prior takes, a row for each prompt.
             sampling: further arguments of `sample_levels`. The others are those of the call.
         """
         times, decode_batch_size = self.check_output(num_images_per_prompt, output_type, decode_batch_size)
         keep_fraction = None if keep_fraction is None else check_real("keep_fraction", keep_fraction, 0, 1)
-        given, mask, sizes = self._prepare_given(image, indices, mask_image, keep_fraction, outpaint, size)
-        rows = {**prompts, "top_indices": top_indices, "image": given, "mask_image": [] if mask is None else [mask]}
+        given = self._read_given(image, indices, mask_image, keep_fraction, outpaint)
+        whole = check_whole_size(given, size, self.own_size, "image" if indices is None else "indices")
+        check_painted(given)
+        sizes = grids_of(whole, self.vqvae.config.downsample_factors)
+        ((name, prefixes),) = prompts.items()
+        inputs = inputs or {}
+        rows = {name: [*prefixes, *inputs.values()], "top_indices": top_indices}
+        if given is not None:
+            rows["image"] = [*given.codes, *([] if given.pixels is None else [given.pixels])]
+            rows["mask_image"] = [] if given.mask is None else [given.mask]
         count = count_inputs(batch_size, *(tensor for tensors in rows.values() for tensor in tensors))
         rows = repeat_rows({name: tensors for name, tensors in rows.items() if tensors}, times, count)
         check_generator(generator, count * times)
         known: list[KnownCodes | None] = [None] * len(self.priors)
         for level, codes in enumerate(rows.get("top_indices", ())):
             known[level] = KnownCodes(codes, torch.ones_like(codes, dtype=torch.bool))
-        if given:
+        if given is not None:
             if keep_fraction is None:
                 mask = rows["mask_image"][0]
             else:
@@ -145,7 +218,12 @@ class AutoregressivePipeline(VQPipeline):
             levels = zip(rows["image"], kept, strict=False)  # the pixels come last
             known = [KnownCodes(codes, keep.to(codes.device)) for codes, keep in levels]
         levels = self.sample_levels(
-            next(rows[name] for name in prompts), known, grid_sizes=sizes, generator=generator, **sampling
+            rows[name][: len(prefixes)],
+            known,
+            grid_sizes=sizes,
+            generator=generator,
+            **dict(zip(inputs, rows[name][len(prefixes) :], strict=True)),
+            **sampling,
         )
         indices = of_levels(levels)
         if image is None or output_type in ("indices", "latent"):
@@ -155,74 +233,6 @@ class AutoregressivePipeline(VQPipeline):
             images = images_as(paste(decoded, rows["image"][-1], mask), output_type)
         self.maybe_free_model_hooks()
         return images, indices
-
-    def _prepare_given(self, image, indices, mask_image, keep_fraction, outpaint, size):
-        """The codes of each level and, of an image, its pixels last; the mask; and the levels' grids `(h, w)`."""
-        factors = self.vqvae.config.downsample_factors
-        own = [side * factors[0] for side in self.priors[0].config.grid_size]
-        if image is None and indices is None:
-            names = {"mask_image": mask_image, "keep_fraction": keep_fraction, "outpaint": outpaint}
-            for name, value in names.items():
-                if value is not None:
-                    raise ValueError(f"`{name}` needs an `image`, or `indices`, that it is for.")
-            return [], None, self._grid_sizes(own if size is None else size)
-        if (mask_image is None) == (keep_fraction is None) and (outpaint is None or mask_image is not None):
-            raise ValueError(
-                "Exactly one of `mask_image` and `keep_fraction`, or `outpaint`, must be given for an image."
-            )
-        if keep_fraction is not None and outpaint is not None:
-            raise ValueError("`keep_fraction` and `outpaint` exclude each other.")
-        pixels = image = None if image is None else to_pixel_values(image, self.vqvae.config.in_channels)
-        margins = (0, 0, 0, 0) if outpaint is None else check_outpaint(outpaint, factors[0])
-        inner, whole = self._size_of_given(image, indices), list(self._size_of_given(image, indices, outpaint))
-        name, wanted = "indices" if image is None else "image", whole if size is None else list(size)
-        fits = whole == own if len(self.priors) > 1 else whole[0] >= own[0] and whole[1] >= own[1]
-        wanted = wanted if fits else own
-        if wanted != whole:
-            raise ValueError(
-                f"`{name}` must be {wanted[0]} high and {wanted[1]} wide, with what `outpaint` adds, got "
-                f"{whole[0]}x{whole[1]} pixels."
-            )
-        codes = self.given_codes(image, indices, self._grid_sizes(inner, of_window=False))
-        mask = None if mask_image is None else to_mask(mask_image)
-        if keep_fraction is None and mask is None:
-            mask = torch.zeros(1, 1, *inner)
-        if outpaint is not None:
-            divisor = factors[0] if tuple(mask.shape[-2:]) == tuple(codes[0].shape[-2:]) else 1
-            mask = pad_to_outpaint(mask, margins, divisor, value=1)
-            codes = [pad_to_outpaint(level, margins, factor) for level, factor in zip(codes, factors, strict=True)]
-            pixels = None if pixels is None else pad_to_outpaint(pixels, margins)
-        if mask_image is not None:
-            check_painted(mask)
-        given = [*codes, *([] if pixels is None else [pixels])]
-        return given, mask, self._grid_sizes(whole)
-
-    def _size_of_given(self, image, indices, outpaint=None) -> tuple[int, int] | None:
-        """Height and width in pixels of an image, or of `indices`, with what `outpaint` adds; None without both."""
-        factor = self.vqvae.config.downsample_factors[0]
-        if image is not None:
-            height, width = to_pixel_values(image, self.vqvae.config.in_channels).shape[-2:]
-        elif indices is not None:
-            height, width = (side * factor for side in (0, 0, *getattr(as_levels(indices)[0], "shape", ()))[-2:])
-        else:
-            return None
-        top, bottom, left, right = (0, 0, 0, 0) if outpaint is None else check_outpaint(outpaint, factor)
-        return height + top + bottom, width + left + right
-
-    def _grid_sizes(self, size: Sequence[int], of_window: bool = True) -> list[tuple[int, int]]:
-        """The levels' grids `(h, w)` of images of `size` pixels, or a ValueError; `of_window`, that can be sampled."""
-        factors = self.vqvae.config.downsample_factors
-        for name, side in zip(("height", "width"), size, strict=True):
-            if side % factors[0]:
-                raise ValueError(f"`{name}` must be a multiple of {factors[0]} (the downsample factor), got {side}.")
-        sizes = [(size[0] // factor, size[1] // factor) for factor in factors]
-        own = [tuple(prior.config.grid_size) for prior in self.priors]
-        if of_window and len(own) > 1 and sizes != own:
-            raise ValueError(
-                f"`height` and `width` must be {own[0][0] * factors[0]} and {own[0][1] * factors[0]}, the size of the "
-                f"priors' grids in pixels, got {size[0]} and {size[1]}."
-            )
-        return sizes
 
     def sample_levels(
         self,
@@ -239,6 +249,8 @@ class AutoregressivePipeline(VQPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("indices",),
         grid_sizes: Sequence[tuple[int, int]] | None = None,
         stride: int = 1,
+        window: int | Sequence[int] | None = None,
+        **inputs: torch.Tensor,
     ) -> tuple[torch.LongTensor, ...]:
         """
         The codes `(B, h, w)` of each level.
@@ -248,9 +260,12 @@ class AutoregressivePipeline(VQPipeline):
                 condition that windows are cut from.
             known: for each level what is not sampled.
             grid_sizes: of each level, by default the priors' own.
-            stride: see [`window_runs`]. The other arguments are those of the call.
+            stride: of the top level, see [`window_runs`].
+            window: see [`sample_level`].
+            inputs: what else the first prior's `forward` takes. The other arguments are those of the call.
         """
         count = len(self.priors)
+        strides = strides_of_levels(stride, self.priors, window)
         known = [None] * count if known is None else known
         sizes = [tuple(prior.config.grid_size) for prior in self.priors] if grid_sizes is None else grid_sizes
         values = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
@@ -262,7 +277,9 @@ class AutoregressivePipeline(VQPipeline):
         batch_size = len(prompts[0])
         check_generator(generator, batch_size)
         names = self.check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        missing = sum(count_steps(*of_level, stride) for of_level in zip(self.priors, known, sizes, strict=True))
+        missing = sum(
+            count_steps(*of_level, window) for of_level in zip(self.priors, known, sizes, strides, strict=True)
+        )
         step, grids = 0, []
         with self.progress_bar(total=missing) as progress_bar:
             for level, prior in enumerate(self.priors):
@@ -288,7 +305,6 @@ class AutoregressivePipeline(VQPipeline):
                     nonlocal seen
                     seen = torch.cat([seen, codes], dim=1)
 
-                inputs = {"condition_indices": grids[-1]} if grids else {}
                 grid = sample_level(
                     prior,
                     prefixes[level],
@@ -298,10 +314,11 @@ class AutoregressivePipeline(VQPipeline):
                     after_each_code,
                     on_known=on_known,
                     grid_size=size,
-                    stride=stride,
+                    stride=strides[level],
+                    window=window,
+                    inputs=_codes_above(prior, grids[-1]) if grids else lambda origin: inputs,
                     use_cache=use_cache,
                     cache_implementation=cache_implementation,
-                    **inputs,
                 )
                 grids.append(grid)
         return tuple(grids)
@@ -347,6 +364,17 @@ def _prefixes(
         return prior.prepare_condition(part.flatten(1)).to(prompt.device)
 
     return prefix
+
+
+def _codes_above(prior: PreTrainedModel, above: torch.LongTensor) -> Callable[[tuple[int, int]], dict]:
+    """A function from the origin of a window to the codes of the level above that belong to it."""
+    own, sides = prior.config.grid_size, prior.config.conditioning_grid_size
+
+    def inputs(origin):
+        top, left = (first * part // whole for first, part, whole in zip(origin, sides, own, strict=True))
+        return {"condition_indices": above[:, top : top + sides[0], left : left + sides[1]]}
+
+    return inputs
 
 
 def _check_last_code(codes: torch.LongTensor, changed: torch.LongTensor, codebook_size: int):

@@ -187,13 +187,11 @@ def window_runs(grid_size: Sequence[int], window: Sequence[int], stride: int = 1
     for name, side, length in zip(("height", "width"), window, grid_size, strict=True):
         if length < side:
             raise ValueError(f"`{name}` must be at least the {side} codes of the prior's grid, got {length} codes.")
-    stride = check_integer("stride", stride, 1, min(side - side // 2 for side in window))
-
-    def origins(length: int, side: int) -> list[int]:
-        return [min(max(i - side // 2, 0) // stride * stride, length - side) for i in range(length)]
+    most = None if tuple(grid_size) == tuple(window) else min(side - side // 2 for side in window)
+    stride = check_integer("stride", stride, 1, most)
 
     runs: list[Run] = []
-    rows, columns = origins(grid_size[0], window[0]), origins(grid_size[1], window[1])
+    rows, columns = (_origins(length, side, stride) for length, side in zip(grid_size, window, strict=True))
     for i, top in enumerate(rows):
         for j, left in enumerate(columns):
             place = (i - top) * window[1] + j - left
@@ -204,20 +202,103 @@ def window_runs(grid_size: Sequence[int], window: Sequence[int], stride: int = 1
     return runs
 
 
+def _origins(length: int, side: int, stride: int) -> list[int]:
+    """Where the window of each of `length` positions begins."""
+    return [min(max(i - side // 2, 0) // stride * stride, length - side) for i in range(length)]
+
+
+def _in_rows(runs: list[Run], width: int) -> list[Run]:
+    """Each run as runs of one row of a window that is `width` codes wide."""
+    parts = []
+    for run in runs:
+        start, end = run.start, run.start + run.length
+        while start < end:
+            length = min(end - start, width - start % width)
+            parts.append(Run(run.origin, start, length))
+            start += length
+    return parts
+
+
+def _frame(origin: Sequence[int], window: Sequence[int], frame: Sequence[int], grid_size: Sequence[int]) -> tuple:
+    """Where a frame begins that has a window in its middle, as far as the grid reaches."""
+    return tuple(
+        min(max(first + side // 2 - outer // 2, 0), length - outer)
+        for first, side, outer, length in zip(origin, window, frame, grid_size, strict=True)
+    )
+
+
+def check_window(window: int | Sequence[int] | None, prior: PreTrainedModel, name: str = "window") -> tuple[int, int]:
+    """
+    `window` as rows and columns of codes, by default the prior's own grid.
+
+    Raises:
+        ValueError: it is larger than the grid that the prior was trained on, or the prior has no smaller one.
+    """
+    own = tuple(prior.config.grid_size)
+    if window is None:
+        return own
+    sides = tuple(window) if isinstance(window, (list, tuple)) else (window, window)
+    if len(sides) != 2:
+        raise ValueError(f"`{name}` must be an int, or rows and columns, got {window!r}.")
+    sides = tuple(check_integer(name, side, 1, most) for side, most in zip(sides, own, strict=True))
+    if sides != own and not getattr(prior, "reads_in_places", False):
+        raise ValueError(
+            f"`{name}` must be the prior's grid {own}, got {sides}: a {type(prior).__name__} reads whole grids, and "
+            "cannot leave out codes."
+        )
+    return sides
+
+
+def strides_of_levels(
+    stride: int, priors: Sequence[PreTrainedModel], window: int | Sequence[int] | None = None
+) -> list[int]:
+    """
+    `stride` codes of the top level's window as codes of each level's, so that all windows move by as many pixels.
+
+    Raises:
+        ValueError: no positive int, or more than half a window.
+    """
+    sides = [check_window(window, prior) for prior in priors]
+    ratios = [grid[0] // sides[0][0] for grid in sides]
+    most = min((side - side // 2) // ratio for grid, ratio in zip(sides, ratios, strict=True) for side in grid)
+    stride = check_integer("stride", stride, 1, max(most, 1))
+    return [stride * ratio for ratio in ratios]
+
+
 def code_order(prior: PreTrainedModel) -> torch.LongTensor:
     """The place on the grid, row by row, of each code of a prior's sequence, int64 `(h * w,)`."""
     order = getattr(prior.config, "code_order", None)
     return torch.arange(prior.config.image_seq_length) if order is None else torch.as_tensor(order)
 
 
-def count_steps(prior: PreTrainedModel, known: KnownCodes | None, grid_size: Sequence[int], stride: int = 1) -> int:
-    """How many codes of a grid take a step of the prior: not those at the beginning of a run that every image has."""
-    window = tuple(prior.config.grid_size)
+def sampling_runs(
+    prior: PreTrainedModel, grid_size: Sequence[int], window: Sequence[int], stride: int = 1
+) -> list[Run]:
+    """`window_runs`, of one row each where the prior's places do not follow each other in the window."""
     runs = window_runs(grid_size, window, stride)
+    return runs if tuple(window) == tuple(prior.config.grid_size) else _in_rows(runs, window[1])
+
+
+def count_steps(
+    prior: PreTrainedModel,
+    known: KnownCodes | None,
+    grid_size: Sequence[int],
+    stride: int = 1,
+    window: Sequence[int] | None = None,
+) -> int:
+    """How many codes of a grid take a step of the prior: not those at the beginning of a run that every image has."""
+    window = check_window(window, prior)
+    runs = sampling_runs(prior, grid_size, window, stride)
     if known is None:
         return sum(run.length for run in runs)
-    order = code_order(prior).to(known.keep.device)
+    order = _order_in(window, prior).to(known.keep.device)
     return sum(run.length - _ready(known.keep[run.view(window)].flatten(1)[:, order], run) for run in runs)
+
+
+def _order_in(window: Sequence[int], prior: PreTrainedModel) -> torch.LongTensor:
+    """The place in the window, row by row, of each code in the order in which it is read."""
+    whole = tuple(window) == tuple(prior.config.grid_size)
+    return code_order(prior) if whole else torch.arange(window[0] * window[1])
 
 
 def _ready(keep: torch.BoolTensor, run: Run) -> int:
@@ -235,13 +316,16 @@ def sample_level(
     on_known: Callable[[torch.LongTensor], None] | None = None,
     grid_size: Sequence[int] | None = None,
     stride: int = 1,
+    window: int | Sequence[int] | None = None,
+    inputs: Callable[[tuple[int, int]], dict[str, torch.Tensor]] | None = None,
     **options: Any,
 ) -> torch.LongTensor:
     """
     The codes `(B, h, w)` of one level, from its prior.
 
     Args:
-        prompt (`(B, condition_length)`): the prior's prefixes, or a function from a window's origin to them.
+        prompt (`(B, condition_length)`): the prior's prefixes, or a function to them from the origin of the part of
+            the grid, as large as the prior's own, that they belong to.
         known: codes that are given.
         setting: how the others are drawn.
         generator: as in the pipelines' calls.
@@ -249,23 +333,28 @@ def sample_level(
         on_known (*optional*): called with codes `(B, N)` that every image has, and that take no step.
         grid_size (*optional*): `(h, w)`, where it is larger than the prior's own grid: see [`window_runs`].
         stride: of the window.
+        window (*optional*): rows and columns of the codes that are read, by default the prior's own grid. Of a smaller
+            one the codes have those places on the prior's grid that they have there in a window of the whole size.
+        inputs (*optional*): what else the prior's `forward` takes, from the same origin as `prompt`.
         options: of the prior's `generate`.
     """
-    window = tuple(prior.config.grid_size)
-    height, width = window if grid_size is None else grid_size
+    own, window = tuple(prior.config.grid_size), check_window(window, prior)
+    size = own if grid_size is None else tuple(grid_size)
     order = code_order(prior)
-    if (height, width) != window and not torch.equal(order, torch.arange(len(order))):
-        raise ValueError("`height` and `width` beyond the prior's grid need a prior that reads row by row.")
+    if (size != own or window != own) and not torch.equal(order, torch.arange(len(order))):
+        raise ValueError(
+            "`height`, `width` and `window` other than the prior's grid need a prior that reads row by row."
+        )
     prompt_at = prompt if callable(prompt) else lambda origin: prompt
     batch_size, device = len(prompt_at((0, 0))), prompt_at((0, 0)).device
-    order = order.to(device)
+    order = _order_in(window, prior).to(device)
     if known is None:
-        shape = (batch_size, height, width)
+        shape = (batch_size, *size)
         known = KnownCodes(
             torch.zeros(shape, dtype=torch.long, device=device), torch.zeros(shape, dtype=torch.bool, device=device)
         )
     grid = known.codes.clone()
-    for run in window_runs((height, width), window, stride):
+    for run in sampling_runs(prior, size, window, stride):
         view = run.view(window)
         codes, keep = grid[view].flatten(1)[:, order], known.keep[view].flatten(1)[:, order]
         end = run.start + run.length
@@ -274,26 +363,45 @@ def sample_level(
             on_known(codes[:, run.start : run.start + ready])
         if ready == run.length:
             continue
+        frame = _frame(run.origin, window, own, size)
+        read = options if inputs is None else {**options, **inputs(frame)}
+        if window != own:
+            read = {**read, "position_ids": _positions(prior, run, frame, window, end - 1).to(device)}
         sequence = _sample_run(
             prior,
-            prompt_at(run.origin),
+            prompt_at(frame),
             codes,
             keep,
             (run.start + ready, end),
             setting,
             generator,
             after_each_code,
-            options,
+            read,
         )
         codes = torch.cat([sequence, codes[:, end:]], dim=1)
         grid[view] = torch.empty_like(codes).scatter(1, order.expand_as(codes), codes).unflatten(1, window)
     return grid
 
 
+def _positions(prior: PreTrainedModel, run: Run, frame, window, count: int) -> torch.LongTensor:
+    """The positions `(1, T)` in the prior's sequence of its prefix and of the first `count` codes of a window, which
+    are all that is read until a run's last code.
+    """
+    rows, columns = (
+        torch.arange(side) + first - outer for side, first, outer in zip(window, run.origin, frame, strict=True)
+    )
+    places = (rows[:, None] * prior.config.grid_size[1] + columns).flatten()[:count]
+    length = prior.config.condition_length
+    return torch.cat([torch.arange(length), length + places])[None]
+
+
 def _sample_run(prior, prompt, codes, keep, span, setting, generator, after_each_code, options) -> torch.LongTensor:
     """The codes `(B, span[1])` of a window's sequence, of which those from `span[0]` on are sampled or kept."""
     first, end = span
     start = prompt.shape[1]
+    mask = options.get("attention_mask")
+    if mask is not None:  # of the prefix; all codes are seen
+        options = {**options, "attention_mask": torch.cat([mask, mask.new_ones(len(mask), first)], dim=1)}
     onload(prior)  # sampling reads embeddings before the first `forward`
     sequence = prior.generate(
         torch.cat([prompt, codes[:, :first]], dim=1),
@@ -312,9 +420,11 @@ __all__ = [
     "KnownCodes",
     "LevelSampling",
     "Run",
+    "check_window",
     "count_steps",
     "draw_codes",
     "for_each_level",
     "sample_level",
+    "strides_of_levels",
     "window_runs",
 ]

@@ -1,11 +1,144 @@
 """Completion: a part of an image is kept, the rest is drawn anew."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from ..argument_checks import check_integer
+from ..images import to_pixel_values
+from .conditioning import to_mask
+
+
+@dataclass
+class Given:
+    """What a call keeps a part of, with what `outpaint` adds to its sides.
+
+    Args:
+        size: height and width in pixels.
+        codes: int64 `(B, h, w)` of each level, from top to bottom, 0 where they are added; empty where a pipeline has
+            none.
+        pixels: `(B, C, H, W)` in [-1, 1], 0 where they are added; None where codes were given.
+        mask: `(B, 1, H, W)` of pixels, or `(B, 1, h, w)` of the top level's codes, 1 is painted; None where neither a
+            mask nor `outpaint` says what is kept.
+    """
+
+    size: tuple[int, int]
+    codes: tuple[torch.LongTensor, ...]
+    pixels: torch.FloatTensor | None
+    mask: torch.FloatTensor | None
+
+
+def read_given(
+    config: Any,
+    image: Any = None,
+    indices: Any = None,
+    mask_image: Any = None,
+    keep_fraction: float | None = None,
+    outpaint: Sequence[int] | None = None,
+    read_codes: Callable[[torch.FloatTensor | None, Any, tuple[int, int]], tuple[torch.LongTensor, ...]] | None = None,
+) -> Given | None:
+    """
+    What the arguments of a call say of the image that it completes or varies; None where there is none.
+
+    Args:
+        config: of the tokenizer.
+        image, indices, mask_image, keep_fraction, outpaint: as in the pipelines' calls.
+        read_codes: from pixel values or `indices`, and their height and width in pixels, to the codes of each level;
+            without it the pipeline has no codes.
+
+    Raises:
+        ValueError: arguments that exclude or need each other, or what is no image, mask or margin.
+    """
+    if image is not None and indices is not None:
+        raise ValueError("Only one of `image` and `indices` can be given.")
+    if image is None and indices is None:
+        wanted = "an `image` that it is for" if read_codes is None else "an `image`, or `indices`, that it is for"
+        names = {"mask_image": mask_image, "keep_fraction": keep_fraction, "outpaint": outpaint}
+        for name, value in names.items():
+            if value is not None:
+                raise ValueError(f"`{name}` needs {wanted}.")
+        return None
+    if keep_fraction is not None and (mask_image is not None or outpaint is not None):
+        raise ValueError(
+            "`keep_fraction` excludes `mask_image` and `outpaint`: it says how much is kept, in random places."
+        )
+    factors = config.downsample_factors
+    pixels = None if image is None else to_pixel_values(image, config.in_channels)
+    inner = size_of_given(pixels, indices, factors[0])
+    grids_of(inner, factors, "image" if indices is None else "indices")
+    codes = () if read_codes is None else tuple(read_codes(pixels, indices, inner))
+    mask = None if mask_image is None else to_mask(mask_image)
+    if mask is not None:
+        grid = tuple(side // factors[0] for side in inner)
+        if tuple(mask.shape[-2:]) not in (inner, grid):
+            raise ValueError(
+                f"`mask_image` must have the size {inner} of the images, or {grid} of the codes, got "
+                f"{tuple(mask.shape[-2:])}."
+            )
+    if outpaint is None:
+        return Given(inner, codes, pixels, mask)
+    margins = check_outpaint(outpaint, factors[0])
+    mask = torch.zeros(1, 1, *inner) if mask is None else mask
+    mask = pad_to_outpaint(mask, margins, inner[0] // mask.shape[-2], value=1)
+    return Given(
+        (inner[0] + margins[0] + margins[1], inner[1] + margins[2] + margins[3]),
+        # a pipeline without codes has fewer than there are factors
+        tuple(pad_to_outpaint(level, margins, factor) for level, factor in zip(codes, factors, strict=bool(codes))),
+        None if pixels is None else pad_to_outpaint(pixels, margins),
+        mask,
+    )
+
+
+def size_of_given(
+    image: torch.FloatTensor | None, indices: Any, downsample_factor: int, outpaint: Sequence[int] | None = None
+) -> tuple[int, int] | None:
+    """Height and width in pixels of pixel values, or of `indices`, with what `outpaint` adds; None without both."""
+    if image is not None:
+        height, width = image.shape[-2:]
+    elif indices is not None:
+        top = indices[0] if isinstance(indices, (tuple, list)) and indices else indices
+        # what is no grid of codes is refused where codes are read
+        height, width = (side * downsample_factor for side in (0, 0, *getattr(top, "shape", ()))[-2:])
+    else:
+        return None
+    top, bottom, left, right = (0, 0, 0, 0) if outpaint is None else check_outpaint(outpaint, downsample_factor)
+    return height + top + bottom, width + left + right
+
+
+def grids_of(size: Sequence[int], downsample_factors: Sequence[int], name: str | None = None) -> list[tuple[int, int]]:
+    """The grids `(h, w)` of each level's codes for images of `size` pixels, or a ValueError that names `name`."""
+    for side_name, side in zip(("height", "width"), size, strict=True):
+        if side % downsample_factors[0]:
+            raise ValueError(
+                f"`{name or side_name}` must {'have a ' + side_name + ' that is' if name else 'be'} a multiple of "
+                f"{downsample_factors[0]} (the downsample factor), got {side}."
+            )
+    return [tuple(side // factor for side in size) for factor in downsample_factors]
+
+
+def check_whole_size(
+    given: Given | None, size: Sequence[int] | None, least: Sequence[int], name: str = "image"
+) -> tuple[int, int]:
+    """
+    Height and width in pixels of the images of a call: those of what is given, or `size`, or `least`, the size that
+    the prior was trained on.
+
+    Raises:
+        ValueError: what is given is smaller than `least`, or has another size than `size`.
+    """
+    if given is None:
+        return tuple(least) if size is None else tuple(size)
+    fits = all(side >= low for side, low in zip(given.size, least, strict=True))
+    wanted = tuple(least) if not fits else given.size if size is None else tuple(size)
+    if wanted != given.size:
+        raise ValueError(
+            f"`{name}` must be {wanted[0]} high and {wanted[1]} wide, with what `outpaint` adds, got "
+            f"{given.size[0]}x{given.size[1]} pixels."
+        )
+    return wanted
 
 
 def kept_codes(mask: torch.FloatTensor, grid_size: Sequence[int], downsample_factor: int) -> torch.BoolTensor:
@@ -46,8 +179,11 @@ def kept_at_levels(
     return kept
 
 
-def check_painted(mask: torch.FloatTensor) -> None:
-    """A ValueError unless each row of a mask `(B, 1, H, W)` paints something and keeps something; 1 is painted."""
+def check_painted(given: Given | None) -> None:
+    """A ValueError unless each row of the mask, if there is one, paints something and keeps something."""
+    if given is None or given.mask is None:
+        return
+    mask = given.mask
     shares = mask.flatten(1).mean(dim=1).tolist()
     for row, share in enumerate(shares):
         if share in (0, 1):
@@ -105,11 +241,16 @@ def paste(images: torch.FloatTensor, image: torch.FloatTensor, mask: torch.Float
 
 
 __all__ = [
+    "Given",
     "check_outpaint",
     "check_painted",
+    "check_whole_size",
+    "grids_of",
     "kept_at_levels",
     "kept_codes",
     "pad_to_outpaint",
     "paste",
     "random_mask",
+    "read_given",
+    "size_of_given",
 ]

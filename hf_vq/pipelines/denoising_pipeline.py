@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin, SchedulerMixin
-from transformers import PreTrainedModel
 
-from .conditioning import TextCondition, as_texts, class_ids, encode_text, repeat_to
-from .vq_pipeline import VQPipeline, check_part
+from .conditioning import TextCondition, class_ids, repeat_to
+from .text_condition import encode_prompt, text_states
+from .vq_pipeline import VQPipeline
 
 
 class DenoisingPipeline(VQPipeline):
@@ -18,6 +18,9 @@ class DenoisingPipeline(VQPipeline):
     """
 
     _optional_components = ["text_encoder", "tokenizer"]
+
+    encode_prompt = encode_prompt
+    text_states = text_states
 
     # whether the denoiser's attention has no meaning where a mask leaves it nothing
     needs_tokens: bool = False
@@ -83,61 +86,6 @@ class DenoisingPipeline(VQPipeline):
         if self.condition_kind not in ("class", "class_token"):
             raise ValueError(f"`class_labels` needs a denoiser with classes, got {class_labels!r}.")
         return class_ids(class_labels, self.class_rows, self.id2label, self.null_class_id)
-
-    def encode_prompt(self, prompt: str | list[str], name: str = "prompt") -> TextCondition:
-        """
-        The states `(B, S, D)` of prompts, as the options of this pipeline say.
-
-        Raises:
-            ValueError: there is no text encoder to make `name` with, or it is neither a str nor a list of them.
-        """
-        if self.text_encoder is None or self.tokenizer is None:
-            raise ValueError(f"`{name}_embeds` must be given: the pipeline has no text_encoder with a tokenizer.")
-        config = self.config
-        return encode_text(
-            self.text_encoder,
-            self.tokenizer,
-            as_texts(prompt, name),
-            max_length=config.text_max_length,
-            lower_case=config.text_lower_case,
-            normalize=config.text_normalize,
-            device=self._execution_device,
-            mask_padding=self.encoder_passes_over_padding,
-            pad_token_id=config.text_pad_token_id,
-        )
-
-    def text_states(
-        self,
-        name: str,
-        prompt: str | list[str] | None = None,
-        embeds: torch.FloatTensor | None = None,
-        mask: torch.BoolTensor | None = None,
-    ) -> TextCondition | None:
-        """
-        What the arguments `name`, `{name}_embeds` and `{name}_attention_mask` of a call stand for; None if none is
-        given.
-
-        Raises:
-            ValueError: text and states at once, a mask without states, or states or a mask of the wrong shape.
-        """
-        if prompt is not None and embeds is not None:
-            raise ValueError(f"Only one of `{name}` and `{name}_embeds` can be given.")
-        if mask is not None and embeds is None:
-            raise ValueError(f"`{name}_attention_mask` needs `{name}_embeds`.")
-        if prompt is not None:
-            return self.encode_prompt(prompt, name)
-        if embeds is None:
-            return None
-        if not isinstance(embeds, torch.Tensor) or not embeds.is_floating_point() or embeds.ndim != 3:
-            raise ValueError(f"`{name}_embeds` must be a float tensor (B, S, D).")
-        if not embeds.numel() or not embeds.isfinite().all():
-            raise ValueError(f"`{name}_embeds` must be finite and not empty, got shape {tuple(embeds.shape)}.")
-        mask = torch.ones(embeds.shape[:2], dtype=torch.bool) if mask is None else torch.as_tensor(mask).bool()
-        if mask.shape != embeds.shape[:2]:
-            raise ValueError(
-                f"`{name}_attention_mask` must have shape {tuple(embeds.shape[:2])}, got {tuple(mask.shape)}."
-            )
-        return TextCondition(embeds.to(self._execution_device), mask.to(self._execution_device))
 
     def prepare_condition(
         self,
@@ -236,14 +184,4 @@ def last_steps(count: int, strength: float) -> int:
     return taken
 
 
-def check_text_parts(text_encoder: PreTrainedModel | None, tokenizer: Any):
-    """ValueErrors unless these are a text encoder of transformers and its tokenizer, or None."""
-    wanted = "a text encoder of transformers"
-    check_part("text_encoder", text_encoder, ("config", "forward", "get_input_embeddings"), wanted)
-    if hasattr(text_encoder, "decode_indices") or hasattr(text_encoder, "extract_indices"):
-        raise ValueError(f"`text_encoder` must be {wanted}, got a {type(text_encoder).__name__}.")
-    attributes = ("convert_tokens_to_ids", "model_max_length", "num_special_tokens_to_add")
-    check_part("tokenizer", tokenizer, attributes, "a text tokenizer of transformers")
-
-
-__all__ = ["DenoisingPipeline", "check_text_parts", "last_steps"]
+__all__ = ["DenoisingPipeline", "last_steps"]

@@ -5,13 +5,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import BaseImageProcessor, PreTrainedModel
+from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..argument_checks import check_integer
+from ..images import to_pixel_values
 from .autoregressive_pipeline import AutoregressivePipeline, check_prior
-from .code_sampling import window_runs
+from .code_sampling import check_window
+from .completion import size_of_given
+from .conditioning import TextCondition
 from .pipeline_output import VQPipelineOutput
 from .spatial_condition import check_condition_parts, encode_condition
+from .text_condition import aligned_right, check_text_parts, encode_prompt, text_states
 from .vq_pipeline import check_codes, check_tokenizer
 
 
@@ -28,10 +31,18 @@ class VQAutoregressivePipeline(AutoregressivePipeline):
         condition_tokenizer ([`VQGANModel`] or another tokenizer, *optional*): of the conditions of a prior whose
             `condition_type` is "codes": label maps, depth maps, edges or drawings.
         condition_processor ([`VQConditionProcessor`], *optional*): makes its `pixel_values` of them.
+        text_encoder, tokenizer (*optional*): a text encoder of transformers, for a prior whose `condition_type` is
+            "text" ([`VQLlamaForCausalLM`]); its states have the prior's `text_embed_dim` channels.
+        text_max_length, text_lower_case, text_normalize, text_pad_token_id: see `encode_text`; the length is by
+            default the prior's `condition_length`.
+        text_mask: the text encoder and the prior pass over padding.
     """
 
-    model_cpu_offload_seq = "condition_tokenizer->prior->vqvae"
-    _optional_components = ["condition_tokenizer", "condition_processor"]
+    model_cpu_offload_seq = "text_encoder->condition_tokenizer->prior->vqvae"
+    _optional_components = ["condition_tokenizer", "condition_processor", "text_encoder", "tokenizer"]
+
+    encode_prompt = encode_prompt
+    text_states = text_states
 
     def __init__(
         self,
@@ -39,6 +50,13 @@ class VQAutoregressivePipeline(AutoregressivePipeline):
         prior: PreTrainedModel,
         condition_tokenizer: PreTrainedModel | None = None,
         condition_processor: BaseImageProcessor | None = None,
+        text_encoder: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        text_max_length: int | None = None,
+        text_lower_case: bool = False,
+        text_normalize: bool = False,
+        text_mask: bool = True,
+        text_pad_token_id: int | None = None,
     ):
         super().__init__()
         check_tokenizer(vqvae)
@@ -50,11 +68,27 @@ class VQAutoregressivePipeline(AutoregressivePipeline):
             )
         config = None if prior is None else prior.config
         check_condition_parts(condition_tokenizer, condition_processor, config)
+        check_text_parts(text_encoder, tokenizer)
+        if text_encoder is not None and config is not None and config.condition_type != "text":
+            raise ValueError(
+                f"`text_encoder` needs a prior whose condition_type is 'text', got {config.condition_type!r}."
+            )
+        if text_max_length is None and getattr(config, "condition_type", None) == "text":
+            text_max_length = config.condition_length
         self.register_modules(
             vqvae=vqvae,
             prior=prior,
             condition_tokenizer=condition_tokenizer,
             condition_processor=condition_processor,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+        )
+        self.register_to_config(
+            text_max_length=text_max_length,
+            text_lower_case=text_lower_case,
+            text_normalize=text_normalize,
+            text_mask=text_mask,
+            text_pad_token_id=text_pad_token_id,
         )
 
     @property
@@ -65,7 +99,14 @@ class VQAutoregressivePipeline(AutoregressivePipeline):
     @property
     def example_call(self) -> str:
         """The arguments of a simple call, for a model card."""
+        if self.text_encoder is not None:
+            return 'prompt="…"'
         return super().example_call if self.condition_processor is None else "condition_image=picture"
+
+    @property
+    def encoder_passes_over_padding(self) -> bool:
+        """Whether the text encoder is given the mask of padding: as the prior."""
+        return self.config.text_mask
 
     @property
     def priors(self) -> tuple[PreTrainedModel]:
@@ -75,6 +116,7 @@ class VQAutoregressivePipeline(AutoregressivePipeline):
     @torch.no_grad()
     def __call__(
         self,
+        prompt: str | list[str] | None = None,
         class_labels: int | str | list[int | str] | torch.LongTensor | None = None,
         condition_image: Any = None,
         image: Any = None,
@@ -87,6 +129,9 @@ class VQAutoregressivePipeline(AutoregressivePipeline):
         keep_fraction: float | None = None,
         outpaint: Sequence[int] | None = None,
         stride: int = 1,
+        window: int | Sequence[int] | None = None,
+        prompt_embeds: torch.FloatTensor | None = None,
+        prompt_attention_mask: torch.BoolTensor | None = None,
         num_images_per_prompt: int = 1,
         batch_size: int | None = None,
         guidance_scale: float = 1.0,
@@ -113,6 +158,7 @@ class VQAutoregressivePipeline(AutoregressivePipeline):
         [`window_runs`]. `vqvae.enable_tiling()` decodes them in tiles.
 
         Args:
+            prompt: a text or a list of texts, for a prior that is conditioned on text; `None` is its null condition.
             class_labels: a class or a list of classes, as ids or as names of the prior's `id2label`; `None` samples
                 unconditionally (with the null condition, where the prior is conditional).
             condition_image: one or a list of label maps, depth maps, edge maps or drawings, as the pipeline's
@@ -131,8 +177,13 @@ class VQAutoregressivePipeline(AutoregressivePipeline):
             keep_fraction: in place of a mask, the share of the codes that is kept, in random places: a variation.
             outpaint: pixels `(top, bottom, left, right)` to add around the image.
             stride: codes that the window moves by. More than 1 is faster, with a little less in view of each code.
-            num_images_per_prompt: images for each class, condition or image; those of one are adjacent.
-            batch_size: how many inputs there are where no argument says it: without class, condition and image.
+            window: rows and columns of the codes that are read before a new one, by default the prior's grid, which is
+                also the most; fewer are faster. They keep the places that they have in a window as large as the grid,
+                as the condition does. Convolutional priors read whole grids.
+            prompt_embeds, prompt_attention_mask: the states `(B, S, D)` of texts in place of `prompt`, S at most the
+                prior's `condition_length`, and `(B, S)`, false where these are padded; by default nowhere.
+            num_images_per_prompt: images for each prompt, class, condition or image; those of one are adjacent.
+            batch_size: how many inputs there are where no argument says it: without text, class, condition and image.
             guidance_scale: classifier-free guidance, `null + scale * (conditional - null)` on the log-probabilities
                 (Ho & Salimans, 2022); 1 is off.
             temperature, top_k, top_p: reshape each code's distribution, in this order.
@@ -149,20 +200,27 @@ class VQAutoregressivePipeline(AutoregressivePipeline):
         Raises:
             ValueError: an argument out of range, or a condition that the prior does not take.
         """
-        size = self._size(height, width)
-        if size is not None:
-            window_runs(self._grid_sizes(size)[0], self.prior.config.grid_size, stride)  # its errors come first
-        name = "class_labels" if condition is None else "condition"
+        size = self.wanted_size(height, width, stride, window)
+        is_small = check_window(window, self.prior) != tuple(self.prior.config.grid_size)
+        if is_small and (cache_implementation is not None or not use_cache):
+            raise ValueError(
+                "`window` smaller than the prior's grid needs `use_cache`, and no `cache_implementation`."
+            )
         if condition_image is not None:
             if condition is not None:
                 raise ValueError("Only one of `condition_image` and `condition` can be given.")
-            name = "condition_image"
-            whole = size or self._size_of_given(image, indices, outpaint) or self._own_size()
-            condition = encode_condition(self, condition_image, whole, annotator)
+            condition = self._encode_condition(condition_image, annotator, size, image, indices, outpaint)
         elif annotator is not None:
             raise ValueError("`annotator` needs a `condition_image`, the photo that it is for.")
+        text = self.text_states("prompt", prompt, prompt_embeds, prompt_attention_mask)
+        given = {"prompt": prompt, "prompt_embeds": prompt_embeds, "class_labels": class_labels}
+        names = [name for name, value in given.items() if value is not None]
+        names += [] if condition is None else ["condition" if condition_image is None else "condition_image"]
+        if len(names) > 1:
+            raise ValueError(f"Only one of {' and '.join(f'`{name}`' for name in names)} can be given.")
+        prompts, inputs = self._prompts(class_labels, condition, text)
         images, indices = self.draw_images(
-            {name: self._prompts(class_labels, condition)},
+            {names[0] if names else "class_labels": prompts},
             image,
             indices,
             mask_image,
@@ -183,33 +241,56 @@ class VQAutoregressivePipeline(AutoregressivePipeline):
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             stride=stride,
+            window=window,
+            inputs=inputs,
         )
         return VQPipelineOutput(images=images, indices=indices) if return_dict else (images, indices)
 
-    def _prompts(self, class_labels: Any, condition: Any) -> Sequence[torch.LongTensor]:
-        """The prefixes `(B, condition_length)`, or the codes `(B, h', w')` of a condition that windows are cut
-        from.
+    def _encode_condition(self, condition_image, annotator, size, image, indices, outpaint) -> torch.LongTensor:
+        """The codes of spatial conditions for images of `size`, or of the size of what is completed."""
+        if size is None and (image is not None or indices is not None):
+            pixels = None if image is None else to_pixel_values(image, self.vqvae.config.in_channels)
+            size = size_of_given(pixels, indices, self.vqvae.config.downsample_factor, outpaint)
+        return encode_condition(self, condition_image, self.own_size if size is None else size, annotator)
+
+    def _prompts(
+        self, class_labels: Any, condition: Any, text: TextCondition | None
+    ) -> tuple[Sequence[torch.LongTensor], dict[str, torch.Tensor]]:
+        """
+        The prefixes `(B, condition_length)`, or the codes `(B, h', w')` of a condition that windows are cut from; and
+        what else the prior takes.
         """
         config = self.prior.config
+        if text is not None:
+            return self._text_prompts(text)
         condition = torch.as_tensor(condition) if isinstance(condition, np.ndarray) else condition
         is_grid = torch.is_tensor(condition) and condition.ndim == 3 and len(condition)
         if not is_grid or condition[0].numel() <= config.condition_length:
-            return self.prepare_prompts(class_labels, condition)
+            return self.prepare_prompts(class_labels, condition), {}
         self.prepare_prompts(class_labels, condition.flatten(1)[:, : config.condition_length])  # its kind and dtype
         grid = check_codes("condition", condition.long(), condition.shape[1:], config.condition_vocab_size)
-        return [grid.to(self._execution_device)]
+        return [grid.to(self._execution_device)], {}
 
-    def _size(self, height: int | None, width: int | None) -> tuple[int, int] | None:
-        """`height` and `width`, the prior's own where one of them is missing; None where both are."""
-        if height is None and width is None:
-            return None
-        own = self._own_size()
-        pairs = (("height", height, own[0]), ("width", width, own[1]))
-        return tuple(default if value is None else check_integer(name, value, 1) for name, value, default in pairs)
-
-    def _own_size(self) -> tuple[int, int]:
-        """Height and width of the images that the prior's grid decodes to."""
-        return tuple(side * self.vqvae.config.downsample_factor for side in self.prior.config.grid_size)
+    def _text_prompts(self, text: TextCondition) -> tuple[Sequence[torch.LongTensor], dict[str, torch.Tensor]]:
+        """The prefixes of texts, their states, and which of them are no padding."""
+        config = self.prior.config
+        if config.condition_type != "text":
+            raise ValueError(f"`prompt` needs a prior whose condition_type is 'text', got {config.condition_type!r}.")
+        if text.embeddings.shape[2] != config.text_embed_dim:
+            raise ValueError(
+                f"`prompt_embeds`, or what the text encoder gives, must have the {config.text_embed_dim} channels of "
+                f"the prior's text_embed_dim, got {text.embeddings.shape[2]}."
+            )
+        if not text.mask.any(dim=1).all():
+            raise ValueError("`prompt_attention_mask` must leave a token that is not padding in each row.")
+        if not self.config.text_mask:
+            text = TextCondition(text.embeddings, torch.ones_like(text.mask))
+        text = aligned_right(text, config.condition_length)
+        states = text.embeddings.to(self._execution_device, self.prior.dtype)
+        inputs = {"condition_states": states}
+        if not text.mask.all():
+            inputs["attention_mask"] = text.mask.to(states.device).long()
+        return [self.prior.prepare_condition(states).to(states.device)], inputs
 
 
 __all__ = ["VQAutoregressivePipeline"]

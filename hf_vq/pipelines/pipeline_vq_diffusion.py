@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,11 +10,13 @@ from diffusers import ModelMixin, SchedulerMixin
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..argument_checks import check_integer, check_real
-from ..images import images_as, to_pixel_values
-from .completion import check_painted, kept_codes, paste
-from .conditioning import TextCondition, class_names, count_inputs, repeat_inputs, repeat_to, to_mask
-from .denoising_pipeline import DenoisingPipeline, check_text_parts, last_steps
+from ..images import images_as
+from ..models.autoencoders.tiling import tile_starts
+from .completion import Given, check_painted, check_whole_size, grids_of, kept_codes, paste, random_mask, read_given
+from .conditioning import TextCondition, class_names, count_inputs, repeat_inputs, repeat_to
+from .denoising_pipeline import DenoisingPipeline, last_steps
 from .pipeline_output import VQPipelineOutput
+from .text_condition import check_text_parts
 from .vq_pipeline import (
     check_codes,
     check_generator,
@@ -23,6 +26,24 @@ from .vq_pipeline import (
     check_tokenizer,
     onload,
 )
+
+
+@dataclass
+class KnownImages:
+    """
+    What a call varies or completes, a row for each image.
+
+    Args:
+        indices: int64 `(B, h, w)`.
+        kept: bool `(B, h, w)`, codes that stay; None without a mask.
+        pixels: `(B, C, H, W)` in [-1, 1], if an image was given.
+        mask: `(B, 1, H, W)`, or of codes; 1 is painted.
+    """
+
+    indices: torch.LongTensor
+    kept: torch.BoolTensor | None
+    pixels: torch.FloatTensor | None
+    mask: torch.FloatTensor | None
 
 
 class VQDiffusionImagePipeline(DenoisingPipeline):
@@ -168,25 +189,36 @@ class VQDiffusionImagePipeline(DenoisingPipeline):
 
     # Preparing
 
-    def check_inputs(self, image: Any, indices: Any, mask_image: Any, strength: float | None, height: int, width: int):
-        """ValueErrors for arguments that exclude or need each other, or a size that the codes' grid does not have."""
-        if image is not None and indices is not None:
-            raise ValueError("Only one of `image` and `indices` can be given.")
-        given = image is not None or indices is not None
-        for name, value in (("strength", strength), ("mask_image", mask_image)):
-            if value is not None and not given:
-                raise ValueError(f"`{name}` needs an `image`, or `indices`, that it is for.")
-        for name, value, own in (("height", height, self.image_size[0]), ("width", width, self.image_size[1])):
-            if value is not None and check_integer(name, value, 1) != own:
-                raise ValueError(f"`{name}` must be {own}, the size of the transformer's grid in pixels, got {value}.")
+    def read_given(self, image: Any, indices: Any, mask_image: Any, keep_fraction: Any, outpaint: Any) -> Given | None:
+        """What a call varies or completes, see [`~completion.read_given`]."""
+
+        def read_codes(pixels, indices, size):
+            if pixels is not None:
+                return (self.encode_image(pixels),)
+            (grid,) = grids_of(size, self.vqvae.config.downsample_factors)
+            codes = check_codes("indices", indices, grid, self.scheduler.mask_index)
+            return (codes.to(self._execution_device),)
+
+        return read_given(self.vqvae.config, image, indices, mask_image, keep_fraction, outpaint, read_codes)
+
+    def wanted_size(self, height: int | None, width: int | None) -> tuple[int, int] | None:
+        """`height` and `width`, `image_size` where one of them is missing; None where both are.
+
+        Raises:
+            ValueError: no multiples of the downsample factor, or less than the transformer's grid.
+        """
+        if height is None and width is None:
+            return None
+        pairs = zip(("height", "width"), (height, width), self.image_size, strict=True)
+        size = tuple(own if value is None else check_integer(name, value, 1) for name, value, own in pairs)
+        grids_of(size, self.vqvae.config.downsample_factors)
+        for name, side, own in zip(("height", "width"), size, self.image_size, strict=True):
+            if side < own:
+                raise ValueError(f"`{name}` must be at least {own}, the transformer's grid in pixels, got {side}.")
+        return size
 
     def encode_image(self, image: torch.FloatTensor, batch_size: int = 16) -> torch.LongTensor:
         """Images `(B, C, H, W)` in [-1, 1] to codes `(B, h, w)`, `batch_size` at a time."""
-        if tuple(image.shape[-2:]) != self.image_size:
-            height, width = self.image_size
-            raise ValueError(
-                f"`image` must be {height} high and {width} wide, got {tuple(image.shape[-2:])}; resize it first."
-            )
         onload(self.vqvae)
         pixels = image.to(self._execution_device, self.vqvae.dtype)
         return torch.cat([self.vqvae.encode(part).indices for part in pixels.split(batch_size)])
@@ -261,6 +293,9 @@ class VQDiffusionImagePipeline(DenoisingPipeline):
         height: int | None = None,
         width: int | None = None,
         negative_prompt: str | list[str] | None = None,
+        keep_fraction: float | None = None,
+        outpaint: Sequence[int] | None = None,
+        stride: int | None = None,
         strength: float | None = None,
         num_inference_steps: int | None = None,
         timesteps: list[int] | None = None,
@@ -291,8 +326,14 @@ class VQDiffusionImagePipeline(DenoisingPipeline):
             mask_image: a mask of pixels or of codes, see [`~conditioning.to_mask`]: 1 (white) is painted anew. A code
                 is kept, at every step, if none of its pixels is painted; pixels that are not painted are those of
                 `image` in the end.
-            height, width: of the images; the grid of codes has one size, `image_size`.
+            height, width: of the images, multiples of the tokenizer's downsample factor; by default `image_size`, or
+                the size of the image. Larger ones are sampled in windows as large as the transformer's grid, one after
+                another: what earlier ones have sampled is kept, as with a mask, see [`window_order`].
             negative_prompt: what guidance leads away from, in place of the null condition.
+            keep_fraction: in place of a mask, the share of the codes that is kept, in random places: a variation.
+            outpaint: pixels `(top, bottom, left, right)` to add around the image.
+            stride: codes that a window moves by; by default half of its side. Fewer show a window more of what is
+                there, and take more windows.
             strength: the share of the steps that is taken, in (0, 1]: the image's codes are noised to the first of
                 these timesteps. 1, the default with a mask, leaves nothing of what is painted; the default without is
                 0.7.
@@ -314,25 +355,25 @@ class VQDiffusionImagePipeline(DenoisingPipeline):
             return_dict: a [`VQPipelineOutput`] or the tuple `(images, indices)`.
             decode_batch_size: images decoded at a time.
             callback_on_step_end: called after each step as `callback(pipe, step, timestep, {"indices": (B, h, w)})`,
-                with the index K where a code is masked; it may return a dict with other `indices`.
+                with the index K where a code is masked; it may return a dict with other `indices`. Of images larger
+                than the transformer's grid they are those of one window, of all images that keep the same codes.
             callback_on_step_end_tensor_inputs: the names of what it is given, of `_callback_tensor_inputs`.
 
         Raises:
             ValueError: an argument out of range, or a condition that the transformer does not take.
         """
         times, decode_batch_size = self.check_output(num_images_per_prompt, output_type, decode_batch_size)
-        self.check_inputs(image, indices, mask_image, strength, height, width)
         guidance_scale, temperature = check_guidance_scale(guidance_scale), check_temperature(temperature)
         callback_names = self.check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        keep_fraction = None if keep_fraction is None else check_real("keep_fraction", keep_fraction, 0, 1)
         class_labels = None if class_labels is None else self.class_ids(class_labels)
-        if image is not None:
-            image = to_pixel_values(image, self.vqvae.config.in_channels)
-            indices = self.encode_image(image)
-        elif indices is not None:
-            indices = check_codes("indices", indices, self.transformer.sample_size, self.scheduler.mask_index)
-            indices = indices.to(self._execution_device)
-        mask = None if mask_image is None else to_mask(mask_image)
-        count = count_inputs(batch_size, prompt, prompt_embeds, class_labels, indices, mask)
+        wanted = self.wanted_size(height, width)
+        given = self.read_given(image, indices, mask_image, keep_fraction, outpaint)
+        size = check_whole_size(given, wanted, self.image_size, "image" if indices is None else "indices")
+        strength = self.check_strength(strength, given, keep_fraction)
+        own = {} if given is None else {"indices" if image is None else "image": given.codes[0]}
+        own |= {} if given is None or given.mask is None else {"mask_image": given.mask}
+        count = count_inputs(batch_size, prompt, prompt_embeds, class_labels, *own.values())
         check_generator(generator, count * times)
         inputs, null_inputs = self.prepare_condition(
             count,
@@ -346,65 +387,183 @@ class VQDiffusionImagePipeline(DenoisingPipeline):
             guided=guidance_scale != 1,
         )
         inputs, null_inputs = repeat_inputs(inputs, times), repeat_inputs(null_inputs, times)
-        if indices is not None:
-            indices = repeat_to(indices, count, "indices" if image is None else "image", times)
-        if image is not None:
-            image = repeat_to(image, count, "image", times)
-        if mask is not None:
-            mask = repeat_to(mask, count, "mask_image", times)
-        kept = None
-        if mask is not None:
-            kept = kept_codes(mask, self.transformer.sample_size, self.vqvae.config.downsample_factor)
-            check_painted(mask[::times])
-            kept = kept.to(self._execution_device)
-        if strength is None:
-            strength = 0.7 if indices is not None and kept is None else 1.0
-        strength = check_real("strength", strength, above=0, maximum=1)
+        check_painted(given)
+        (grid,) = grids_of(size, self.vqvae.config.downsample_factors)
+        known = self.prepare_known(given, own, grid, count, times, keep_fraction, generator)
         scheduler = self.own_scheduler()
         steps = self.set_timesteps(scheduler, num_inference_steps, timesteps, strength)
-        sample = self.prepare_sample(scheduler, count * times, indices, kept, int(steps[0]), strength, generator)
         step_arguments = {
             "generator": generator,
             "truncation_rate": truncation_rate,
             "prior_rule": prior_rule,
             "prior_weight": prior_weight,
             "temperature": temperature,
-            "known_indices": None if kept is None else indices,
-            "known_mask": kept,
         }
-        sample = self._denoise(
+        sample = self._sample_windows(
             scheduler,
-            sample,
+            (count * times, *grid),
+            known,
+            stride,
             steps,
-            lambda x, t: self.predict(x, t, inputs, null_inputs, guidance_scale),
+            strength,
+            lambda x, t, rows: self.predict(
+                x, t, *(rows_of(own, rows) for own in (inputs, null_inputs)), guidance_scale
+            ),
             step_arguments,
             callback_on_step_end,
             callback_names,
         )
-        images = self._images(sample, output_type, decode_batch_size, image, mask)
+        images = self._images(sample, output_type, decode_batch_size, known)
         self.maybe_free_model_hooks()
         return VQPipelineOutput(images=images, indices=sample) if return_dict else (images, sample)
 
-    def _denoise(self, scheduler, sample, steps, predict, step_arguments: dict, callback, names: Sequence[str]):
-        with self.progress_bar(total=len(steps)) as progress_bar:
-            for i, t in enumerate(steps):
-                sample = scheduler.step(predict(sample, t), t, sample, **step_arguments).prev_sample
-                if callback is not None:
-                    changed = self.call_back(callback, names, i, t, "indices", sample)
-                    highest = scheduler.mask_index - (i == len(steps) - 1)  # no mask after the last step
-                    if changed is not sample and (changed.min() < 0 or changed.max() > highest):
-                        raise ValueError(
-                            f"`callback_on_step_end` must return `indices` in 0 … {highest} after step {i}, got "
-                            f"values from {changed.min()} to {changed.max()}."
-                        )
-                    sample = changed
-                progress_bar.update()
+    def check_strength(self, strength: float | None, given: Given | None, keep_fraction: float | None) -> float:
+        """The share of the steps that is taken, by default 0.7 for a variation without a mask, and all otherwise."""
+        if strength is None:
+            return 0.7 if given is not None and given.mask is None and keep_fraction is None else 1.0
+        if given is None:
+            raise ValueError("`strength` needs an `image`, or `indices`, that it is for.")
+        return check_real("strength", strength, above=0, maximum=1)
+
+    def prepare_known(
+        self,
+        given: Given | None,
+        rows: dict[str, torch.Tensor],
+        grid_size: tuple[int, int],
+        count: int,
+        times: int,
+        keep_fraction: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> KnownImages | None:
+        """The codes, pixels, mask and kept codes of `count` inputs with `times` images each; None without an image.
+
+        Args:
+            rows: the codes and the mask, by the arguments that they come from.
+        """
+        if given is None:
+            return None
+        repeated = {name: repeat_to(values, count, name, times) for name, values in rows.items()}
+        pixels = None if given.pixels is None else repeat_to(given.pixels, count, "image", times)
+        mask = repeated.pop("mask_image", None)
+        ((_, codes),) = repeated.items()
+        if keep_fraction is not None:
+            mask = random_mask((count * times, *grid_size), keep_fraction, generator)
+        kept = None
+        if mask is not None:
+            kept = kept_codes(mask, grid_size, self.vqvae.config.downsample_factor).to(self._execution_device)
+        return KnownImages(codes.to(self._execution_device), kept, pixels, mask)
+
+    def _sample_windows(
+        self, scheduler, shape, known, stride, steps, strength, predict, step_arguments, callback, names
+    ) -> torch.LongTensor:
+        """The codes `(B, h, w)` of `shape`, window by window."""
+        window, device = tuple(self.transformer.sample_size), self._execution_device
+        indices, kept = (None, None) if known is None else (known.indices, known.kept)
+        is_plain = tuple(shape[1:]) == window
+        grid = torch.zeros(shape, dtype=torch.long, device=device) if indices is None else indices.clone()
+        done = torch.zeros(shape, dtype=torch.bool, device=device) if kept is None else kept.clone()
+        # images that keep different codes have windows of their own, so that none depends on the others in its batch
+        groups = [torch.arange(shape[0], device=device)] if is_plain else equal_rows(done)
+        plans = [(rows, window_order(shape[1:], window, done[rows], stride)) for rows in groups]
+        first = 0
+        with self.progress_bar(total=len(steps) * sum(len(origins) for _, origins in plans)) as progress_bar:
+            for rows, origins in plans:
+                generator = step_arguments["generator"]
+                if isinstance(generator, list):
+                    generator = [generator[row] for row in rows.tolist()]
+                for top, left in origins:
+                    view = rows, slice(top, top + window[0]), slice(left, left + window[1])
+                    codes, own_kept = grid[view], None if is_plain and kept is None else done[view]
+                    sample = self.prepare_sample(
+                        scheduler, len(rows), codes, own_kept, int(steps[0]), strength, generator
+                    )
+                    own = {**step_arguments, "generator": generator}
+                    own |= {} if own_kept is None else {"known_indices": codes, "known_mask": own_kept}
+                    grid[view] = self._denoise(
+                        scheduler,
+                        sample,
+                        steps,
+                        lambda x, t, rows=rows: predict(x, t, rows),
+                        own,
+                        callback,
+                        names,
+                        progress_bar,
+                        first,
+                    )
+                    done[view] = True
+                    first += len(steps)
+        return grid
+
+    def _denoise(
+        self, scheduler, sample, steps, predict, step_arguments: dict, callback, names, progress_bar, first: int = 0
+    ):
+        """One window from noise to codes; `first` steps of a call have been taken before."""
+        for i, t in enumerate(steps):
+            sample = scheduler.step(predict(sample, t), t, sample, **step_arguments).prev_sample
+            if callback is not None:
+                changed = self.call_back(callback, names, first + i, t, "indices", sample)
+                highest = scheduler.mask_index - (i == len(steps) - 1)  # no mask after the last step
+                if changed is not sample and (changed.min() < 0 or changed.max() > highest):
+                    raise ValueError(
+                        f"`callback_on_step_end` must return `indices` in 0 … {highest} after step {i}, got "
+                        f"values from {changed.min()} to {changed.max()}."
+                    )
+                sample = changed
+            progress_bar.update()
         return sample
 
-    def _images(self, indices, output_type: str, decode_batch_size: int, image, mask):
-        if image is None or mask is None or output_type in ("indices", "latent"):
+    def _images(self, indices, output_type: str, decode_batch_size: int, known: KnownImages | None):
+        if known is None or known.pixels is None or known.mask is None or output_type in ("indices", "latent"):
             return self.postprocess(indices, output_type, decode_batch_size)
-        return images_as(paste(self.decode_indices(indices, decode_batch_size), image, mask), output_type)
+        decoded = self.decode_indices(indices, decode_batch_size)
+        return images_as(paste(decoded, known.pixels, known.mask), output_type)
+
+
+def equal_rows(kept: torch.BoolTensor) -> list[torch.LongTensor]:
+    """The rows of a mask `(B, h, w)`, those that are equal together."""
+    _, group = kept.flatten(1).unique(dim=0, return_inverse=True)
+    return [(group == number).nonzero().flatten() for number in range(int(group.max()) + 1)]
+
+
+def rows_of(inputs: dict[str, torch.Tensor] | None, rows: torch.LongTensor) -> dict[str, torch.Tensor] | None:
+    """Those rows of a denoiser's keyword arguments, or None."""
+    return inputs and {name: values[rows] for name, values in inputs.items()}
+
+
+def window_order(
+    grid_size: Sequence[int], window: Sequence[int], kept: torch.BoolTensor | None = None, stride: int | None = None
+) -> list[tuple[int, int]]:
+    """
+    Where the windows begin that cover a grid, in the order in which they are sampled: next comes the one that sees
+    most of what is there already, so that all grow together from what is kept. Windows in which every image keeps all
+    codes are left out.
+
+    Args:
+        grid_size, window: `(h, w)`.
+        kept (bool `(B, h, w)`, *optional*): codes that are not sampled; by default none.
+        stride: codes between neighbouring windows, by default half a side.
+
+    Raises:
+        ValueError: a stride that leaves codes between windows.
+    """
+    if stride is not None:
+        stride = check_integer("stride", stride, 1, None if tuple(grid_size) == tuple(window) else min(window))
+    steps = [max(side // 2, 1) if stride is None else stride for side in window]
+    rows, columns = (
+        tile_starts(length, side, side - step) for length, side, step in zip(grid_size, window, steps, strict=True)
+    )
+    origins = [(top, left) for top in rows for left in columns]
+    there = torch.zeros(1, *grid_size, dtype=torch.bool) if kept is None else kept.cpu().clone()
+    order = []
+    while origins:
+        seen = [there[:, top : top + window[0], left : left + window[1]] for top, left in origins]
+        open_ones = [(int(part.sum()), -number) for number, part in enumerate(seen) if not part.all()]
+        if not open_ones:
+            break
+        number = -max(open_ones)[1]
+        order.append(origins.pop(number))
+        seen[number].fill_(True)
+    return order
 
 
 __all__ = ["VQDiffusionImagePipeline"]

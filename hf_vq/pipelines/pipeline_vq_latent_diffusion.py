@@ -15,18 +15,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..argument_checks import check_integer, check_real
-from ..images import images_as, to_pixel_values
-from .completion import check_painted
-from .conditioning import (
-    class_names,
-    count_inputs,
-    repeat_inputs,
-    repeat_to,
-    resize_map,
-    to_map,
-    to_mask,
-)
-from .denoising_pipeline import DenoisingPipeline, check_text_parts, last_steps
+from ..images import images_as
+from .completion import Given, check_painted, check_whole_size, grids_of, kept_codes, paste, random_mask, read_given
+from .conditioning import class_names, count_inputs, repeat_inputs, repeat_to, resize_map, to_map
+from .denoising_pipeline import DenoisingPipeline, last_steps
+from .text_condition import check_text_parts
 from .vq_pipeline import check_generator, check_guidance_scale, check_part, check_tokenizer, onload
 
 
@@ -184,19 +177,17 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
 
     def prepare_concatenated(
         self,
-        count: int,
         size: tuple[int, int],
         condition_image: torch.Tensor | None = None,
         image: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
-        times: int = 1,
     ) -> torch.Tensor | None:
         """
-        The maps `(count * times, C, h, w)` that are concatenated to the noisy latents of `times` images for each
-        input, or None.
+        The maps `(B, C, h, w)` that are concatenated to the noisy latents, or None.
 
-        Inpainting (`mask` `(B, 1, H, W)`, 1 is painted): the latents of the image with its masked pixels black, not
-        scaled, and the mask in {-1, 1}, nearest. Otherwise `condition_image`, resized to the latents.
+        Inpainting (`mask` `(B, 1, H, W)`, or of latents, 1 is painted): the latents of the image with its masked
+        pixels black, not scaled, and the mask in {-1, 1}, nearest. Otherwise `condition_image`, resized to the
+        latents.
 
         Raises:
             ValueError: maps of other channels than the denoiser has beside the latents, or of other proportions.
@@ -204,6 +195,7 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
         channels = self.unet.config.in_channels - self.vqvae.config.embed_dim
         maps = None
         if mask is not None:
+            mask = F.interpolate(mask, size=image.shape[-2:])
             masked = (1 - mask) * (image + 1) - 1
             hidden = F.interpolate(mask * 2 - 1, size=size, mode="nearest")
             maps = torch.cat([self.encode_image(masked), hidden.to(self._execution_device)], dim=1)
@@ -226,16 +218,16 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
             raise ValueError(
                 f"`{name}` must give the {channels} channels that the denoiser takes beside the latents, got {found}."
             )
-        return None if maps is None else repeat_to(maps, count, "condition_image", times)
+        return maps
 
     # Preparing
 
-    def check_inputs(self, image: Any, mask_image: Any, strength: float, quantize_denoised: bool):
+    def check_inputs(self, image: Any, completes: bool, strength: float, quantize_denoised: bool):
         """ValueErrors for arguments that exclude or need each other."""
         if strength != 1 and image is None:
             raise ValueError("`strength` needs an `image` to start from.")
-        if mask_image is not None and (image is None or strength != 1):
-            raise ValueError("`mask_image` needs the `image` that it is a part of, and no `strength`.")
+        if completes and strength != 1:
+            raise ValueError("`strength` must be 1 with `mask_image`, `keep_fraction` or `outpaint`.")
         if quantize_denoised and not isinstance(self.scheduler, DDIMScheduler):
             raise ValueError(f"`quantize_denoised` needs a DDIMScheduler, got {type(self.scheduler).__name__}.")
 
@@ -270,37 +262,35 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
         scheduler.set_timesteps(**own, device=self._execution_device)
         return scheduler.timesteps
 
-    def prepare_latents(
+    def prepare_noise(
         self,
-        scheduler: SchedulerMixin,
         shape: Sequence[int],
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.FloatTensor | None = None,
+    ) -> torch.FloatTensor:
+        """Standard normal noise, float32, or `latents` in place of it."""
+        device = self._execution_device
+        if latents is None:
+            return randn_tensor(tuple(shape), generator=generator, device=device, dtype=torch.float32)
+        is_float = isinstance(latents, torch.Tensor) and latents.is_floating_point()
+        if not is_float or latents.shape != torch.Size(shape):
+            got = f"{latents.dtype} {tuple(latents.shape)}" if torch.is_tensor(latents) else type(latents).__name__
+            raise ValueError(f"`latents` must be floating and have shape {tuple(shape)}, got {got}.")
+        if not latents.isfinite().all():
+            raise ValueError("`latents` must be finite, got nan or infinity.")
+        return latents.to(device, torch.float32)
+
+    def prepare_latents(
+        self,
+        scheduler: SchedulerMixin,
+        noise: torch.FloatTensor,
         image_latents: torch.FloatTensor | None = None,
         first_timestep: torch.Tensor | None = None,
     ) -> torch.FloatTensor:
-        """The noise that denoising starts from, or `image_latents` (scaled) with the noise of `first_timestep`."""
-        device = self._execution_device
-        if latents is not None:
-            is_float = isinstance(latents, torch.Tensor) and latents.is_floating_point()
-            if not is_float or latents.shape != torch.Size(shape):
-                got = f"{latents.dtype} {tuple(latents.shape)}" if torch.is_tensor(latents) else type(latents).__name__
-                raise ValueError(f"`latents` must be floating and have shape {tuple(shape)}, got {got}.")
-            if not latents.isfinite().all():
-                raise ValueError("`latents` must be finite, got nan or infinity.")
-            noise = latents.to(device, torch.float32)
-        else:
-            noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        """What denoising starts from: the noise, or `image_latents` (scaled) with that of `first_timestep`."""
         if image_latents is None:
             return noise * getattr(scheduler, "init_noise_sigma", 1.0)
-        timesteps = first_timestep.repeat(shape[0])
-        if hasattr(scheduler, "scale_noise"):  # of flow matching
-            return scheduler.scale_noise(image_latents, timesteps, noise)
-        if not hasattr(scheduler, "add_noise"):
-            raise ValueError(
-                f"`image` needs a scheduler that adds noise to it; a {type(scheduler).__name__} does not."
-            )
-        return scheduler.add_noise(image_latents, noise, timesteps)
+        return add_noise(scheduler, image_latents, noise, first_timestep)
 
     # One step
 
@@ -367,6 +357,8 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
         height: int | None = None,
         width: int | None = None,
         negative_prompt: str | list[str] | None = None,
+        keep_fraction: float | None = None,
+        outpaint: Sequence[int] | None = None,
         strength: float = 1.0,
         num_inference_steps: int = 50,
         timesteps: list[int] | None = None,
@@ -397,10 +389,14 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
                 [-1, 1]), or images, see [`~images.to_pixel_values`].
             image: images, see [`~images.to_pixel_values`]: with `strength`, where sampling starts; with `mask_image`,
                 what is painted into.
-            mask_image: a mask, see [`~conditioning.to_mask`]: 1 (white) is painted anew, the other pixels are kept.
+            mask_image: a mask of pixels or of latents, see [`~conditioning.to_mask`]: 1 (white) is painted anew, the
+                other pixels are kept. A denoiser that takes a masked image beside the latents is given it; any other
+                has, at every step, the noised latents of the image where none of their pixels is painted.
             height, width: of the images, multiples of the tokenizer's downsample factor; by default the denoiser's
                 `sample_size`, or the size of `image`.
             negative_prompt: what guidance leads away from, "" by default.
+            keep_fraction: in place of a mask, the share of the latents that is kept, in random places: a variation.
+            outpaint: pixels `(top, bottom, left, right)` to add around the image.
             strength: for `image` without mask, the share of the steps that is taken.
             num_inference_steps, timesteps, sigmas: the scheduler's steps.
             guidance_scale: see `predict`; 1 is off.
@@ -426,25 +422,24 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
         times, decode_batch_size = self.check_output(
             num_images_per_prompt, output_type, decode_batch_size, LATENT_OUTPUT_TYPES
         )
-        guidance_scale, strength = (
-            check_guidance_scale(guidance_scale),
-            check_real("strength", strength, 0, 1, above=0),
-        )
-        self.check_inputs(image, mask_image, strength, quantize_denoised)
+        guidance_scale = check_guidance_scale(guidance_scale)
+        strength = check_real("strength", strength, 0, 1, above=0)
+        keep_fraction = None if keep_fraction is None else check_real("keep_fraction", keep_fraction, 0, 1)
+        completes = any(value is not None for value in (mask_image, keep_fraction, outpaint))
+        self.check_inputs(image, completes, strength, quantize_denoised)
         callback_names = self.check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        image = None if image is None else to_pixel_values(image, self.vqvae.config.in_channels)
-        mask = None if mask_image is None else to_mask(mask_image)
+        given = read_given(self.vqvae.config, image, None, mask_image, keep_fraction, outpaint)
         condition_image = None if condition_image is None else to_map(condition_image)
         class_labels = None if class_labels is None else self.class_ids(class_labels)
-        count = count_inputs(batch_size, class_labels, prompt, prompt_embeds, condition_image, image, mask)
-        factor = self.vqvae.config.downsample_factor
-        size = self._latent_size(height, width, image, factor)
-        self._check_sizes(image, mask, (size[0] * factor, size[1] * factor))
-        if mask is not None:
-            check_painted(mask)
-            image, mask = repeat_to(image, count, "image"), repeat_to(mask, count, "mask_image")
+        pixels, mask = (None, None) if given is None else (given.pixels, given.mask)
+        count = count_inputs(batch_size, class_labels, prompt, prompt_embeds, condition_image, pixels, mask)
         check_generator(generator, count * times)
-
+        size = self._latent_size(height, width, given)
+        check_painted(given)
+        pixels = None if pixels is None else repeat_to(pixels, count, "image", times)
+        mask = None if mask is None else repeat_to(mask, count, "mask_image", times)
+        if keep_fraction is not None:
+            mask = random_mask((count * times, *size), keep_fraction, generator)
         inputs, null_inputs = self.prepare_condition(
             count,
             prompt,
@@ -457,17 +452,25 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
             guided=guidance_scale != 1,
         )
         inputs, null_inputs = repeat_inputs(inputs, times), repeat_inputs(null_inputs, times)
-        maps = self.prepare_concatenated(count, size, condition_image, image, mask, times)
+        takes_image = mask is not None and self.unet.config.in_channels != self.vqvae.config.embed_dim
+        if condition_image is not None:
+            condition_image = repeat_to(condition_image, count, "condition_image", times)
+        maps = self.prepare_concatenated(size, condition_image, pixels, mask if takes_image else None)
         scheduler = self.own_scheduler()
         step_arguments = self.step_arguments(scheduler, generator, eta)
         steps = self.set_timesteps(scheduler, num_inference_steps, timesteps, sigmas, tokens=size[0] * size[1])
         image_latents = None
-        if image is not None and mask is None:
-            image_latents = self.encode_image(image) * self.vqvae.config.scaling_factor
-            image_latents = repeat_to(image_latents, count, "image", times)
-            steps = self._last_steps(scheduler, steps, strength)
+        if pixels is not None and not takes_image:
+            image_latents = self.encode_image(pixels) * self.vqvae.config.scaling_factor
+            steps = steps if mask is not None else self._last_steps(scheduler, steps, strength)
         shape = (count * times, self.vqvae.config.embed_dim, *size)
-        latents = self.prepare_latents(scheduler, shape, generator, latents, image_latents, steps[:1])
+        noise = self.prepare_noise(shape, generator, latents)
+        known = None
+        if mask is not None and not takes_image:
+            kept = kept_codes(mask, size, self.vqvae.config.downsample_factor)[:, None]
+            known = KnownLatents(image_latents, kept.to(noise.device), noise)
+        start = None if known is not None else image_latents
+        latents = self.prepare_latents(scheduler, noise, start, steps[:1])
         latents = self._denoise(
             scheduler,
             latents,
@@ -477,38 +480,25 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
             quantize_denoised,
             callback_on_step_end,
             callback_names,
+            known,
         )
         latents = latents / self.vqvae.config.scaling_factor
-        if mask is not None:
-            image, mask = (value.repeat_interleave(times, dim=0) for value in (image, mask))
-        images = self._images(latents, output_type, decode_batch_size, image, mask)
+        images = self._images(latents, output_type, decode_batch_size, pixels, mask)
         self.maybe_free_model_hooks()
         return VQLatentDiffusionPipelineOutput(images, latents) if return_dict else (images, latents)
 
-    def _latent_size(self, height, width, image, factor: int) -> tuple[int, int]:
+    def _latent_size(self, height, width, given: Given | None) -> tuple[int, int]:
+        factor = self.vqvae.config.downsample_factor
         default = self.unet.config.sample_size
         default = (default, default) if isinstance(default, int) else default
-        if image is not None:
-            default = image.shape[-2] // factor, image.shape[-1] // factor
+        if given is not None:
+            default = tuple(side // factor for side in given.size)
         if default is None and (height is None or width is None):
             raise ValueError("`height` and `width` must be given: the denoiser has no sample_size.")
-        sides = []
-        for name, value, grid in (("height", height, 0), ("width", width, 1)):
-            value = default[grid] * factor if value is None else value
-            value = check_integer(name, value, 1)
-            if value % factor:
-                raise ValueError(f"`{name}` must be a multiple of {factor} (the downsample factor), got {value!r}.")
-            sides.append(value // factor)
-        return sides[0], sides[1]
-
-    @staticmethod
-    def _check_sizes(image, mask, size: tuple[int, int]):
-        for name, value in (("image", image), ("mask_image", mask)):
-            if value is not None and tuple(value.shape[-2:]) != size:
-                raise ValueError(
-                    f"`{name}` must be {size[0]} high and {size[1]} wide, got {tuple(value.shape[-2:])}; resize it "
-                    "first."
-                )
+        pairs = zip(("height", "width"), (height, width), default or (None, None), strict=True)
+        size = tuple(own * factor if value is None else check_integer(name, value, 1) for name, value, own in pairs)
+        check_whole_size(given, size, (1, 1))
+        return grids_of(size, [factor])[0]
 
     def _last_steps(self, scheduler: SchedulerMixin, steps: torch.Tensor, strength: float) -> torch.Tensor:
         """The last share `strength` of the steps, for an image that is to be changed."""
@@ -524,8 +514,18 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
         return steps[start:]
 
     def _denoise(
-        self, scheduler, latents, steps, predict, step_arguments: dict, quantize_denoised: bool, callback, names
+        self,
+        scheduler,
+        latents,
+        steps,
+        predict,
+        step_arguments: dict,
+        quantize_denoised: bool,
+        callback,
+        names,
+        known: "KnownLatents | None" = None,
     ):
+        latents = latents if known is None else known.put_into(latents, scheduler, steps[:1])
         with self.progress_bar(total=len(steps)) as progress_bar:
             for i, t in enumerate(steps):
                 scaled = latents
@@ -533,6 +533,8 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
                     scaled = scheduler.scale_model_input(latents, t)
                 output = scheduler.step(predict(scaled, t), t, latents, **step_arguments)
                 latents = self.quantize_step(scheduler, output, int(t)) if quantize_denoised else output.prev_sample
+                if known is not None:
+                    latents = known.put_into(latents, scheduler, steps[i + 1 : i + 2])
                 if callback is not None:
                     latents = self.call_back(callback, names, i, t, "latents", latents)
                 progress_bar.update()
@@ -542,10 +544,47 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
         if output_type == "latent":
             return latents
         pixels = self.decode_latents(latents, decode_batch_size)
-        if mask is not None:
-            mask, image = mask.to(pixels.device), image.to(pixels.device)
-            pixels = mask * pixels + (1 - mask) * image
-        return images_as(pixels / 2 + 0.5, output_type)
+        images = pixels / 2 + 0.5
+        return images_as(images if mask is None else paste(images, image, mask), output_type)
+
+
+@dataclass
+class KnownLatents:
+    """
+    Latents that are kept at every step, with the noise of that step, as in the original's DDIM sampler.
+
+    Args:
+        latents: `(B, D, h, w)`, scaled.
+        kept: bool `(B, 1, h, w)`.
+        noise: `(B, D, h, w)`.
+    """
+
+    latents: torch.FloatTensor
+    kept: torch.BoolTensor
+    noise: torch.FloatTensor
+
+    def put_into(
+        self, sample: torch.FloatTensor, scheduler: SchedulerMixin, timestep: torch.Tensor
+    ) -> torch.FloatTensor:
+        """`sample` with the known latents at `timestep`, of one element, or of none for the data."""
+        known = add_noise(scheduler, self.latents, self.noise, timestep) if len(timestep) else self.latents
+        return torch.where(self.kept, known, sample)
+
+
+def add_noise(
+    scheduler: SchedulerMixin, latents: torch.FloatTensor, noise: torch.FloatTensor, timestep: torch.Tensor
+) -> torch.FloatTensor:
+    """Latents with the noise of `timestep`, of one element.
+
+    Raises:
+        ValueError: a scheduler that cannot add noise.
+    """
+    timesteps = timestep.repeat(len(latents))
+    if hasattr(scheduler, "scale_noise"):  # of flow matching
+        return scheduler.scale_noise(latents, timesteps, noise)
+    if not hasattr(scheduler, "add_noise"):
+        raise ValueError(f"`image` needs a scheduler that adds noise to it; a {type(scheduler).__name__} does not.")
+    return scheduler.add_noise(latents, noise, timesteps)
 
 
 __all__ = ["VQLatentDiffusionPipeline", "VQLatentDiffusionPipelineOutput"]

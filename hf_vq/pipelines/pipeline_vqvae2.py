@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..argument_checks import check_integer
 from .autoregressive_pipeline import AutoregressivePipeline, check_prior
+from .completion import grids_of
 from .conditioning import repeat_rows
 from .pipeline_output import VQPipelineOutput
 from .vq_pipeline import as_levels, check_any_tokenizer, check_codes
@@ -102,6 +102,8 @@ class VQVAE2Pipeline(AutoregressivePipeline):
         top_indices: torch.LongTensor | tuple[torch.LongTensor, ...] | None = None,
         indices: tuple[torch.LongTensor, ...] | None = None,
         keep_fraction: float | None = None,
+        outpaint: Sequence[int] | None = None,
+        stride: int = 1,
         num_images_per_prompt: int = 1,
         batch_size: int | None = None,
         guidance_scale: float | Sequence[float] = 1.0,
@@ -125,12 +127,16 @@ class VQVAE2Pipeline(AutoregressivePipeline):
             mask_image: a mask of pixels, or of codes of the top level, see [`~conditioning.to_mask`]: 1 (white) is
                 painted anew. At every level a code is kept if none of its pixels is painted; pixels that are not
                 painted are those of `image` in the end.
-            height, width: of the images; the priors' grids have one size.
+            height, width: of the images, multiples of the tokenizer's largest downsample factor; by default the size
+                of the priors' grids, or of the image. Larger ones are sampled by windows that move over the grid of
+                each level, see [`window_runs`], with the codes of the level above cut out along.
             top_indices (int64 `(B, h, w)`, *optional*): codes of the top level, which are not sampled; or a tuple of
                 those of several levels from the top on. One grid goes with several classes, and one class with several
                 grids.
             indices: codes of all levels, from top to bottom, in place of `image`.
             keep_fraction: in place of a mask, the share of the codes that is kept, in random places: a variation.
+            outpaint: pixels `(top, bottom, left, right)` to add around the image.
+            stride: codes of the top level that the windows move by; at each level below, twice as many.
             num_images_per_prompt: images for each class, grid or image; those of one are adjacent.
             batch_size: how many inputs there are where no argument says it: without class, codes and image.
             guidance_scale: classifier-free guidance, `null + scale * (conditional - null)` on the log-probabilities
@@ -153,17 +159,17 @@ class VQVAE2Pipeline(AutoregressivePipeline):
         """
         if top_indices is not None and (image is not None or indices is not None):
             raise ValueError("`top_indices` and `image`, or `indices`, exclude each other.")
-        own = [side * self.vqvae.config.downsample_factors[0] for side in self.top_prior.config.grid_size]
-        for name, value, side in (("height", height, own[0]), ("width", width, own[1])):
-            if value is not None and check_integer(name, value, 1) != side:
-                raise ValueError(f"`{name}` must be {side}, the size of the priors' grids in pixels, got {value}.")
+        size = self.wanted_size(height, width, stride)
         images, indices = self.draw_images(
             {"class_labels": self.prepare_prompts(class_labels)},
             image,
             indices,
             mask_image,
             keep_fraction,
-            top_indices=self._check_top(top_indices),
+            outpaint,
+            size,
+            top_indices=self._check_top(top_indices, size),
+            stride=stride,
             num_images_per_prompt=num_images_per_prompt,
             batch_size=batch_size,
             guidance_scale=guidance_scale,
@@ -180,7 +186,7 @@ class VQVAE2Pipeline(AutoregressivePipeline):
         )
         return VQPipelineOutput(images=images, indices=indices) if return_dict else (images, indices)
 
-    def _check_top(self, top_indices) -> list[torch.LongTensor]:
+    def _check_top(self, top_indices, size: tuple[int, int] | None) -> list[torch.LongTensor]:
         if top_indices is None:
             return []
         levels = as_levels(top_indices)
@@ -189,9 +195,10 @@ class VQVAE2Pipeline(AutoregressivePipeline):
                 f"`top_indices` must hold the codes of 1 to {len(self.priors) - 1} levels, got {len(levels)}."
             )
         # fewer levels than priors: those from the top on
+        sizes = grids_of(self.own_size if size is None else size, self.vqvae.config.downsample_factors)
         grids = [
-            check_codes("top_indices", codes, prior.config.grid_size, prior.config.codebook_size)
-            for codes, prior in zip(levels, self.priors, strict=False)
+            check_codes("top_indices", codes, grid, self.vqvae.config.num_embeddings)
+            for codes, grid in zip(levels, sizes, strict=False)
         ]
         return [grid.to(self._execution_device) for grid in grids]
 

@@ -321,7 +321,7 @@ def test_a_semantic_map_goes_into_the_first_convolution():
     for _ in range(2):
         small = F.interpolate(small, scale_factor=0.5, mode="bilinear")
     expected = F.conv2d(torch.cat([x, F.conv2d(small, mapper)], 1), wide, pipe.unet.conv_in.bias, padding=1)
-    maps = pipe.prepare_concatenated(2, (8, 8), segmentation)
+    maps = pipe.prepare_concatenated((8, 8), segmentation)
     torch.testing.assert_close(pipe.unet.conv_in(torch.cat([x, maps], 1)), expected, atol=1e-5, rtol=1e-5)
 
 

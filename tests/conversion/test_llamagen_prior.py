@@ -169,7 +169,9 @@ def test_the_command_makes_a_prior_and_a_pipeline(tmp_path, capsys):
     pipeline = VQAutoregressivePipeline.from_pretrained(tmp_path / "pipeline")
     pipeline.set_progress_bar_config(disable=True)
     assert list(pipeline.prior.config.grid_size) == [4, 4]
-    images = pipeline([2, 0], guidance_scale=2.0, output_type="pt", generator=torch.Generator().manual_seed(0)).images
+    images = pipeline(
+        class_labels=[2, 0], guidance_scale=2.0, output_type="pt", generator=torch.Generator().manual_seed(0)
+    ).images
     assert images.shape == (2, 3, 16, 16)
 
     assert main(["convert", *given, "--part", "prior", "--output", str(tmp_path / "prior")]) == 0

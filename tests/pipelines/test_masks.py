@@ -83,6 +83,6 @@ def test_placeholders_are_no_names_of_classes():
     pipeline = make_pipeline(id2label=None)
     assert pipeline.prior.config.id2label[1] == "LABEL_1"
     with pytest.raises(ValueError, match="`class_labels` must be ids from 0 to 2, got 'LABEL_1'"):
-        pipeline("LABEL_1")
+        pipeline(class_labels="LABEL_1")
     with pytest.raises(ValueError, match="'LABEL_1' is not one name"):
         pipeline.prior.prepare_condition("LABEL_1")

@@ -379,9 +379,9 @@ def test_pixel_masks_keep_a_code_only_with_all_its_pixels():
     "bad, message",
     [
         ({}, "`mask_image` needs an `image`"),
-        ({"image": torch.zeros(3, 8, 8), "indices": torch.zeros(1, 4, 4)}, "Exactly one"),
+        ({"image": torch.zeros(3, 8, 8), "indices": torch.zeros(1, 4, 4)}, "Only one"),
         (
-            {"image": torch.zeros(3, 4, 8), "keep": torch.ones(4, 8, dtype=torch.bool)},
+            {"image": torch.zeros(3, 4, 8), "keep": torch.arange(32).view(4, 8) < 8},
             "`image` must be 8 high and 8 wide",
         ),
         ({"image": torch.zeros(8, 8)}, "image"),
@@ -418,7 +418,9 @@ def test_rejection_keeps_the_best_of_what_was_drawn():
     for j, label in enumerate((2, 0)):
         drawn = torch.cat(
             [
-                pipeline(label, num_images_per_prompt=4, top_k=5, generator=generator, output_type="pt").images
+                pipeline(
+                    class_labels=label, num_images_per_prompt=4, top_k=5, generator=generator, output_type="pt"
+                ).images
                 for _ in range(3)
             ]
         )

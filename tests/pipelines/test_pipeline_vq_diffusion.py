@@ -285,7 +285,7 @@ def test_half_precision():
         ("unconditional", {"image": image() / 0 * 0}, "`image` must be finite and not empty"),
         ("unconditional", {"image": image(), "mask_image": torch.ones(1, 0, 4)}, "`mask_image` must be"),
         ("unconditional", {"image": image(), "mask_image": torch.full((8, 8), torch.nan)}, "`mask_image` must be"),
-        ("unconditional", {"image": torch.zeros(1, 3, 16, 8)}, "`image` must be 8 high and 8 wide"),
+        ("unconditional", {"image": torch.zeros(1, 3, 4, 8)}, "`image` must be 8 high and 8 wide"),
         ("unconditional", {"mask_image": torch.ones(8, 8)}, "`mask_image` needs an `image`"),
         ("unconditional", {"image": image(), "mask_image": torch.ones(6, 8)}, "`mask_image` must have the size"),
         ("unconditional", {"image": image(), "mask_image": torch.full((8, 8), 2.0)}, "`mask_image` must be"),

@@ -422,7 +422,7 @@ def test_bad_arguments(bad, message):
 @pytest.mark.parametrize(
     "bad, message",
     [
-        ({"image": torch.zeros(1, 3, 8, 8), "indices": 1}, "Exactly one"),
+        ({"image": torch.zeros(1, 3, 8, 8), "indices": 1}, "Only one"),
         ({}, "`mask_image` needs an `image`"),
         ({"indices": torch.zeros(1, 2, 2).long()}, "`indices` must give codes of 2 levels, got 1"),
         ({"indices": (torch.zeros(1, 2, 2).long(), torch.zeros(1, 2, 2).long())}, r"shape \(B, 4, 4\)"),

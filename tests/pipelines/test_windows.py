@@ -108,7 +108,7 @@ def test_outpainting(side):
     pipeline = make_pipeline()
     image = torch.rand(1, 3, 8, 8, generator=seeded()) * 2 - 1
     margins = [4 if name == side else 0 for name in ("top", "bottom", "left", "right")]
-    found = pipeline(1, image=image, outpaint=margins, top_k=1, output_type="pt")
+    found = pipeline(class_labels=1, image=image, outpaint=margins, top_k=1, output_type="pt")
     size = (6, 4) if side in ("top", "bottom") else (4, 6)
     known = torch.full((1, *size), -1)
     rows, columns = (slice(margins[0] // 2, margins[0] // 2 + 4), slice(margins[2] // 2, margins[2] // 2 + 4))
@@ -119,7 +119,7 @@ def test_outpainting(side):
     torch.testing.assert_close(pixels, image / 2 + 0.5)
     for bad in ([1, 0, 0, 0], [0, 0, 0, 0], [2, 2], 4):
         with pytest.raises(ValueError, match="`outpaint` must be"):
-            pipeline(1, image=image, outpaint=bad)
+            pipeline(class_labels=1, image=image, outpaint=bad)
 
 
 def test_variations_keep_a_random_share():
@@ -128,7 +128,7 @@ def test_variations_keep_a_random_share():
     arguments = {"indices": codes, "num_images_per_prompt": 64, "output_type": "indices"}
     kept = []
     for fraction in (0.0, 0.5, 1.0):
-        found = pipeline(0, **arguments, keep_fraction=fraction, generator=seeded()).indices
+        found = pipeline(class_labels=0, **arguments, keep_fraction=fraction, generator=seeded()).indices
         kept.append((found == codes).double().mean().item())
     assert kept[0] < 0.3 < kept[1] and kept[1] >= 0.5 and kept[2] == 1
     generators = [seeded(i) for i in range(3)]
@@ -137,14 +137,14 @@ def test_variations_keep_a_random_share():
     assert torch.equal(mask[1], random_mask((1, 4, 4), 0.25, [seeded(1)])[0])
     for bad in (-0.1, 1.5, float("nan")):
         with pytest.raises(ValueError, match="`keep_fraction` must be a number in"):
-            pipeline(0, **arguments, keep_fraction=bad)
+            pipeline(class_labels=0, **arguments, keep_fraction=bad)
 
 
 def test_pixels_that_are_kept_are_those_of_the_image():
     pipeline = make_pipeline()
     image, mask = torch.rand(2, 3, 8, 8, generator=seeded()) * 2 - 1, torch.zeros(8, 8)
     mask[3:5, 2:7] = 1
-    found = pipeline([0, 1], image=image, mask_image=mask, generator=seeded(), output_type="pt")
+    found = pipeline(class_labels=[0, 1], image=image, mask_image=mask, generator=seeded(), output_type="pt")
     torch.testing.assert_close(found.images[..., mask == 0], (image / 2 + 0.5)[..., mask == 0])
     decoded = (pipeline.vqvae.decode_indices(found.indices).sample / 2 + 0.5).clamp(0, 1)
     torch.testing.assert_close(found.images[..., mask == 1], decoded[..., mask == 1])

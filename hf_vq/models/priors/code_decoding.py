@@ -39,28 +39,57 @@ class CodeDecoder:
     Args:
         model: a causal LM over codes.
         length: how many ids it will read at most.
+        positions (int64 `(1 or B, T)`, *optional*): of the first T ids, read or to come; others follow the last one.
+        prompt_mask (`(B, T)`, *optional*): 0 where one of the first T ids is padding, and not seen.
         inputs: what else `forward` takes on its first pass.
     """
 
-    def __init__(self, model: nn.Module, length: int, **inputs: Any):
+    def __init__(
+        self,
+        model: nn.Module,
+        length: int,
+        positions: torch.LongTensor | None = None,
+        prompt_mask: torch.Tensor | None = None,
+        **inputs: Any,
+    ):
         self.model, self.inputs, self.length = model, inputs, length
         # as long as the first positions see each other, a new one changes what has been read
         self.num_open = getattr(model.config, "n_unmasked", 0)
         self.ids = self.cache = None
+        self.past = 0
+        self.positions = None if positions is None else continued(positions, length)
+        self.mask = prompt_mask
+        if prompt_mask is not None:
+            rest = prompt_mask.new_ones(len(prompt_mask), length - prompt_mask.shape[1])
+            self.mask = torch.cat([prompt_mask, rest], dim=1)
+        elif positions is not None:  # without a mask, transformers takes a gap for the beginning of another sequence
+            self.mask = positions.new_ones(1, length)
 
     def __call__(self, ids: torch.LongTensor) -> torch.FloatTensor:
         ids = ids if self.ids is None else torch.cat([self.ids, ids], dim=1)
-        if self.cache is None and ids.shape[1] < self.num_open:
+        end = self.past + ids.shape[1]
+        inputs = {"input_ids": ids, "logits_to_keep": 1}
+        if self.positions is not None:
+            inputs["position_ids"] = self.positions[:, self.past : end].expand(len(ids), -1)
+        if self.mask is not None:
+            inputs["attention_mask"] = self.mask[:, :end].expand(len(ids), -1)
+        if self.cache is None and end < self.num_open:
             self.ids = ids
-            return self.model(input_ids=ids, use_cache=False, logits_to_keep=1, **self.inputs).logits[:, -1]
-        self.ids = None
+            return self.model(**inputs, use_cache=False, **self.inputs).logits[:, -1]
+        self.ids, self.past = None, end
         if self.cache is None:
             cache = self.model.new_cache(self.length)
-            output = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **self.inputs)
+            output = self.model(**inputs, past_key_values=cache, use_cache=True, **self.inputs)
             self.cache = output.past_key_values
         else:
-            output = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            output = self.model(**inputs, past_key_values=self.cache, use_cache=True)
         return output.logits[:, -1]
+
+
+def continued(positions: torch.LongTensor, length: int) -> torch.LongTensor:
+    """Positions `(B, T)` and those that follow the last of each row, `(B, length)`."""
+    following = torch.arange(1, length - positions.shape[1] + 1, device=positions.device)
+    return torch.cat([positions, positions[:, -1:] + following], dim=1)
 
 
 def preallocated_cache(num_layers: int, length: int) -> Cache:
@@ -77,6 +106,8 @@ def sample_codes(
     generation_config: GenerationConfig,
     null_prompt: torch.LongTensor | None = None,
     null_scale: float = 1.0,
+    positions: torch.LongTensor | None = None,
+    prompt_mask: torch.Tensor | None = None,
     **model_kwargs: Any,
 ) -> torch.LongTensor:
     """
@@ -90,6 +121,7 @@ def sample_codes(
             `input_ids`.
         null_scale: classifier-free guidance, `null + scale * (conditional - null)` on the log-probabilities (Ho &
             Salimans, 2022).
+        positions, prompt_mask: of the prompts, see [`CodeDecoder`]; those of guidance have the same.
 
     Returns:
         int64 `(B, max_length)`, or less if the stopping criteria end all rows.
@@ -101,7 +133,11 @@ def sample_codes(
     if null_prompt is not None:
         ids = torch.cat([input_ids, null_prompt])
         inputs = {name: torch.cat([value, value]) for name, value in inputs.items()}
-    decoder = model.code_decoder(len(ids), total - 1, **inputs)
+        positions, prompt_mask = (
+            rows if rows is None or len(rows) != len(input_ids) else torch.cat([rows, rows])
+            for rows in (positions, prompt_mask)
+        )
+    decoder = model.code_decoder(len(ids), total - 1, positions=positions, prompt_mask=prompt_mask, **inputs)
     sequences = input_ids.new_empty(len(input_ids), total)
     sequences[:, :start] = input_ids
     for position in range(start, total):
@@ -123,4 +159,4 @@ def sample_codes(
     return sequences
 
 
-__all__ = ["CodeDecoder", "preallocated_cache", "sample_codes"]
+__all__ = ["CodeDecoder", "continued", "preallocated_cache", "sample_codes"]

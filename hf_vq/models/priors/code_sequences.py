@@ -344,11 +344,22 @@ class CodeSequenceMixin:
         if self.config.vocab_size > self.config.codebook_size:
             processors = kwargs.get("logits_processor") or []
             kwargs["logits_processor"] = LogitsProcessorList([CodesOnly(self.config.codebook_size), *processors])
-        if self._is_drawn_plainly(prompt, kwargs, setting):
+        placed = {"positions": kwargs.get("position_ids"), "prompt_mask": kwargs.get("attention_mask")}
+        placed = {name: value for name, value in placed.items() if value is not None}
+        if self._is_drawn_plainly(prompt, kwargs, setting) and (self.reads_in_places or not placed):
             kwargs["custom_generate"] = sample_codes
+            if placed:
+                kwargs |= placed
+                kwargs.pop("position_ids", None)
+                kwargs.pop("attention_mask", None)
             if kwargs.get("negative_prompt_ids") is not None:
                 kwargs["null_prompt"] = kwargs.pop("negative_prompt_ids").to(prompt.device)
                 kwargs["null_scale"], kwargs["guidance_scale"] = setting("guidance_scale"), 1.0
+        elif kwargs.get("position_ids") is not None and kwargs.get("negative_prompt_ids") is not None:
+            # transformers' guidance counts positions from 0
+            raise ValueError(
+                "`position_ids` and `guidance_scale` exclude each other but with the cache of the prior's own."
+            )
         elif length < getattr(self.config, "n_unmasked", 0):
             kwargs["use_cache"] = False  # what has been read changes with each code among the first positions
         return super().generate(inputs, generation_config=generation_config, **kwargs)
@@ -356,12 +367,15 @@ class CodeSequenceMixin:
     prompt_inputs = ()
     """The arguments of `forward` that belong to the prompt, a row for each example."""
 
+    reads_in_places = True
+    """Whether `position_ids` may leave out places of the grid, and `attention_mask` ids of the prefix."""
+
     def new_cache(self, length: int):
         """The cache of a sequence of `length` ids at most; `None` if the model makes its own."""
         return preallocated_cache(self.config.num_hidden_layers, length)
 
     def code_decoder(self, batch_size: int, length: int, **inputs: Any):
-        """What reads sequences of `length` ids at most, code by code: see [`CodeDecoder`]."""
+        """What reads sequences of `length` ids at most, code by code: see [`CodeDecoder`], whose arguments it has."""
         return CodeDecoder(self, length, **inputs)
 
     def _is_drawn_plainly(self, prompt, kwargs: dict, setting) -> bool:
@@ -372,7 +386,7 @@ class CodeSequenceMixin:
         if prompt is None or self.training or setting("eos_token_id") is not None or setting("use_cache") is False:
             return False
         others = (
-            "cache_implementation past_key_values inputs_embeds attention_mask position_ids streamer assistant_model "
+            "cache_implementation past_key_values inputs_embeds streamer assistant_model "
             "custom_generate negative_prompt_attention_mask stop_strings prompt_lookup_num_tokens synced_gpus "
             "return_dict_in_generate penalty_alpha dola_layers constraints force_words_ids prefill_chunk_size"
         )

@@ -86,6 +86,7 @@ class CodePriorForCausalLM(CodeSequenceMixin, CheckedLoadingMixin, PreTrainedMod
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]
     prompt_inputs = ("condition_indices",)
+    reads_in_places = False
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config)

@@ -12,7 +12,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2PreTrainedModel
 from transformers.utils import can_return_tuple
 
 from ..checked_loading import CheckedLoadingMixin
-from .code_decoding import CodeDecoder
+from .code_decoding import CodeDecoder, continued
 from .code_sequences import CodeSequenceMixin
 from .configuration_vq_gpt import VQGPTConfig
 
@@ -162,7 +162,14 @@ class VQGPTForCausalLM(CodeSequenceMixin, VQGPTPreTrainedModel, GenerationMixin)
 
     # ------------------------------------------------------------------------------------------------ sampling
 
-    def code_decoder(self, batch_size: int, length: int, **inputs: Any):
+    def code_decoder(
+        self,
+        batch_size: int,
+        length: int,
+        positions: torch.LongTensor | None = None,
+        prompt_mask: torch.Tensor | None = None,
+        **inputs: Any,
+    ):
         """[`GPTDecoder`], where GPT-2's blocks are called as they are; else what runs `forward`."""
         config = self.config
         as_usual = config.scale_attn_weights and not config.scale_attn_by_inverse_layer_idx
@@ -170,9 +177,10 @@ class VQGPTForCausalLM(CodeSequenceMixin, VQGPTPreTrainedModel, GenerationMixin)
         as_usual = as_usual and config._attn_implementation in ("sdpa", "eager")
         blocks = [part for block in self.transformer.h for part in (block, block.attn)]
         is_hooked = any(part._forward_hooks or part._forward_pre_hooks or hasattr(part, "_hf_hook") for part in blocks)
-        if as_usual and not is_hooked and len(set(getattr(self, "hf_device_map", {}).values())) < 2:
-            return GPTDecoder(self, batch_size, length)
-        return CodeDecoder(self, length, **inputs)
+        as_usual = as_usual and not is_hooked and prompt_mask is None
+        if as_usual and len(set(getattr(self, "hf_device_map", {}).values())) < 2:
+            return GPTDecoder(self, batch_size, length, positions)
+        return CodeDecoder(self, length, positions, prompt_mask, **inputs)
 
     @staticmethod
     def create_masks_for_generate(config: PreTrainedConfig, **kwargs: Any):
@@ -190,13 +198,16 @@ class GPTDecoder:
     done once, or not at all.
     """
 
-    def __init__(self, model: VQGPTForCausalLM, batch_size: int, length: int):
+    def __init__(
+        self, model: VQGPTForCausalLM, batch_size: int, length: int, positions: torch.LongTensor | None = None
+    ):
         self.model, config = model, model.config
         self.num_heads, self.num_open = config.n_head, config.n_unmasked
         weight = model.transformer.wte.weight
         shape = (2, batch_size, config.n_head, length, config.n_embd // config.n_head)
         self.memory = [weight.new_empty(shape) for _ in range(config.n_layer)]
-        self.positions = torch.arange(length, device=weight.device)
+        self.order = torch.arange(length, device=weight.device)
+        self.positions = self.order if positions is None else continued(positions.to(weight.device), length)
         self.past, self.ids = 0, None
 
     def __call__(self, ids: torch.LongTensor) -> torch.FloatTensor:
@@ -205,7 +216,7 @@ class GPTDecoder:
         is_open = self.past + ids.shape[1] < self.num_open
         self.ids = ids if is_open else None
         transformer, end = self.model.transformer, self.past + ids.shape[1]
-        hidden_states = transformer.wte(ids) + transformer.wpe(self.positions[self.past : end])
+        hidden_states = transformer.wte(ids) + transformer.wpe(self.positions[..., self.past : end])
         mask = self._mask(end) if ids.shape[1] > 1 else None
         for block, memory in zip(transformer.h, self.memory, strict=True):
             hidden_states = hidden_states + self._attend(block.attn, block.ln_1(hidden_states), memory, mask)
@@ -215,7 +226,7 @@ class GPTDecoder:
 
     def _mask(self, end: int) -> torch.BoolTensor:
         """Which positions `(L, end)` the last L see: those up to their own, and all of an open prefix each other."""
-        queries, keys = self.positions[self.past : end, None], self.positions[:end]
+        queries, keys = self.order[self.past : end, None], self.order[:end]
         return (keys <= queries) | ((queries < self.num_open) & (keys < self.num_open))
 
     def _attend(self, attention, hidden_states, memory, mask) -> torch.Tensor:
