@@ -387,9 +387,9 @@ class VQDiffusionImagePipeline(DenoisingPipeline):
             guided=guidance_scale != 1,
         )
         inputs, null_inputs = repeat_inputs(inputs, times), repeat_inputs(null_inputs, times)
-        check_painted(given)
         (grid,) = grids_of(size, self.vqvae.config.downsample_factors)
         known = self.prepare_known(given, own, grid, count, times, keep_fraction, generator)
+        check_painted(given)
         scheduler = self.own_scheduler()
         steps = self.set_timesteps(scheduler, num_inference_steps, timesteps, strength)
         step_arguments = {

@@ -11,6 +11,8 @@ from tests.pipelines.test_windows import by_hand
 from tests.pipelines.vq_diffusion_parts import CODES, MASK, STEPS, conditions_by_hand
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' Euler
+
 SIDES = ("top", "bottom", "left", "right")
 PIPELINES = {
     "autoregressive": (autoregressive_parts.make_pipeline, {"class_labels": 1, "top_k": 1}),
