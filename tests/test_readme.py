@@ -39,7 +39,7 @@ def test_public_names_are_enough():
 
 
 def test_files_that_the_readme_names_exist():
-    named = re.findall(r"(?:examples|conversion|tests)/[\w./-]+\.(?:py|yaml|png|md)", TEXT)
+    named = re.findall(r"(?:docs|examples|conversion|tests)/[\w./-]+\.(?:py|yaml|png|svg|md)", TEXT)
     assert named
     missing = [name for name in named if not (ROOT / name).exists()]
     assert not missing
