@@ -10,6 +10,8 @@ from .table import markdown
 
 
 BENCHMARKS = (
+    "peers",
+    "growth",
     "quantizer",
     "generate",
     "mask_replace_step",

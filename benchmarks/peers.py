@@ -1,0 +1,432 @@
+"""Time and memory beside the peers', each case in a process of its own, both sides in turns."""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .measure import in_subprocess, peak_allocated_bytes
+
+
+TITLE = "Beside the peers"
+NOTES = """
+Seconds of the processor (all threads of the process) for ours and the peer's, medians of runs in turns; "ratio" is the
+median of the ratios of neighbouring runs with its quartiles, and "at most" what is aimed at. Memory is the most that
+torch's allocator held above what was there before. Where both can have the same weights they have them, and "equal"
+says how far the results agree: the largest difference, or the share of equal codes.
+"""
+
+
+@dataclass
+class Case:
+    """`ours` and `peer` do the same; `agreement` compares what they return."""
+
+    ours: Callable[[], object]
+    peer: Callable[[], object]
+    peer_name: str
+    at_most: str
+    agreement: Callable[[object, object], str] | None = None
+    repetitions: int = 7
+
+
+def largest_difference(ours: torch.Tensor, peer: torch.Tensor) -> str:
+    return f"{float((ours - peer).abs().max()):.1e}"
+
+
+def share_of_equal(ours: torch.Tensor, peer: torch.Tensor) -> str:
+    return f"{float((ours == peer).double().mean()):.1%}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def vqgan_pair(quick: bool):
+    """The f16 network of the paper and diffusers' `VQModel` with its weights; the pipelines' memory format."""
+    import tempfile
+
+    from diffusers import VQModel
+
+    from hf_vq import VQGANConfig, VQGANModel
+
+    channels = {"base_channels": 32, "channel_multiplier": (1, 2)} if quick else {}
+    shape = {"attn_resolutions": (16,), "latent_channels": 32 if quick else 256, "embed_dim": 32 if quick else 256}
+    config = VQGANConfig(resolution=32 if quick else 256, quantizer="vq", num_embeddings=1024, **channels, **shape)
+    ours = VQGANModel(config).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        ours.to_diffusers(folder)
+        peer = VQModel.from_pretrained(folder).eval()
+    return ours.to(memory_format=torch.channels_last), peer, config.resolution
+
+
+def encode(quick: bool, batch: int) -> Case:
+    ours, peer, side = vqgan_pair(quick)
+    pixels = torch.rand(batch, 3, side, side) * 2 - 1
+    return Case(
+        ours=lambda: ours.encode(pixels).latents,
+        peer=lambda: peer.encode(pixels).latents,
+        peer_name="diffusers VQModel",
+        at_most="0.92",
+        agreement=largest_difference,
+        repetitions=5,
+    )
+
+
+def decode(quick: bool, batch: int) -> Case:
+    ours, peer, side = vqgan_pair(quick)
+    latents = ours.encode(torch.rand(batch, 3, side, side) * 2 - 1).latents
+    return Case(
+        ours=lambda: ours.decode(latents).sample,
+        peer=lambda: peer.decode(latents).sample,
+        peer_name="diffusers VQModel",
+        at_most="0.95",
+        agreement=largest_difference,
+        repetitions=5,
+    )
+
+
+def tiled_decode(quick: bool, batch: int) -> Case:
+    from diffusers import AutoencoderKL
+
+    from hf_vq import VQGANConfig, VQGANModel
+
+    widths, side, tile = ((32, 64), 64, 32) if quick else ((128, 256, 512, 512), 1024, 256)
+    ours = VQGANModel(
+        VQGANConfig(
+            base_channels=widths[0],
+            channel_multiplier=tuple(width // widths[0] for width in widths),
+            num_res_blocks=2,
+            attn_resolutions=(),
+            latent_channels=4,
+            embed_dim=4,
+            num_embeddings=1024,
+            resolution=tile,
+        )
+    )
+    peer = AutoencoderKL(
+        block_out_channels=widths,
+        down_block_types=["DownEncoderBlock2D"] * len(widths),
+        up_block_types=["UpDecoderBlock2D"] * len(widths),
+        layers_per_block=2,
+        latent_channels=4,
+        sample_size=tile,
+    )
+    ours.eval().to(memory_format=torch.channels_last).enable_tiling(tile, tile // 4)
+    peer.eval().enable_tiling()
+    latents = torch.randn(batch, 4, side >> len(widths) - 1, side >> len(widths) - 1)
+    return Case(
+        ours=lambda: ours.decode(latents, quantize=False).sample,
+        peer=lambda: peer.decode(latents).sample,
+        peer_name="diffusers AutoencoderKL, tiles of the same size and overlap",
+        at_most="1.0",
+        repetitions=3,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def vq_gpt(quick: bool, **options):
+    from hf_vq import VQGPTConfig, VQGPTForCausalLM
+
+    size = {"n_embd": 64, "n_layer": 2, "n_head": 4} if quick else {"n_embd": 512, "n_layer": 12, "n_head": 8}
+    side = 4 if quick else 16
+    model = VQGPTForCausalLM(VQGPTConfig(codebook_size=1024, grid_size=(side, side), **size, **options)).eval()
+    model.lm_head.weight.data.mul_(50)  # the heads of an untrained model nearly tie, and a tie is decided by rounding
+    return model, side
+
+
+def generate_gpt(quick: bool, batch: int) -> Case:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    ours, side = vq_gpt(quick)
+    size = {name: getattr(ours.config, name) for name in ("n_embd", "n_layer", "n_head", "n_positions")}
+    peer = GPT2LMHeadModel(GPT2Config(vocab_size=ours.config.input_vocab_size, tie_word_embeddings=False, **size))
+    peer.transformer.load_state_dict(ours.transformer.state_dict())
+    peer.lm_head.weight.zero_()[: len(ours.lm_head.weight)] = ours.lm_head.weight
+    prompt = ours.prepare_condition(batch_size=batch)
+    length = side * side
+    return Case(
+        ours=lambda: ours.generate(prompt, do_sample=False),
+        peer=lambda: peer.eval().generate(
+            prompt, do_sample=False, max_new_tokens=length, min_new_tokens=length, pad_token_id=0, eos_token_id=None
+        ),
+        peer_name="transformers GPT2LMHeadModel",
+        at_most={1: "0.9", 8: "0.75", 32: "0.7"}[batch],
+        agreement=share_of_equal,
+        repetitions=3,
+    )
+
+
+def guidance(model, batch: int, repetitions: int) -> Case:
+    prompt = model.prepare_condition(torch.arange(batch) % 10)
+    return Case(
+        ours=lambda: model.generate(prompt, do_sample=True, guidance_scale=2.0),
+        peer=lambda: model.generate(prompt, do_sample=True),
+        peer_name="ourselves, without guidance",
+        at_most={1: "1.25", 8: "1.6"}[batch],
+        repetitions=repetitions,
+    )
+
+
+CLASSES = {"condition_type": "class", "condition_vocab_size": 10}
+
+
+def guided_gpt(quick: bool, batch: int) -> Case:
+    return guidance(vq_gpt(quick, **CLASSES)[0], batch, repetitions=3)
+
+
+def grid_prior(kind: str, quick: bool, side: int, **options):
+    import hf_vq
+
+    size = {"hidden_size": 32 if quick else 128, "codebook_size": 512, "grid_size": 4 if quick else side, **options}
+    if kind == "PixelCNN":
+        return hf_vq.PixelCNNForCausalLM(hf_vq.PixelCNNConfig(num_hidden_layers=2 if quick else 12, **size)).eval()
+    blocks = {"num_blocks": 1, "num_res_blocks": 1} if quick else {"num_blocks": 3, "num_res_blocks": 4}
+    return hf_vq.PixelSNAILForCausalLM(
+        hf_vq.PixelSNAILConfig(res_channels=size["hidden_size"], **blocks, **size)
+    ).eval()
+
+
+def guided_pixelcnn(quick: bool, batch: int) -> Case:
+    return guidance(grid_prior("PixelCNN", quick, 16, **CLASSES), batch, repetitions=3)
+
+
+def guided_pixelsnail(quick: bool, batch: int) -> Case:
+    return guidance(grid_prior("PixelSNAIL", quick, 16, **CLASSES), batch, repetitions=3)
+
+
+def pixelsnail_map(quick: bool, batch: int) -> Case:
+    model = grid_prior("PixelSNAIL", quick, 32)
+    prompt = model.prepare_condition(batch_size=batch)
+    codes = torch.randint(512, (batch, *model.config.grid_size))
+    return Case(
+        ours=lambda: model.generate(prompt, do_sample=True),
+        peer=lambda: model(**model.prepare_inputs(codes), use_cache=False),
+        peer_name="ourselves, one forward pass",
+        at_most={1: "4", 16: "2"}[batch],
+        repetitions=3,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training and data
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def train_gpt(quick: bool, batch: int) -> Case:
+    """A step as the script does it, and one of the plain loop."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.set_grad_enabled(True)
+    ours, side = vq_gpt(quick)
+    ours.train()
+    size = {name: getattr(ours.config, name) for name in ("n_embd", "n_layer", "n_head", "n_positions")}
+    peer = GPT2LMHeadModel(GPT2Config(vocab_size=ours.config.input_vocab_size, tie_word_embeddings=False, **size))
+    codes = torch.randint(1024, (batch, side, side))
+    inputs = ours.prepare_inputs(codes)
+    steps = [torch.optim.AdamW(model.parameters(), lr=1e-4) for model in (ours, peer)]
+
+    def step(model, optimizer, **arguments):
+        loss = model(**arguments).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    tokens = {"input_ids": inputs["input_ids"][:, :-1], "labels": inputs["input_ids"][:, :-1]}
+    return Case(
+        ours=lambda: step(ours, steps[0], **inputs),
+        peer=lambda: step(peer.train(), steps[1], **tokens),
+        peer_name="transformers GPT2LMHeadModel, the plain loop",
+        at_most="0.91",
+        repetitions=3,
+    )
+
+
+def train_quantizer(quick: bool, batch: int) -> Case:
+    from diffusers.models.autoencoders.vae import VectorQuantizer as Theirs
+
+    from hf_vq import VectorQuantizer
+
+    torch.set_grad_enabled(True)
+    num_codes, side = (64, 4) if quick else (batch, {1024: 8, 16384: 22}.get(batch, 8))
+    ours, peer = VectorQuantizer(num_codes, 256), Theirs(num_codes, 256, beta=0.25, legacy=False)
+    latents = torch.randn(32, 256, side, side, requires_grad=True)
+
+    def step(module, call):
+        quantized, loss = call(module)
+        torch.autograd.backward([quantized, loss], [torch.ones_like(quantized), None])
+        latents.grad = None
+        module.zero_grad(set_to_none=True)
+
+    def own(module):
+        output = module(latents)
+        return output.quantized, output.loss
+
+    return Case(
+        ours=lambda: step(ours, own),
+        peer=lambda: step(peer, lambda module: module(latents)[:2]),
+        peer_name="diffusers VectorQuantizer",
+        at_most="0.9" if batch == 16384 else "1.0",
+    )
+
+
+def read_images(quick: bool, batch: int) -> Case:
+    """JPEGs of 500×375 to 256×256 tensors in one process, beside what torchvision's transforms do with Pillow; both
+    bicubic.
+    """
+    import io
+
+    import datasets
+    import numpy as np
+    from PIL import Image
+
+    from hf_vq.training.data.image_datasets import ImageDataset
+
+    rng, files = np.random.default_rng(0), []
+    for _ in range(8 if quick else 128):
+        picture = Image.fromarray(rng.integers(0, 255, (24, 32, 3), np.uint8)).resize(
+            (500, 375), Image.Resampling.BICUBIC
+        )
+        buffer = io.BytesIO()
+        picture.save(buffer, "jpeg", quality=90)
+        files.append(buffer.getvalue())
+    features = datasets.Features({"image": datasets.Image(decode=False)})
+    rows = datasets.Dataset.from_dict({"image": [{"bytes": file, "path": None} for file in files]}, features=features)
+    dataset = ImageDataset(rows, 256)
+
+    def theirs():
+        read = []
+        for file in files:
+            image = Image.open(io.BytesIO(file)).convert("RGB")
+            scale = 256 / min(image.size)
+            image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+            left, top = (image.width - 256) // 2, (image.height - 256) // 2
+            image = image.crop((left, top, left + 256, top + 256))
+            pixels = torch.from_numpy(np.array(image, copy=True)).permute(2, 0, 1).contiguous().float().div(255)
+            read.append(pixels.sub(0.5).div(0.5))
+        return torch.stack(read)
+
+    return Case(
+        ours=lambda: torch.stack([dataset[index]["pixel_values"] for index in range(len(files))]),
+        peer=theirs,
+        peer_name="Resize, CenterCrop, ToTensor, Normalize, as torchvision computes them",
+        at_most="1.0",
+        repetitions=3,
+    )
+
+
+def first_picture(quick: bool, batch: int) -> Case:
+    """From the start of Python to a picture of the packaged checkpoint, beside importing what it is built on."""
+    folder = Path(__file__).resolve().parent.parent / "examples" / "checkpoints" / "emoji-32"
+    ours = f"import hf_vq; hf_vq.VQAutoregressivePipeline.from_pretrained({str(folder)!r})(batch_size=1)"
+    # the bases: the classes that the pipeline's parts inherit
+    peer = "import torch; from transformers import GPT2LMHeadModel; from diffusers import DiffusionPipeline"
+
+    def start(code: str) -> None:
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+    return Case(
+        ours=lambda: start(ours),
+        peer=lambda: start(peer),
+        peer_name="importing torch, transformers' GPT-2 and diffusers' pipeline",
+        at_most="1.2",
+        repetitions=3,
+    )
+
+
+CASES = {
+    "VQGAN f16, encode": (encode, (1,)),
+    "VQGAN f16, decode": (decode, (1,)),
+    "1024 px in tiles, decode": (tiled_decode, (1,)),
+    "GPT, 256 codes": (generate_gpt, (1, 8, 32)),
+    "GPT, with guidance": (guided_gpt, (1, 8)),
+    "PixelCNN 16×16, with guidance": (guided_pixelcnn, (1, 8)),
+    "PixelSNAIL 16×16, with guidance": (guided_pixelsnail, (1, 8)),
+    "PixelSNAIL 32×32, a map": (pixelsnail_map, (1, 16)),
+    "GPT, a training step": (train_gpt, (8,)),
+    "quantizer of N = 2048, K = batch, a training step": (train_quantizer, (1024,)),
+    "quantizer of N = 15488, K = batch, a training step": (train_quantizer, (16384,)),
+    "reading JPEGs to 256 px": (read_images, (1,)),
+    "first picture after the start": (first_picture, (1,)),
+}
+
+
+def run(quick: bool, threads: int) -> list[dict]:
+    """A row for each case and batch size."""
+    rows = []
+    for name, (_, batches) in CASES.items():
+        for batch in batches[:1] if quick else batches:
+            measured = in_subprocess("benchmarks.peers", case=name, batch=batch, threads=threads, quick=int(quick))
+            low, middle, high = measured["ratios"]
+            rows.append(
+                {
+                    "figure": name,
+                    "batch": batch,
+                    "peer": measured["peer_name"],
+                    "peer s": measured["peer_seconds"],
+                    "ours s": measured["our_seconds"],
+                    "ratio": f"{middle:.2f} ({low:.2f} … {high:.2f})",
+                    "at most": measured["at_most"],
+                    "memory": measured["memory_ratio"],
+                    "equal": measured["agreement"],
+                }
+            )
+    return rows
+
+
+def processor_seconds() -> float:
+    """Of this process and of those that it has started and that have ended."""
+    return sum(os.times()[:4])
+
+
+@torch.no_grad()
+def measure(name: str, batch: int, threads: int, quick: bool) -> dict:
+    """One case in this process."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    case = CASES[name][0](quick, batch)
+    results = case.ours(), case.peer()  # once to warm up
+    agreement = None if case.agreement is None else case.agreement(*results)
+    seconds = {"ours": [], "peer": []}
+    for _ in range(1 if quick else case.repetitions):
+        for side, function in (("ours", case.ours), ("peer", case.peer)):
+            start = processor_seconds()
+            function()
+            seconds[side].append(processor_seconds() - start)
+    ratios = [ours / max(peer, 1e-9) for ours, peer in zip(seconds["ours"], seconds["peer"], strict=True)]
+    quartiles = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+    peaks = [peak_allocated_bytes(function) for function in (case.ours, case.peer)]
+    return {
+        "peer_name": case.peer_name,
+        "at_most": case.at_most,
+        "our_seconds": statistics.median(seconds["ours"]),
+        "peer_seconds": statistics.median(seconds["peer"]),
+        "ratios": quartiles,
+        "memory_ratio": peaks[0] / max(peaks[1], 1),
+        "agreement": agreement,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measures one case and prints JSON.")
+    parser.add_argument("--case", choices=list(CASES), required=True)
+    for name in ("batch", "threads", "quick"):
+        parser.add_argument(f"--{name}", type=int, required=True)
+    arguments = parser.parse_args()
+    print(json.dumps(measure(arguments.case, arguments.batch, arguments.threads, bool(arguments.quick))))
+
+
+if __name__ == "__main__":
+    main()
