@@ -6,7 +6,6 @@ carries the size
 and the checksum of each of its files: one that was damaged afterwards is found out before it is loaded.
 """
 
-import errno
 import hashlib
 import json
 import logging
@@ -23,6 +22,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_model, save_model
 from torch import nn
+
+from .disk_space import write_failures_named
 
 
 logger = logging.getLogger(__name__)
@@ -41,17 +42,26 @@ def flush_file(path: Path) -> None:
 
 
 def write_file_atomically(path: str | Path, content: str | bytes) -> None:
-    """Replaces a file: a reader, or a process killed half-way, sees the old or the new content, never a part."""
+    """Replaces a file: a reader, or a process killed half-way, sees the old or the new content, never a part.
+
+    Raises:
+        OSError: it cannot be written; the old content stays.
+    """
     path = Path(path)
-    draft = path.with_name(_UNFINISHED + path.name)
-    draft.write_bytes(content.encode() if isinstance(content, str) else content)
-    flush_file(draft)
-    os.replace(draft, path)
-    flush_file(path.parent)
+    data = content.encode() if isinstance(content, str) else content
+    draft = draft_path(path)
+    try:
+        with write_failures_named(path, "the file", len(data)):
+            draft.write_bytes(data)
+            flush_file(draft)
+            os.replace(draft, path)
+            flush_file(path.parent)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def draft_path(path: str | Path) -> Path:
-    """Where the draft of the folder `path` is, or will be."""
+    """Where the draft of the folder or file `path` is, or will be."""
     return Path(path).with_name(_UNFINISHED + Path(path).name)
 
 
@@ -157,18 +167,10 @@ def _digest(file: BinaryIO) -> str:
     return digest.hexdigest()
 
 
-def write_error(path: Path, reason: str, needed: int) -> OSError:
-    """The error of a checkpoint that could not be written to `path` and takes about `needed` bytes."""
-    free = shutil.disk_usage(path.parent).free
-    good = list(find_checkpoints(path.parent).values())
-    last = f"the last good checkpoint is {good[-1]}" if good else "there is no earlier checkpoint"
-    number = errno.ENOSPC if free < needed else errno.EIO
-    return OSError(
-        number,
-        f"the checkpoint could not be written ({reason}): it takes about {needed} bytes, and {free} "
-        f"bytes are free; {last}",
-        str(path),
-    )
+def last_good_checkpoint(folder: Path) -> str:
+    """Which it is, in words."""
+    good = list(find_checkpoints(folder).values())
+    return f"the last good checkpoint is {good[-1]}" if good else "there is no earlier checkpoint"
 
 
 def find_checkpoints(folder: str | Path) -> dict[int, Path]:

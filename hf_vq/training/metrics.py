@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -92,8 +93,14 @@ class MetricsFile:
             write_file_atomically(self.path, "".join(kept))
 
     def append(self, row: dict) -> None:
-        with open(self.path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        """Adds a line, or, where that fails, none."""
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError:
+            os.truncate(self.path, size)
+            raise
 
 
 def _step_of(line: str) -> float:

@@ -33,6 +33,7 @@ The data order, the augmentation and the learning rate are functions of the seed
 that a step depends on is in the checkpoint. A run that was killed continues with the losses that it would have had.
 """
 
+import json
 import logging
 import signal
 import sys
@@ -50,8 +51,8 @@ from torch.utils.data import Dataset
 from ..distributed import from_main_process, gathered, union_over_processes
 from ..evaluation.evaluate import evaluation_mode
 from .checkpointing import (
-    find_checkpoints,
     get_random_state,
+    last_good_checkpoint,
     preserved_random_state,
     remove_unfinished,
     set_aside_after,
@@ -60,6 +61,7 @@ from .checkpointing import (
 from .data.image_datasets import collate
 from .data.loading import micro_batches, move_to_device
 from .data.samplers import micro_batch_sizes, process_slice
+from .disk_space import write_failures_named
 from .interruption import EXIT_CODES, Agreement, Interruption, agree, end_all_on_error
 from .metrics import CodeCounts, MetricGuard, MetricsFile, MetricWindow, Stopwatch, TrainingStoppedError
 from .output_lock import FolderInUseError, lock_folder, unlock_folder
@@ -527,20 +529,27 @@ class TrainingRun:
     def log_images(self, name: str, images: torch.Tensor, columns: int | None = None) -> None:
         """Writes a grid of `images` `(N, 3, H, W)` in [-1, 1] to `output_dir/pictures`, and to the tracker."""
         if self.is_main_process:
-            track_images(self.accelerator, self.output_dir / "pictures", name, images, self.global_step, columns)
+            folder = self.output_dir / "pictures"
+            with self._writing(folder, "a picture", images.numel()):
+                track_images(self.accelerator, folder, name, images, self.global_step, columns)
 
     def _write_row(self, row: dict) -> None:
-        if self.is_main_process and len(row) > 1:
+        if not self.is_main_process or len(row) < 2:
+            return
+        with self._writing(self._metrics_file.path, "a row of metrics", len(json.dumps(row))):
             self._metrics_file.append(row)
+        with self._writing(self.output_dir / "logs", "what the tracker keeps", len(json.dumps(row))):
             self.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+
+    def _writing(self, path: Path, what: str, num_bytes: int):
+        return write_failures_named(path, what, num_bytes, last_good_checkpoint(self.output_dir))
 
     def _stop(self, reason: str) -> None:
         """Saves the state for inspection, under a name that is never resumed unasked, and raises."""
         failed = self.save_checkpoint(self.output_dir / f"checkpoint-{self.global_step}-failed")
-        good = list(find_checkpoints(self.output_dir).values())
-        last = f"the last good checkpoint is {good[-1]}" if good else "there is no earlier checkpoint"
         raise TrainingStoppedError(
-            f"Training stopped: {reason}. The state is saved in {failed}; {last}. A lower learning_rate, a longer "
+            f"Training stopped: {reason}. The state is saved in {failed}; {last_good_checkpoint(self.output_dir)}. "
+            "A lower learning_rate, a longer "
             "warm-up or another seed may help."
         )
 

@@ -17,11 +17,12 @@ from .checkpointing import (
     draft_path,
     find_checkpoints,
     find_damage,
+    last_good_checkpoint,
     publish_folder,
     rotate_checkpoints,
-    write_error,
     write_manifest,
 )
+from .disk_space import write_failure
 from .run_parts import RunParts
 
 
@@ -131,7 +132,8 @@ class RunCheckpoints:
             return
         if self.accelerator.is_main_process:
             shutil.rmtree(draft_path(path), ignore_errors=True)
-        raise write_error(path, reasons[0], self.parts.num_bytes()) from cause
+        rest = last_good_checkpoint(path.parent)
+        raise write_failure(path, "the checkpoint", reasons[0], self.parts.num_bytes(), rest) from cause
 
     def _newest_whole_checkpoint(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint that is not damaged, and what is wrong with the later ones."""

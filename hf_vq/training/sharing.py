@@ -14,8 +14,9 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from ..hub import push_saved, save_for_sharing
 from ..hub_cards import model_card
-from .checkpointing import atomic_folder
+from .checkpointing import atomic_folder, last_good_checkpoint
 from .data.image_datasets import DataArguments
+from .disk_space import write_failures_named
 
 
 if TYPE_CHECKING:
@@ -83,6 +84,12 @@ def _without_folders(argument: str) -> str:
     return option + equals + (Path(value).name if Path(value).is_absolute() else value)
 
 
+def _bytes_of(model: nn.Module | DiffusionPipeline) -> int:
+    parts = model.components.values() if isinstance(model, DiffusionPipeline) else [model]
+    tensors = [value for part in parts if isinstance(part, nn.Module) for value in part.state_dict().values()]
+    return sum(value.numel() * value.element_size() for value in tensors)
+
+
 def save_trained(
     run: "TrainingRun",
     model: nn.Module | DiffusionPipeline,
@@ -100,12 +107,14 @@ def save_trained(
         image_processor: saved with a model; with a pipeline, beside its tokenizer.
 
     Raises:
+        OSError: the disk is full; the checkpoints are there.
         RuntimeError: the push failed; the folder is there.
 
     The folder is for those who have hf_vq; what is pushed carries its code, and each has the card that says so.
     """
     card = training_card(run, model, data, run.arguments.hub_license)
-    with atomic_folder(run.output_dir / name) as folder:
+    path, rest = run.output_dir / name, last_good_checkpoint(run.output_dir)
+    with write_failures_named(path, "the trained model", _bytes_of(model), rest), atomic_folder(path) as folder:
         save_for_sharing(folder, model, card, image_processor, with_code=False)
         for file, picture in newest_pictures(run.output_dir).items():
             shutil.copyfile(picture, folder / file)

@@ -1,5 +1,6 @@
 """Trackers (tensorboard, trackio, wandb) through Accelerate, and pictures."""
 
+import io
 import uuid
 from dataclasses import asdict
 from pathlib import Path
@@ -62,7 +63,9 @@ def track_images(
 
     sheet = image_grid(images, columns)
     folder.mkdir(parents=True, exist_ok=True)
-    sheet.save(folder / f"{name}-{step:07d}.png")
+    picture = io.BytesIO()
+    sheet.save(picture, "PNG")
+    write_file_atomically(folder / f"{name}-{step:07d}.png", picture.getvalue())
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.log_images({name: np.asarray(sheet)[None]}, step=step, dataformats="NHWC")

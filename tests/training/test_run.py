@@ -3,6 +3,7 @@ import errno
 import json
 import logging
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -15,10 +16,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from hf_vq import VQVAEConfig, VQVAEModel
 from hf_vq.training import run_parts
 from hf_vq.training.checkpointing import find_checkpoints
+from hf_vq.training.data.image_datasets import DataArguments
 from hf_vq.training.run import RunArguments, TrainingRun, TrainingStoppedError
 from hf_vq.training.run_arguments import learning_rate_factor
+from hf_vq.training.sharing import save_trained
 from tests.training import toy_run
 from tests.training.data.image_rows import open_stream, write_shards
 from tests.training.toy_run import Interrupted, ToyImages, rows, train, weights
@@ -196,6 +200,43 @@ def test_what_does_not_fit_is_not_begun(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="the disk is too full.* and 1000 bytes are free; there is no earlier") as caught:
         train(tmp_path)
     assert caught.value.errno == errno.ENOSPC and not list(tmp_path.glob("*checkpoint*"))
+
+
+@pytest.mark.parametrize("what", ["row", "picture", "tracker", "trained model"])
+def test_whatever_cannot_be_written_is_named(tmp_path, monkeypatch, what):
+    """A limit on the size of files stands for a full disk: the system's own error, in the middle of a write."""
+    run = TrainingRun(RunArguments(str(tmp_path), cpu=True, report_to="tensorboard" if what == "tracker" else "none"))
+    run.start()
+    run.save_checkpoint(tmp_path / "checkpoint-7")
+    run._write_row({"step": 1, "loss": 1.0})
+    before = (tmp_path / "metrics.jsonl").read_text()
+
+    def fill():
+        if what == "row":
+            run._write_row({"step": 2, "loss": 0.5, "note": "x" * 9000})
+        elif what == "picture":
+            run.log_images("noise", torch.rand(4, 3, 64, 64) * 2 - 1)
+        elif what == "trained model":
+            tokenizer = VQVAEModel(VQVAEConfig(hidden_size=16, residual_hidden_size=8, embed_dim=8, num_embeddings=64))
+            save_trained(run, tokenizer, "tokenizer", DataArguments("somewhere"))
+        else:
+            for step in range(2, 2000):
+                run._write_row({"step": step, "loss": 1.0})
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(OSError, match=r"takes about \d+ bytes, and \d+ bytes are free; .*checkpoint-7") as caught:
+            fill()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    place = {"row": "metrics.jsonl", "picture": "pictures/noise-0000000.png", "tracker": "logs"}.get(what, "tokenizer")
+    assert caught.value.filename == str(tmp_path / place)
+    if what != "tracker":
+        assert (tmp_path / "metrics.jsonl").read_text() == before
+    assert not list(tmp_path.rglob(".unfinished*"))
 
 
 DAMAGES = {
