@@ -182,8 +182,8 @@ class VQDiffusionImagePipeline(DenoisingPipeline):
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width of the images, in pixels."""
-        factor = self.vqvae.config.downsample_factor
+        """Height and width of the images, in pixels; without a tokenizer, of the grid of codes."""
+        factor = 1 if self.vqvae is None else self.vqvae.config.downsample_factor
         height, width = self.transformer.sample_size
         return height * factor, width * factor
 
@@ -362,6 +362,10 @@ class VQDiffusionImagePipeline(DenoisingPipeline):
         Raises:
             ValueError: an argument out of range, or a condition that the transformer does not take.
         """
+        if self.vqvae is None and (image is not None or output_type != "indices"):
+            raise ValueError(
+                "`output_type` must be 'indices', and `image` None: this pipeline has no image tokenizer (`vqvae`)."
+            )
         times, decode_batch_size = self.check_output(num_images_per_prompt, output_type, decode_batch_size)
         guidance_scale, temperature = check_guidance_scale(guidance_scale), check_temperature(temperature)
         callback_names = self.check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
