@@ -267,11 +267,12 @@ def _averages_of_parts(weights: dict, use_ema: bool) -> dict:
     live = {key: value for key, value in weights.items() if key not in averages}
     if not averages or not use_ema:
         return live
-    new = {}
-    for key, value in live.items():
-        part, _, rest = key.partition(".")
-        new[key] = averages.get(f"ema_{part}.{rest.replace('.', '')}", value)
-    return new
+    parts = {key: key.partition(".")[::2] for key in live}
+    names = {key: f"ema_{part}.{rest.replace('.', '')}" for key, (part, rest) in parts.items()}
+    missing = [name for name in names.values() if name not in averages]
+    if missing:
+        raise ValueError(f"`source` lacks the average {missing[0]}, though it has others; load its own weights.")
+    return {key: averages[name] for key, name in names.items()}
 
 
 class MissingDecoder(nn.Module):
