@@ -26,7 +26,8 @@ from hf_vq.evaluation.features import FeatureSet, PooledLayer, extract_features
 from hf_vq.evaluation.generation import compare_features
 from hf_vq.evaluation.inspection import copied_share
 from hf_vq.evaluation.pictures import labelled_rows, reconstruction_grid, samples_by_class
-from hf_vq.hub import halve_weights, model_card
+from hf_vq.hub import halve_weights
+from hf_vq.hub_cards import model_card
 from hf_vq.training.data.image_datasets import DataArguments, collate, load_image_dataset
 from hf_vq.training.objectives.perceptual import build_perceptual
 
