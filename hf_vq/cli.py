@@ -132,14 +132,20 @@ def build_parser() -> argparse.ArgumentParser:
         "usage user/model photos/    # how many codes each position uses",
         "indices user/model cat.png dog.png",
         "interpolation user/model cat.png dog.png",
+        "nearest user/pipeline photos/    # samples beside the training images that are closest to them",
+        "nearest user/model photos/ --samples drawn/*.png",
         "curves outputs/vqgan",
     )
-    command.add_argument("what", choices=["atlas", "usage", "indices", "interpolation", "curves"])
+    command.add_argument("what", choices=["atlas", "usage", "indices", "interpolation", "nearest", "curves"])
     add_tokenizer(command, "; of curves, the folder of a run")
     add_images(command, "*")
+    command.add_argument(
+        "--samples", nargs="+", metavar="IMAGE", help="of nearest: images (default: eight that the pipeline draws)"
+    )
     command.add_argument("--output", type=Path, help="the picture (default: named for what it shows, .png)")
 
     add_convert(add)
+    add_export(add)
     add_push(add)
     add_train(add)
 
@@ -150,6 +156,7 @@ def build_parser() -> argparse.ArgumentParser:
         "user/pipeline --data user/images --label-column label",
         "outputs/vqgan/tokenizer --data photos/ --split train --metrics reconstruction codebook",
         "outputs/vq_gpt/pipeline --data photos/ --sampling guidance_scale=2 --output figures.json --update-card",
+        "user/pipeline --data photos/ --inception weights-inception-2015-12-05-6726825d.pth --num-samples 50000",
     )
     add_tokenizer(command)
     command.add_argument("--data", required=True, help="data set of the Hub, or a folder of images")
@@ -176,6 +183,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--features-layer", type=int, default=13, help="of the network, few channels for few images (default: 13)"
+    )
+    command.add_argument(
+        "--inception",
+        metavar="FILE",
+        help="torch-fidelity's file of Inception's weights, in place of --features: FID, rFID, KID, Inception Score",
+    )
+    command.add_argument(
+        "--reference", metavar="FILE", help="an .npz of ADM, which samples are compared with in place of the data"
     )
     command.add_argument("--num-timesteps", type=positive, help="of a diffusion bound (default: all)")
     command.add_argument(
@@ -249,6 +264,24 @@ def add_push(add: Callable[..., argparse.ArgumentParser]) -> None:
         action="store_false",
         help="without the code by which others load it who have no hf_vq",
     )
+
+
+def add_export(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """The subcommand `export`."""
+    command = add(
+        "export",
+        "export.export",
+        "write a tokenizer as ONNX graphs, and compare them with it",
+        "user/model --output onnx",
+        "outputs/vqgan/tokenizer --size 128",
+    )
+    add_tokenizer(command)
+    add_output(command, "onnx", "the folder")
+    command.add_argument(
+        "--size", type=positive, help="side of the images (default: the one the model was trained at)"
+    )
+    command.set_defaults(device="cpu")
+    add_json(command)
 
 
 def add_train(add: Callable[..., argparse.ArgumentParser]) -> None:

@@ -19,6 +19,8 @@ import hf_vq
 from hf_vq.cli import build_parser, main
 from hf_vq.evaluation.pictures import labelled_rows
 from hf_vq.hub_cards import model_card
+from hf_vq.images import to_pil
+from hf_vq.training.data.indices_cache import write_indices
 from tests.pipelines import latent_diffusion_parts, vq_diffusion_parts, vqvae2_parts
 
 
@@ -395,6 +397,68 @@ def test_evaluate(folder, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out).keys() >= {"psnr", "ssim", "codebook_entropy_per_position"}
     assert run("evaluate", folder / "prior", *arguments) == 1
     assert "give the pipeline that has it" in capsys.readouterr().err
+
+
+def test_show_the_images_that_a_sample_copies(folder, tmp_path):
+    """A training image given as the sample is nearest to itself, and one picture further than the other."""
+    for number in range(6):
+        Image.radial_gradient("L").rotate(40 * number).resize((8, 8 + number)).save(tmp_path / f"{number}.png")
+    images = [tmp_path / f"{number}.png" for number in range(6)]
+    output = tmp_path / "nearest.png"
+    arguments = ("show", "nearest", folder / "vqgan", *images, "--output", output, "--samples", images[4], images[1])
+    assert run(*arguments) == 0
+    sheet = np.array(Image.open(output))
+    model, processor = hf_vq.VQGANModel.from_pretrained(folder / "vqgan").eval(), hf_vq.VQImageProcessor(size=8)
+    values = processor([Image.open(image) for image in images], return_tensors="pt").pixel_values
+    with torch.no_grad():
+        latents = model.encode(values).latents.flatten(1)
+    rows = []
+    for sample in (4, 1):
+        distances = (latents - latents[sample]).square().sum(1).sqrt()
+        near = distances.argsort()[:4].tolist()
+        assert near[0] == sample
+        rows.append(("0", to_pil(values[[sample, *near]])))
+    expected = labelled_rows(rows, title="samples, and the images closest to them in latents")
+    np.testing.assert_array_equal(sheet, np.array(expected))
+    drawn = ("show", "nearest", folder / "pipeline", *images, "--output", output)
+    assert run(*drawn) == 0 and Image.open(output).height > 8 * 8
+    assert run(*drawn[:2], folder / "vqgan", *images) == 1
+    assert run("show", "atlas", folder / "vqgan", *images, "--samples", images[0]) == 1
+
+
+def test_info_of_a_run_of_parts_and_of_indices(folder, tmp_path, capsys):
+    def printed(source):
+        assert run("info", source, "--json") == 0
+        return json.loads(capsys.readouterr().out)
+
+    hf_vq.MaskReplaceScheduler(num_embeddings=16, num_train_timesteps=4).save_pretrained(tmp_path / "scheduler")
+    assert printed(tmp_path / "scheduler")["steps"] == "4"
+    hf_vq.VQImageProcessor(size=12).save_pretrained(tmp_path / "processor")
+    assert printed(tmp_path / "processor") == {"class": "VQImageProcessor", "size": "shortest_edge 12"}
+
+    torch.manual_seed(0)
+    model = hf_vq.VQGANModel(hf_vq.VQGANConfig(**CONFIG, quantizer="ema"))
+    model.quantize.cluster_size.copy_(torch.tensor([4.0, 4.0, 8.0] + [0.0] * 13))
+    run_folder = tmp_path / "run"
+    model.save_pretrained(run_folder / "tokenizer")
+    lines = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}, {"step": 2, "validation/psnr": 9.0}]
+    (run_folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run_folder / "checkpoint-2").mkdir()
+    found = printed(run_folder)
+    assert found["steps"] == 2 and found["checkpoints"] == "checkpoint-2"
+    assert found["metrics"] == {"loss": 1.5} and found["validation"] == {"psnr": 9.0}
+    # entropy of 1/4, 1/4, 1/2 is 1.5 bits
+    assert "3 of 16, perplexity 2.8 " in found["tokenizer"]["codes in use"]
+
+    images = [{"pixel_values": torch.rand(3, 8, 8), "label": number} for number in range(4)]
+    for split in ("train", "validation"):
+        write_indices(model.eval(), images, tmp_path / "indices" / split, progress=False)
+    found = printed(tmp_path / "indices")
+    with torch.no_grad():
+        codes = model.encode(torch.stack([image["pixel_values"] for image in images])).indices
+    assert set(found) == {"train", "validation"} and found["train"]["images"] == 4
+    assert f"16 codes an image, {len(codes.unique())} different codes up to {codes.max()}" in found["train"]["indices"]
+    assert printed(tmp_path / "indices" / "train")["images"] == 4
 
 
 def test_show(folder, tmp_path, capsys):

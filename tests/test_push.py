@@ -53,6 +53,7 @@ push_folder(folder, "tester/large", "Upload")
 """
 
 
+@pytest.mark.slow
 def test_an_upload_that_broke_off_sends_only_what_is_missing(hub, tmp_path):
     files = {f"model-{number}.safetensors": bytes([number]) * 1000 for number in range(6)}
     for name, content in files.items():

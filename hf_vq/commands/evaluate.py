@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+from ..evaluation.generation import PUBLISHED
 from .sources import device, load
 
 
@@ -14,7 +15,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
     from ..distributed import is_main_process
     from ..evaluation.evaluate_pipeline import applicable_metrics, evaluate_model
-    from ..evaluation.features import PooledLayer
+    from ..evaluation.inception import ReferenceBatch
     from ..training.data.image_datasets import DataArguments, load_image_dataset
     from ..training.objectives.perceptual import build_perceptual
 
@@ -38,10 +39,7 @@ def evaluate(options: argparse.Namespace) -> None:
     )
     dataset = load_image_dataset(data, options.split, channels=tokenizer.config.in_channels)
     perceptual = build_perceptual(options.perceptual)
-    network = build_perceptual(options.features)
-    extractor = None if network is None else network.to(where)
-    if extractor is not None and options.features_layer is not None:
-        extractor = PooledLayer(extractor, options.features_layer)
+    extractor, classifier = feature_networks(options, where)
     sampling = dict(_pair(pair) for pair in options.sampling)
     metrics = options.metrics or applicable_metrics(model)
     figures = evaluate_model(
@@ -50,6 +48,7 @@ def evaluate(options: argparse.Namespace) -> None:
         metrics,
         perceptual=None if perceptual is None else perceptual.to(where),
         extractor=extractor,
+        classifier=classifier,
         num_samples=options.num_samples,
         batch_size=options.batch_size,
         seed=options.seed,
@@ -57,6 +56,7 @@ def evaluate(options: argparse.Namespace) -> None:
         caption_key=options.caption_column,
         num_timesteps=options.num_timesteps,
         progress=not options.json,
+        reference=None if options.reference is None else ReferenceBatch.from_npz(options.reference),
         **sampling,
     )
     if torch.distributed.is_initialized():
@@ -67,14 +67,35 @@ def evaluate(options: argparse.Namespace) -> None:
         "model": options.model,
         "data": f"{Path(options.data).name if Path(options.data).exists() else options.data}, split {options.split}",
         "image_size": f"{resolution}, the shorter side by bicubic resizing with antialiasing, centre crop",
+        **({} if options.reference is None else {"reference": Path(options.reference).name}),
         **figures,
     }
+    if classifier is not None and "classifier_score" in figures:
+        figures["classifier"] = classifier.name
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if options.update_card:
         update_card(Path(options.model), flat_figures(figures), options)
     print(json.dumps(figures, indent=2, ensure_ascii=False) if options.json else table(figures))
+
+
+def feature_networks(options: argparse.Namespace, where: str) -> tuple:
+    """The network of the distances, and that of the classifier score, which Inception alone has."""
+    from ..evaluation.features import PooledLayer
+    from ..evaluation.inception import InceptionFeatures, InceptionLogits
+    from ..training.objectives.perceptual import build_perceptual
+
+    if options.inception is not None:
+        try:
+            network = InceptionFeatures(options.inception).to(where)
+        except ImportError as error:
+            raise ValueError(f"`--inception`: {error}") from error
+        return network, InceptionLogits(network)
+    network = build_perceptual(options.features)
+    if network is None or options.features_layer is None:
+        return (None if network is None else network.to(where)), None
+    return PooledLayer(network.to(where), options.features_layer), None
 
 
 def _join_processes() -> None:
@@ -101,14 +122,24 @@ def _pair(text: str) -> tuple[str, object]:
 
 
 def flat_figures(figures: dict) -> dict[str, float]:
-    """The numbers among the figures, distances under their labels with the number of images."""
+    """The numbers among the figures; distances under their labels with the numbers of images and their resizing."""
     flat = {}
+    size = str(figures.get("image_size", "")).split(",")[0]
+    resized = f", {size} pixels, bicubic with antialiasing" if size else ""
     for name, value in figures.items():
         if name.endswith("distances"):
-            prefix = "reconstruction " if name.startswith("reconstruction") else ""
+            of_reconstructions = name.startswith("reconstruction")
             for one in value:
-                label = f"{prefix}{one['label']} ({one['num_generated']} against {one['num_real']} images)"
-                flat[label] = one["value"]
+                label = one["label"]
+                if of_reconstructions:
+                    label = f"r{label}" if label in PUBLISHED.values() else f"reconstruction {label}"
+                against = f"{one['num_real']} images"
+                if not of_reconstructions and "reference" in figures:
+                    against = figures["reference"]
+                flat[f"{label} ({one['num_generated']} against {against}{resized})"] = one["value"]
+        elif name.startswith("classifier_score") and figures.get("classifier") == "inception":
+            label = name.replace("classifier_score", "Inception Score").replace("_", " ")
+            flat[f"{label} ({figures['num_samples']} samples{resized})"] = value
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             flat[name] = value
     return flat
@@ -125,7 +156,8 @@ def table(figures: dict) -> str:
         rows.append((f"bits_per_index of level {number}", f"{level['bits_per_index']:.6g}"))
     floors = [one for name in figures if name.endswith("distances") for one in figures[name]]
     for one in {one["label"]: one for one in floors}.values():
-        rows.append((f"{one['label']}, half of the real images against half", f"{one['real_split']:.6g}"))
+        if one["real_split"] is not None:
+            rows.append((f"{one['label']}, half of the real images against half", f"{one['real_split']:.6g}"))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
 

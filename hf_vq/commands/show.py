@@ -3,12 +3,14 @@
 import argparse
 from pathlib import Path
 
-from .sources import ImageBatches, load_tokenizer, write_image
+from .sources import ImageBatches, device, load, load_tokenizer, write_image
 
 
 def show(options: argparse.Namespace) -> int:
     """Writes the picture `options.what`; returns how many images could not be read."""
     path = options.output or Path(f"{options.what}.png")
+    if options.samples and options.what != "nearest":
+        raise ValueError(f"`--samples` has no meaning for {options.what!r}.")
     if options.what == "curves":
         from ..evaluation.inspection import loss_curves
 
@@ -18,6 +20,8 @@ def show(options: argparse.Namespace) -> int:
         return 0
     if not options.images:
         raise ValueError(f"`IMAGE` must name at least one file for {options.what!r}, got none.")
+    if options.what == "nearest":
+        return _nearest(options, path)
     model = load_tokenizer(options)
     batches = ImageBatches(options, model)
     picture = {"atlas": _atlas, "usage": _usage, "indices": _indices, "interpolation": _interpolation}[options.what]
@@ -74,3 +78,39 @@ def _interpolation(model, batches: ImageBatches):
     return labelled_rows(
         [(space, interpolate(model, *images[:2], space=space).cpu()) for space in ("latent", "index")]
     )
+
+
+def _nearest(options: argparse.Namespace, path: Path) -> int:
+    """Samples, each in a row with the images that are closest to it, and how far the first of these is."""
+    import copy
+
+    import torch
+
+    from ..evaluation.inspection import TokenizerLatents, nearest_images
+    from ..evaluation.pictures import labelled_rows
+    from ..images import to_pil
+
+    model = load(options.model)
+    tokenizer = getattr(model, "vqvae", model)
+    tokenizer.to(device(options)).eval()
+    images = ImageBatches(options, tokenizer)
+    rows = [{"pixel_values": value.float().cpu()} for _, values in images for value in values]
+    if options.samples:
+        given = copy.copy(options)
+        given.images = options.samples
+        samples = torch.cat([values.float() for _, values in ImageBatches(given, tokenizer)])
+    elif hasattr(model, "components"):
+        generator = torch.Generator().manual_seed(0)
+        model.to(device(options))
+        samples = model(num_images_per_prompt=8, generator=generator, output_type="pt").images.float() * 2 - 1
+    else:
+        raise ValueError("`--samples` must name images where `MODEL` is a tokenizer, which draws none, got none.")
+    count = min(4, len(rows))
+    numbers, distances = nearest_images(samples, rows, TokenizerLatents(tokenizer), count, progress=False)
+    pictures = to_pil(torch.stack([row["pixel_values"] for row in rows]))
+    sheet = [
+        (f"{float(distance[0]):.3g}", [sample, *(pictures[number] for number in near.tolist())])
+        for sample, near, distance in zip(to_pil(samples), numbers, distances, strict=True)
+    ]
+    write_image(labelled_rows(sheet, title="samples, and the images closest to them in latents"), path)
+    return images.skipped

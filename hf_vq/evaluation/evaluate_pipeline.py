@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,8 +16,9 @@ from .codebook import PositionCounts
 from .diffusion_likelihood import DiffusionLikelihood
 from .evaluate import evaluate_prior, evaluate_tokenizer, evaluation_mode, progress_bar
 from .features import FeatureCollector, FeatureExtractor
-from .generation import classifier_score, compare_features
+from .generation import Measurement, classifier_score, compare_features, compare_with_reference
 from .hierarchy import evaluate_hierarchy
+from .inception import ORIGINAL_NETWORK, ReferenceBatch
 
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ def evaluate_model(
     caption_key: str | None = None,
     num_timesteps: int | None = None,
     progress: bool = True,
+    reference: ReferenceBatch | None = None,
     **sampling: Any,
 ) -> dict:
     """The figures of a tokenizer or of a pipeline over a data set.
@@ -73,6 +76,7 @@ def evaluate_model(
         label_key, caption_key: the entries that hold the classes and the prompts of conditional priors.
         num_timesteps: of the diffusion bound, see `DiffusionLikelihood`.
         progress: show progress bars.
+        reference: what the drawn images are compared with in place of the data set.
         sampling: further arguments of the pipeline's call, such as `guidance_scale`.
 
     Returns:
@@ -109,7 +113,7 @@ def evaluate_model(
             raise ValueError("`extractor` or `classifier` must be given to measure drawn images, got None.")
         count = len(dataset) if num_samples is None else check_integer("num_samples", num_samples, 1)
         draws = draw_images(model, dataset, count, batch_size, seed, label_key, caption_key, progress, **sampling)
-        result |= _measure_drawn(draws, dataset, extractor, classifier, batch_size, progress)
+        result |= _measure_drawn(draws, dataset, extractor, classifier, batch_size, progress, reference)
         result["num_samples"] = count
     return result
 
@@ -204,7 +208,7 @@ def draw_images(
         yield pipeline(**given, generator=generators, output_type="pt", **sampling).images.float().cpu() * 2 - 1
 
 
-def _measure_drawn(draws, dataset, extractor, classifier, batch_size: int, progress: bool) -> dict:
+def _measure_drawn(draws, dataset, extractor, classifier, batch_size: int, progress: bool, reference) -> dict:
     generated = None if extractor is None else FeatureCollector(extractor)
     logits = []
     for images in draws:
@@ -214,16 +218,36 @@ def _measure_drawn(draws, dataset, extractor, classifier, batch_size: int, progr
             logits.append(classifier(images.to(_device_of(classifier))).float().cpu())
     result = {}
     if generated is not None:
-        real = FeatureCollector(extractor)
-        for batch in progress_bar(_loader(dataset, batch_size), "real images", progress):
-            real.update(batch["pixel_values"].to(_device_of(extractor)))
-        result["distances"] = [m.to_dict() for m in compare_features(real.compute(), generated.compute(), DISTANCES)]
+        result["distances"] = [
+            measurement.to_dict()
+            for measurement in _distances(generated.compute(), dataset, extractor, batch_size, progress, reference)
+        ]
     if classifier is not None:
         scores = all_gathered(torch.cat(logits) if logits else None)
         result["classifier_score"], result["classifier_score_deviation"] = classifier_score(
             scores, min(10, len(scores))
         )
     return result
+
+
+def _distances(generated, dataset, extractor, batch_size: int, progress: bool, reference) -> list[Measurement]:
+    """Of the features of drawn images to those of the data set, or of a reference batch in its place."""
+    known = None
+    if reference is not None and reference.mean is not None and extractor.name == ORIGINAL_NETWORK:
+        known = compare_with_reference(reference.mean, reference.covariance, generated)
+    if reference is not None and reference.images is None:
+        if known is None:
+            raise ValueError(
+                f"`reference` {reference.name} holds statistics of the original Inception only, which do not compare "
+                f"with {extractor.name!r}: give one with images (`arr_0`)."
+            )
+        return [known]
+    images = (batch["pixel_values"] for batch in _loader(dataset, batch_size))
+    real = FeatureCollector(extractor)
+    for batch in progress_bar(images if reference is None else reference.batches(batch_size), "real images", progress):
+        real.update(batch.to(_device_of(extractor)))
+    measured = compare_features(real.compute(), generated, DISTANCES)
+    return measured if known is None else [replace(measured[0], value=known.value), *measured[1:]]
 
 
 def _device_of(network) -> torch.device:

@@ -15,6 +15,7 @@ import torch
 from .features import FeatureExtractor, FeatureSet, extract_features
 
 
+PUBLISHED = {"frechet_distance": "FID", "kernel_distance": "KID"}
 BLOCK_ELEMENTS = 2**22  # of the pairwise matrices: 32 MB in float64
 
 
@@ -29,7 +30,8 @@ class Measurement:
         standard_error: where the metric has one.
         num_real, num_generated: sample counts.
         real_split: the same metric of one random half of the real features against the other: the floor of a
-            distance, what a perfect generator reaches in precision and recall.
+            distance, what a perfect generator reaches in precision and recall; None where only the mean and the
+            covariance of the real features are known.
         num_real_split: pictures in each half. The Fréchet distance of few pictures is biased upwards, and the floor
             says by how much.
     """
@@ -38,15 +40,16 @@ class Measurement:
     network: str
     value: float
     standard_error: float | None
-    num_real: int
+    num_real: int | None
     num_generated: int
-    real_split: float
-    num_real_split: int
+    real_split: float | None
+    num_real_split: int | None
 
     @property
     def label(self) -> str:
-        """`metric[network]`. The names FID, KID and rFID belong to the original Inception weights."""
-        return f"{self.metric}[{self.network}]"
+        """`metric[network]`; FID and KID with the original Inception weights, and with no others."""
+        published = PUBLISHED.get(self.metric) if self.network == "inception" else None
+        return published or f"{self.metric}[{self.network}]"
 
     def to_dict(self) -> dict:
         """All fields, and `label`."""
@@ -95,6 +98,18 @@ def compare_features(
     return results
 
 
+def compare_with_reference(mean: torch.Tensor, covariance: torch.Tensor, generated: FeatureSet) -> Measurement:
+    """The Fréchet distance to real pictures of which only the features' mean and covariance are known.
+
+    Args:
+        mean `(D,)`, covariance `(D, D)`: float64.
+        generated: features of the same network.
+    """
+    features = generated.features.double()
+    distance = frechet_distance_of_gaussians(mean, covariance, features.mean(0), _covariance(features))
+    return Measurement("frechet_distance", generated.network, distance, None, None, len(generated), None, None)
+
+
 def compare_images(
     real: torch.Tensor, generated: torch.Tensor, extractor: FeatureExtractor, batch_size: int = 64, **kwargs: Any
 ) -> list[Measurement]:
@@ -127,10 +142,23 @@ def frechet_distance(real: torch.Tensor, generated: torch.Tensor) -> float:
         generated: `(M, D)`, M at least 2.
     """
     real, generated = _check_pair(real, generated, minimum=2)
-    roots = symmetric_sqrt(_covariance(real)), symmetric_sqrt(_covariance(generated))
-    cross = torch.linalg.svdvals(roots[0] @ roots[1]).sum()
-    mean_term = (real.mean(0) - generated.mean(0)).square().sum()
-    return float(mean_term + real.var(0).sum() + generated.var(0).sum() - 2 * cross)
+    if max(len(real), len(generated)) <= real.shape[1]:  # with Σ = AᵀA the same singular values are those of A₁A₂ᵀ
+        roots = [(features - features.mean(0)) / math.sqrt(len(features) - 1) for features in (real, generated)]
+        cross = torch.linalg.svdvals(roots[0] @ roots[1].T).sum()
+        variances = sum(root.square().sum() for root in roots)
+        return float((real.mean(0) - generated.mean(0)).square().sum() + variances - 2 * cross)
+    return frechet_distance_of_gaussians(real.mean(0), _covariance(real), generated.mean(0), _covariance(generated))
+
+
+def frechet_distance_of_gaussians(
+    real_mean: torch.Tensor, real_covariance: torch.Tensor, mean: torch.Tensor, covariance: torch.Tensor
+) -> float:
+    """The same from two means `(D,)` and covariances `(D, D)`, float64."""
+    if real_mean.shape != mean.shape:
+        raise ValueError(f"`real_mean` must have {len(mean)} features as `mean` has, got {len(real_mean)}.")
+    cross = torch.linalg.svdvals(symmetric_sqrt(real_covariance) @ symmetric_sqrt(covariance)).sum()
+    mean_term = (real_mean - mean).square().sum()
+    return float(mean_term + real_covariance.trace() + covariance.trace() - 2 * cross)
 
 
 def kernel_distance(
@@ -276,7 +304,9 @@ __all__ = [
     "classifier_score",
     "compare_features",
     "compare_images",
+    "compare_with_reference",
     "frechet_distance",
+    "frechet_distance_of_gaussians",
     "kernel_distance",
     "precision_recall",
     "symmetric_sqrt",

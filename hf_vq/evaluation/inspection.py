@@ -151,6 +151,27 @@ def interpolate(
         return tokenizer.decode_indices(grids).sample.float().clamp(-1, 1)
 
 
+class TokenizerLatents:
+    """The latents of a tokenizer as the features of an image: images are close whose parts look alike in place.
+
+    Args:
+        tokenizer: on its device.
+    """
+
+    name = "latents"
+
+    def __init__(self, tokenizer: PreTrainedModel):
+        self.tokenizer = tokenizer
+
+    @torch.no_grad()
+    def pooled(self, images: torch.Tensor) -> torch.Tensor:
+        """`images` `(B, C, H, W)` in [-1, 1] -> `(B, D · h · w)`, of a hierarchy those of all levels."""
+        with evaluation_mode(self.tokenizer):
+            latents = self.tokenizer.encode(images.to(self.tokenizer.device, self.tokenizer.dtype)).latents
+        levels = latents if isinstance(latents, tuple) else (latents,)
+        return torch.cat([level.flatten(1) for level in levels], dim=1).float()
+
+
 def nearest_images(
     samples: torch.Tensor,
     dataset: Dataset,
@@ -254,6 +275,7 @@ def _one_level(indices: torch.Tensor | tuple, level: int) -> torch.LongTensor:
 
 
 __all__ = [
+    "TokenizerLatents",
     "codebook_atlas",
     "copied_share",
     "heat_map",

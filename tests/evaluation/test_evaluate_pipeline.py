@@ -10,6 +10,7 @@ from hf_vq.evaluation.codebook import PositionCounts
 from hf_vq.evaluation.evaluate import evaluate_prior, evaluate_tokenizer
 from hf_vq.evaluation.evaluate_pipeline import applicable_metrics, draw_images, evaluate_model
 from hf_vq.training.data.image_datasets import collate
+from tests.process_groups import in_processes
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +78,32 @@ def test_the_figures_are_those_of_each_evaluation_alone(pipeline, dataset):
     columns = indices.flatten(1).T.tolist()
     entropies = [-sum(n / 20 * math.log2(n / 20) for n in Counter(column).values()) for column in columns]
     assert found["codebook_entropy_per_position"] == pytest.approx(sum(entropies) / 36, rel=1e-6)
+
+
+def figures_of_a_process(pipeline, dataset):
+    torch.manual_seed(0)
+    return evaluate_model(
+        pipeline,
+        dataset,
+        extractor=Means(),
+        classifier=lambda images: images.mean((2, 3)),
+        num_samples=9,
+        batch_size=4,
+        label_key="label",
+        progress=False,
+    )
+
+
+def test_two_processes_measure_what_one_does(pipeline, dataset, tmp_path):
+    expected = figures_of_a_process(pipeline, dataset)
+    for found in in_processes(2, tmp_path, figures_of_a_process, pipeline, dataset):
+        for name, value in expected.items():
+            if name.endswith("distances"):
+                for one, other in zip(value, found[name], strict=True):
+                    assert one["num_generated"] == other["num_generated"] and one["num_real"] == other["num_real"]
+                    assert other["value"] == pytest.approx(one["value"], rel=1e-4, abs=1e-7)
+            elif name != "images_per_second":
+                assert found[name] == pytest.approx(value, rel=1e-5)
 
 
 def test_drawn_images_do_not_depend_on_the_batch(pipeline, dataset):

@@ -12,6 +12,7 @@ from hf_vq.evaluation.generation import (
     compare_features,
     compare_images,
     frechet_distance,
+    frechet_distance_of_gaussians,
     kernel_distance,
     precision_recall,
     symmetric_sqrt,
@@ -42,6 +43,17 @@ def test_frechet_distance_agrees_with_scipy():
     expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s1 + s2 - 2 * np.real(sqrtm(s1 @ s2)))
     assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-9)
     assert frechet_distance(y, x) == pytest.approx(expected, rel=1e-9)
+
+
+def test_frechet_distance_of_fewer_pictures_than_features():
+    """Through the pictures' own products, and through the covariances, which are singular."""
+    x, y = features(9, dim=12).double(), features(7, dim=12, seed=1, shift=0.3).double()
+    expected = frechet_distance_of_gaussians(x.mean(0), x.T.cov(), y.mean(0), y.T.cov())
+    assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-9)
+    s1, s2 = np.cov(x.numpy(), rowvar=False), np.cov(y.numpy(), rowvar=False)
+    roots = np.sqrt(np.clip(np.linalg.eigvals(s1 @ s2).real, 0, None)).sum()
+    expected = float((x.mean(0) - y.mean(0)).square().sum()) + np.trace(s1) + np.trace(s2) - 2 * roots
+    assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-6)
 
 
 def test_frechet_distance_of_diagonal_gaussians():

@@ -239,7 +239,7 @@ class PixelSNAILSteps:
         self.stem.put(codes, self.past + length - 1 - codes.shape[1])
         parts, of_parts = [], []
         while length > 0:
-            row, start = divmod(self.past, self.width)
+            row, start = self.past // self.width, self.past % self.width  # torch.compile knows no divmod
             part = min(length, self.width - start)
             of_part = None if states is None else []
             parts.append(self._part_of_a_row(row, start, part, of_part))

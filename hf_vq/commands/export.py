@@ -1,0 +1,21 @@
+"""``hf-vq export``: a tokenizer as ONNX graphs."""
+
+import argparse
+import json
+
+from .sources import load_tokenizer
+
+
+def export(options: argparse.Namespace) -> None:
+    """Writes `encoder.onnx` and `decoder.onnx` of a tokenizer, and prints how they compare with it."""
+    from ..onnx_export import export_onnx, largest_difference
+
+    model = load_tokenizer(options)
+    try:
+        files = export_onnx(model, options.output, options.size)
+        difference = largest_difference(model, options.output, options.size)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"`hf-vq export` needs the package {error.name}: pip install 'hf_vq[export]'.") from error
+    found = {"files": [str(file) for file in files], "largest_difference": difference}
+    lines = [*found["files"], f"equal indices; largest difference of images {difference:.2g}"]
+    print(json.dumps(found, indent=2) if options.json else "\n".join(lines))

@@ -1,0 +1,1 @@
+"""A package, so that no `tests` that another package has installed (torch-fidelity does) takes its place."""
