@@ -75,7 +75,7 @@ class PageModel:
             return "image"
         if hasattr(self.pipeline, "priors"):
             kinds = {prior.config.condition_type for prior in self.pipeline.priors}
-            return "class" if "class" in kinds else None
+            return next((kind for kind in ("class", "text") if kind in kinds), None)
         kind = {"class": "class", "class_token": "class", "text": "text"}.get(self.pipeline.condition_kind)
         return "image" if kind is None and self._map_channels in (1, 3) else kind
 
@@ -84,13 +84,6 @@ class PageModel:
         """Channels that a denoiser of latents takes beside them."""
         unet = getattr(self.pipeline, "unet", None)
         return 0 if unet is None else unet.config.in_channels - self.tokenizer.config.embed_dim
-
-    @property
-    def completes(self) -> bool:
-        """Whether it can draw a part of a picture anew; a denoiser of latents must have been trained for that."""
-        if self.pipeline is None or not hasattr(self.pipeline, "unet"):
-            return self.pipeline is not None
-        return self._map_channels == self.tokenizer.config.embed_dim + 1
 
     @property
     def class_names(self) -> list[str]:
@@ -498,10 +491,10 @@ def prepare_completion(model: PageModel, upload: Any) -> tuple[torch.Tensor, Ima
     """What the tokenizer sees of an upload, `(1, C, H, W)` in [-1, 1], and the same, enlarged to paint on.
 
     Raises:
-        ValueError: a bad upload, or a model that completes nothing.
+        ValueError: a bad upload, or a tokenizer alone.
     """
-    if not model.completes:
-        raise ValueError(f"`{model.name}` cannot complete pictures: it has no prior that was trained for that.")
+    if model.pipeline is None:
+        raise ValueError(f"`{model.name}` is a tokenizer without a prior, which completes nothing.")
     pixel_values = prepare(model, read_upload(upload)).float().cpu().clamp(-1, 1)
     return pixel_values, enlarge(to_pil(pixel_values)[0])
 

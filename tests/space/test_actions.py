@@ -63,7 +63,7 @@ def test_the_shelf_holds_few_models(shelf, model, monkeypatch):
 
 
 def test_what_a_model_takes(model):
-    assert model.condition == "class" and model.completes and model.grids == [(8, 8)]
+    assert model.condition == "class" and model.grids == [(8, 8)]
     assert len(model.class_names) == 9 and model.class_names[0] == SMILEYS
     assert model.options == ["guidance_scale", "temperature", "top_k", "top_p"]
     assert "32×32 pixels to 8×8 codes of 512" in model.summary
@@ -71,11 +71,11 @@ def test_what_a_model_takes(model):
 
 def test_a_tokenizer_alone_draws_nothing():
     model = actions.load_model("alone", str(ROOT / "examples/checkpoints/emoji-32/vqvae"))
-    assert model.pipeline is None and model.condition is None and not model.completes and model.class_names == []
+    assert model.pipeline is None and model.condition is None and model.class_names == []
     assert actions.encode(model, PICTURE)[0].levels[0].shape == (8, 8)
     with pytest.raises(ValueError, match="tokenizer without a prior"):
         actions.draw(model, actions.Wishes())
-    with pytest.raises(ValueError, match="cannot complete"):
+    with pytest.raises(ValueError, match="completes nothing"):
         actions.prepare_completion(model, PICTURE)
 
 
@@ -163,7 +163,7 @@ def test_drawing_is_the_pipelines_own(model):
     wishes = actions.Wishes([SMILEYS, "Flags"], count=2, seed=3, options=options)
     drawn = actions.draw(model, wishes, shares.append)
     expected = model.pipeline(
-        [SMILEYS, "Flags"],
+        class_labels=[SMILEYS, "Flags"],
         guidance_scale=2.0,
         top_k=50,
         num_images_per_prompt=2,
