@@ -7,12 +7,15 @@ The weights are stored in half precision, and the program ends with an error whe
 measured on the packaged validation images, which no run trains on. `samples.png` has eight samples of each class, the
 first that were drawn, and `row.png` the first of each; `nearest.png` the first two of each class above the training
 images that are closest to them in the features of MobileNetV2; `reconstructions.png` unseen images above their
-reconstructions. A tokenizer that another checkpoint has already is a link to it (`--tokenizer-of emoji-32`).
+reconstructions. A tokenizer that another checkpoint has already is a link to it (`--tokenizer-of emoji-32`). With
+`--classifier` (examples/demo/image_classifier.py) `rejection.png` has eight samples of each class that it chose from
+four times as many.
 """
 
 import argparse
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -42,6 +45,7 @@ DATASET = (
 FEATURE_LAYER = 13  # of MobileNetV2, 96 features: few pictures suffice
 PER_CLASS = 8
 COLUMNS = 12
+ACCEPTED = 0.25  # of the samples that a classifier chooses from
 SHOWN = (
     "psnr", "ssim", "perceptual", "codebook_perplexity", "codebook_usage", "bits_per_index", "uniform_bits_per_index",
     "bits_per_pixel_dim",
@@ -106,6 +110,32 @@ def measure_samples(pipeline, dataset, training, folder: Path, sampling: dict) -
     return figures
 
 
+def reject(pipeline, path: Path, folder: Path, names: list[str], sampling: dict) -> dict[str, float]:
+    """Stores a classifier with its checkpoint, and what it chooses; the probability that it gives to the classes."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
+    from image_classifier import LinearClassifier
+
+    (folder / "classifier").mkdir()
+    shutil.copyfile(path, folder / "classifier/model.safetensors")
+    results = pipeline.rejection_sample(
+        list(range(len(names))),
+        LinearClassifier.load(folder / "classifier/model.safetensors", build_perceptual("mobilenet_v2")),
+        PER_CLASS,
+        acceptance_rates=[1.0, ACCEPTED],
+        batch_size=round(PER_CLASS / ACCEPTED),
+        generator=torch.Generator().manual_seed(0),
+        output_type="pt",
+        **sampling,
+    )
+    chosen = results[ACCEPTED]
+    scale = 2 if chosen.images.shape[-1] <= 32 else 1
+    samples_by_class(chosen.images * 2 - 1, chosen.class_ids, names, scale=scale).save(folder / "rejection.png")
+    return {
+        f"class probability of samples accepted at {rate:g}": float(output.scores.mean())
+        for rate, output in results.items()
+    }
+
+
 def reconstruct(pipeline, dataset, path: Path) -> None:
     places = torch.linspace(0, len(dataset) - 1, 2 * COLUMNS).long().tolist()
     images = torch.stack([dataset[i]["pixel_values"] for i in places])
@@ -145,6 +175,8 @@ def ship(args: argparse.Namespace) -> None:
     check_half(likelihood_and_reconstruction(full, dataset), figures)
     figures = flat(figures) | measure_samples(pipeline, dataset, training, folder, args.sampling)
     reconstruct(pipeline, dataset, folder / "reconstructions.png")
+    if args.classifier is not None:
+        figures |= reject(pipeline, args.classifier, folder, dataset.class_names, args.sampling)
     write_card(folder, pipeline, figures, args)
     print(json.dumps(figures, indent=2))
 
@@ -179,6 +211,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--command", required=True, help="what trained it")
     parser.add_argument("--sampling", nargs="*", type=sampling_pair, default=[], help="name=JSON, of the call")
     parser.add_argument("--tokenizer-of", help="the checkpoint whose tokenizer this one uses")
+    parser.add_argument("--classifier", type=Path, help="chooses among samples, and is stored with the checkpoint")
     parser.add_argument("--max-samples", type=int, help="measure on fewer images, for tests")
     parser.add_argument("--card-only", action="store_true", help="write the card anew, with the figures it has")
     args = parser.parse_args(argv)

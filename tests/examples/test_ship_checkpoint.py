@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from hf_vq import (
     PixelCNNConfig,
@@ -53,7 +53,10 @@ def test_a_pipeline_becomes_a_checkpoint(tmp_path, monkeypatch):
     (tmp_path / "about.md").write_text("Blobs.\n\n![Samples](samples.png)\n")
     options = ["--about", str(tmp_path / "about.md"), "--command", "python train.py", "--max-samples", "96"]
     program.main([str(tmp_path / "trained"), "--name", "first", *options])
-    program.main([str(tmp_path / "trained"), "--name", "second", *options, "--tokenizer-of", "first"])
+    weights = {"weight": torch.zeros(9, 1281), "mean": torch.zeros(1280), "std": torch.ones(1280)}
+    save_file({name: tensor.half() for name, tensor in weights.items()}, tmp_path / "classifier.safetensors")
+    options += ["--tokenizer-of", "first", "--classifier", str(tmp_path / "classifier.safetensors")]
+    program.main([str(tmp_path / "trained"), "--name", "second", *options])
 
     folder = tmp_path / "examples/checkpoints/first"
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix in (".png", ".md")}
@@ -67,5 +70,8 @@ def test_a_pipeline_becomes_a_checkpoint(tmp_path, monkeypatch):
     card = (tmp_path / "model_cards/first.md").read_text()
     assert "![Samples](../examples/checkpoints/first/samples.png)" in card and "python train.py" in card
 
+    card = ModelCard.load(tmp_path / "examples/checkpoints/second/README.md")
+    figures = {one.metric_type: one.metric_value for one in card.data.eval_results}
+    assert figures["class probability of samples accepted at 0.25"] == pytest.approx(1 / 9, abs=1e-4)
     linked = tmp_path / "examples/checkpoints/second/vqvae"
     assert os.readlink(linked) == "../first/vqvae" and program.load(linked.parent).vqvae.num_parameters() > 0
