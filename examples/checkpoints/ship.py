@@ -45,6 +45,7 @@ DATASET = (
 FEATURE_LAYER = 13  # of MobileNetV2, 96 features: few pictures suffice
 PER_CLASS = 8
 COLUMNS = 12
+TIMESTEPS = 10  # drawn for each image in the bound of VQ-Diffusion
 ACCEPTED = 0.25  # of the samples that a classifier chooses from
 SHOWN = (
     "psnr", "ssim", "perceptual", "codebook_perplexity", "codebook_usage", "bits_per_index", "uniform_bits_per_index",
@@ -64,7 +65,8 @@ def load(folder: Path) -> DiffusionPipeline:
 
 def likelihood_and_reconstruction(pipeline: DiffusionPipeline, dataset, perceptual=None) -> dict:
     metrics = [name for name in applicable_metrics(pipeline) if name != "generation"]
-    return evaluate_model(pipeline, dataset, metrics, perceptual, label_key="label", batch_size=62, progress=False)
+    options = {"label_key": "label", "batch_size": 62, "num_timesteps": TIMESTEPS, "progress": False}
+    return evaluate_model(pipeline, dataset, metrics, perceptual, **options)
 
 
 def check_half(full: dict, half: dict) -> None:
