@@ -49,7 +49,23 @@ class CausalConvSteps:
         self.kernel_size, self.left, self.channels = k, left, above.shape[2]
         self.rows = self.bias.new_zeros(batch_size, k - 1, width + 2 * left, self.channels)
         self.current = self.bias.new_zeros(batch_size, width + 2 * left, self.channels)
-        self.from_above = None
+        self.from_above = self.bias.new_zeros(batch_size, width, self.above_weight.shape[1])
+        # a position at a time, most of the time would go into making these views of the memory above
+        self.columns = [self._views(start, 1) for start in range(width)]
+
+    def _views(self, start: int, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of `length` columns from `start` on: where the inputs go, what the taps on the left see, and what comes
+        from the rows above.
+        """
+        current, channels = self.current, self.channels
+        inputs = current[:, start + self.left : start + self.left + length]
+        # the windows of the taps overlap in memory
+        size, stride = (len(current), length, self.left * channels), (current.stride(0), channels, 1)
+        windows = current.as_strided(size, stride, start * channels)
+        from_above = self.from_above[:, start : start + length]
+        if length == 1:
+            return inputs[:, 0], windows[:, 0], from_above[:, 0]
+        return inputs, windows.flatten(0, 1), from_above.flatten(0, 1)
 
     def start_row(self, extra: torch.Tensor | None = None) -> None:
         """The current row is done, and the next one begins; `extra` `(B, w, out_channels)` is added to it."""
@@ -58,22 +74,20 @@ class CausalConvSteps:
         # (B, k - 1, w, C, k): the columns around each
         windows = self.rows.unfold(2, self.kernel_size, 1)
         patches = windows.permute(0, 2, 1, 4, 3).flatten(2)
-        self.from_above = patches @ self.above_weight + self.bias
+        self.from_above.copy_(patches @ self.above_weight + self.bias)
         if extra is not None:
             self.from_above += extra
 
     def __call__(self, features: torch.Tensor, start: int, length: int) -> torch.Tensor:
         """The outputs at `length` columns from `start` on, where the input is `features`."""
-        current, left = self.current, self.left
-        current[:, start + left : start + left + length].copy_(features.view(-1, length, self.channels))
-        # the windows of the taps on the left overlap in memory
-        patches = current.as_strided(
-            (current.shape[0], length, left * self.channels),
-            (current.stride(0), self.channels, 1),
-            start * self.channels,
-        )
-        from_above = self.from_above[:, start : start + length]
-        return torch.addmm(from_above.flatten(0, 1), patches.flatten(0, 1), self.left_weight)
+        if length == 1:
+            inputs, windows, from_above = self.columns[start]
+            inputs.copy_(features)
+        else:
+            inputs, _, _ = self._views(start, length)
+            inputs.copy_(features.view(-1, length, self.channels))
+            _, windows, from_above = self._views(start, length)  # one of them may be a copy
+        return torch.addmm(from_above, windows, self.left_weight)
 
 
 class GatedResidualSteps:
