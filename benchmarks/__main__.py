@@ -13,6 +13,7 @@ BENCHMARKS = (
     "peers",
     "growth",
     "quantizer",
+    "codebook_usage",
     "generate",
     "mask_replace_step",
     "incremental",

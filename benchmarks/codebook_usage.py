@@ -71,6 +71,13 @@ def train(
     }
 
 
+def run(quick: bool, threads: int) -> list[dict]:
+    """One row for each quantizer."""
+    torch.set_num_threads(threads)
+    codes, steps, batch = (512, 20, 256) if quick else (2**16, 1000, 1024)
+    return [train(name, codes, steps, batch, **OPTIONS.get(name, {})) for name in ("vq", "simvq", "bsq")]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--codes", type=int, default=2**16)

@@ -67,6 +67,17 @@ def test_what_does_not_fit_is_refused_at_the_start(images, tmp_path):
             train(name, images, tmp_path / "refused", *options)
 
 
+@pytest.mark.parametrize("name", ["vqgan", "vqvae", "vqvae2"])
+@pytest.mark.parametrize("quantizer", ["simvq", "ibq", "bsq"])
+def test_quantizers_of_large_codebooks(images, tmp_path, name, quantizer):
+    folder = train(name, images, tmp_path, "--quantizer", quantizer, "--embed_dim", "3")  # BSQ's 8 codes have 3 bits
+    kind = {"vqgan": VQGANModel, "vqvae": VQVAEModel, "vqvae2": VQVAE2Model}[name]
+    model = kind.from_pretrained(folder)
+    assert model.config.quantizer == quantizer
+    indices = model.encode(torch.zeros(1, 3, 16, 24)).indices
+    assert all(level.max() < 8 for level in (indices if isinstance(indices, tuple) else (indices,)))
+
+
 @pytest.mark.parametrize("quantizer", ["ema", "vq"])
 @pytest.mark.parametrize("name,kind", [("vqgan", VQGANModel), ("vqvae", VQVAEModel), ("vqvae2", VQVAE2Model)])
 def test_the_decoder_alone(images, tmp_path, name, kind, quantizer):

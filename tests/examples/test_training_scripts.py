@@ -17,6 +17,7 @@ from hf_vq import (
     VQVAEConfig,
     VQVAEModel,
 )
+from hf_vq.models.quantizers.build import QUANTIZERS
 from hf_vq.training.data import code_splits
 from hf_vq.training.data.code_splits import training_inputs
 from hf_vq.training.run_arguments import parse_arguments
@@ -39,6 +40,8 @@ def test_help(name, capsys):
         script(name).main(["--help"])
     text = capsys.readouterr().out
     assert '"train[5%:]"' in " ".join(text.split()) and "--max_train_steps" in text
+    if name in ("vqgan", "vqvae", "vqvae2"):
+        assert f"One of {', '.join(QUANTIZERS)}." in " ".join(text.split())
 
 
 @pytest.mark.parametrize("name", ["vqgan", "vqvae"])

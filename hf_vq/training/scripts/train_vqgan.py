@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from hf_vq import VQConditionProcessor, VQGANConfig, VQGANModel, VQImageProcessor
 from hf_vq.models.autoencoders.image_processing_vq_condition import CONDITIONS
+from hf_vq.models.quantizers.build import QUANTIZERS
 from hf_vq.training.data.conditions import condition_values
 from hf_vq.training.data.image_datasets import DataArguments, load_image_dataset
 from hf_vq.training.data.image_decoding import as_size
@@ -53,7 +54,7 @@ class VQGANArguments:
     embed_dim: int = 256
     num_embeddings: int = 1024
     commitment_cost: float = 0.25
-    quantizer: str = field(default="ema", metadata={"help": "vq, ema, gumbel, cosine, fsq, lfq or residual."})
+    quantizer: str = field(default="ema", metadata={"help": f"One of {', '.join(QUANTIZERS)}."})
     in_channels: int | None = field(
         default=None,
         metadata={"help": "Channels of the images: 1 grey, 3 RGB (the default), 4 RGBA; a condition has its own."},

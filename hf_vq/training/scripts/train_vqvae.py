@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from hf_vq import VQImageProcessor, VQVAEConfig, VQVAEModel
+from hf_vq.models.quantizers.build import QUANTIZERS
 from hf_vq.training.data.image_datasets import DataArguments, load_image_dataset, pixel_variance
 from hf_vq.training.fine_tuning import PARTS, train_part
 from hf_vq.training.objectives.perceptual import build_perceptual
@@ -39,7 +40,7 @@ class VQVAEArguments:
     embed_dim: int = 64
     num_embeddings: int = 512
     commitment_cost: float = 0.25
-    quantizer: str = field(default="ema", metadata={"help": "vq, ema, gumbel, cosine, fsq, lfq or residual."})
+    quantizer: str = field(default="ema", metadata={"help": f"One of {', '.join(QUANTIZERS)}."})
     in_channels: int = field(default=3, metadata={"help": "Channels of the images: 1 grey, 3 RGB, 4 RGBA."})
     quantizer_kwargs: str = field(default="{}", metadata={"help": "Its further arguments, a mapping or JSON."})
     data_variance: float | None = field(

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from hf_vq import VQImageProcessor, VQVAE2Config, VQVAE2Model
 from hf_vq.evaluation.hierarchy import reconstruct_by_levels
+from hf_vq.models.quantizers.build import QUANTIZERS
 from hf_vq.training.data.image_datasets import DataArguments, load_image_dataset, pixel_variance
 from hf_vq.training.fine_tuning import PARTS, train_part
 from hf_vq.training.objectives.perceptual import PerceptualNetwork, build_perceptual
@@ -44,7 +45,7 @@ class VQVAE2Arguments:
     embed_dim: int = 64
     num_embeddings: int = 512
     commitment_cost: float = 0.25
-    quantizer: str = field(default="ema", metadata={"help": "vq, ema, gumbel, cosine, fsq, lfq or residual."})
+    quantizer: str = field(default="ema", metadata={"help": f"One of {', '.join(QUANTIZERS)}."})
     in_channels: int = field(default=3, metadata={"help": "Channels of the images: 1 grey, 3 RGB, 4 RGBA."})
     quantizer_kwargs: str = field(default="{}", metadata={"help": "Its further arguments, a mapping or JSON."})
     data_variance: float | None = field(
