@@ -1,6 +1,7 @@
 """`hf-vq convert`: an original checkpoint as a folder of hf_vq, checked and described."""
 
 import argparse
+import gc
 import importlib
 import json
 from pathlib import Path
@@ -54,6 +55,7 @@ def convert(options: argparse.Namespace) -> None:
         module = importlib.import_module(f"hf_vq.conversion.convert_{source}")
         module.main([*converter_arguments(options, source), "--output", str(folder)])
         check_output(output, folder)
+        gc.collect()  # the converted weights, before they are loaded again
         model = load_converted(folder)
         errors = {}
         if options.verify is not None:
