@@ -156,9 +156,11 @@ def build_parser() -> argparse.ArgumentParser:
         "user/pipeline --data user/images --label-column label",
         "outputs/vqgan/tokenizer --data photos/ --split train --metrics reconstruction codebook",
         "outputs/vq_gpt/pipeline --data photos/ --sampling guidance_scale=2 --output figures.json --update-card",
+        "outputs/pixelcnn/prior --tokenizer outputs/vqvae/tokenizer --data photos/ --metrics likelihood",
         "user/pipeline --data photos/ --inception weights-inception-2015-12-05-6726825d.pth --num-samples 50000",
     )
     add_tokenizer(command)
+    command.add_argument("--tokenizer", metavar="MODEL", help="of a prior alone: its tokenizer")
     command.add_argument("--data", required=True, help="data set of the Hub, or a folder of images")
     command.add_argument("--split", default="validation", help="(default: %(default)s)")
     command.add_argument("--image-column", default="image", help="(default: %(default)s)")

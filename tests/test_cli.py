@@ -396,7 +396,12 @@ def test_evaluate(folder, tmp_path, capsys):
     assert run("evaluate", folder / "vqgan", *arguments, "--size", 12, "--json") == 0
     assert json.loads(capsys.readouterr().out).keys() >= {"psnr", "ssim", "codebook_entropy_per_position"}
     assert run("evaluate", folder / "prior", *arguments) == 1
-    assert "give the pipeline that has it" in capsys.readouterr().err
+    assert "give the pipeline that has it, or its --tokenizer" in capsys.readouterr().err
+    prior = ("evaluate", folder / "prior", *arguments, "--metrics", "likelihood", "--json", "--tokenizer")
+    assert run(*prior, folder / "vqgan") == 0
+    assert json.loads(capsys.readouterr().out)["bits_per_index"] == pytest.approx(figures["bits_per_index"], rel=1e-5)
+    assert run(*prior, folder / "prior") == 1
+    assert "`--tokenizer` must be an image tokenizer, got a VQGPTForCausalLM" in capsys.readouterr().err
 
 
 def test_show_the_images_that_a_sample_copies(folder, tmp_path):

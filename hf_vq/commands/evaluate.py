@@ -21,12 +21,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
     _join_processes()
     where = device(options)
-    model = load(options.model)
-    if not hasattr(model, "decode_indices") and not hasattr(model, "vqvae"):
-        raise ValueError(
-            f"`MODEL` must be a tokenizer or a pipeline, got a {type(model).__name__}: give the pipeline that has it."
-        )
-    model = model.to(where)
+    model = load_measured(options).to(where)
     tokenizer = getattr(model, "vqvae", model)
     resolution = options.size or tokenizer.config.resolution
     data = DataArguments(
@@ -78,6 +73,29 @@ def evaluate(options: argparse.Namespace) -> None:
     if options.update_card:
         update_card(Path(options.model), flat_figures(figures), options)
     print(json.dumps(figures, indent=2, ensure_ascii=False) if options.json else table(figures))
+
+
+def load_measured(options: argparse.Namespace):
+    """The tokenizer or the pipeline that is to be measured; of a prior alone, its pipeline with `--tokenizer`.
+
+    Raises:
+        ValueError: something else, or a prior that takes more than a tokenizer beside it.
+    """
+    from .. import VQAutoregressivePipeline
+
+    model = load(options.model)
+    if hasattr(model, "decode_indices") or hasattr(model, "vqvae"):
+        if options.tokenizer is not None:
+            raise ValueError(f"`--tokenizer` is for a prior alone, got it with a {type(model).__name__}.")
+        return model
+    is_whole = hasattr(model, "log_likelihood") and getattr(model.config, "conditioning_grid_size", None) is None
+    if not is_whole or options.tokenizer is None:
+        wanted = "give the pipeline that has it" + (", or its --tokenizer" if is_whole else "")
+        raise ValueError(f"`MODEL` must be a tokenizer or a pipeline, got a {type(model).__name__}: {wanted}.")
+    tokenizer = load(options.tokenizer)
+    if not hasattr(tokenizer, "decode_indices"):
+        raise ValueError(f"`--tokenizer` must be an image tokenizer, got a {type(tokenizer).__name__}.")
+    return VQAutoregressivePipeline(vqvae=tokenizer, prior=model)
 
 
 def feature_networks(options: argparse.Namespace, where: str) -> tuple:
