@@ -166,6 +166,12 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--image-column", default="image", help="(default: %(default)s)")
     command.add_argument("--label-column", help="the classes, for conditional priors")
     command.add_argument("--caption-column", help="the prompts, for conditional priors")
+    command.add_argument("--conditioning-image-column", help="the spatial conditions, for priors that have some")
+    command.add_argument(
+        "--annotator",
+        choices=["segmentation", "depth", "edges"],
+        help="measure how drawn images follow their condition, found again by a model of this task",
+    )
     command.add_argument("--size", type=positive, help="side of the images (default: the one it was trained at)")
     command.add_argument("--max-images", type=positive, help="only the first so many")
     command.add_argument("--num-samples", type=positive, help="images that are drawn (default: as many as there are)")

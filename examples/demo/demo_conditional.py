@@ -33,9 +33,10 @@ from hf_vq.training.data.indices_cache import CONDITION_CODES, load_indices
 
 
 EDGE_SIGMA = 1.0
-SAMPLING = {"guidance_scale": 2.0, "top_p": 0.95}
+SAMPLING = {"guidance_scale": 2.0, "top_p": 0.7}
 COLUMNS, SAMPLES = 12, 3
 MEASURED = 96  # unseen pictures, one sample of each
+WHITE = 0.2  # so far from white a pixel belongs to the object, on a scale of 2
 LARGE, LARGE_SIDE = 4, 128
 
 
@@ -90,19 +91,26 @@ def write_sheet(pipe: VQAutoregressivePipeline, pairs: dict, rows: list[torch.Te
 
 
 def agreement(pipe: VQAutoregressivePipeline, pairs: dict) -> dict[str, float]:
-    """How well one sample of each condition follows it, how well another's, and how well the original does."""
+    """How well one sample of each condition follows it, how well another's, and how well the originals do, and what
+    is left of them in their codes.
+    """
     condition = pairs["condition"]
-    images = {"samples": sample(pipe, condition, seed=100), "originals": pairs["pixel_values"]}
+    originals = pairs["pixel_values"]
+    with torch.no_grad():  # what the image tokenizer can show at best
+        latents = pipe.vqvae.encode(originals.to(pipe.device)).latents
+        best = pipe.vqvae.decode(latents).sample.cpu()
+    images = {"samples": sample(pipe, condition, seed=100).cpu(), "originals": originals, "reconstructions": best}
     others = condition.roll(len(condition) // 2, dims=0)  # of other categories: the data are in their order
     figures = {}
     for name, wanted, shown in (
         ("", condition, "samples"),
         ("_shuffled", others, "samples"),
         ("_of_originals", condition, "originals"),
+        ("_of_reconstructions", condition, "reconstructions"),
     ):
         if pipe.condition_processor.condition == "segmentation":
             masks = LabelAgreement(2)
-            masks.update(object_mask(images[shown]).long(), (wanted > 0).long())
+            masks.update(object_mask(images[shown], WHITE).long(), (wanted > 0).long())
             figures[f"segmentation_mean_iou{name}"] = masks.compute()["mean_iou"]
         else:
             found = EdgeAnnotator(EDGE_SIGMA)(to_pil(images[shown]))

@@ -16,6 +16,7 @@ def evaluate(options: argparse.Namespace) -> None:
     from ..distributed import is_main_process
     from ..evaluation.evaluate_pipeline import applicable_metrics, evaluate_model
     from ..evaluation.inception import ReferenceBatch
+    from ..pipelines.annotators import load_annotator
     from ..training.data.image_datasets import DataArguments, load_image_dataset
     from ..training.objectives.perceptual import build_perceptual
 
@@ -31,12 +32,21 @@ def evaluate(options: argparse.Namespace) -> None:
         extra_columns=[options.caption_column] if options.caption_column else [],
         resolution=resolution,
         max_samples=options.max_images,
+        conditioning_image_column=options.conditioning_image_column,
     )
-    dataset = load_image_dataset(data, options.split, channels=tokenizer.config.in_channels)
+    processor = getattr(model, "condition_processor", None)
+    if processor is not None and processor.condition != "edges" and options.conditioning_image_column is None:
+        processor = None  # what needs conditions will say so
+    dataset = load_image_dataset(
+        data, options.split, channels=tokenizer.config.in_channels, condition_processor=processor
+    )
+    annotator = None if options.annotator is None else load_annotator(options.annotator, device=where)
     perceptual = build_perceptual(options.perceptual)
     extractor, classifier = feature_networks(options, where)
     sampling = dict(_pair(pair) for pair in options.sampling)
-    metrics = options.metrics or applicable_metrics(model)
+    metrics = options.metrics or [
+        name for name in applicable_metrics(model) if name != "agreement" or annotator is not None
+    ]
     figures = evaluate_model(
         model,
         dataset,
@@ -50,6 +60,7 @@ def evaluate(options: argparse.Namespace) -> None:
         label_key="label" if options.label_column else None,
         caption_key=options.caption_column,
         num_timesteps=options.num_timesteps,
+        annotator=annotator,
         progress=not options.json,
         reference=None if options.reference is None else ReferenceBatch.from_npz(options.reference),
         **sampling,

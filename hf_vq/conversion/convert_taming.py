@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from ..hub import push_folder, save_with_code
+from ..models.autoencoders.image_processing_vq_condition import VQConditionProcessor
 from ..models.autoencoders.modeling_vqgan import VQGANModel
 from ..models.priors.code_orders import CODE_ORDERS, code_order
 from ..models.priors.configuration_vq_gpt import VQGPTConfig
@@ -203,7 +204,13 @@ def convert_net2net(model: dict, state_dict: dict):
     with torch.device("meta"):
         prior = VQGPTForCausalLM(config)
     load_exactly(prior, weights)
-    return VQAutoregressivePipeline(vqvae=vqvae, prior=prior.eval()), condition_tokenizer, dropped
+    pipeline = VQAutoregressivePipeline(
+        vqvae=vqvae,
+        prior=prior.eval(),
+        condition_tokenizer=condition_tokenizer,
+        condition_processor=_condition_processor(condition_tokenizer),
+    )
+    return pipeline, condition_tokenizer, dropped
 
 
 def _code_order(params: Options, permuter: dict, side: int) -> dict:
@@ -308,6 +315,15 @@ def _kept_codes(params: Options) -> float:
     if not 0 < pkeep <= 1:
         raise ValueError(f"`config` must have a pkeep in (0, 1], got {pkeep}: a prior here reads the codes before.")
     return pkeep
+
+
+def _condition_processor(tokenizer: VQGANModel | None) -> VQConditionProcessor | None:
+    """What reads label maps for a tokenizer of them; of one or three channels the file does not say what they mean."""
+    if tokenizer is None or tokenizer.config.in_channels in (1, 3):
+        return None
+    return VQConditionProcessor(
+        "segmentation", num_labels=tokenizer.config.in_channels, size=tokenizer.config.resolution
+    )
 
 
 def _code_condition(vocab_size: int, length: int) -> dict:

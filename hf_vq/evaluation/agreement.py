@@ -1,10 +1,63 @@
 """Whether drawn images follow their spatial condition: overlap of labels, error of depth, and edges found again."""
 
+import math
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
 from ..argument_checks import check_integer, check_real
 from ..distributed import all_reduced
+from ..images import to_pil
+
+
+class ConditionAgreement:
+    """How well drawn images follow their spatial conditions, collected over a data set and over processes.
+
+    An annotator makes of each drawn image what its condition was made of: of label maps `LabelAgreement` is told, of
+    depth maps the mean `depth_error`, of edges the mean `edge_f1`.
+
+    Args:
+        processor ([`VQConditionProcessor`]): of the conditions.
+        annotator: from a list of Pillow images to their conditions, such as [`SegmentationAnnotator`].
+
+    Raises:
+        ValueError: a kind of condition that no such figure is known of.
+    """
+
+    def __init__(self, processor: Any, annotator: Callable):
+        if processor.condition not in ("segmentation", "depth", "edges"):
+            raise ValueError(
+                "`processor` must be of segmentation, depth or edges to measure agreement, got "
+                f"{processor.condition!r}."
+            )
+        self.processor, self.annotator = processor, annotator
+        self.labels = LabelAgreement(processor.num_labels) if processor.condition == "segmentation" else None
+        self.total = torch.zeros(2, dtype=torch.float64)
+
+    def update(self, images: torch.FloatTensor, condition: torch.Tensor) -> None:
+        """Count images `(B, 3, H, W)` in [-1, 1] and what they were drawn for, `condition` of a data set's samples."""
+        made = list(self.annotator(to_pil(images)))
+        size = {"height": condition.shape[-2], "width": condition.shape[-1]}
+        if self.labels is not None:
+            self.labels.update(self.processor.labels(made, size), condition)
+            return
+        found = self.processor.preprocess(made, size).pixel_values[:, 0]
+        if self.processor.condition == "edges":
+            scores = edge_f1(found > 0, condition[:, 0].cpu() > 0).double()
+        else:
+            scores = depth_error(found, condition[:, 0].cpu())
+            scores = scores[scores.isfinite()]  # a condition of one depth says nothing
+        self.total += torch.tensor([scores.sum(), len(scores)], dtype=torch.float64)
+
+    def compute(self) -> dict[str, float | list]:
+        """`condition_mean_iou`, …, `condition_depth_error` or `condition_edge_f1`."""
+        if self.labels is not None:
+            return {f"condition_{name}": value for name, value in self.labels.compute().items()}
+        total, count = all_reduced(self.total).tolist()
+        name = {"edges": "condition_edge_f1", "depth": "condition_depth_error"}[self.processor.condition]
+        return {name: total / count if count else math.nan}
 
 
 class LabelAgreement:
@@ -122,4 +175,4 @@ def _check_maps(maps: torch.Tensor, references: torch.Tensor) -> None:
         )
 
 
-__all__ = ["LabelAgreement", "depth_error", "edge_f1", "object_mask"]
+__all__ = ["ConditionAgreement", "LabelAgreement", "depth_error", "edge_f1", "object_mask"]

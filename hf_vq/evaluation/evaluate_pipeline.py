@@ -1,7 +1,7 @@
 """Any tokenizer or pipeline, measured over a data set: what `hf-vq evaluate` prints."""
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ..argument_checks import check_integer
 from ..distributed import all_gathered, share_of_process
+from .agreement import ConditionAgreement
 from .codebook import PositionCounts
 from .diffusion_likelihood import DiffusionLikelihood
 from .evaluate import evaluate_prior, evaluate_tokenizer, evaluation_mode, progress_bar
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
-METRICS = ("reconstruction", "codebook", "likelihood", "generation")
+METRICS = ("reconstruction", "codebook", "likelihood", "generation", "agreement")
+CONDITION_CODES = "condition_codes"
 DISTANCES = ("frechet_distance", "kernel_distance", "precision", "recall")
 
 
@@ -34,7 +36,9 @@ def applicable_metrics(model: "PreTrainedModel | DiffusionPipeline") -> list[str
     if not hasattr(model, "components"):
         return ["reconstruction", "codebook"]
     has_likelihood = hasattr(model, "prior") or hasattr(model, "priors") or hasattr(model, "transformer")
-    return [name for name in METRICS if name != "likelihood" or has_likelihood]
+    has_condition = getattr(model, "condition_tokenizer", None) is not None
+    has = {"likelihood": has_likelihood, "agreement": has_condition}
+    return [name for name in METRICS if has.get(name, True)]
 
 
 @torch.no_grad()
@@ -53,6 +57,7 @@ def evaluate_model(
     num_timesteps: int | None = None,
     progress: bool = True,
     reference: ReferenceBatch | None = None,
+    annotator: Callable | None = None,
     **sampling: Any,
 ) -> dict:
     """The figures of a tokenizer or of a pipeline over a data set.
@@ -63,8 +68,10 @@ def evaluate_model(
 
     Args:
         model: a tokenizer, or a pipeline of hf_vq that has one, on its device.
-        dataset: map-style, with `pixel_values` `(C, H, W)` in [-1, 1] and the entries `label_key` and `caption_key`.
-        metrics: among `METRICS`; by default all that apply (`applicable_metrics`).
+        dataset: map-style, with `pixel_values` `(C, H, W)` in [-1, 1] and the entries `label_key` and `caption_key`;
+            for a prior over spatial conditions with `condition`, see [`~training.data.conditions`].
+        metrics: among `METRICS`; by default all that apply (`applicable_metrics`), agreement with the condition only
+            with an annotator.
         perceptual: a distance `(images, references) -> (B,)` with a `name`.
         extractor: the network of the distances between drawn and real images, and of rFID-like distances between
             reconstructions and originals; without it neither is measured.
@@ -77,6 +84,7 @@ def evaluate_model(
         num_timesteps: of the diffusion bound, see `DiffusionLikelihood`.
         progress: show progress bars.
         reference: what the drawn images are compared with in place of the data set.
+        annotator: what makes conditions of drawn images, see [`ConditionAgreement`].
         sampling: further arguments of the pipeline's call, such as `guidance_scale`.
 
     Returns:
@@ -86,7 +94,9 @@ def evaluate_model(
         ValueError: a metric that does not exist or does not apply, or data without what it needs.
     """
     possible = applicable_metrics(model)
-    metrics = possible if metrics is None else list(metrics)
+    if metrics is None:
+        metrics = [name for name in possible if name != "agreement" or annotator is not None]
+    metrics = list(metrics)
     for name in metrics:
         if name not in possible:
             raise ValueError(f"`metrics` must be among {possible} for a {type(model).__name__}, got {name!r}.")
@@ -115,6 +125,17 @@ def evaluate_model(
         draws = draw_images(model, dataset, count, batch_size, seed, label_key, caption_key, progress, **sampling)
         result |= _measure_drawn(draws, dataset, extractor, classifier, batch_size, progress, reference)
         result["num_samples"] = count
+    if "agreement" in metrics:
+        if annotator is None:
+            raise ValueError("`annotator` must be given to measure how drawn images follow their condition, got None.")
+        count = len(dataset) if num_samples is None else check_integer("num_samples", num_samples, 1)
+        agreement = ConditionAgreement(model.condition_processor, annotator)
+        draws = draw_images(model, dataset, count, batch_size, seed, label_key, caption_key, progress, **sampling)
+        numbers = iter(share_of_process(range(count)))
+        for images in draws:
+            rows = [dataset[next(numbers) % len(dataset)]["condition"] for _ in images]
+            agreement.update(images, torch.stack(rows))
+        result |= agreement.compute()
     return result
 
 
@@ -168,6 +189,9 @@ def evaluate_likelihood(
         generator = torch.Generator().manual_seed(seed)
         prior = DiffusionLikelihood(pipeline.transformer, pipeline.scheduler, prepare, num_timesteps, generator)
         return evaluate_prior(prior, codes, key, pixel_dims, progress)
+    if priors[0].config.condition_type == "codes":
+        codes = ({**batch, CONDITION_CODES: condition_codes(pipeline, batch)} for batch in codes)
+        return evaluate_prior(priors[0], codes, CONDITION_CODES, pixel_dims, progress)
     key = _condition_key(priors[0].config.condition_type, label_key, caption_key)
     if len(priors) > 1:
         return evaluate_hierarchy(priors, codes, key, pixel_dims, progress)
@@ -200,12 +224,39 @@ def draw_images(
     for start in progress_bar(range(0, len(numbers), batch_size), "samples", progress):
         batch = numbers[start : start + batch_size]
         generators = [torch.Generator().manual_seed(seed * 1_000_003 + number) for number in batch]
-        if name is None:
+        if getattr(pipeline, "condition_tokenizer", None) is not None:
+            rows = [dataset[number % len(dataset)] for number in batch]
+            given = {"condition": condition_codes(pipeline, _stacked(rows, "condition"))}
+        elif name is None:
             given = {"num_images_per_prompt": len(batch)}
         else:
             values = [dataset[number % len(dataset)][key] for number in batch]
             given = {name: [int(value) for value in values] if name == "class_labels" else values}
         yield pipeline(**given, generator=generators, output_type="pt", **sampling).images.float().cpu() * 2 - 1
+
+
+@torch.no_grad()
+def condition_codes(pipeline: "DiffusionPipeline", batch: dict) -> torch.LongTensor:
+    """The codes `(B, h', w')` of the conditions in a batch of a data set.
+
+    Raises:
+        ValueError: the pipeline lacks its condition tokenizer, or the data set the conditions.
+    """
+    from ..training.data.conditions import condition_values
+
+    tokenizer = getattr(pipeline, "condition_tokenizer", None)
+    if tokenizer is None or pipeline.condition_processor is None:
+        raise ValueError("`pipeline` must have `condition_tokenizer` and `condition_processor` to be measured.")
+    if "condition" not in batch:
+        raise ValueError(
+            "`dataset` must have the entry 'condition' of each image: load it with the pipeline's processor."
+        )
+    values = condition_values(batch["condition"], pipeline.condition_processor)
+    return tokenizer.encode(values.to(tokenizer.device, tokenizer.dtype)).indices
+
+
+def _stacked(rows: list[dict], key: str) -> dict:
+    return {key: torch.stack([row[key] for row in rows])} if all(key in row for row in rows) else {}
 
 
 def _measure_drawn(draws, dataset, extractor, classifier, batch_size: int, progress: bool, reference) -> dict:
@@ -294,6 +345,7 @@ __all__ = [
     "DISTANCES",
     "METRICS",
     "applicable_metrics",
+    "condition_codes",
     "draw_images",
     "entropy_per_position",
     "evaluate_likelihood",

@@ -67,12 +67,17 @@ def test_greedy_images(case):
 
 @torch.no_grad()
 def test_condition_tokenizer(case):
-    golden, _, output, _ = case
+    golden, pipeline, output, _ = case
     assert (output / "condition_tokenizer").exists() == golden.name.endswith("segmentation")
     if golden.name.endswith("segmentation"):
         tokenizer = VQGANModel.from_pretrained(output / "condition_tokenizer")
         indices = tokenizer.encode(golden["c"]).indices
         golden.compare("c_indices", indices)
+        # the pipeline reads the label map itself
+        processor = pipeline.condition_processor
+        assert processor.num_labels == pipeline.condition_tokenizer.config.in_channels
+        found = pipeline(condition_image=list(golden["c"].argmax(dim=1).numpy()), top_k=1, output_type="indices")
+        golden.compare("greedy", found.indices)
         golden.compare("cond_rec", tokenizer.decode_indices(indices).sample)
 
 

@@ -3,7 +3,9 @@ import pytest
 import torch
 from scipy.ndimage import binary_dilation
 
-from hf_vq.evaluation.agreement import LabelAgreement, depth_error, edge_f1, object_mask
+from hf_vq import VQConditionProcessor
+from hf_vq.evaluation.agreement import ConditionAgreement, LabelAgreement, depth_error, edge_f1, object_mask
+from hf_vq.images import to_pil
 
 
 def test_iou_by_counting_pixels():
@@ -69,3 +71,36 @@ def test_maps_of_different_shapes_are_refused():
     for function in (depth_error, edge_f1, LabelAgreement(2).update):
         with pytest.raises(ValueError, match="one shape"):
             function(torch.zeros(1, 2, 2), torch.zeros(1, 2, 3))
+
+
+@pytest.mark.parametrize("kind", ["segmentation", "depth", "edges"])
+def test_conditions_found_again_in_drawn_images(kind):
+    """The annotator reads the red channel; what it must give is known."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.rand(5, 3, 8, 8, generator=generator) * 2 - 1
+    red = torch.from_numpy(np.stack([np.asarray(image)[..., 0] for image in to_pil(images)]))
+    processor = VQConditionProcessor(kind, size=8, **({"num_labels": 3} if kind == "segmentation" else {}))
+
+    def annotator(pictures):
+        maps = [np.asarray(picture)[..., 0] for picture in pictures]
+        return [one.astype(np.int64) // 86 if kind == "segmentation" else one for one in maps]
+
+    agreement = ConditionAgreement(processor, annotator)
+    if kind == "segmentation":
+        condition = torch.randint(-1, 3, (5, 8, 8), generator=generator)
+        reference = LabelAgreement(3)
+        reference.update(red.long() // 86, condition)
+        expected = {"condition_mean_iou": reference.compute()["mean_iou"]}
+    else:
+        condition = torch.rand(5, 1, 8, 8, generator=generator) * 2 - 1
+        if kind == "depth":
+            expected = {"condition_depth_error": depth_error(red.float(), condition[:, 0]).mean().item()}
+        else:
+            expected = {"condition_edge_f1": edge_f1(red > 127, condition[:, 0] > 0).mean().item()}
+    agreement.update(images[:2], condition[:2])
+    agreement.update(images[2:], condition[2:])
+    found = agreement.compute()
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, abs=1e-5)
+    with pytest.raises(ValueError, match="`processor` must be of segmentation, depth or edges .* got 'pose'"):
+        ConditionAgreement(VQConditionProcessor("pose"), annotator)

@@ -1,8 +1,10 @@
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 import hf_vq
@@ -10,6 +12,7 @@ from hf_vq.evaluation.codebook import PositionCounts
 from hf_vq.evaluation.evaluate import evaluate_prior, evaluate_tokenizer
 from hf_vq.evaluation.evaluate_pipeline import applicable_metrics, draw_images, evaluate_model
 from hf_vq.training.data.image_datasets import collate
+from tests.pipelines.test_condition_images import make_conditional
 from tests.process_groups import in_processes
 
 
@@ -153,3 +156,37 @@ def test_entropy_of_each_position():
     torch.testing.assert_close(counts.entropy(), torch.tensor([0.0, 1.0, 2.0, 2.0]).double())
     with pytest.raises(ValueError, match="4 positions as before, got 9"):
         counts.update(torch.zeros(1, 3, 3, dtype=torch.int64))
+
+
+def test_a_prior_over_conditions_is_measured_with_them():
+    pipeline = make_conditional("segmentation")
+    generator = torch.Generator().manual_seed(2)
+    rows = [
+        {
+            "pixel_values": torch.rand(3, 8, 8, generator=generator) * 2 - 1,
+            "condition": torch.randint(0, 3, (8, 8), generator=generator),
+        }
+        for _ in range(6)
+    ]
+    one_hot = torch.stack([F.one_hot(row["condition"], 3).permute(2, 0, 1).float() for row in rows])
+    with torch.no_grad():
+        codes = pipeline.condition_tokenizer.encode(one_hot).indices
+        indices = pipeline.vqvae.encode(torch.stack([row["pixel_values"] for row in rows])).indices
+        bits = -pipeline.prior.log_likelihood(indices, codes).mean().item() / 16 / math.log(2)
+        without = -pipeline.prior.log_likelihood(indices).mean().item() / 16 / math.log(2)
+    assert applicable_metrics(pipeline)[-1] == "agreement"
+    found = evaluate_model(
+        pipeline,
+        rows,
+        ["likelihood", "agreement"],
+        batch_size=4,
+        progress=False,
+        annotator=lambda pictures: [np.asarray(picture)[..., 0].astype(np.int64) // 86 for picture in pictures],
+    )
+    assert found["bits_per_index"] == pytest.approx(bits, rel=1e-5) and abs(bits - without) > 1e-3
+    assert 0 < found["condition_mean_iou"] < 1
+    with pytest.raises(ValueError, match="`annotator` must be given"):
+        evaluate_model(pipeline, rows, ["agreement"], progress=False)
+    bare = [{"pixel_values": row["pixel_values"]} for row in rows]
+    with pytest.raises(ValueError, match="`dataset` must have the entry 'condition'"):
+        evaluate_model(pipeline, bare, ["likelihood"], progress=False)

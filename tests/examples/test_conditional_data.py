@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from hf_vq import VQConditionProcessor
+from hf_vq.training.data.conditions import check_mirrored
 from hf_vq.training.data.image_datasets import DataArguments, load_image_dataset
 
 
@@ -93,3 +94,15 @@ def test_a_column_of_edges(tmp_path, monkeypatch):
     assert np.asarray(module.as_picture(np.array([[0, 300]]), "segmentation")).tolist() == [[0, 300]]
     with pytest.raises(ValueError, match="ids in 0…65535"):
         module.as_picture(np.array([[-1]]), "segmentation")
+
+
+@pytest.mark.parametrize("name", ["random_flip", "random_flip_codes"])
+def test_a_drawn_pose_is_not_mirrored(name):
+    """Left and right have colours of their own, which a mirrored drawing would exchange."""
+    with pytest.raises(ValueError, match=f"{name}=True mirrors a drawn pose"):
+        check_mirrored(VQConditionProcessor("pose"), name)
+    check_mirrored(VQConditionProcessor("depth"), name)
+    if name == "random_flip":
+        arguments = DataArguments("nowhere", random_flip=True, conditioning_image_column="pose")
+        with pytest.raises(ValueError, match="random_flip=True mirrors a drawn pose"):
+            load_image_dataset(arguments, "train", augment=True, condition_processor=VQConditionProcessor("pose"))

@@ -7,6 +7,7 @@ from torch import nn
 
 from ...models.autoencoders.image_processing_vq_condition import VQConditionProcessor
 from .columns import NO_LABEL
+from .conditions import check_mirrored
 from .image_datasets import DataArguments, load_image_dataset
 from .indices_cache import IndicesDataset, load_indices, write_indices
 
@@ -52,6 +53,8 @@ def load_code_splits(
             f"random_flip={data.random_flip} and crop={data.crop!r} have no effect on codes that are written "
             "once: leave them out, and use random_flip_codes=True for mirrored images."
         )
+    if random_flip:
+        check_mirrored(condition_processor, "random_flip_codes")
     data.check_multiple_of(max(tokenizer.config.downsample_factors))
     conditions = {"condition_processor": condition_processor}
     if condition_tokenizer is not None:

@@ -157,6 +157,15 @@ def build_reader(
     return ConditionReader(processor, EdgeAnnotator(edge_sigma))
 
 
+def check_mirrored(processor: VQConditionProcessor | None, name: str) -> None:
+    """A ValueError that names the argument if mirrored images would have a condition that means something else."""
+    if processor is not None and processor.condition == "pose":
+        raise ValueError(
+            f"{name}=True mirrors a drawn pose, whose colours then call the left arm the right one: set it to false, "
+            "or draw the poses of mirrored pictures into the data."
+        )
+
+
 def condition_values(condition: torch.Tensor, processor: VQConditionProcessor) -> torch.FloatTensor:
     """The pixel values `(B, C, h, w)` for a condition tokenizer of a batch of conditions, see the module's
     docstring.
@@ -186,6 +195,7 @@ def load_condition_processor(folder: str | PathLike) -> VQConditionProcessor:
 __all__ = [
     "ConditionReader",
     "build_reader",
+    "check_mirrored",
     "condition_values",
     "decode_pair",
     "load_condition_processor",

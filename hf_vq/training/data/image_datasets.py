@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from ...argument_checks import check_real
 from ...models.autoencoders.image_processing_vq_condition import VQConditionProcessor
 from .columns import CONDITION, NO_LABEL, draw_caption, prepare_columns, without_gaps
-from .conditions import ConditionReader, build_reader, decode_pair, seen_through
+from .conditions import ConditionReader, build_reader, check_mirrored, decode_pair, seen_through
 from .image_decoding import (
     ANY_PATH,
     BrokenImageError,
@@ -186,6 +186,8 @@ def load_image_dataset(
         ValueError: the data set, the split or a column is not there, a class is not among `class_names`, a value to
             exclude does not exist, or a row lacks its label or caption.
     """
+    if augment and arguments.random_flip:
+        check_mirrored(condition_processor, "random_flip")
     reader = build_reader(condition_processor, arguments.conditioning_image_column, arguments.edge_sigma)
     name = {"train": arguments.train_split, "validation": arguments.validation_split}.get(split, split)
     rows = open_rows(arguments, name)
