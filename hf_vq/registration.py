@@ -3,8 +3,8 @@
 Why a hook on imports: registering at once would import torch, transformers and diffusers for `import hf_vq`, 7 s in
 place of 0.04 s. And it cannot be done the moment that an Auto module is there, since transformers imports its Auto
 modules halfway through modules that ours import. So the hook waits for the end of the outermost import of these
-packages, and then calls the libraries' own `register`. What it does to names that they do not publish is in
-`add_loadable_classes` and `read_installed_classes_first`, and nowhere else.
+packages, and then calls the libraries' own `register`. What it does to names that they do not document is in
+`register_models`, `add_loadable_classes` and `read_installed_classes_first`, and nowhere else.
 """
 
 import importlib
@@ -57,7 +57,14 @@ def register_configs(configuration_auto: ModuleType) -> None:
 
 
 def register_models(modeling_auto: ModuleType) -> None:
-    """AutoModel and AutoModelForCausalLM find a model by its configuration."""
+    """AutoModel and AutoModelForCausalLM find a model by its configuration; `Trainer` knows the causal ones by name.
+
+    It shifts the labels by one for its label smoothing if the name of the model's class is in transformers' table, and
+    not otherwise, without a word; `register` leaves that table as it is.
+    """
+    for model_type, (_, classes) in MODELS.items():
+        if "AutoModelForCausalLM" in classes:
+            modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type] = classes["AutoModelForCausalLM"]
     for auto_class in ("AutoModel", "AutoModelForCausalLM"):
         for config, classes in MODELS.values():
             if auto_class in classes:

@@ -14,6 +14,20 @@ from ...argument_checks import check_integer
 from .code_decoding import CodeDecoder, preallocated_cache, sample_codes
 
 
+def too_many_positions(reached: int, n_positions: int) -> str:
+    """What an error says of ids that reach further than the positions of a model."""
+    text = (
+        f"`input_ids` reach position {reached}, but the model has {n_positions}: a prefix of P ids and N codes takes "
+        "P + N - 1, since the last code is never an input."
+    )
+    if reached == n_positions + 1:
+        text += (
+            " With `labels` it is left out; `label_smoothing_factor` of `transformers.Trainer` keeps the labels from "
+            "the model, and is not supported for whole images."
+        )
+    return text
+
+
 def _integers(values, name: str) -> torch.LongTensor:
     """`values` as an int64 tensor, or a ValueError that names the argument."""
     tensor = values if isinstance(values, torch.Tensor) else torch.as_tensor(np.asarray(values))
@@ -258,11 +272,7 @@ class CodeSequenceMixin:
         if not isinstance(past, int):
             return  # a static cache counts on the device, and reading it there would stall: `generate` has checked
         if past + length > self.config.n_positions:
-            raise ValueError(
-                f"`input_ids` reach position {past + length}, but the model has "
-                f"{self.config.n_positions}: a prefix of P ids "
-                "and N codes takes P + N - 1, since the last code is never an input."
-            )
+            raise ValueError(too_many_positions(past + length, self.config.n_positions))
 
     def log_likelihood(
         self,

@@ -39,7 +39,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from ..checked_loading import CheckedLoadingMixin
-from .code_sequences import CodeSequenceMixin, check_range
+from .code_sequences import CodeSequenceMixin, check_range, too_many_positions
 
 
 class IncrementalCache:
@@ -244,11 +244,7 @@ class CodePriorForCausalLM(CodeSequenceMixin, CheckedLoadingMixin, PreTrainedMod
         past = self._check_cache(past_key_values, len(inputs))
         reached = past + inputs.shape[1] - (labels is not None)
         if reached > self.config.n_positions:
-            raise ValueError(
-                f"`input_ids` reach position {reached}, but the model has {self.config.n_positions}: "
-                f"a prefix id and N "
-                "codes take N positions, since the last code is never an input."
-            )
+            raise ValueError(too_many_positions(reached, self.config.n_positions))
         if self.may_read(inputs, is_step=past_key_values is not None):
             self._check_values(input_ids, labels, attention_mask, has_prefix=past_key_values is None)
             expected = torch.arange(past, past + inputs.shape[1], device=inputs.device)
