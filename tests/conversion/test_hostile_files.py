@@ -11,7 +11,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from hf_vq import load_tokenizer
+from hf_vq import VQGANConfig, load_tokenizer
 from hf_vq.cli import main
 from hf_vq.commands.convert import OPTIONS
 from hf_vq.conversion import (
@@ -275,3 +275,10 @@ def test_scripts_end_with_one_line(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="1"):
         run_script(failing)
     assert capsys.readouterr().err == "convert_taming.py: `checkpoint` x does not exist.\n"
+
+
+@pytest.mark.parametrize("name", ["channel_multiplier", "decoder_channel_multiplier", "attn_resolutions"])
+@pytest.mark.parametrize("value", [1, "12", {1: 2}])
+def test_lists_of_the_configuration(name, value):
+    with pytest.raises(ValueError, match=f"`{name}` must be a list of ints of at least 1, got"):
+        VQGANConfig(**{name: value})

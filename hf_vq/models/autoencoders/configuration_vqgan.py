@@ -7,6 +7,12 @@ from ...argument_checks import check_integer, check_real
 from .configuration_tokenizer import VQTokenizerConfig
 
 
+def _integers(name: str, values: Any) -> list[int]:
+    if isinstance(values, (str, bytes, dict)) or not hasattr(values, "__iter__") or not hasattr(values, "__len__"):
+        raise ValueError(f"`{name}` must be a list of ints of at least 1, got {values!r}.")
+    return [check_integer(name, value, minimum=1) for value in values]
+
+
 class VQGANConfig(VQTokenizerConfig):
     """The encoder and decoder family of VQGAN (Esser et al. 2021), by default ImageNet's f16 with 1024 codes.
 
@@ -57,10 +63,10 @@ class VQGANConfig(VQTokenizerConfig):
         norm_num_groups: int = 32,
         **kwargs: Any,
     ):
-        multipliers = [check_integer("channel_multiplier", value, minimum=1) for value in channel_multiplier]
+        multipliers = _integers("channel_multiplier", channel_multiplier)
         if decoder_channel_multiplier is None:
             decoder_channel_multiplier = multipliers
-        decoder = [check_integer("decoder_channel_multiplier", v, minimum=1) for v in decoder_channel_multiplier]
+        decoder = _integers("decoder_channel_multiplier", decoder_channel_multiplier)
         if not multipliers or len(decoder) != len(multipliers):
             raise ValueError(
                 "`channel_multiplier` and `decoder_channel_multiplier` must be as many numbers, at least one each, "
@@ -86,7 +92,7 @@ class VQGANConfig(VQTokenizerConfig):
         self.channel_multiplier = multipliers
         self.decoder_channel_multiplier = decoder
         self.num_res_blocks = check_integer("num_res_blocks", num_res_blocks, minimum=1)
-        self.attn_resolutions = [check_integer("attn_resolutions", side, minimum=1) for side in attn_resolutions]
+        self.attn_resolutions = _integers("attn_resolutions", attn_resolutions)
         self.mid_attention = mid_attention
         self.attention_type = attention_type
         self.latent_channels = check_integer("latent_channels", latent_channels, minimum=1)
