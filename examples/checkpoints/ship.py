@@ -8,7 +8,7 @@ measured on the packaged validation images, which no run trains on. `samples.png
 first that were drawn, and `row.png` the first of each; `nearest.png` the first two of each class above the training
 images that are closest to them in the features of MobileNetV2; `reconstructions.png` unseen images above their
 reconstructions. A tokenizer that another checkpoint has already is a link to it (`--tokenizer-of emoji-32`). With
-`--classifier` (examples/demo/image_classifier.py) `rejection.png` has eight samples of each class that it chose from
+`--classifier` (examples/demo/image_classifier.py) `rejection.png` has four samples of each class that it chose from
 four times as many.
 """
 
@@ -46,7 +46,8 @@ FEATURE_LAYER = 13  # of MobileNetV2, 96 features: few pictures suffice
 PER_CLASS = 8
 COLUMNS = 12
 TIMESTEPS = 10  # drawn for each image in the bound of VQ-Diffusion
-ACCEPTED = 0.25  # of the samples that a classifier chooses from
+CHOSEN = 4  # samples of each class that a classifier chooses
+ACCEPTED = 0.25  # of those it chooses from
 SHOWN = (
     "psnr", "ssim", "perceptual", "codebook_perplexity", "codebook_usage", "bits_per_index", "uniform_bits_per_index",
     "bits_per_pixel_dim",
@@ -122,9 +123,9 @@ def reject(pipeline, path: Path, folder: Path, names: list[str], sampling: dict)
     results = pipeline.rejection_sample(
         list(range(len(names))),
         LinearClassifier.load(folder / "classifier/model.safetensors", build_perceptual("mobilenet_v2")),
-        PER_CLASS,
+        CHOSEN,
         acceptance_rates=[1.0, ACCEPTED],
-        batch_size=round(PER_CLASS / ACCEPTED),
+        batch_size=round(CHOSEN / ACCEPTED),
         generator=torch.Generator().manual_seed(0),
         output_type="pt",
         **sampling,
