@@ -57,6 +57,25 @@ def build_parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         return command
 
+    for add_command in (
+        add_info,
+        add_encode,
+        add_decode,
+        add_reconstruct,
+        add_sample,
+        add_evaluate,
+        add_show,
+        add_convert,
+        add_export,
+        add_push,
+        add_train,
+    ):
+        add_command(add)
+    return parser
+
+
+def add_info(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """The subcommand `info`."""
     command = add(
         "info",
         "info.info",
@@ -68,6 +87,9 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("model", metavar="MODEL", help="folder or Hub id")
     add_json(command)
 
+
+def add_reconstruct(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """The subcommand `reconstruct`."""
     command = add(
         "reconstruct",
         "tokenize.reconstruct",
@@ -82,6 +104,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-pictures", type=positive, default=64, help="on the sheet; all are measured (default: %(default)s)"
     )
 
+
+def add_encode(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """The subcommand `encode`."""
     command = add(
         "encode",
         "tokenize.encode",
@@ -94,6 +119,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_images(command)
     add_output(command, "indices.safetensors", "the file")
 
+
+def add_decode(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """The subcommand `decode`."""
     command = add(
         "decode", "tokenize.decode", "turn the output of `encode` into images", "user/model indices.safetensors"
     )
@@ -102,6 +130,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_output(command, "decoded", "the folder")
     add_batches(command)
 
+
+def add_sample(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """The subcommand `sample`."""
     command = add(
         "sample",
         "sample.sample",
@@ -124,6 +155,10 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, help="(default: a new one each time)")
     add_output(command, "samples.png", "the sheet")
     add_device(command)
+
+
+def add_show(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """The subcommand `show`."""
     command = add(
         "show",
         "show.show",
@@ -144,11 +179,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--output", type=Path, help="the picture (default: named for what it shows, .png)")
 
-    add_convert(add)
-    add_export(add)
-    add_push(add)
-    add_train(add)
 
+def add_evaluate(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """The subcommand `evaluate`."""
     command = add(
         "evaluate",
         "evaluate.evaluate",
@@ -209,7 +242,6 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--update-card", action="store_true", help="write the figures into the README.md of a folder")
     add_batches(command)
     add_json(command)
-    return parser
 
 
 def add_convert(add: Callable[..., argparse.ArgumentParser]) -> None:
