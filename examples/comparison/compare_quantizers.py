@@ -116,6 +116,9 @@ def codes_of(name: str, num_codes: int) -> int:
 ROWS = {
     "EMA with restarts (the default)": Row("ema"),
     "EMA with restarts, rotation": Row("ema", lambda num_codes: {"gradient_estimator": "rotation"}),
+    "EMA with restarts, k-means": Row("ema", lambda num_codes: {"kmeans_init": True}),
+    "EMA with restarts below half of the mean use": Row("ema", lambda num_codes: {"restart_threshold": 0.5}),
+    "EMA with both": Row("ema", lambda num_codes: {"kmeans_init": True, "restart_threshold": 0.5}),
     "gradient": Row("vq"),
     "SimVQ": Row("simvq"),
     "FSQ": Row(
