@@ -177,7 +177,8 @@ def ship(args: argparse.Namespace) -> None:
     figures = likelihood_and_reconstruction(pipeline, dataset, perceptual)
     check_half(likelihood_and_reconstruction(full, dataset), figures)
     figures = flat(figures) | measure_samples(pipeline, dataset, training, folder, args.sampling)
-    reconstruct(pipeline, dataset, folder / "reconstructions.png")
+    if not args.tokenizer_of:
+        reconstruct(pipeline, dataset, folder / "reconstructions.png")
     if args.classifier is not None:
         figures |= reject(pipeline, args.classifier, folder, dataset.class_names, args.sampling)
     write_card(folder, pipeline, figures, args)
