@@ -208,9 +208,10 @@ def _draw(pipeline: DiffusionPipeline) -> str:
 def _generate(prior: PreTrainedModel) -> str:
     """Python that generates codes from `prior`."""
     kind = prior.config.condition_type
-    condition = {"class": "0, batch_size=4", "codes": "codes"}.get(kind, "batch_size=4")
+    takes_codes = kind in ("codes", "coordinates")
+    condition = {"class": "0, batch_size=4"}.get(kind, "codes" if takes_codes else "batch_size=4")
     before, above = "", ""
-    if kind == "codes":
+    if takes_codes:
         length = prior.config.condition_length
         before = f"import torch\n\ncodes = torch.zeros(4, {length}, dtype=torch.long)  # of conditions\n"
     if getattr(prior.config, "conditioning_grid_size", None) is not None:

@@ -274,8 +274,9 @@ def _convert_condition(
     elif target == "CoordStage":
         # its coordinates are rounded to 0 … n_embed, the ends included; the published models cannot embed the last one
         side = (vqvae.config.resolution if size < 0 else size) // options.count("down_factor")
-        num_coordinates = min(options.count("n_embed") + 1, num_ids)
-        fields = {**_code_condition(num_coordinates, side**2), "condition_type": "coordinates"}
+        scale = options.count("n_embed")
+        fields = _code_condition(min(scale + 1, num_ids), side**2)
+        fields |= {"condition_type": "coordinates", "coordinate_scale": scale}
     elif target == "DummyCondStage":
         options.training_only("conditional_key")
         fields = _code_condition(num_ids, block_size - grid_size[0] * grid_size[1])

@@ -192,6 +192,10 @@ def evaluate_likelihood(
     if priors[0].config.condition_type == "codes":
         codes = ({**batch, CONDITION_CODES: condition_codes(pipeline, batch)} for batch in codes)
         return evaluate_prior(priors[0], codes, CONDITION_CODES, pixel_dims, progress)
+    if priors[0].config.condition_type == "coordinates":
+        whole = pipeline.prepare_coordinates(height, width)
+        codes = ({**batch, CONDITION_CODES: whole.expand(len(batch["indices"]), -1, -1)} for batch in codes)
+        return evaluate_prior(priors[0], codes, CONDITION_CODES, pixel_dims, progress)
     key = _condition_key(priors[0].config.condition_type, label_key, caption_key)
     if len(priors) > 1:
         return evaluate_hierarchy(priors, codes, key, pixel_dims, progress)

@@ -61,11 +61,12 @@ class AutoregressivePipeline(VQPipeline):
         """
         if class_labels is not None and condition is not None:
             raise ValueError("Only one of `class_labels` and `condition` can be given.")
-        given = {"class": class_labels, "codes": condition}
+        given = {"class": class_labels, "codes": condition, "coordinates": condition}
         kinds = [prior.config.condition_type for prior in self.priors]
-        for name, wanted in (("class_labels", "class"), ("condition", "codes")):
-            if given[wanted] is not None and wanted not in kinds:
-                raise ValueError(f"`{name}` needs a prior whose condition_type is {wanted!r}, got {kinds[0]!r}.")
+        for name, wanted in (("class_labels", ("class",)), ("condition", ("codes", "coordinates"))):
+            if given[wanted[0]] is not None and not set(wanted) & set(kinds):
+                meant = " or ".join(map(repr, wanted))
+                raise ValueError(f"`{name}` needs a prior whose condition_type is {meant}, got {kinds[0]!r}.")
         for config in (prior.config for prior in self.priors):
             if class_labels is not None and config.condition_type == "class":
                 names = {i: name for i, name in (config.id2label or {}).items() if name != f"LABEL_{i}"}
@@ -332,7 +333,7 @@ def _prefixes(
         null = prior.config.null_class_token_id
         is_null = null is not None and bool((prompt == null).all())
         if (
-            prior.config.condition_type == "codes"
+            prior.config.condition_type in ("codes", "coordinates")
             and tuple(grid_size) != tuple(prior.config.grid_size)
             and not is_null
         ):

@@ -1,6 +1,7 @@
 """Sampling images from an autoregressive prior over code indices."""
 
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..images import to_pixel_values
+from ..models.priors.coordinates import coordinate_grid, coordinate_ids
 from .autoregressive_pipeline import AutoregressivePipeline, check_prior
 from .code_sampling import check_window
 from .completion import size_of_given
@@ -172,7 +174,7 @@ class VQAutoregressivePipeline(AutoregressivePipeline):
                 the conditions of a list of Pillow images, such as [`EdgeAnnotator`] or [`SegmentationAnnotator`].
             condition (int `(B, h', w')` or `(B, condition_length)`, *optional*): for a prior whose `condition_type` is
                 "codes", the codes of the conditions; for images larger than its grid, a grid that is larger in
-                proportion.
+                proportion. For "coordinates" the coordinates of a crop; by default those of a whole picture.
             indices: codes `(B, h, w)` in place of `image`.
             keep_fraction: in place of a mask, the share of the codes that is kept, in random places: a variation.
             outpaint: pixels `(top, bottom, left, right)` to add around the image.
@@ -209,12 +211,15 @@ class VQAutoregressivePipeline(AutoregressivePipeline):
         if condition_image is not None:
             if condition is not None:
                 raise ValueError("Only one of `condition_image` and `condition` can be given.")
-            condition = self._encode_condition(condition_image, annotator, size, image, indices, outpaint)
+            whole = self._whole_size(size, image, indices, outpaint)
+            condition = encode_condition(self, condition_image, whole, annotator)
         elif annotator is not None:
             raise ValueError("`annotator` needs a `condition_image`, the photo that it is for.")
         text = self.text_states("prompt", prompt, prompt_embeds, prompt_attention_mask)
         given = {"prompt": prompt, "prompt_embeds": prompt_embeds, "class_labels": class_labels}
         names = [name for name, value in given.items() if value is not None]
+        if self.prior.config.condition_type == "coordinates" and condition is None and not names:
+            condition = self.prepare_coordinates(*self._whole_size(size, image, indices, outpaint))
         names += [] if condition is None else ["condition" if condition_image is None else "condition_image"]
         if len(names) > 1:
             raise ValueError(f"Only one of {' and '.join(f'`{name}`' for name in names)} can be given.")
@@ -246,12 +251,34 @@ class VQAutoregressivePipeline(AutoregressivePipeline):
         )
         return VQPipelineOutput(images=images, indices=indices) if return_dict else (images, indices)
 
-    def _encode_condition(self, condition_image, annotator, size, image, indices, outpaint) -> torch.LongTensor:
-        """The codes of spatial conditions for images of `size`, or of the size of what is completed."""
+    def _whole_size(self, size, image, indices, outpaint) -> tuple[int, int]:
+        """Height and width of the images: `size`, or that of what is completed, or the prior's own."""
         if size is None and (image is not None or indices is not None):
             pixels = None if image is None else to_pixel_values(image, self.vqvae.config.in_channels)
             size = size_of_given(pixels, indices, self.vqvae.config.downsample_factor, outpaint)
-        return encode_condition(self, condition_image, self.own_size if size is None else size, annotator)
+        return self.own_size if size is None else size
+
+    def prepare_coordinates(self, height: int | None = None, width: int | None = None) -> torch.LongTensor:
+        """
+        The coordinates `(1, h', w')` of a whole picture, for a prior whose `condition_type` is "coordinates".
+
+        Args:
+            height, width: in pixels, by default the size of the prior's grid.
+
+        Raises:
+            ValueError: another kind of prior, or a size that it cannot sample.
+        """
+        config = self.prior.config
+        if config.condition_type != "coordinates":
+            raise ValueError(f"`prior` must have the condition_type 'coordinates', got {config.condition_type!r}.")
+        size = self.wanted_size(height, width) or self.own_size
+        cells = [
+            Fraction(length * side, own)
+            for length, side, own in zip(size, coordinate_grid(config), self.own_size, strict=True)
+        ]
+        if any(count.denominator != 1 for count in cells):
+            raise ValueError(f"`height` and `width` must hold whole cells of the coordinates, got {tuple(size)}.")
+        return coordinate_ids(config, size, [int(count) for count in cells])[None]
 
     def _prompts(
         self, class_labels: Any, condition: Any, text: TextCondition | None

@@ -114,6 +114,7 @@ def test_every_published_key_has_its_place(name, length, vocab_size, monkeypatch
     condition_type = "coordinates" if "faceshq" in name else "codes"
     assert (config.condition_type, config.condition_length) == (condition_type, length)
     assert config.condition_vocab_size == config.codebook_size == vocab_size
+    assert config.coordinate_scale == (1024 if "faceshq" in name else None)
     assert config.n_positions == gpt["block_size"] and config.n_layer == gpt["n_layer"]
     assert config.attn_pdrop == gpt.get("attn_pdrop", 0.0)
 
@@ -197,6 +198,7 @@ def test_coordinates_and_smaller_conditions(uncond):
         weights = {**longer, **(copies if isinstance(stage, str) else {})}
         config = convert_net2net(model, weights)[0].prior.config
         assert (config.condition_vocab_size, config.condition_length) == (ids, 4)
+        assert config.coordinate_scale == (None if isinstance(stage, str) else 31)
 
 
 @pytest.mark.parametrize(("name", "value"), [("n_layer", 3), ("n_embd", 64), ("vocab_size", 33), ("block_size", 32)])

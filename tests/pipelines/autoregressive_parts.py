@@ -13,6 +13,7 @@ KINDS = {
     "unconditional": {"condition_type": "unconditional"},
     "class": {"condition_type": "class", "num_classes": 3, "id2label": {0: "cat", 1: "dog", 2: "owl"}},
     "codes": {"condition_type": "codes", "condition_vocab_size": 7, "condition_length": 4, "n_unmasked": 4},
+    "coordinates": {"condition_type": "coordinates", "condition_vocab_size": 40, "condition_length": 16},
 }
 
 

@@ -26,6 +26,7 @@ def arguments(kind):
         "unconditional": {"num_images_per_prompt": 2},
         "class": {"class_labels": [0, 2]},
         "codes": {"condition": torch.tensor([[0, 1, 2, 3], [6, 5, 4, 3]])},
+        "coordinates": {"condition": torch.stack([torch.arange(16), torch.arange(16, 32)])},
     }[kind]
 
 

@@ -24,8 +24,8 @@ class VQGPTConfig(CodeSequenceConfigMixin, GPT2Config):
     | `"class"`         | one class id                          | class c: `codebook_size + c`, null: the last id     |
     | `"codes"`         | `condition_length` codes, e.g. of     | code c: `codebook_size + c`, null: the last id      |
     |                   | another tokenizer's segmentation map  |                                                     |
-    | `"coordinates"`   | `condition_length` quantized          | coordinate c: `codebook_size + c`, null: last id |
-    |                   | coordinates of a crop                 |                                                     |
+    | `"coordinates"`   | `condition_length` coordinates of a   | coordinate c: `codebook_size + c`, null: the last   |
+    |                   | crop, see [`coordinate_ids`]          | id                                                  |
 
     With `share_condition_embedding=True`, the convention of the original VQGAN checkpoints, condition `c` uses the
     very embedding of code `c`, the start token is `bos_token_id`, and there is no null condition.
@@ -45,6 +45,8 @@ class VQGPTConfig(CodeSequenceConfigMixin, GPT2Config):
             or of coordinates, the null condition not counted; 0 exactly when unconditional.
         condition_length (`int`, defaults to 1): number of ids in the prefix; more than 1 only for `"codes"` and
             `"coordinates"`. A condition map may have any size of its own, smaller than the image's grid too.
+        coordinate_scale (`int`, *optional*): the id of coordinate 1, for `"coordinates"` alone; by default
+            `condition_vocab_size - 1`. Coordinates that would be beyond the ids get the last one.
         share_condition_embedding (`bool`, defaults to `False`): condition ids reuse the codes' embeddings.
         n_unmasked (`int`, defaults to 0): the first `n_unmasked` positions attend to each other in both directions.
             Where they reach beyond the prefix, the training loss of the codes among them is no likelihood, since they
@@ -78,6 +80,7 @@ class VQGPTConfig(CodeSequenceConfigMixin, GPT2Config):
     condition_type: str = "unconditional"
     condition_vocab_size: int = 0
     condition_length: int = 1
+    coordinate_scale: int | None = None
     share_condition_embedding: bool = False
     n_unmasked: int = 0
     pkeep: float | int = 1.0
@@ -116,6 +119,14 @@ class VQGPTConfig(CodeSequenceConfigMixin, GPT2Config):
             raise ValueError(
                 f"`condition_length` must be 1 for condition_type={self.condition_type!r} (at least 1 for 'codes' and "
                 f"'coordinates'), got {self.condition_length}."
+            )
+        is_coordinates = self.condition_type == "coordinates"
+        if is_coordinates and self.coordinate_scale is None:
+            self.coordinate_scale = max(self.condition_vocab_size - 1, 1)
+        if self.coordinate_scale is not None and (not is_coordinates or self.coordinate_scale < 1):
+            raise ValueError(
+                "`coordinate_scale` must be positive, and for condition_type='coordinates' alone, got "
+                f"{self.coordinate_scale} with condition_type={self.condition_type!r}."
             )
         if not 0 <= self.pkeep <= 1:
             raise ValueError(f"`pkeep` must be a probability, got {self.pkeep}.")
