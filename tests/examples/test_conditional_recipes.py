@@ -21,7 +21,7 @@ def options_of(cell):
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0].strip())
 def test_options_are_arguments(row):
-    assert len(ROWS) == 8
+    assert len(ROWS) == 9
     vqgan, gpt = script("vqgan"), script("vq_gpt")
     given = ["--dataset_name_or_path", "DATA"]
     tokenizer = (RunArguments, DataArguments, vqgan.VQGANArguments)

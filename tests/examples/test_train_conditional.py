@@ -158,3 +158,20 @@ def test_a_prior_refuses_a_column_without_a_tokenizer(data, tokenizers, tmp_path
         script("vq_gpt").main([*argv.split(), "--conditioning_image_column", "mask"])
     with pytest.raises(ValueError, match="must have a VQConditionProcessor beside it, got 'VQImageProcessor'"):
         script("vq_gpt").main([*argv.split(), "--condition_tokenizer", str(tokenizers["image"])])
+
+
+def test_a_prior_of_coordinates(data, tokenizers, tmp_path):
+    """Trained on crops of 8 pixels out of pictures of 16, which the pipeline then samples whole."""
+    prior = PRIOR.replace("--resolution 16", "--resolution 8") + "--condition coordinates --crop random "
+    prior += "--picture_size 16 --crops_per_image 3 --coordinate_scale 30 --random_flip_codes true"
+    argv = f"--dataset_name_or_path {data} --output_dir {tmp_path} --tokenizer {tokenizers['image']} {LENGTH} {prior}"
+    script("vq_gpt").main(argv.split())
+    codes = load_indices(tmp_path / "indices/train", random_flip=True)
+    assert len(codes) == 24 and codes.grids == {"indices": [4, 4], "condition_codes": [4, 4]}
+    assert len({tuple(codes[row]["condition_codes"].flatten().tolist()) for row in range(24)}) > 6
+    pipe = VQAutoregressivePipeline.from_pretrained(str(tmp_path / "pipeline"))
+    config = pipe.prior.config
+    assert (config.condition_type, config.condition_vocab_size, config.coordinate_scale) == ("coordinates", 31, 30)
+    assert pipe(height=16, width=16, output_type="pt").images.shape == (1, 3, 16, 16)
+    with pytest.raises(ValueError, match="crop='center' and streaming=False: coordinates are those of random crops"):
+        script("vq_gpt").main(argv.replace("--crop random", "").split())

@@ -1,5 +1,6 @@
 """The codes of a training and a validation set, and the names of their classes."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 from ...models.autoencoders.image_processing_vq_condition import VQConditionProcessor
 from .columns import NO_LABEL
 from .conditions import check_mirrored
+from .coordinate_crops import CoordinateCrops, CropSettings
 from .image_datasets import DataArguments, load_image_dataset
 from .indices_cache import IndicesDataset, load_indices, write_indices
 
@@ -24,6 +26,7 @@ def load_code_splits(
     several_levels: bool = False,
     condition_tokenizer: nn.Module | None = None,
     condition_processor: VQConditionProcessor | None = None,
+    crops: CropSettings | None = None,
 ) -> tuple[dict[str, IndicesDataset], list[str] | None]:
     """Encodes the data sets "train" and "validation", once, into `output_dir/indices`, and opens the codes.
 
@@ -34,6 +37,8 @@ def load_code_splits(
         random_flip: train on the codes of the mirrored image in half of the cases.
         several_levels: whether the caller takes the codes of a hierarchical tokenizer, a grid for each level.
         condition_tokenizer, condition_processor: also encode each image's condition, as `condition_codes`.
+        crops: encode random crops of the training images and the centre crops of the others, with their coordinates as
+            `condition_codes`.
 
     Returns:
         The data sets by split, and the names of the classes, if they have names.
@@ -48,10 +53,16 @@ def load_code_splits(
             f"tokenizer: it must have one level of codes, got a {type(tokenizer).__name__} with {levels}; "
             "examples/pixelcnn trains a prior for each level."
         )
-    if data.random_flip or data.crop != "center":
+    if crops is not None and (data.crop != "random" or data.streaming):
+        raise ValueError(
+            f"crop={data.crop!r} and streaming={data.streaming}: coordinates are those of random crops that are "
+            'written once, which needs crop="random" and streaming=False.'
+        )
+    if data.random_flip or (data.crop != "center" and crops is None):
         raise ValueError(
             f"random_flip={data.random_flip} and crop={data.crop!r} have no effect on codes that are written "
-            "once: leave them out, and use random_flip_codes=True for mirrored images."
+            "once: leave them out, and use random_flip_codes=True for mirrored images, or condition='coordinates' for "
+            "random crops."
         )
     if random_flip:
         check_mirrored(condition_processor, "random_flip_codes")
@@ -65,7 +76,7 @@ def load_code_splits(
     codes, class_names = {}, None
     for split in ("train", "validation"):
         images = load_image_dataset(
-            data,
+            data if crops is None else replace(data, cache_images=False),
             split,
             class_names=class_names,
             channels=tokenizer.config.in_channels,
@@ -74,6 +85,8 @@ def load_code_splits(
         class_names = images.class_names if split == "train" else class_names
         folder = run.output_dir / "indices" / split
         flip = random_flip and split == "train"
+        if crops is not None:
+            images = CoordinateCrops(images, crops, "random" if split == "train" else "center", flip)
         write_indices(tokenizer, images, folder, flip=flip, num_workers=arguments.dataloader_num_workers, **conditions)
         codes[split] = load_indices(
             folder,

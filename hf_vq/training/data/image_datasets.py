@@ -10,9 +10,9 @@ dataset.sample(0, epoch=3)  # with the augmentation of epoch 3: a function of (s
 An image that cannot be read is replaced by the next one that can, named in a warning, and listed in `dataset.broken`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -319,12 +319,17 @@ class ImageDataset(Dataset):
             sample["broken_images"] = tuple(passed)
         return sample
 
-    def read(self, index: int) -> dict | None:
-        """The centre crop of one image with its other fields, all its captions too, or `None` if it is broken."""
+    def read(self, index: int, choose: Callable[[Any], Window] | None = None) -> dict | None:
+        """One image with its other fields, all its captions too, or `None` if it is broken.
+
+        Args:
+            index: of the row.
+            choose: the window that is seen of the decoded image; by default the centre crop.
+        """
         pair = self._pair(index)
         if pair is None:
             return None
-        window = choose_window(pair[0], self.size)
+        window = choose_window(pair[0], self.size) if choose is None else choose(pair[0])
         return {**seen_through(window, *pair, self.condition_reader), **self._fields(index)}
 
     def _pair(self, index: int) -> tuple | None:

@@ -212,6 +212,7 @@ def choose_window(
     crop: str = "center",
     flip: bool = False,
     generator: np.random.Generator | None = None,
+    shorter_side: int | None = None,
 ) -> Window:
     """A window of `size` on an image that is scaled until it covers `size`.
 
@@ -220,9 +221,10 @@ def choose_window(
         size: `(height, width)`.
         crop: `"center"`, or `"random"`, uniformly from `generator`.
         flip: mirror half of the images, by `generator`.
+        shorter_side: scale the image's shorter side to so many pixels instead, at least the sides of `size`.
     """
     height, width = size
-    resized = covering_size(size_of(image), size)
+    resized = covering_size(size_of(image), size if shorter_side is None else (shorter_side, shorter_side))
     corner = (resized[0] - height) // 2, (resized[1] - width) // 2
     if crop == "random":
         corner = int(generator.integers(resized[0] - height + 1)), int(generator.integers(resized[1] - width + 1))

@@ -6,7 +6,8 @@ dataset = load_indices("outputs/indices/train", tokenizer=tokenizer, random_flip
 dataset[0]  # {"indices": int64 (h, w), "label": int}
 ```
 
-With conditions, `condition_codes` stands beside `indices`, and both are mirrored together.
+With conditions, `condition_codes` stands beside `indices`, and both are mirrored together. A sample that has
+`condition_codes` already, such as those of `CoordinateCrops`, keeps them.
 
 The folder holds parquet shards, which `datasets.load_dataset("parquet", data_dir=...)` opens as well, and
 `config.json`. Images are read and rows are written shard by shard, so memory does not grow with the data set; under
@@ -142,6 +143,9 @@ class PairEncoder(nn.Module):
             conditions = torch.stack([sample["condition"] for sample in samples])
             values = condition_values(conditions, self.condition_processor)
             columns |= _codes_of(self.condition_tokenizer, values, CONDITION_CODES, self.flip)
+        elif CONDITION_CODES in samples[0]:
+            for name in (CONDITION_CODES, f"{CONDITION_CODES}_flipped")[: 2 if self.flip else 1]:
+                columns[name] = np.stack([sample[name].numpy().astype(np.int32) for sample in samples])
         return columns
 
 

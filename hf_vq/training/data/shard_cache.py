@@ -297,7 +297,7 @@ class _ShardWriter:
         for name, value in sample.items():
             if name in known:
                 features[name] = known[name]
-            elif name not in ("pixel_values", "condition"):
+            elif name not in ("pixel_values", "condition") and name not in self.grids:
                 features[name] = _plain_feature(name, value)
         return datasets.Features(features)
 

@@ -5,7 +5,9 @@ image. With --architecture llama it is a Llama with rotary positions on the grid
     accelerate launch -m hf_vq.training.scripts.train_vq_gpt CONFIG.yaml [--argument value ...]
 
 With --condition_tokenizer, which `train_vqgan.py --condition` makes, the codes of each picture's label map, depth map,
-edges or drawing (--conditioning_image_column) stand before its own.
+edges or drawing (--conditioning_image_column) stand before its own. With --condition coordinates --crop random
+--picture_size N it is trained on crops of --resolution of pictures whose shorter side is N, each with its coordinates
+in the picture.
 
 The data set is encoded once, into OUTPUT_DIR/indices. The result is a pipeline folder, OUTPUT_DIR/pipeline.
 """
@@ -21,6 +23,7 @@ from hf_vq import VQAutoregressivePipeline, VQGPTConfig, VQGPTForCausalLM, VQLla
 from hf_vq.evaluation.evaluate import evaluate_prior
 from hf_vq.training.data.code_splits import count_classes, load_code_splits, training_inputs
 from hf_vq.training.data.conditions import load_condition_processor
+from hf_vq.training.data.coordinate_crops import CropSettings
 from hf_vq.training.data.image_datasets import DataArguments
 from hf_vq.training.data.indices_cache import CONDITION_CODES, IndicesDataset
 from hf_vq.training.run import RunArguments, TrainingRun
@@ -37,6 +40,14 @@ class VQGPTArguments:
     condition_tokenizer: str | None = field(
         default=None, metadata={"help": "Folder or Hub id of the tokenizer of the conditioning images."}
     )
+    condition: str | None = field(
+        default=None, metadata={"help": '"coordinates": of random crops (crop="random") of larger pictures.'}
+    )
+    picture_size: int | None = field(
+        default=None, metadata={"help": "Coordinates: the shorter side of the pictures that crops are cut out of."}
+    )
+    crops_per_image: int = field(default=8, metadata={"help": "Coordinates: random crops of each training image."})
+    coordinate_scale: int = field(default=1024, metadata={"help": "Coordinates: the last id."})
     n_unmasked: int = field(
         default=0,
         metadata={"help": "So many first positions see each other in both directions, those of the condition say."},
@@ -70,14 +81,15 @@ class VQGPTArguments:
         check_numbers(
             self,
             at_least_0_integer=("n_unmasked",),
-            at_least_1_integer=("num_hidden_layers", "hidden_size", "num_attention_heads", "sample_classes"),
+            at_least_1_integer=(
+                *("num_hidden_layers", "hidden_size", "num_attention_heads", "sample_classes"),
+                *("picture_size", "crops_per_image", "coordinate_scale"),
+            ),
             share=("pkeep",),
             below_1=("dropout", "attention_dropout", "condition_dropout", "adam_beta1", "adam_beta2"),
             at_least_0=("weight_decay", "guidance_scale"),
         )
-        if self.architecture == "llama" and (self.condition_tokenizer is not None or self.n_unmasked):
-            name = "n_unmasked" if self.condition_tokenizer is None else "condition_tokenizer"
-            raise ValueError(f"{name}={getattr(self, name)!r}: it needs architecture='gpt', got 'llama'.")
+        self._check_condition()
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads}: it must divide hidden_size={self.hidden_size}."
@@ -88,6 +100,21 @@ class VQGPTArguments:
                 f"multiple of 4 channels, "
                 f"got {self.hidden_size // self.num_attention_heads}."
             )
+
+    def _check_condition(self):
+        if self.condition not in (None, "coordinates"):
+            raise ValueError(f"condition={self.condition!r}: it must be 'coordinates' or left out.")
+        if (self.condition is None) != (self.picture_size is None):
+            raise ValueError(
+                f"picture_size={self.picture_size}: it must be given with condition='coordinates' alone, got "
+                f"condition={self.condition!r}."
+            )
+        if self.condition is not None and self.condition_tokenizer is not None:
+            raise ValueError("condition and condition_tokenizer: give the one that is the condition.")
+        if self.architecture == "llama":
+            for name in ("condition", "condition_tokenizer", "n_unmasked"):
+                if getattr(self, name):
+                    raise ValueError(f"{name}={getattr(self, name)!r}: it needs architecture='gpt', got 'llama'.")
 
 
 def build_prior(
@@ -110,6 +137,13 @@ def build_prior(
             "condition_type": "codes",
             "condition_vocab_size": condition_tokenizer.config.num_embeddings,
             "condition_length": math.prod(grids[CONDITION_CODES]),
+        }
+    elif args.condition == "coordinates":
+        condition = {
+            "condition_type": "coordinates",
+            "condition_vocab_size": args.coordinate_scale + 1,
+            "condition_length": math.prod(grids[CONDITION_CODES]),
+            "coordinate_scale": args.coordinate_scale,
         }
     common = {
         "codebook_size": tokenizer.config.num_embeddings,
@@ -157,13 +191,13 @@ def validate(
     """Bits per index on the validation codes, and a picture with a row of samples for each class or condition."""
     prior = pipe.prior
     kind = prior.config.condition_type
-    keys = {"class": "label", "codes": CONDITION_CODES}
+    keys = {"class": "label", "codes": CONDITION_CODES, "coordinates": CONDITION_CODES}
     figures = evaluate_prior(prior, validation_loader(codes), condition_key=keys.get(kind), progress=False)
     if run.is_main_process:
         given = {}
         if kind == "class":
             given["class_labels"] = list(range(min(args.sample_classes, prior.config.condition_vocab_size)))
-        elif kind == "codes":
+        elif kind in ("codes", "coordinates"):
             rows = range(min(args.sample_classes, len(codes)))
             given["condition"] = torch.stack([codes[row][CONDITION_CODES] for row in rows]).to(prior.device)
         images = pipe(
@@ -195,6 +229,19 @@ def load_condition(args: VQGPTArguments, data_args: DataArguments) -> dict:
     }
 
 
+def crop_settings(
+    args: VQGPTArguments, data_args: DataArguments, tokenizer: PreTrainedModel, seed: int
+) -> CropSettings | None:
+    """How crops with coordinates are cut; None without them."""
+    if args.condition is None:
+        return None
+    if data_args.label_column is not None:
+        raise ValueError("label_column and condition: give the one that is the condition.")
+    return CropSettings(
+        args.picture_size, args.crops_per_image, args.coordinate_scale, tokenizer.config.downsample_factor, seed
+    )
+
+
 def main(argv: list[str] | None = None) -> None:
     run_args, data_args, args = parse_arguments((RunArguments, DataArguments, VQGPTArguments), argv)
     condition = load_condition(args, data_args)
@@ -203,7 +250,8 @@ def main(argv: list[str] | None = None) -> None:
     condition_tokenizer = condition.get("condition_tokenizer")
     if condition_tokenizer is not None:
         condition_tokenizer.to(run.device)
-    codes, class_names = load_code_splits(run, data_args, tokenizer, args.random_flip_codes, **condition)
+    crops = crop_settings(args, data_args, tokenizer, run_args.seed)
+    codes, class_names = load_code_splits(run, data_args, tokenizer, args.random_flip_codes, crops=crops, **condition)
 
     num_classes = count_classes(codes, class_names, data_args.label_column, data_args.missing_condition == "null")
     prior = build_prior(args, tokenizer, codes["train"].grids, num_classes, class_names, condition_tokenizer)
