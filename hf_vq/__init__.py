@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 # each name, imported when it is first used; the lines under TYPE_CHECKING below say the same to editors
 _MODULES = {
     "BSQuantizer": "hf_vq.models.quantizers.scalar_quantizers",
+    "BoundingBoxTokenizer": "hf_vq.models.priors.bounding_boxes",
     "CosineVectorQuantizer": "hf_vq.models.quantizers.vector_quantizers",
     "EMAVectorQuantizer": "hf_vq.models.quantizers.vector_quantizers",
     "FSQuantizer": "hf_vq.models.quantizers.scalar_quantizers",
@@ -23,6 +24,7 @@ _MODULES = {
     "LFQuantizer": "hf_vq.models.quantizers.scalar_quantizers",
     "MaskReplaceScheduler": "hf_vq.schedulers.scheduling_mask_replace",
     "MaskReplaceSchedulerOutput": "hf_vq.schedulers.scheduling_mask_replace",
+    "ObjectBox": "hf_vq.models.priors.bounding_boxes",
     "PixelCNNConfig": "hf_vq.models.priors.configuration_pixelcnn",
     "PixelCNNForCausalLM": "hf_vq.models.priors.modeling_pixelcnn",
     "PixelSNAILConfig": "hf_vq.models.priors.configuration_pixelsnail",
@@ -100,6 +102,8 @@ if TYPE_CHECKING:
     from .models.modeling_outputs import VQDecoderOutput as VQDecoderOutput
     from .models.modeling_outputs import VQEncoderOutput as VQEncoderOutput
     from .models.modeling_outputs import VQModelOutput as VQModelOutput
+    from .models.priors.bounding_boxes import BoundingBoxTokenizer as BoundingBoxTokenizer
+    from .models.priors.bounding_boxes import ObjectBox as ObjectBox
     from .models.priors.configuration_pixelcnn import PixelCNNConfig as PixelCNNConfig
     from .models.priors.configuration_pixelsnail import PixelSNAILConfig as PixelSNAILConfig
     from .models.priors.configuration_vq_gpt import VQGPTConfig as VQGPTConfig
