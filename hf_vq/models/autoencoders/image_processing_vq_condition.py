@@ -19,7 +19,8 @@ class VQConditionProcessor(BaseImageProcessor):
 
     Args:
         condition (`str`): "segmentation": label maps to one channel for each label, 0 or 1; "depth": one channel, each
-            map's own minimum and maximum to -1 and 1; "edges": one channel, -1, and 1 on an edge; "pose" and "image":
+            map's own minimum and maximum to -1 and 1, of 8, 16 or 32 bits, floating-point, or float32 packed into
+            RGBA, see [`picture_values`]; "edges": one channel, -1, and 1 on an edge; "pose" and "image":
             RGB in [-1, 1].
         num_labels (`int`, *optional*): of a segmentation, N; the ids are 0…N-1.
         ignore_index (`int`, *optional*, defaults to 255): an id of a label map that means "unlabelled".
@@ -184,7 +185,7 @@ class VQConditionProcessor(BaseImageProcessor):
         return ids
 
     def _depth(self, image: Any, height: int, width: int) -> np.ndarray:
-        depth = cover(_floats(image), height, width, Image.Resampling.BILINEAR)
+        depth = cover(_floats(image, self.condition), height, width, Image.Resampling.BILINEAR)
         low, high = float(depth.min()), float(depth.max())
         if not np.isfinite([low, high]).all():
             raise ValueError("`images` must hold finite depths, got infinite or NaN ones.")
@@ -192,7 +193,7 @@ class VQConditionProcessor(BaseImageProcessor):
         return np.zeros((1, *depth.shape), np.float32) if scale == 0 else ((depth - low) / scale * 2 - 1)[None]
 
     def _edges(self, image: Any, height: int, width: int) -> np.ndarray:
-        edges = _floats(image)
+        edges = _floats(image, self.condition)
         edges = edges / 255 if edges.max(initial=0) > 1 else edges
         if not (edges.min(initial=0) >= 0 and edges.max(initial=0) <= 1):
             raise ValueError(f"`images` of edges must lie in [0, 1] or 0…255, got {edges.min():g} to {edges.max():g}.")
@@ -286,18 +287,38 @@ def _integers(image: Any) -> np.ndarray:
     return values.astype(np.int64)
 
 
-def _floats(image: Any) -> np.ndarray:
+def picture_values(image: Image.Image, condition: str) -> np.ndarray:
+    """
+    The values `(H, W)` of a picture of one channel, of the picture's own type: 8, 16 or 32 bits, or floating-point;
+    the colours of a palette rather than its indices.
+
+    Args:
+        image: a picture; with the condition "depth" also one of RGBA whose four bytes are a little-endian float32, as
+            the depth maps of the original VQGAN are stored.
+        condition: of [`VQConditionProcessor`].
+
+    Raises:
+        ValueError: a picture with colours.
+    """
+    if image.mode in ("L", "F", "1") or image.mode.startswith("I"):
+        return np.asarray(image)
+    bands = np.asarray(image.convert("RGB"))
+    if (bands == bands[..., :1]).all():
+        return bands[..., 0]
+    if condition == "depth" and image.mode == "RGBA":
+        values = np.ascontiguousarray(np.asarray(image)).view("<f4")[..., 0]
+        size = np.abs(values[values != 0])
+        # the bytes of a photo's pixels are no numbers of such a size: an opaque one is above 1e38, or NaN
+        if size.size and size.min() > 1e-12 and size.max() < 1e12:
+            return values.astype(np.float32)
+    raise ValueError(
+        f"`images` must be maps of one channel, got colours (mode {image.mode!r}); a photo needs an `annotator`."
+    )
+
+
+def _floats(image: Any, condition: str) -> np.ndarray:
     """float32 `(H, W)` of a map of values."""
-    if isinstance(image, Image.Image):
-        if image.mode not in ("L", "F", "1") and not image.mode.startswith("I"):
-            bands = np.asarray(image.convert("RGB"))
-            if (bands != bands[..., :1]).any():
-                raise ValueError(
-                    f"`images` must be maps of one channel, got colours (mode {image.mode!r}); a "
-                    f"photo needs an `annotator`."
-                )
-            image = image.convert("L")
-        image = np.asarray(image)
+    image = picture_values(image, condition) if isinstance(image, Image.Image) else image
     values = image.detach().float().cpu().numpy() if torch.is_tensor(image) else np.asarray(image)
     values = values[0] if values.ndim == 3 and values.shape[0] == 1 else values
     if values.ndim != 2 or values.size == 0:
@@ -305,4 +326,4 @@ def _floats(image: Any) -> np.ndarray:
     return values.astype(np.float32)
 
 
-__all__ = ["VQConditionProcessor", "cover"]
+__all__ = ["VQConditionProcessor", "cover", "picture_values"]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ...images import pixels_to_tensor
-from ...models.autoencoders.image_processing_vq_condition import VQConditionProcessor
+from ...models.autoencoders.image_processing_vq_condition import VQConditionProcessor, picture_values
 from .columns import CONDITION
 from .image_decoding import ANY_PATH, BrokenImageError, PathRules, Window, decode_image, open_source, size_of
 
@@ -92,10 +92,14 @@ class ConditionReader:
 
 def _as_array(image: Image.Image | np.ndarray, condition: str) -> np.ndarray:
     """`(H, W, 1)` of ids (int32) or values (float32), or uint8 `(H, W, 3)` of colours."""
-    if isinstance(image, Image.Image):
+    if isinstance(image, Image.Image) and condition in ("depth", "edges"):
+        try:
+            image = picture_values(image, condition)
+        except ValueError as error:
+            raise BrokenImageError(f"a conditioning image of {condition} has one channel: {error}") from error
+    elif isinstance(image, Image.Image):
         has_colours = image.mode not in ("L", "P", "1", "F") and not image.mode.startswith("I")
-        if condition in ("pose", "image") or has_colours:
-            image = image.convert("RGB")
+        image = image.convert("RGB") if condition in ("pose", "image") or has_colours else image
     values = np.asarray(image)
     values = values[..., None] if values.ndim == 2 else values
     channels = values.shape[-1] if values.ndim == 3 else 0

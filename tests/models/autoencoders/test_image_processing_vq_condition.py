@@ -1,9 +1,14 @@
+import io
+import struct
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from hf_vq import VQConditionProcessor
+from hf_vq.training.data.conditions import ConditionReader
+from hf_vq.training.data.image_decoding import BrokenImageError, choose_window
 
 
 IDS = np.array([[0, 1, 1, 255], [2, 2, 1, 0]], np.uint8)
@@ -146,3 +151,51 @@ def test_saved_and_loaded(tmp_path):
     loaded = VQConditionProcessor.from_pretrained(tmp_path)
     assert loaded.to_dict() == processor.to_dict() and loaded.num_channels == 3
     assert torch.equal(loaded(IDS).pixel_values, processor(IDS).pixel_values)
+
+
+def depth_pictures():
+    """One depth map in each of the forms that people store, as PNG or TIFF, by name, and its values in [-1, 1]."""
+    depth = np.random.default_rng(0).integers(100, 9000, (4, 6)).astype(np.float32)
+    packed = np.frombuffer(b"".join(struct.pack("<f", value / 7) for value in depth.flat), np.uint8).reshape(4, 6, 4)
+    grey = (depth // 40).astype(np.uint8)
+    palette = Image.fromarray(255 - grey, "P")
+    palette.putpalette([255 - value for value in range(256) for _ in range(3)])
+    pictures = {
+        "I;16": (Image.fromarray(depth.astype(np.uint16)), depth),
+        "I": (Image.fromarray(depth.astype(np.int32)), depth),
+        "F": (Image.fromarray(depth / 3), depth),
+        "RGBA": (Image.fromarray(packed), depth),
+        "L": (Image.fromarray(grey), grey),
+        "RGB": (Image.fromarray(grey).convert("RGB"), grey),
+        "P": (palette, grey),
+    }
+    return {
+        mode: (picture, (values - values.min() * 1.0) / (values.max() * 1.0 - values.min()) * 2 - 1)
+        for mode, (picture, values) in pictures.items()
+    }
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F", "RGBA", "L", "RGB", "P"])
+def test_depth_as_people_store_it(mode):
+    """By the processor, and by the reader of training data out of an encoded file."""
+    picture, expected = depth_pictures()[mode]
+    assert picture.mode == mode
+    processor = VQConditionProcessor("depth", size={"height": 4, "width": 6})
+    np.testing.assert_allclose(processor(picture).pixel_values[0, 0], expected, atol=1e-5)
+    file = io.BytesIO()
+    picture.save(file, format="TIFF" if mode in ("I", "F") else "PNG")
+    image, reader = Image.new("RGB", (6, 4)), ConditionReader(processor)
+    values = reader.decode({"bytes": file.getvalue(), "path": None}, image)
+    window = choose_window(image, (4, 6))
+    read = reader.read(values, window.cut(image), window)
+    np.testing.assert_allclose(read[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [0, 20, 128, 255])
+def test_a_photo_with_alpha_is_no_packed_depth(alpha):
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 4), np.uint8)
+    pixels[..., 3] = alpha
+    with pytest.raises(ValueError, match=r"got colours \(mode 'RGBA'\); a photo needs an `annotator`"):
+        VQConditionProcessor("depth", size=4)(Image.fromarray(pixels))
+    with pytest.raises(BrokenImageError, match="has one channel: .* a photo needs an `annotator`"):
+        ConditionReader(VQConditionProcessor("depth")).decode(Image.fromarray(pixels), Image.new("L", (6, 4)))

@@ -130,7 +130,7 @@ def test_what_is_refused(data, tmp_path, caplog):
     assert "30x30 pixels, not the proportions of its image, 60x40" in caplog.text
     with pytest.raises(ValueError, match=r"labels in 0…1 or 255 for unlabelled, got \[2, 3\]"):
         load(data, VQConditionProcessor("segmentation", num_labels=2))[0]
-    with pytest.raises(BrokenImageError, match="one channel, got colours"):
+    with pytest.raises(BrokenImageError, match="of depth has one channel: .* got colours"):
         ConditionReader(VQConditionProcessor("depth")).decode(
             Image.new("RGB", (60, 40), "red"), Image.new("L", (60, 40))
         )
