@@ -12,6 +12,7 @@ from hf_vq.evaluation.codebook import PositionCounts
 from hf_vq.evaluation.evaluate import evaluate_prior, evaluate_tokenizer
 from hf_vq.evaluation.evaluate_pipeline import applicable_metrics, draw_images, evaluate_model
 from hf_vq.training.data.image_datasets import collate
+from tests.pipelines.autoregressive_parts import make_pipeline, seeded
 from tests.pipelines.test_condition_images import make_conditional
 from tests.process_groups import in_processes
 
@@ -190,3 +191,18 @@ def test_a_prior_over_conditions_is_measured_with_them():
     bare = [{"pixel_values": row["pixel_values"]} for row in rows]
     with pytest.raises(ValueError, match="`dataset` must have the entry 'condition'"):
         evaluate_model(pipeline, bare, ["likelihood"], progress=False)
+
+
+@torch.no_grad()
+def test_a_prior_of_coordinates_is_measured_with_those_of_the_whole_picture():
+    pipeline = make_pipeline("coordinates")
+    rows = [{"pixel_values": torch.rand(3, 8, 8, generator=seeded(row)) * 2 - 1} for row in range(5)]
+    indices = pipeline.vqvae.encode(torch.stack([row["pixel_values"] for row in rows])).indices
+    # means over cells of 2×2 pixels of (8 i + j) / 64, times 39: by hand
+    cells = torch.tensor([[(8 * (2 * i + 0.5) + 2 * j + 0.5) / 64 * 39 for j in range(4)] for i in range(4)])
+    given, null = (
+        -pipeline.prior.log_likelihood(indices, codes).mean().item() / 16 / math.log(2)
+        for codes in (cells.round().long().expand(5, -1, -1), None)
+    )
+    found = evaluate_model(pipeline, rows, ["likelihood"], batch_size=4, progress=False)["bits_per_index"]
+    assert found == pytest.approx(given, rel=1e-5) and abs(found - null) > 1e-3
