@@ -50,4 +50,5 @@ def test_the_peak_of_resident_memory(tmp_path):
     assert run.returncode == 0, run.stderr[-2000:]
     grown = int(run.stdout.rsplit("grew by ", 1)[1])
     size = (tmp_path / "large.ckpt").stat().st_size
-    assert size > 200e6 and grown <= 2.5 * size, f"{grown / size:.2f} times the checkpoint"
+    # 60 MB at any size, and twice the checkpoint: 1292 MB for one of 615 MB
+    assert size > 200e6 and grown <= 2 * size + 90e6, f"{grown / 1e6:.0f} MB for {size / 1e6:.0f} MB"
