@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ...argument_checks import check_integer
 from .code_decoding import CodeDecoder, preallocated_cache, sample_codes
@@ -16,16 +17,10 @@ from .code_decoding import CodeDecoder, preallocated_cache, sample_codes
 
 def too_many_positions(reached: int, n_positions: int) -> str:
     """What an error says of ids that reach further than the positions of a model."""
-    text = (
+    return (
         f"`input_ids` reach position {reached}, but the model has {n_positions}: a prefix of P ids and N codes takes "
         "P + N - 1, since the last code is never an input."
     )
-    if reached == n_positions + 1:
-        text += (
-            " With `labels` it is left out; `label_smoothing_factor` of `transformers.Trainer` keeps the labels from "
-            "the model, and is not supported for whole images."
-        )
-    return text
 
 
 def _integers(values, name: str) -> torch.LongTensor:
@@ -266,6 +261,34 @@ class CodeSequenceMixin:
         if labels is not None and labels.shape[1] <= self.config.condition_length:
             raise ValueError(f"`labels` must reach beyond the {self.config.condition_length} condition ids.")
         return inputs
+
+    def is_whole_image(
+        self,
+        input_ids: torch.LongTensor | None,
+        labels: torch.LongTensor | None,
+        past_key_values: Any,
+        use_cache: bool | None,
+    ) -> bool:
+        """Whether `input_ids` are a prefix and all codes of an image, the last of which no position is left for."""
+        if not isinstance(input_ids, torch.Tensor) or labels is not None or past_key_values is not None or use_cache:
+            return False
+        whole = self.config.condition_length + self.config.image_seq_length
+        return input_ids.ndim == 2 and input_ids.shape[1] == whole == self.config.n_positions + 1
+
+    def read_whole_image(
+        self, input_ids: torch.LongTensor, logits_to_keep: int | torch.Tensor = 0, **inputs: Any
+    ) -> CausalLMOutputWithPast:
+        """
+        What `forward` returns of a whole image without labels, as a trainer asks for that computes the loss itself
+        (label smoothing): logits `(B, T, vocab_size)`, those of the last position 0, since nothing follows it. The
+        training noise acts as it does with labels.
+        """
+        output = self(input_ids=input_ids, labels=input_ids, return_dict=True, **inputs)
+        logits = nn.functional.pad(output.logits, (0, 0, 0, 1))
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        return CausalLMOutputWithPast(
+            logits=logits[:, keep], hidden_states=output.hidden_states, attentions=output.attentions
+        )
 
     def check_length(self, length: int, past: int | torch.Tensor) -> None:
         """A ValueError if `length` ids after the `past` ones are more than the model has positions for."""

@@ -152,6 +152,15 @@ class CodePriorForCausalLM(CodeSequenceMixin, CheckedLoadingMixin, PreTrainedMod
                 range, where finding them needs no waiting for an accelerator in training or in a step with a cache.
         """
         _refuse(kwargs, output_attentions=output_attentions)
+        if inputs_embeds is None and self.is_whole_image(input_ids, labels, past_key_values, use_cache):
+            return self.read_whole_image(
+                input_ids,
+                logits_to_keep,
+                condition_indices=condition_indices,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                output_hidden_states=output_hidden_states,
+            )
         inputs = self._check_inputs(
             input_ids, inputs_embeds, labels, attention_mask, position_ids, past_key_values, use_cache
         )

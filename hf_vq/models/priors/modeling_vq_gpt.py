@@ -82,6 +82,14 @@ class VQGPTForCausalLM(CodeSequenceMixin, VQGPTPreTrainedModel, GenerationMixin)
             ValueError: both or none of `input_ids` and `inputs_embeds`, ids that are not integers, more positions than
                 `config.n_positions`, labels of another shape than the inputs.
         """
+        if inputs_embeds is None and self.is_whole_image(input_ids, labels, past_key_values, use_cache):
+            return self.read_whole_image(
+                input_ids,
+                logits_to_keep,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                **kwargs,
+            )
         inputs = self.check_inputs(input_ids, inputs_embeds, labels)
         if labels is not None:
             use_cache = bool(use_cache)  # by default none, since nothing is sampled

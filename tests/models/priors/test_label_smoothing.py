@@ -1,4 +1,4 @@
-"""Label smoothing of `transformers.Trainer`, which calls a model without its labels: right, or refused."""
+"""Label smoothing of `transformers.Trainer`, which calls a model without its labels."""
 
 import pytest
 import torch
@@ -74,15 +74,16 @@ def train(prior, data, folder, micro_batches=1):
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("length", [7, 12], ids=["beginning", "whole"])
 @pytest.mark.parametrize("name", PRIORS)
-def test_beginnings_of_images(name, micro_batches, tmp_path):
+def test_labels_are_smoothed(name, length, micro_batches, tmp_path):
     """As torch's cross-entropy smooths, each code against what the position before it predicts."""
     torch.manual_seed(0)
     prior = PRIORS[name]()
-    data = Inputs(prior, 7)
-    with torch.no_grad():
-        logits = prior.eval()(data.inputs["input_ids"]).logits[:, :-1]
+    data = Inputs(prior, length)
     codes = data.inputs["input_ids"][:, 1:]
+    with torch.no_grad():
+        logits = prior.eval()(data.inputs["input_ids"][:, :-1]).logits
     expected = F.cross_entropy(logits.reshape(-1, 8), codes.reshape(-1), label_smoothing=0.3)
     unshifted = F.cross_entropy(logits[:, 1:].reshape(-1, 8), codes[:, :-1].reshape(-1), label_smoothing=0.3)
     loss = train(prior, data, tmp_path, micro_batches)
@@ -90,7 +91,28 @@ def test_beginnings_of_images(name, micro_batches, tmp_path):
 
 
 @pytest.mark.parametrize("name", PRIORS)
-def test_whole_images_are_refused(name, tmp_path):
-    with pytest.raises(ValueError, match="`label_smoothing_factor` .* is not supported for whole images"):
-        prior = PRIORS[name]()
-        train(prior, Inputs(prior, 12), tmp_path)
+def test_a_whole_image_has_logits_of_nothing_after_it(name):
+    torch.manual_seed(0)
+    prior = PRIORS[name]().eval()
+    ids = Inputs(prior, 12).inputs["input_ids"]
+    with torch.no_grad():
+        logits = prior(ids).logits
+        torch.testing.assert_close(logits[:, :-1], prior(ids[:, :-1]).logits)
+        assert torch.equal(prior(ids, logits_to_keep=2).logits, logits[:, -2:])
+    assert logits.shape[1] == 13 and not logits[:, -1].any()
+    with pytest.raises(ValueError, match="reach position 13, but the model has 12"):
+        prior(ids, use_cache=True)
+
+
+def test_the_training_noise_acts_without_labels():
+    torch.manual_seed(0)
+    prior = PRIORS["gpt"]()
+    prior.config.condition_dropout = 1.0
+    ids = Inputs(prior, 12).inputs["input_ids"]
+    null = ids.clone()
+    null[:, 0] = prior.config.null_class_token_id
+    for module in prior.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    assert torch.equal(prior.train()(ids).logits, prior.train()(null).logits)
+    assert not torch.equal(prior.eval()(ids).logits, prior.eval()(null).logits)
