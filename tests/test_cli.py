@@ -310,7 +310,6 @@ def test_sample_by_diffusion(diffusion, tmp_path):
 
 def test_options_that_a_pipeline_does_not_have(folder, diffusion, capsys):
     for source, option in (
-        (folder / "pipeline", ("--prompt", "a cat")),
         (folder / "pipeline", ("--truncation-rate", "0.9")),
         (diffusion / "codes", ("--top-k", "5")),
         (diffusion / "latents", ("--temperature", "2")),

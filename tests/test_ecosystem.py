@@ -224,8 +224,10 @@ def num_bytes(model):
     return sum(weight.numel() * weight.element_size() for weight in weights)
 
 
+@pytest.mark.slow
 def test_torchao_makes_the_weights_int8():
     """Of the denoiser and of Llama as they are; of GPT only after `as_linear`, since it passes over `Conv1D`."""
+    pytest.importorskip("torchao", reason="the extra `quantization` is not installed")
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     for name in ("gpt", "llama"):

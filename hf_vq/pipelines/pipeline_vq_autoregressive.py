@@ -215,6 +215,7 @@ class VQAutoregressivePipeline(AutoregressivePipeline):
             condition = encode_condition(self, condition_image, whole, annotator)
         elif annotator is not None:
             raise ValueError("`annotator` needs a `condition_image`, the photo that it is for.")
+        self._check_text(prompt, prompt_embeds)
         text = self.text_states("prompt", prompt, prompt_embeds, prompt_attention_mask)
         given = {"prompt": prompt, "prompt_embeds": prompt_embeds, "class_labels": class_labels}
         names = [name for name, value in given.items() if value is not None]
@@ -298,11 +299,17 @@ class VQAutoregressivePipeline(AutoregressivePipeline):
         grid = check_codes("condition", condition.long(), condition.shape[1:], config.condition_vocab_size)
         return [grid.to(self._execution_device)], {}
 
+    def _check_text(self, prompt: Any, prompt_embeds: Any) -> None:
+        """A ValueError for a text that the prior is not conditioned on."""
+        kind = self.prior.config.condition_type
+        for name, value in (("prompt", prompt), ("prompt_embeds", prompt_embeds)):
+            if value is not None and kind != "text":
+                instead = ": give `class_labels`" if kind == "class" else ""
+                raise ValueError(f"`{name}` needs a prior whose condition_type is 'text', got {kind!r}{instead}.")
+
     def _text_prompts(self, text: TextCondition) -> tuple[Sequence[torch.LongTensor], dict[str, torch.Tensor]]:
         """The prefixes of texts, their states, and which of them are no padding."""
         config = self.prior.config
-        if config.condition_type != "text":
-            raise ValueError(f"`prompt` needs a prior whose condition_type is 'text', got {config.condition_type!r}.")
         if text.embeddings.shape[2] != config.text_embed_dim:
             raise ValueError(
                 f"`prompt_embeds`, or what the text encoder gives, must have the {config.text_embed_dim} channels of "

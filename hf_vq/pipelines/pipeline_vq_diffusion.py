@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -183,9 +184,16 @@ class VQDiffusionImagePipeline(DenoisingPipeline):
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of the images, in pixels; without a tokenizer, of the grid of codes."""
-        factor = 1 if self.vqvae is None else self.vqvae.config.downsample_factor
+        factor = self._code_config.downsample_factor
         height, width = self.transformer.sample_size
         return height * factor, width * factor
+
+    @property
+    def _code_config(self) -> Any:
+        """The tokenizer's config; without a tokenizer a code takes the place of a pixel."""
+        if self.vqvae is None:
+            return SimpleNamespace(downsample_factor=1, downsample_factors=(1,))
+        return self.vqvae.config
 
     # Preparing
 
@@ -195,11 +203,11 @@ class VQDiffusionImagePipeline(DenoisingPipeline):
         def read_codes(pixels, indices, size):
             if pixels is not None:
                 return (self.encode_image(pixels),)
-            (grid,) = grids_of(size, self.vqvae.config.downsample_factors)
+            (grid,) = grids_of(size, self._code_config.downsample_factors)
             codes = check_codes("indices", indices, grid, self.scheduler.mask_index)
             return (codes.to(self._execution_device),)
 
-        return read_given(self.vqvae.config, image, indices, mask_image, keep_fraction, outpaint, read_codes)
+        return read_given(self._code_config, image, indices, mask_image, keep_fraction, outpaint, read_codes)
 
     def wanted_size(self, height: int | None, width: int | None) -> tuple[int, int] | None:
         """`height` and `width`, `image_size` where one of them is missing; None where both are.
@@ -211,7 +219,7 @@ class VQDiffusionImagePipeline(DenoisingPipeline):
             return None
         pairs = zip(("height", "width"), (height, width), self.image_size, strict=True)
         size = tuple(own if value is None else check_integer(name, value, 1) for name, value, own in pairs)
-        grids_of(size, self.vqvae.config.downsample_factors)
+        grids_of(size, self._code_config.downsample_factors)
         for name, side, own in zip(("height", "width"), size, self.image_size, strict=True):
             if side < own:
                 raise ValueError(f"`{name}` must be at least {own}, the transformer's grid in pixels, got {side}.")
@@ -391,7 +399,7 @@ class VQDiffusionImagePipeline(DenoisingPipeline):
             guided=guidance_scale != 1,
         )
         inputs, null_inputs = repeat_inputs(inputs, times), repeat_inputs(null_inputs, times)
-        (grid,) = grids_of(size, self.vqvae.config.downsample_factors)
+        (grid,) = grids_of(size, self._code_config.downsample_factors)
         known = self.prepare_known(given, own, grid, count, times, keep_fraction, generator)
         check_painted(given)
         scheduler = self.own_scheduler()
@@ -454,7 +462,7 @@ class VQDiffusionImagePipeline(DenoisingPipeline):
             mask = random_mask((count * times, *grid_size), keep_fraction, generator)
         kept = None
         if mask is not None:
-            kept = kept_codes(mask, grid_size, self.vqvae.config.downsample_factor).to(self._execution_device)
+            kept = kept_codes(mask, grid_size, self._code_config.downsample_factor).to(self._execution_device)
         return KnownImages(codes.to(self._execution_device), kept, pixels, mask)
 
     def _sample_windows(

@@ -223,7 +223,7 @@ def test_cross_attention_with_scale_and_shift():
         ({"num_head_channels": 20}, "must have num_head_channels divide the width 64 in unet_config, got 20"),
         ({"num_head_channels": -1}, "must have num_heads or num_head_channels"),
         ({"context_dim": 8}, "must have context_dim in unet_config if and only if use_spatial_transformer"),
-        ({"num_res_blocks": [1, 2]}, r"an int of at least 1 as num_res_blocks in unet_config, got \[1, 2\]"),
+        ({"num_res_blocks": [1, 2]}, r"an int from 1 to 1000 as num_res_blocks in unet_config, got \[1, 2\]"),
         ({"num_classes": 3}, "does not fit UNet2DModel: it lacks class_embedding.weight"),
     ],
 )

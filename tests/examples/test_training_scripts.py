@@ -150,7 +150,9 @@ def test_a_llama_trains_and_its_pipeline_samples(inputs):
     prior = pipeline.prior
     assert type(prior) is VQLlamaForCausalLM and prior.config.condition_vocab_size == 3
     assert (prior.config.pkeep, prior.config.attention_dropout, prior.config.embd_pdrop) == (0.9, 0.1, 0.0)
-    images = pipeline([2, 0], guidance_scale=2.0, output_type="pt", generator=torch.Generator().manual_seed(0)).images
+    images = pipeline(
+        class_labels=[2, 0], guidance_scale=2.0, output_type="pt", generator=torch.Generator().manual_seed(0)
+    ).images
     assert images.shape == (2, 3, 8, 8)
     # it knows the images that it was trained on better than codes at random
     saved = datasets.load_dataset("parquet", data_dir=str(inputs / "prior/indices/train"), split="train")

@@ -37,7 +37,7 @@ def test_kept_codes_are_read_in_the_order_of_the_prior(make, order):
     codes = torch.randint(8, (1, 4, 4), generator=seeded(1))
     mask = torch.rand(4, 4, generator=seeded(2)) < 0.6  # of codes
     assert 4 < mask.sum() < 14
-    found = pipeline(2, indices=codes, mask_image=mask, top_k=1, output_type="indices").indices
+    found = pipeline(class_labels=2, indices=codes, mask_image=mask, top_k=1, output_type="indices").indices
     prior, expected = pipeline.prior, codes.clone()
     sequence = prior.prepare_condition(2)
     for place in prior.config.code_order:
@@ -52,7 +52,7 @@ def test_kept_codes_are_read_in_the_order_of_the_prior(make, order):
 
 def test_a_window_moves_with_a_llama_but_in_no_other_order_than_row_by_row():
     pipeline = make_llama()
-    found = pipeline(1, height=12, width=10, top_k=1, output_type="indices").indices
+    found = pipeline(class_labels=1, height=12, width=10, top_k=1, output_type="indices").indices
     prompt, grid = pipeline.prior.prepare_condition(1), torch.full((1, 6, 5), -1)
     for i in range(6):
         for j in range(5):

@@ -37,6 +37,8 @@ def wait_for_step(folder, step, process):
 
 
 def test_a_repeated_signal_counts_once_and_a_later_one_ends_at_once(monkeypatch):
+    # a program that was started in the background may have been told to pass over it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     interruption = Interruption()
     interruption.install()
     try:
@@ -51,6 +53,7 @@ def test_a_repeated_signal_counts_once_and_a_later_one_ends_at_once(monkeypatch)
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     finally:
         interruption.restore()
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.slow

@@ -518,8 +518,8 @@ def test_bad_inputs():
     for call, message in (
         (lambda: model(ids.float()), "input_ids"),
         (lambda: model(ids[0]), "input_ids"),
-        (lambda: model(ids), "N positions"),
-        (lambda: model(ids[:, -1:], past_key_values=cache), "N positions"),
+        (lambda: model(ids, use_cache=True), "the model has 12"),
+        (lambda: model(ids[:, -1:], past_key_values=cache), "the model has 12"),
         (lambda: model(ids[:1, :1], past_key_values=cache), "2 rows"),
         (lambda: model(ids[:, :1], past_key_values=[]), "past_key_values"),
         (lambda: model(ids[:, :2], labels=ids[:, :2], past_key_values=cache), "exclude each other"),
