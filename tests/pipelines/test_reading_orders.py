@@ -63,4 +63,4 @@ def test_a_window_moves_with_a_llama_but_in_no_other_order_than_row_by_row():
             grid[0, i, j] = logits[0, -1, :8].argmax()
     assert torch.equal(found, grid)
     with pytest.raises(ValueError, match="need a prior that reads row by row"):
-        make_llama("z-curve")(1, height=12, width=10)
+        make_llama("z-curve")(class_labels=1, height=12, width=10)

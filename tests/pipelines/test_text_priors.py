@@ -118,9 +118,9 @@ def test_what_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             pipeline(**bad)
-    with pytest.raises(ValueError, match="`prompt_embeds` must be given: the pipeline has no text_encoder"):
+    with pytest.raises(ValueError, match="`prompt` needs a prior .* 'text', got 'class': give `class_labels`"):
         classes("cat")
-    with pytest.raises(ValueError, match="`prompt` needs a prior whose condition_type is 'text', got 'class'"):
+    with pytest.raises(ValueError, match="`prompt_embeds` needs a prior whose condition_type is 'text', got 'class'"):
         classes(prompt_embeds=states)
     with pytest.raises(ValueError, match="`text_encoder` needs a prior whose condition_type is 'text'"):
         VQAutoregressivePipeline(classes.vqvae, classes.prior, text_encoder=pipeline.text_encoder)

@@ -533,7 +533,7 @@ def test_overrun_is_a_value_error():
     model = make("class")
     inputs = model.prepare_inputs(make_indices(model), [0, 1])
     with pytest.raises(ValueError, match="P \\+ N - 1"):
-        model(input_ids=inputs["input_ids"])
+        model(input_ids=inputs["input_ids"], use_cache=True)
     cache = model(input_ids=inputs["input_ids"][:, :-1], use_cache=True).past_key_values
     with pytest.raises(ValueError, match="P \\+ N - 1"):
         model(input_ids=inputs["input_ids"][:, -1:], past_key_values=cache, use_cache=True)
