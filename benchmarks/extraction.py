@@ -90,7 +90,7 @@ def encode(rank: int, world: int, folder: Path, kind: str) -> None:
 def measure(count: int, processes: int, kind: str, folder: Path) -> dict:
     (folder / "rendezvous").unlink(missing_ok=True)
     torch.multiprocessing.spawn(encode, (processes, folder, kind), nprocs=processes)
-    found = [torch.load(folder / f"{kind}-{rank}.pt") for rank in range(processes)]
+    found = [torch.load(folder / f"{kind}-{rank}.pt", weights_only=True) for rank in range(processes)]
     seconds = max(result["seconds"] for result in found)
     row = {"what": kind, "images": count, "processes": processes, "images/s": count / seconds}
     for share in (0.1, 0.25, 0.5, 0.75, 1.0):

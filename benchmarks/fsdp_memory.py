@@ -61,7 +61,7 @@ def run(quick: bool, threads: int) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         for world in (1, 2, 4):
             torch.multiprocessing.spawn(hold, (world, folder, width, layers), nprocs=world)
-            held = [torch.load(Path(folder, f"held-{world}-{rank}.pt")) for rank in range(world)]
+            held = [torch.load(Path(folder, f"held-{world}-{rank}.pt"), weights_only=True) for rank in range(world)]
             largest = {f"{name}, MiB": max(part[name] for part in held) for name in held[0] if name != "count"}
             rows.append({"processes": world, "parameters, M": held[0]["count"] / 1e6, **largest})
     return rows

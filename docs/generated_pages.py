@@ -104,7 +104,8 @@ for page, source in READMES.items():
     write(page, readme(page, source))
 examples = (ROOT / "examples/README.md").read_text(encoding="utf-8")
 scale = examples.partition("## Several processes and machines\n")[2]
-assert scale, "examples/README.md has lost its section on several machines"
+if not scale:
+    raise ValueError("examples/README.md has lost its section on several machines.")
 write("scale.md", "# Scale out\n" + scale)
 for name in ("examples/vq_diffusion/prompts.png", "examples/comparison/samples.png"):
     picture(name)

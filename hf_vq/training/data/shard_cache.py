@@ -184,6 +184,7 @@ def find_shard_damage(kind: ShardFormat, file: Path, identity: dict | None = Non
 
 
 def barrier() -> None:
+    """Waits for all processes, where there are several."""
     if is_distributed():
         dist.barrier()
 

@@ -119,6 +119,7 @@ class Level:
 
 
 def build_prior(args: PriorArguments, codebook_size: int, level: Level, num_classes: int, names: list[str] | None):
+    """The prior of one level, over `codebook_size` codes, for `num_classes` classes of these names."""
     config_class, model_class = PRIORS[args.prior]
     conditioning = {}
     if level.above is not None:
@@ -216,6 +217,7 @@ def draw_pairs(
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Trains, by the arguments of the command line or `argv`."""
     run_args, data_args, args = parse_arguments((RunArguments, DataArguments, PriorArguments), argv)
     run = TrainingRun(run_args)
     tokenizer = AutoModel.from_pretrained(args.tokenizer, dtype=torch.float32).to(run.device).eval()

@@ -293,6 +293,7 @@ def validate(
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Trains, by the arguments of the command line or `argv`."""
     run_args, data_args, args = parse_arguments((RunArguments, CaptionedDataArguments, VQDiffusionArguments), argv)
     if (data_args.caption_column is None) != (args.text_encoder is None):
         raise ValueError("caption_column and text_encoder are given together: one is the other's input.")

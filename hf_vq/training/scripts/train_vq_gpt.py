@@ -243,6 +243,7 @@ def crop_settings(
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Trains, by the arguments of the command line or `argv`."""
     run_args, data_args, args = parse_arguments((RunArguments, DataArguments, VQGPTArguments), argv)
     condition = load_condition(args, data_args)
     run = TrainingRun(run_args)

@@ -209,6 +209,7 @@ class Condition:
 
 
 def build_unet(args: LatentDiffusionArguments, condition: Condition, channels: int, size: tuple[int, int]):
+    """The UNet of the arguments, for latents of `channels` on a grid of `size`, with what its condition needs."""
     levels = range(len(args.block_out_channels))
     cross = "CrossAttn" if condition.kind == "text" else "Attn"
     kinds = [cross if level in args.attention_levels else "" for level in levels]
@@ -241,6 +242,7 @@ def train_loss(
     noise: torch.Tensor,
     timesteps: torch.Tensor,
 ) -> torch.Tensor:
+    """The loss of what the denoiser predicts of `latents` `(B, D, h, w)` with `noise` at `timesteps` `(B,)`."""
     prediction = model(objective.add_noise(latents, noise, timesteps), timesteps, **inputs).sample
     return objective.loss(prediction, latents, noise, timesteps)
 
@@ -285,6 +287,7 @@ def validate(
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Trains, by the arguments of the command line or `argv`."""
     run_args, data_args, args = parse_arguments((RunArguments, CaptionedDataArguments, LatentDiffusionArguments), argv)
     if (data_args.caption_column is None) != (args.text_encoder is None):
         raise ValueError("caption_column and text_encoder are given together: one is the other's input.")

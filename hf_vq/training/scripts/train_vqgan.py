@@ -173,6 +173,7 @@ class VQGANArguments:
 
 
 def build_model(args: VQGANArguments, resolution: int | Sequence[int]) -> VQGANModel:
+    """The tokenizer that the arguments name, or a new one of their sizes."""
     if args.model_name_or_path is not None:
         tokenizer = VQGANModel.from_pretrained(args.model_name_or_path, dtype=torch.float32)
         check_agrees("in_channels", args.in_channels, tokenizer.config.in_channels, args.model_name_or_path)
@@ -245,6 +246,7 @@ def validate(
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Trains, by the arguments of the command line or `argv`."""
     run_args, data_args, args = parse_arguments((RunArguments, DataArguments, VQGANArguments), argv)
     run = TrainingRun(run_args)
     processor = args.processor(data_args.resolution)

@@ -63,6 +63,7 @@ class VQVAEArguments:
 
 
 def build_model(args: VQVAEArguments, resolution: int | Sequence[int], dataset: Dataset) -> VQVAEModel:
+    """The tokenizer that the arguments name, or a new one of their sizes."""
     if args.model_name_or_path is not None:
         tokenizer = VQVAEModel.from_pretrained(args.model_name_or_path, dtype=torch.float32)
         check_agrees("in_channels", args.in_channels, tokenizer.config.in_channels, args.model_name_or_path)
@@ -85,6 +86,7 @@ def build_model(args: VQVAEArguments, resolution: int | Sequence[int], dataset: 
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Trains, by the arguments of the command line or `argv`."""
     run_args, data_args, args = parse_arguments((RunArguments, DataArguments, VQVAEArguments), argv)
     run = TrainingRun(run_args)
     dataset = load_image_dataset(data_args, "train", augment=True, seed=run_args.seed, channels=args.in_channels)

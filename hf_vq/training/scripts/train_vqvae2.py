@@ -76,6 +76,7 @@ class VQVAE2Arguments:
 
 
 def build_model(args: VQVAE2Arguments, resolution: int | Sequence[int], dataset: Dataset) -> VQVAE2Model:
+    """The tokenizer that the arguments name, or a new one of their sizes."""
     if args.model_name_or_path is not None:
         tokenizer = VQVAE2Model.from_pretrained(args.model_name_or_path, dtype=torch.float32)
         check_agrees("in_channels", args.in_channels, tokenizer.config.in_channels, args.model_name_or_path)
@@ -111,6 +112,7 @@ def validate(
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Trains, by the arguments of the command line or `argv`."""
     run_args, data_args, args = parse_arguments((RunArguments, DataArguments, VQVAE2Arguments), argv)
     run = TrainingRun(run_args)
     dataset = load_image_dataset(data_args, "train", augment=True, seed=run_args.seed, channels=args.in_channels)
