@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 
@@ -57,9 +58,37 @@ class Interruption:
                 os._exit(EXIT_CODES[signum])
         elif self.signum and now - self._time >= REPEAT_SECONDS:
             self.restore()
+            if signal.getsignal(signum) == signal.SIG_IGN:  # SIGINT of a command that a shell runs in the background
+                signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
         elif not self.signum:
             self.signum, self._time = signum, now
+
+
+class SignalReceived(Exception):
+    """A signal came to some process: `signum`, on all of them."""
+
+    def __init__(self, signum: int):
+        super().__init__(signum)
+        self.signum = signum
+
+
+def until_signal(batches: Iterable, interruption: Interruption) -> Iterator:
+    """Passes on batches, of which each process gives its own, in any number.
+
+    Raises:
+        SignalReceived: on all processes, before the next batch of the longest.
+    """
+    batches = iter(batches)
+    while True:
+        batch = next(batches, None)
+        signum, are_left = maxima_over_processes((interruption.signum, batch is not None))
+        if signum:
+            raise SignalReceived(signum)
+        if not are_left:
+            return
+        if batch is not None:
+            yield batch
 
 
 @dataclass(frozen=True)
@@ -118,4 +147,4 @@ def _is_consequence(error: BaseException) -> bool:
     )
 
 
-__all__ = ["EXIT_CODES", "Agreement", "Interruption", "agree", "end_all_on_error"]
+__all__ = ["EXIT_CODES", "Agreement", "Interruption", "SignalReceived", "agree", "end_all_on_error", "until_signal"]

@@ -92,6 +92,13 @@ class MetricsFile:
             kept = [line for line in self.path.read_text().splitlines(keepends=True) if _step_of(line) <= step]
             write_file_atomically(self.path, "".join(kept))
 
+    def has_validation(self, step: int) -> bool:
+        """Whether there is a line of the validation after `step`."""
+        if not self.path.exists():
+            return False
+        lines = self.path.read_text().splitlines(keepends=True)
+        return any("validation/" in line and _step_of(line) == step for line in lines)
+
     def append(self, row: dict) -> None:
         """Adds a line, or, where that fails, none."""
         size = self.path.stat().st_size if self.path.exists() else 0

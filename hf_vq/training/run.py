@@ -38,7 +38,7 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -62,7 +62,15 @@ from .data.image_datasets import collate
 from .data.loading import micro_batches, move_to_device
 from .data.samplers import micro_batch_sizes, process_slice
 from .disk_space import write_failures_named
-from .interruption import EXIT_CODES, Agreement, Interruption, agree, end_all_on_error
+from .interruption import (
+    EXIT_CODES,
+    Agreement,
+    Interruption,
+    SignalReceived,
+    agree,
+    end_all_on_error,
+    until_signal,
+)
 from .metrics import CodeCounts, MetricGuard, MetricsFile, MetricWindow, Stopwatch, TrainingStoppedError
 from .output_lock import FolderInUseError, lock_folder, unlock_folder
 from .processes import build_accelerator, prepare_model, seed_process
@@ -133,6 +141,8 @@ class TrainingRun:
         self._interruption = Interruption()
         self._validation_due = False
         self._last_save = time.monotonic()
+        self._saved: Path | None = None  # the last checkpoint, and its step
+        self._saved_step = -1
         self._guard = MetricGuard(arguments.min_codebook_perplexity, arguments.codebook_patience)
         self._progress_bar = None
         self._clock = Stopwatch()
@@ -202,8 +212,9 @@ class TrainingRun:
         """Calls `function` every `validation_steps` and after the last step, on every process.
 
         It runs with the averaged weights, in eval mode, without gradients, and what it draws from the random
-        generators does not change the training. The metrics that it returns on the main process are written with the
-        prefix `validation/`.
+        generators does not change the training. The metrics that it returns on the main process, and its seconds, are
+        written with the prefix `validation/`. A checkpoint that is due in the same step is written before. What takes
+        long is a loop over `until_signal(batches)`.
         """
         self._validation = function
         return function
@@ -263,8 +274,14 @@ class TrainingRun:
             beginning = "Starting at" if checkpoint is None else f"Continuing from {checkpoint.name},"
             self.accelerator.print(f"{beginning} step {self.global_step} ({self.output_dir}).")
             start_tracker(self.accelerator, self.arguments, self.output_dir, self.global_step)
-        if self._validation_due:  # the run was ended before it
-            self._validate()
+        is_missing = self._validation_due and not self._metrics_file.has_validation(self.global_step)
+        self._validation_due = from_main_process(is_missing)
+        if self._validation_due:
+            self._interruption.install()  # the run was ended before it
+            try:
+                self._validate_or_end()
+            finally:
+                self._interruption.restore()
         return self.global_step
 
     def batches(self, dataset: Dataset, collate_fn: Callable = collate, shuffle: bool = True) -> Iterator:
@@ -429,11 +446,14 @@ class TrainingRun:
         )
         if agreed.signum:
             self._end_by(agreed.signum)
-        if self._validation_due:
-            self._validate()
+        # before the validation, which may take longer than is left to a run that is told to end
         if self.is_finished or agreed.save_is_due or self._is_due(arguments.checkpointing_steps):
             with self._clock.paused():
                 self.save_checkpoint()
+        if self._validation_due:
+            self._validate_or_end()
+        if self.is_finished and (signum := self._agree().signum):  # since the last step
+            self._end_by(signum)
         if self.is_finished and self.global_step < arguments.max_train_steps and self.is_main_process:
             logger.warning(
                 "max_train_minutes=%g ended the run after %d of max_train_steps=%d steps. The "
@@ -464,8 +484,8 @@ class TrainingRun:
             raise error
 
     def _end_by(self, signum: int) -> None:
-        """Saves a checkpoint and ends the program, as a signal has asked for."""
-        path = self.save_checkpoint()
+        """Saves a checkpoint, if that of this step is not there, and ends the program, as a signal has asked for."""
+        path = self._saved if self._saved_step == self.global_step else self.save_checkpoint()
         name = signal.Signals(signum).name
         self.accelerator.print(
             f"\n{name}: ended at step {self.global_step}, saved in {path}; start again to continue."
@@ -511,6 +531,20 @@ class TrainingRun:
         if reason is not None:
             self._stop(reason)
 
+    def until_signal(self, batches: Iterable) -> Iterator:
+        """Passes on the batches of a validation; a signal to any process ends it, as it does a step.
+
+        Each process gives its own; their numbers may differ.
+        """
+        return until_signal(batches, self._interruption)
+
+    def _validate_or_end(self) -> None:
+        """Validates; where a signal ends that, the run ends too, and makes up for it when it is continued."""
+        try:
+            self._validate()
+        except SignalReceived as ended:
+            self._end_by(ended.signum)
+
     def _validate(self) -> None:
         with ExitStack() as stack:
             stack.enter_context(self._clock.paused())
@@ -521,7 +555,8 @@ class TrainingRun:
                 if name in self.parts.skeletons:
                     stack.enter_context(unsharded(model))
                 stack.enter_context(evaluation_mode(model))
-            metrics = self._validation() or {}
+            start = time.perf_counter()
+            metrics = {**(self._validation() or {}), "seconds": time.perf_counter() - start}
         self._validation_due = False
         row = {f"validation/{name}": float(value) for name, value in metrics.items()}
         self._write_row({"step": self.global_step, **row})
@@ -568,6 +603,7 @@ class TrainingRun:
         own = {"random": get_random_state(), "window": self._window.state_dict()}
         self._checkpoints.save(path, self._position(), own)
         self._last_save = time.monotonic()
+        self._saved, self._saved_step = path, self.global_step
         return path
 
     def _position(self) -> dict:

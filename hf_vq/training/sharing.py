@@ -49,7 +49,7 @@ def training_card(
     figures = {
         name: value
         for name, value in validation_figures(run.output_dir).items()
-        if not name.startswith(("num_", "images_per"))
+        if not name.startswith(("num_", "images_per", "seconds"))
     }
     description = f"Trained for {run.global_step} steps of {run.arguments.train_batch_size} samples."
     is_hub_id = not Path(source).exists()

@@ -52,7 +52,7 @@ def validate_tokenizer(
         reconstructions = model.decode(model.encode(images).quantized, quantize=False).sample.clamp(-1, 1)
         pairs = torch.stack([images, reconstructions], dim=1).flatten(0, 1)
         run.log_images("reconstructions", pairs, columns=12)
-    figures = evaluate_tokenizer(model, validation_loader(dataset), perceptual, progress=False)
+    figures = evaluate_tokenizer(model, run.until_signal(validation_loader(dataset)), perceptual, progress=False)
     for number, codebook in enumerate(figures.pop("codebooks", [])):
         figures.update({f"{name}_{number}": value for name, value in codebook.items()})
     return {name: value for name, value in figures.items() if isinstance(value, (int, float))}
@@ -95,7 +95,7 @@ def validate_segmentation(
         pairs = [pixels_to_tensor(np.asarray(picture)) for pair in zip(*rows, strict=True) for picture in pair]
         run.log_images("reconstructions", torch.stack(pairs), columns=12)
     agreement, counts = LabelAgreement(processor.num_labels), CodebookCounts(model.config.num_embeddings)
-    for batch in validation_loader(dataset):
+    for batch in run.until_signal(validation_loader(dataset)):
         logits, indices = decoded(batch["condition"])
         agreement.update(logits.argmax(dim=1), batch["condition"])
         counts.update(indices)

@@ -1,4 +1,5 @@
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -7,8 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
-from hf_vq.training.interruption import Interruption
+from hf_vq.training.interruption import REPEAT_SECONDS, Interruption, SignalReceived, until_signal
+from tests.process_groups import in_processes
 from tests.training import toy_run
 from tests.training.toy_run import rows
 
@@ -54,6 +57,44 @@ def test_a_repeated_signal_counts_once_and_a_later_one_ends_at_once(monkeypatch)
     finally:
         interruption.restore()
         signal.signal(signal.SIGINT, before)
+
+
+def told_twice():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    interruption = Interruption()
+    interruption.install()
+    os.kill(os.getpid(), signal.SIGINT)
+    assert interruption.signum == signal.SIGINT
+    interruption._time -= REPEAT_SECONDS
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(20)
+
+
+def test_a_second_signal_ends_a_program_that_was_to_pass_over_it():
+    """A shell starts what runs in the background with SIGINT passed over; what was told to end ends, all the same."""
+    process = multiprocessing.get_context("fork").Process(target=told_twice)
+    process.start()
+    process.join(15)
+    assert process.exitcode == -signal.SIGINT
+
+
+def signalled(lengths, told, after):
+    """What a process has of its share, and the signal; process `told` gets one before batch `after`."""
+    rank, interruption, found = dist.get_rank(), Interruption(), []
+    try:
+        for batch in until_signal(range(lengths[rank]), interruption):
+            found.append(batch)
+            if rank == told and batch == after:
+                interruption.signum = int(signal.SIGTERM)
+    except SignalReceived as ended:
+        return found, ended.signum
+    return found, 0
+
+
+def test_all_processes_end_a_loop_when_one_is_told_to(tmp_path):
+    assert in_processes(2, tmp_path, signalled, (5, 3), 1, 1) == [([0, 1], 15), ([0, 1], 15)]
+    assert in_processes(2, tmp_path, signalled, (5, 3), 0, 3) == [([0, 1, 2, 3], 15), ([0, 1, 2], 15)]
+    assert in_processes(3, tmp_path, signalled, (2, 0, 1), 2, 9) == [([0, 1], 0), ([], 0), ([0], 0)]
 
 
 @pytest.mark.slow

@@ -1,9 +1,10 @@
+import dataclasses
 from dataclasses import dataclass, field
 
 import pytest
 
 from hf_vq.training.data.image_datasets import DataArguments
-from hf_vq.training.run_arguments import parse_arguments, parse_mapping
+from hf_vq.training.run_arguments import RunArguments, learning_rate_factor, parse_arguments, parse_mapping
 
 
 @dataclass
@@ -55,3 +56,65 @@ def test_mappings():
     for value in ("levels=8", "[8, 5]", 3):
         with pytest.raises(ValueError, match="kwargs=.*must be a JSON object"):
             parse_mapping("kwargs", value)
+
+
+def test_schedules():
+    def factors(name, **options):
+        arguments = RunArguments("x", lr_scheduler=name, max_train_steps=10, **options)
+        return [learning_rate_factor(arguments, step) for step in range(11)]
+
+    assert factors("constant") == [1.0] * 11
+    assert factors("constant_with_warmup", lr_warmup_steps=3)[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert factors("linear", lr_warmup_steps=0) == pytest.approx([1 - step / 10 for step in range(11)])
+    cosine = factors("cosine", lr_warmup_steps=2)
+    assert cosine[:3] == pytest.approx([1 / 3, 2 / 3, 1.0]) and cosine[6] == pytest.approx(0.5) and cosine[10] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr_scheduler": "step"}, "`lr_scheduler` must be one of constant, .*, got 'step'"),
+        ({"mixed_precision": "fp8"}, "`mixed_precision` must be one of no"),
+        ({"lr_warmup_steps": 5}, "lr_warmup_steps=5 has no effect"),
+        ({"push_to_hub": True}, "needs hub_model_id"),
+    ],
+)
+def test_bad_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        RunArguments("x", **options)
+
+
+NAN, INF = float("nan"), float("inf")
+BAD_NUMBERS = {
+    "seed": (-1, 0.5, 2**32),
+    "max_train_steps": (0, -3, 2.5, NAN),
+    "max_train_minutes": (0.0, -1.0, NAN),
+    "train_batch_size": (0, -8, 1.5),
+    "gradient_accumulation_steps": (0, -1),
+    "learning_rate": (0.0, -1e-4, NAN, INF),
+    "lr_warmup_steps": (-5, 0.5),
+    "max_grad_norm": (-1.0, NAN, INF),
+    "ema_decay": (-0.1, 1.0, NAN),
+    "checkpointing_steps": (0, -1),
+    "checkpointing_minutes": (0.0, -1.0, NAN),
+    "checkpoints_total_limit": (0, -1),
+    "logging_steps": (0, -1),
+    "validation_steps": (-1, NAN),
+    "min_codebook_perplexity": (-1.0, NAN, INF),
+    "codebook_patience": (0, -1),
+    "dataloader_num_workers": (-1, 0.5),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in BAD_NUMBERS.items() for value in values]
+)
+def test_bad_numbers_are_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"`{name}` must be .*, got {value}"):
+        RunArguments("x", lr_scheduler="cosine", **{name: value})
+
+
+def test_every_number_among_the_arguments_is_checked():
+    kinds = {field.name: field.type for field in dataclasses.fields(RunArguments)}
+    numbers = {name for name, kind in kinds.items() if "int" in str(kind) or "float" in str(kind)}
+    assert numbers == set(BAD_NUMBERS)

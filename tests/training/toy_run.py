@@ -81,6 +81,7 @@ def train(
     size=23,
     loss_hook=None,
     metrics_hook=None,
+    validation_hook=None,
     spy=None,
     **arguments,
 ):
@@ -109,6 +110,11 @@ def train(
 
     @run.on_validation
     def validate():
+        for batch in run.until_signal(range(3)):
+            if validation_hook is not None:
+                validation_hook(run, batch)
+        if validation_hook is not None:
+            validation_hook(run, "end")
         return {"noise": torch.rand(()) + model(torch.zeros(1, 3, 6, 6, device=run.device))[0].mean()}
 
     run.start()
@@ -147,7 +153,11 @@ def rows(output_dir, validation=False):
     """The rows of metrics.jsonl without the times."""
     found = []
     for line in Path(output_dir, "metrics.jsonl").read_text().splitlines():
-        row = {name: value for name, value in json.loads(line).items() if name not in ("seconds", "images_per_second")}
+        row = {
+            name: value
+            for name, value in json.loads(line).items()
+            if not name.endswith("second") and not name.endswith("seconds")
+        }
         if validation or "loss" in row:
             found.append(row)
     return found
@@ -158,6 +168,12 @@ def weights(run):
     states = {name: model.state_dict() for name, model in run.models.items()}
     states["ema"] = {**run.emas["model"].averages, **run.emas["model"].copies}
     return {f"{name}.{key}": value.clone() for name, state in states.items() for key, value in state.items()}
+
+
+def assert_same_weights(first, second):
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
 
 
 if __name__ == "__main__":

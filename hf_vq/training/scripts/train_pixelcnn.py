@@ -160,7 +160,7 @@ def validate(
     factor = tokenizer.config.downsample_factors[len(level.columns) - 1]
     figures = evaluate_prior(
         prior,
-        validation_loader(codes),
+        run.until_signal(validation_loader(codes)),
         condition_key="label" if conditional else None,
         pixel_dims=tokenizer.config.in_channels * height * width * factor**2,
         indices_key=level.columns[-1],

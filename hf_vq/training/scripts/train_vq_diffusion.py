@@ -270,7 +270,7 @@ def validate(
         args.validation_timesteps,
         generator=lambda batch_size: sample_generators(0, islice(positions, batch_size)),
     )
-    figures = evaluate_prior(bound, codes.validation_batches(), condition.key, progress=False)
+    figures = evaluate_prior(bound, run.until_signal(codes.validation_batches()), condition.key, progress=False)
     if run.is_main_process:
         arguments = {"num_images_per_prompt": 64}
         if condition.kind == "class":

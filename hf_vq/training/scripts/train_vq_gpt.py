@@ -192,7 +192,9 @@ def validate(
     prior = pipe.prior
     kind = prior.config.condition_type
     keys = {"class": "label", "codes": CONDITION_CODES, "coordinates": CONDITION_CODES}
-    figures = evaluate_prior(prior, validation_loader(codes), condition_key=keys.get(kind), progress=False)
+    figures = evaluate_prior(
+        prior, run.until_signal(validation_loader(codes)), condition_key=keys.get(kind), progress=False
+    )
     if run.is_main_process:
         given = {}
         if kind == "class":

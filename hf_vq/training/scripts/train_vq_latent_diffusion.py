@@ -259,7 +259,7 @@ def validate(
     """The loss on validation images with the same noise every time, and a picture of samples."""
     sums = torch.zeros(2, dtype=torch.float64)  # of the loss, and of the images
     spread = objective.even_timesteps(64, run.device)
-    for numbers, batch in data.validation_batches(64):
+    for numbers, batch in run.until_signal(data.validation_batches(64)):
         latents = data.latents(batch) * pipe.vqvae.config.scaling_factor
         noise = randn_of_samples(sample_generators(0, numbers), *latents.shape[1:]).to(latents.device)
         timesteps = spread[torch.tensor(numbers, device=spread.device) % len(spread)]
