@@ -7,7 +7,7 @@ The weights are stored in half precision, and the program ends with an error whe
 measured on the packaged validation images, which no run trains on. `samples.png` has eight samples of each class, the
 first that were drawn, and `row.png` the first of each; `nearest.png` the first two of each class above the training
 images that are closest to them in the features of MobileNetV2; `reconstructions.png` unseen images above their
-reconstructions. A tokenizer that another checkpoint has already is a link to it (`--tokenizer-of emoji-32`). With
+reconstructions. A tokenizer that another checkpoint has already is copied from it (`--tokenizer-of emoji-32`). With
 `--classifier` (examples/demo/image_classifier.py) `rejection.png` has four samples of each class that it chose from
 four times as many.
 """
@@ -166,7 +166,7 @@ def ship(args: argparse.Namespace) -> None:
     halve_weights(folder)
     if args.tokenizer_of:
         shutil.rmtree(folder / "vqvae")
-        (folder / "vqvae").symlink_to(Path("..") / args.tokenizer_of / "vqvae")
+        shutil.copytree(HERE / args.tokenizer_of / "vqvae", folder / "vqvae")  # no link: Windows and zips have none
     else:
         shutil.copy(args.pipeline / "vqvae/preprocessor_config.json", folder / "vqvae")
     pipeline = load(folder)
