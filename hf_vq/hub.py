@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .code_bundle import bundle
+from .folders import files_below
 from .hub_cards import is_ours, model_card, with_section
 from .hub_requests import request_patiently
 from .models.autoencoders.image_processing_vq import VQImageProcessor
@@ -242,9 +243,9 @@ def folder_for_sharing(
         with_code: so that it loads where hf_vq is not installed.
     """
     source, folder = Path(source), Path(folder)
-    for file in sorted(source.rglob("*")):
+    for file in files_below(source):
         place = file.relative_to(source)
-        if file.is_dir() or "__pycache__" in place.parts or place.parts[0] in (".git", ".cache"):
+        if "__pycache__" in place.parts or place.parts[0] in (".git", ".cache"):
             continue
         (folder / place).parent.mkdir(parents=True, exist_ok=True)
         if file.suffix == ".json":

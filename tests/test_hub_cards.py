@@ -117,6 +117,22 @@ def test_what_is_pushed_keeps_the_files_and_names_the_repository(tmp_path):
     assert "user/run" in (source / "README.md").read_text() and not list(source.rglob("image_processing_vq.py"))
 
 
+def test_linked_parts_are_pushed_too(tmp_path):
+    """A folder whose tokenizer is a link to that of another folder."""
+    torch.manual_seed(0)
+    pipeline = hf_vq.VQAutoregressivePipeline(vqgan(), gpt())
+    pipeline.save_pretrained(tmp_path / "run")
+    (tmp_path / "run/vqvae").rename(tmp_path / "tokenizer")
+    (tmp_path / "run/vqvae").symlink_to("../tokenizer")
+    (tmp_path / "tokenizer/loop").symlink_to("..")
+    folder = tmp_path / "shared"
+    folder_for_sharing(tmp_path / "run", folder, pipeline, "me/emoji")
+    weights = (folder / "vqvae/model.safetensors").read_bytes()
+    assert weights == (tmp_path / "tokenizer/model.safetensors").read_bytes()
+    assert json.loads((folder / "vqvae/config.json").read_text())["auto_map"]
+    assert not (folder / "vqvae").is_symlink()  # the upload would not enter it
+
+
 @pytest.mark.parametrize("name", ["tokenizer", "lower prior", "denoiser", "scheduler", "processor", "code diffusion"])
 def test_a_saved_folder_is_shared_as_its_model_is(name, tmp_path):
     """The same files with the same contents, whether the model is saved with its code or its folder completed."""
