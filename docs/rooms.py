@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 ROOMS = {
     "Tokenizers": ("hf_vq.models.autoencoders", "hf_vq.models.modeling_outputs"),
     "Quantizers": ("hf_vq.models.quantizers",),
-    "Priors": ("hf_vq.models.priors",),
+    "Priors": ("hf_vq.models.priors", "hf_vq.models.linear_layers"),
     "Schedulers": ("hf_vq.schedulers",),
     "Pipelines": ("hf_vq.pipelines",),
     "Sharing and converting": ("hf_vq.hub", "hf_vq.conversion"),

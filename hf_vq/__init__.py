@@ -58,8 +58,10 @@ _MODULES = {
     "VQVAEConfig": "hf_vq.models.autoencoders.configuration_vqvae",
     "VQVAEModel": "hf_vq.models.autoencoders.modeling_vqvae",
     "VectorQuantizer": "hf_vq.models.quantizers.vector_quantizers",
+    "as_linear": "hf_vq.models.linear_layers",
     "build_quantizer": "hf_vq.models.quantizers.build",
     "load_tokenizer": "hf_vq.conversion.load_tokenizer",
+    "merge_lora": "hf_vq.models.priors.lora_merging",
     "model_card": "hf_vq.hub_cards",
     "push_to_hub": "hf_vq.hub",
     "rotation_trick": "hf_vq.models.quantizers.gradient_estimators",
@@ -98,6 +100,7 @@ if TYPE_CHECKING:
     from .models.autoencoders.modeling_vqgan import VQGANModel as VQGANModel
     from .models.autoencoders.modeling_vqvae import VQVAEModel as VQVAEModel
     from .models.autoencoders.modeling_vqvae2 import VQVAE2Model as VQVAE2Model
+    from .models.linear_layers import as_linear as as_linear
     from .models.modeling_outputs import QuantizerOutput as QuantizerOutput
     from .models.modeling_outputs import VQDecoderOutput as VQDecoderOutput
     from .models.modeling_outputs import VQEncoderOutput as VQEncoderOutput
@@ -108,6 +111,7 @@ if TYPE_CHECKING:
     from .models.priors.configuration_pixelsnail import PixelSNAILConfig as PixelSNAILConfig
     from .models.priors.configuration_vq_gpt import VQGPTConfig as VQGPTConfig
     from .models.priors.configuration_vq_llama import VQLlamaConfig as VQLlamaConfig
+    from .models.priors.lora_merging import merge_lora as merge_lora
     from .models.priors.modeling_pixelcnn import PixelCNNForCausalLM as PixelCNNForCausalLM
     from .models.priors.modeling_pixelsnail import PixelSNAILForCausalLM as PixelSNAILForCausalLM
     from .models.priors.modeling_vq_gpt import VQGPTForCausalLM as VQGPTForCausalLM

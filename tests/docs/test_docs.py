@@ -4,14 +4,18 @@ import ast
 import dataclasses
 import importlib
 import importlib.util
+import io
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from hf_vq.cli import build_parser
 
@@ -35,6 +39,7 @@ def fresh_folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # of PEFT's calls
 @pytest.mark.parametrize("page", [page for page in PAGES if fences(page, "python")], ids=lambda page: page.stem)
 def test_the_python_of_a_page_runs(page, fresh_folder):
     names = {}
@@ -51,6 +56,7 @@ CHECKS = {  # what the snippets of a page say they give
         names["images"][1]["pixel_values"].shape == (3, 32, 32) and names["images"][1]["text"] == "a green square"
     ),
     "evaluate": lambda names: 20 < names["figures"]["psnr"] < 26,  # of the card: 22.6 on all of the split
+    "libraries": lambda names: type(names["merged"]).__name__ == "VQGPTForCausalLM" and Path("merged").is_dir(),
     "share": lambda names: names["image"].size == (32, 32) and Path("to_share/README.md").is_file(),
 }
 
@@ -98,8 +104,9 @@ def script_options(path: Path) -> set[str]:
 
 def check_command(words: list[str]) -> None:
     """Raises an AssertionError where a command of the project does not have what is asked of it."""
-    if "hf-vq" in words and words[0] != "pip":
-        arguments = words[words.index("hf-vq") + 1 :]
+    called = next((name for name in ("hf-vq", "hf_vq.cli") if name in words and words[0] != "pip"), None)
+    if called is not None:
+        arguments = words[words.index(called) + 1 :]
         options = build_parser().parse_args(arguments)
         if options.command == "train":
             check_script(ROOT / f"examples/{options.system}/train_{options.system}.py", options.arguments)
@@ -140,6 +147,7 @@ def test_a_wrong_command_is_found(capsys):
     for words in (
         ["hf-vq", "sample", "folder", "--no-such-option"],
         ["hf-vq", "train", "vqgan", "--no_such_option", "1"],
+        ["torchrun", "-m", "hf_vq.cli", "evaluate", "folder", "--no-such-option"],
         ["python", "examples/vqgan/train_vqgan.py", "examples/vqgan/no_such.yaml"],
         ["accelerate", "launch", "examples/vqgan/no_such.py"],
         ["make", "no-such-target"],
@@ -166,6 +174,87 @@ def test_the_notebook_holds_no_outputs():
 
 
 # The site
+
+
+class Files(dict):
+    """Stands in for `mkdocs_gen_files`: keeps what the builder writes."""
+
+    def open(self, name, mode):
+        file = io.BytesIO() if "b" in mode else io.StringIO()
+        file.close = lambda: self.__setitem__(name, file.getvalue())
+        return file
+
+
+@pytest.fixture(scope="module")
+def site():
+    """The pages, written and generated, as text, and the pictures beside them; made without MkDocs."""
+    files = Files()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "mkdocs_gen_files", files)
+        runpy.run_path(str(ROOT / "docs/generated_pages.py"))
+    for path in (ROOT / "docs/pages").rglob("*.*"):
+        name = path.relative_to(ROOT / "docs/pages").as_posix()
+        assert name not in files, f"{name} is written and generated"
+        files[name] = path.read_text(encoding="utf-8") if path.suffix == ".md" else path.read_bytes()
+    return files
+
+
+def anchors(text: str) -> set[str]:
+    """Of the headings of a page, as Python-Markdown makes them."""
+    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    titles = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower()) for title in titles}
+
+
+def broken_links(files: dict) -> list[str]:
+    """The links and pictures of the pages that lead nowhere in the site."""
+    found = []
+    for name, text in files.items():
+        if not name.endswith(".md"):
+            continue
+        prose = re.sub(r"```.*?```|`[^`\n]*`(?!\])", "", text, flags=re.DOTALL)
+        for address in re.findall(r"\]\(([^)\s]+)\)", prose):
+            if "://" in address:
+                continue
+            page, _, anchor = address.partition("#")
+            target = os.path.normpath(os.path.join(os.path.dirname(name), page)) if page else name
+            if target not in files:
+                found.append(f"{name}: {address}")
+            elif anchor and anchor not in anchors(files[target]):
+                found.append(f"{name}: {address} (no such heading)")
+    return found
+
+
+def nav_pages(entries) -> list[str]:
+    if isinstance(entries, str):
+        return [entries]
+    parts = entries.values() if isinstance(entries, dict) else entries
+    return [page for part in parts for page in nav_pages(part)]
+
+
+def test_the_navigation_has_every_page(site):
+    pages = nav_pages(yaml.safe_load((ROOT / "docs/mkdocs.yml").read_text(encoding="utf-8"))["nav"])
+    assert len(pages) == len(set(pages)) and set(pages) <= set(site)
+    written = {name for name in site if name.endswith(".md") and not name.startswith("classes/")}
+    assert written <= set(pages)
+    assert sum(name.startswith("classes/") for name in site) == len(importlib.import_module("hf_vq").__all__) + 1
+
+
+def test_every_link_of_the_site_leads_somewhere(site):
+    assert broken_links(site) == []
+    pages = {
+        "a.md": "[b](b/c.md#one-two) ![p](p.png) [no](no.md) [none](b/c.md#three)",
+        "b/c.md": "# One, two!\n[a](../a.md)",
+    }
+    assert broken_links({**pages, "p.png": b""}) == ["a.md: no.md", "a.md: b/c.md#three (no such heading)"]
+
+
+def test_every_link_of_a_readme_leads_somewhere():
+    for path in [*READMES, *sorted((ROOT / "model_cards").glob("*.md")), ROOT / "CONTRIBUTING.md"]:
+        text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+        for address in re.findall(r"\]\(([^)\s]+)\)", text):
+            if "://" not in address and "{{" not in address:
+                assert (path.parent / address.partition("#")[0]).exists(), f"{path.relative_to(ROOT)}: {address}"
 
 
 def test_every_public_name_has_a_room(monkeypatch):
