@@ -127,7 +127,7 @@ def _codes_tab(shelf: ModelShelf, model: gr.Dropdown) -> tuple[Callable, list]:
                 decoded = _clickable("**Decoded.** Click a place to paint it.", "decoded")
                 colours = _clickable("**Index map.** A colour for each code.", "index-map")
             with gr.Row():
-                level = gr.Radio([("0", 0)], value=0, label="Level, from the top", visible=False)
+                level = gr.Radio([("0", 0)], value=0, label="Level, from the top", visible=False, elem_id="level")
                 mode = gr.Radio(["paint", "pick up"], value="paint", label="A click on a place", elem_id="mode")
                 code = gr.Number(0, label="Code", precision=0, minimum=0, elem_id="code", min_width=80)
                 undo = gr.Button("Undo", elem_id="undo", min_width=80)
@@ -172,7 +172,15 @@ def _codes_tab(shelf: ModelShelf, model: gr.Dropdown) -> tuple[Callable, list]:
     undo.click(said(take_back), [model, codes, level], [codes, *shown])
     reset.click(said(lambda *given: take_back(*given, everything=True)), [model, codes, level], [codes, *shown])
     swatches.select(said(take), [model, level], code, show_progress="hidden")
-    level.change(said(lambda name, level: actions.palette(shelf.get(name), level)[0]), [model, level], swatches)
+
+    def change_level(name, encoded, level):
+        loaded = shelf.get(name)
+        swatch = actions.palette(loaded, level)[0]
+        if encoded is None:
+            return swatch, None, None
+        return swatch, *_show(loaded, encoded, level, "")[:2]
+
+    level.change(said(change_level), [model, codes, level], [swatches, decoded, colours])
 
     def update(name):
         loaded = shelf.get(name)

@@ -14,7 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+from hf_vq import MaskReplaceScheduler, VQAutoregressivePipeline, VQDiffusionImagePipeline
+from tests.pipelines import vq_diffusion_parts
+from tests.pipelines.test_condition_images import make_conditional
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,12 +40,26 @@ TIMEOUT_MS = 60_000
 
 
 @pytest.fixture(scope="module")
-def address():
+def pipelines(tmp_path_factory):
+    """The folders of a pipeline that takes prompts, and of one that takes label maps: tiny and untrained."""
+    folder, steps = tmp_path_factory.mktemp("models"), 30
+    transformer = vq_diffusion_parts.make_transformer("text", num_train_timesteps=steps)
+    scheduler = MaskReplaceScheduler(vq_diffusion_parts.CODES, steps)
+    vq_diffusion_parts.make_pipeline("text", transformer=transformer, scheduler=scheduler).save_pretrained(
+        folder / "of-prompts"
+    )
+    make_conditional("segmentation").save_pretrained(folder / "of-maps")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(pipelines):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(APP), "--port", str(port)]
+    models = [*sorted((ROOT / "examples/checkpoints").glob("*/")), *sorted(pipelines.iterdir())]
+    command = [sys.executable, str(APP), *map(str, models), "--port", str(port)]
     server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     address = f"http://127.0.0.1:{port}"
     try:
@@ -117,6 +136,21 @@ def click_cell(page, selector, row, column, rows, columns):
     image.click(position={"x": (column + 0.5) * box["width"] / columns, "y": (row + 0.5) * box["height"] / rows})
 
 
+def change_model(page, name, summary):
+    page.locator("#model input").fill(name)
+    page.keyboard.press("Enter")
+    page.locator("#summary").get_by_text(summary).wait_for()
+
+
+def drawn(page, selector="#generated"):
+    """Every picture of a gallery, without what enlarged it."""
+    found = []
+    for source in [image.get_attribute("src") for image in page.locator(f"{selector} .grid-wrap img").all()]:
+        picture = Image.open(io.BytesIO(page.request.get(source).body())).convert("RGB")
+        found.append(np.asarray(picture.resize((8, 8), Image.Resampling.NEAREST)))
+    return found
+
+
 def test_a_picture_is_encoded_and_its_codes_are_edited(page, shots):
     page.locator("#codes-upload input[type=file]").set_input_files(PICTURE)
     page.get_by_text("PSNR").wait_for()
@@ -174,6 +208,93 @@ def test_pictures_are_drawn_by_class(page, shots):
     red, green, blue = drawn.reshape(-1, 3).T
     assert ((red > 180) & (green > 120) & (blue < 120)).mean() > 0.05  # smileys are yellow
     page.screenshot(path=shots / "generate.png", full_page=True)
+
+
+def test_pictures_are_drawn_of_prompts(page, pipelines, shots):
+    """Those that the pipeline itself draws of them, one row after the other."""
+    change_model(page, "of-prompts", "conditioned on text")
+    open_tab(page, "Generate")
+    assert not page.locator("#generate-classes").is_visible()
+    page.locator("#generate-prompts textarea").fill("a red cat\n\na blue dog\n")
+    page.locator("#generate").click()
+    page.get_by_text("8 pictures in").wait_for()
+    page.screenshot(path=shots / "prompts.png", full_page=True)
+    pipeline = VQDiffusionImagePipeline.from_pretrained(pipelines / "of-prompts")
+    expected = pipeline(
+        prompt=["a red cat", "a blue dog"],
+        num_images_per_prompt=4,
+        guidance_scale=2.0,
+        num_inference_steps=25,
+        generator=torch.Generator().manual_seed(0),
+    ).images
+    found = drawn(page)
+    assert len(found) == 8
+    for picture, own in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(picture, np.asarray(own))
+    captions = page.locator("#generated .caption-label").all_inner_texts()
+    assert captions == ["a red cat"] * 4 + ["a blue dog"] * 4
+
+
+def test_pictures_are_drawn_of_a_label_map(page, pipelines, shots, tmp_path):
+    change_model(page, "of-maps", "conditioned on image")
+    open_tab(page, "Generate")
+    page.locator("#generate").click()
+    page.get_by_text("Upload a condition first").wait_for()
+    labels = np.zeros((8, 8), np.uint8)
+    labels[:, 4:], labels[5:] = 1, 2
+    Image.fromarray(labels).save(tmp_path / "labels.png")
+    page.locator("#generate-condition input[type=file]").set_input_files(tmp_path / "labels.png")
+    page.locator("#generate-condition img").first.wait_for()
+    page.locator("#generate").click()
+    page.get_by_text("4 pictures in").wait_for()
+    page.screenshot(path=shots / "condition.png", full_page=True)
+    pipeline = VQAutoregressivePipeline.from_pretrained(pipelines / "of-maps")
+    expected = pipeline(
+        condition_image=Image.fromarray(labels),
+        num_images_per_prompt=4,
+        guidance_scale=2.0,
+        top_k=100,
+        generator=torch.Generator().manual_seed(0),
+    ).images
+    for picture, own in zip(drawn(page), expected, strict=True):
+        np.testing.assert_array_equal(picture, np.asarray(own))
+
+
+def test_labels_that_a_model_does_not_have_are_said_in_words(page, tmp_path):
+    change_model(page, "of-maps", "conditioned on image")
+    open_tab(page, "Generate")
+    Image.fromarray(np.full((8, 8), 9, np.uint8)).save(tmp_path / "labels.png")
+    page.locator("#generate-condition input[type=file]").set_input_files(tmp_path / "labels.png")
+    page.locator("#generate-condition img").first.wait_for()
+    page.locator("#generate").click()
+    page.get_by_text("is no condition of kind 'segmentation'").wait_for()
+
+
+def test_the_codes_of_both_levels_are_edited(page, shots):
+    change_model(page, "emoji-64-vqvae2", "8×8 and 16×16 codes")
+    page.locator("#codes-upload input[type=file]").set_input_files(PICTURE)
+    page.get_by_text("320 codes").wait_for()
+    before, maps = pixels(page, "#decoded"), pixels(page, "#index-map")
+    side = len(before) // 16
+    for level, (row, column, grid, code) in enumerate([(1, 6, 8, 70), (13, 2, 16, 40)]):
+        page.locator("#level").get_by_text(str(level), exact=True).click()
+        page.wait_for_timeout(2000)
+        if level:  # the map is that of the finer level at once
+            assert pixels(page, "#index-map").shape != maps.shape or (pixels(page, "#index-map") != maps).any()
+        page.locator("#code input").fill(str(code))
+        page.locator("#code input").press("Tab")
+        click_cell(page, "#decoded", row, column, grid, grid)
+        page.get_by_text(re.compile(f"Row {row}, column {column}: code \\d+ became {code}")).wait_for()
+        page.wait_for_timeout(1000)
+        changed = np.abs(pixels(page, "#decoded") - before).sum(axis=-1) > 60
+        first = (16 // grid) * np.array([row, column]) * side
+        there = changed[first[0] : first[0] + side, first[1] : first[1] + side]
+        assert there.mean() > 0.1
+        page.screenshot(path=shots / f"level{level}.png", full_page=True)
+    for _ in range(2):
+        page.locator("#undo").click()
+        page.wait_for_timeout(1000)
+    page.get_by_text("Edits: 0").wait_for()
 
 
 def paint_over(page, canvas):
