@@ -9,16 +9,17 @@ from pathlib import Path
 from . import __version__
 
 
-# of `hf-vq sample`: arguments of the pipelines' calls that not all of them have
+# of `hf-vq sample`: arguments of the pipelines' calls that not all of them have, and whether levels may differ in them
 SAMPLING_OPTIONS = {
-    "guidance_scale": float,
-    "temperature": float,
-    "top_k": int,
-    "top_p": float,
-    "num_inference_steps": int,
-    "truncation_rate": float,
-    "height": int,
-    "width": int,
+    "guidance_scale": (float, True),
+    "temperature": (float, True),
+    "top_k": (int, True),
+    "top_p": (float, True),
+    "num_inference_steps": (int, False),
+    "truncation_rate": (float, False),
+    "height": (int, False),
+    "width": (int, False),
+    "annotator": (str, False),
 }
 SYSTEMS = ("vqvae", "vqgan", "vqvae2", "pixelcnn", "vq_gpt", "vq_diffusion", "vq_latent_diffusion")
 EXIT_CODES = "exit codes: 0 done; 1 an error, or some files were skipped; 2 wrong usage"
@@ -123,12 +124,17 @@ def add_encode(add: Callable[..., argparse.ArgumentParser]) -> None:
 def add_decode(add: Callable[..., argparse.ArgumentParser]) -> None:
     """The subcommand `decode`."""
     command = add(
-        "decode", "tokenize.decode", "turn the output of `encode` into images", "user/model indices.safetensors"
+        "decode",
+        "tokenize.decode",
+        "turn the output of `encode` into images",
+        "user/model indices.safetensors",
+        "user/model indices.safetensors --output pictures --json    # the names of the files",
     )
     add_tokenizer(command)
     command.add_argument("indices", type=Path, metavar="INDICES", help="a safetensors file, of `encode`")
     add_output(command, "decoded", "the folder")
     add_batches(command)
+    add_json(command)
 
 
 def add_sample(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -140,21 +146,32 @@ def add_sample(add: Callable[..., argparse.ArgumentParser]) -> None:
         "user/pipeline --class-label dog 3 --num-images 4",
         'user/pipeline --prompt "a red heart" --guidance-scale 3',
         "user/pipeline --image face.png --mask-image mask.png",
+        "user/pipeline --condition-image 'maps/*.png' --num-images 2    # a row for each",
+        "user/pipeline --condition-image photos/ --annotator edges",
+        "user/hierarchy --class-label 3 --guidance-scale 3 1    # of the top level and of the bottom one",
     )
     command.add_argument("pipeline", metavar="PIPELINE", help="folder or Hub id")
     command.add_argument(
         "--class-label", nargs="+", action="extend", metavar="CLASS", help="one row for each, a number or a name"
     )
     command.add_argument("--prompt", nargs="+", action="extend", metavar="TEXT", help="one row for each")
-    command.add_argument("--condition-image", type=Path, metavar="IMAGE", help="a spatial condition")
-    command.add_argument("--image", type=Path, metavar="IMAGE", help="an image to complete or to vary")
-    command.add_argument("--mask-image", type=Path, metavar="IMAGE", help="white where it is to be painted anew")
+    files = "; files, folders, patterns or -"
+    for name, help in (
+        ("condition-image", "spatial conditions, one row for each"),
+        ("image", "images to complete or to vary, one row for each; scaled and cut to the size of the model"),
+        ("mask-image", "white where an image is to be painted anew: one for all, or one for each"),
+    ):
+        command.add_argument(f"--{name}", nargs="+", metavar="IMAGE", help=help + files)
     command.add_argument("--num-images", type=positive, default=8, help="in a row (default: %(default)s)")
-    for name, kind in SAMPLING_OPTIONS.items():
-        command.add_argument(f"--{name.replace('_', '-')}", type=kind, help="(default: the pipeline's)")
-    command.add_argument("--seed", type=int, help="(default: a new one each time)")
+    own = "(default: the pipeline's)"
+    for name, (kind, several) in SAMPLING_OPTIONS.items():
+        help = {"annotator": "makes conditions of photos: segmentation, depth, edges or pose"}.get(name)
+        help = help or ("one for all levels, or one for each " if several else "") + own
+        command.add_argument(f"--{name.replace('_', '-')}", type=kind, nargs="+" if several else None, help=help)
+    command.add_argument("--seed", type=seed, help="(default: a new one each time)")
     add_output(command, "samples.png", "the sheet")
     add_device(command)
+    add_json(command)
 
 
 def add_show(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -237,7 +254,7 @@ def add_evaluate(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument(
         "--sampling", nargs="+", default=[], metavar="NAME=VALUE", help="arguments of the pipeline's call"
     )
-    command.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    command.add_argument("--seed", type=seed, default=0, help="(default: %(default)s)")
     command.add_argument("--output", type=Path, help="JSON file of the figures")
     command.add_argument("--update-card", action="store_true", help="write the figures into the README.md of a folder")
     add_batches(command)
@@ -277,6 +294,7 @@ def add_convert(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("--resolution", type=int, help="of the images, where the file does not hold it")
     command.add_argument("--data_variance", type=float, help="zalando: of the pixels in [-0.5, 0.5]")
     command.add_argument("--null_class_id", type=int, help="latent_diffusion: the class that stands for none")
+    add_json(command)
 
 
 def add_push(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -304,6 +322,7 @@ def add_push(add: Callable[..., argparse.ArgumentParser]) -> None:
         action="store_false",
         help="without the code by which others load it who have no hf_vq",
     )
+    add_json(command)
 
 
 def add_export(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -388,6 +407,13 @@ def add_device(command: argparse.ArgumentParser) -> None:
 def positive(text: str) -> int:
     """A number of at least 1; argparse turns the error into its own."""
     if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
+def seed(text: str) -> int:
+    """A number that a generator takes; argparse turns the error into its own."""
+    if not 0 <= int(text) < 2**63:
         raise ValueError(text)
     return int(text)
 

@@ -22,6 +22,7 @@ from hf_vq.hub_cards import model_card
 from hf_vq.images import to_pil
 from hf_vq.training.data.indices_cache import write_indices
 from tests.pipelines import latent_diffusion_parts, vq_diffusion_parts, vqvae2_parts
+from tests.pipelines.test_condition_images import make_conditional
 
 
 CONFIG = {
@@ -264,6 +265,117 @@ def diffusion(tmp_path_factory):
     return folder
 
 
+def test_a_row_for_each_image_scaled_to_the_model(folder, tmp_path):
+    """Of files of any size; the mask is cut as its image is, and one does for all."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number, size in enumerate([(13, 9), (30, 30)]):
+        Image.radial_gradient("L").rotate(45 * number).resize(size).convert("RGB").save(photos / f"{number}.png")
+    mask = Image.new("L", (26, 18))
+    mask.paste(255, (0, 9, 26, 18))  # the lower half
+    mask.save(tmp_path / "mask.png")
+    arguments = ("sample", folder / "pipeline", "--num-images", 2, "--seed", 4, "--class-label", "dog")
+    output = tmp_path / "both.png"
+    assert run(*arguments, "--image", photos / "0.png", "--mask-image", tmp_path / "mask.png", "--output", output) == 0
+    pipeline = hf_vq.VQAutoregressivePipeline.from_pretrained(folder / "pipeline")
+    pixels = hf_vq.VQImageProcessor(size=8)(Image.open(photos / "0.png"), return_tensors="pt").pixel_values
+    lower = torch.zeros(1, 1, 8, 8)
+    lower[:, :, 4:] = 1
+    images = pipeline(
+        class_labels="dog",
+        image=pixels,
+        mask_image=lower,
+        num_images_per_prompt=2,
+        generator=torch.Generator().manual_seed(4),
+    ).images
+    np.testing.assert_array_equal(np.array(Image.open(output)), np.array(labelled_rows([("0", images)])))
+    square = tmp_path / "square.png"
+    mask.resize((30, 30)).save(square)
+    masks = ("--mask-image", tmp_path / "mask.png", square)
+    assert run(*arguments, "--image", photos, *masks, "--output", output) == 0
+    assert Image.open(output).height > 16
+
+
+def test_conditions_of_a_folder(tmp_path, capsys):
+    pipeline = make_conditional("segmentation")
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    maps = tmp_path / "maps"
+    maps.mkdir()
+    for number in range(2):
+        Image.fromarray(np.full((8, 8), number, np.uint8)).save(maps / f"map{number}.png")
+    output = tmp_path / "sheet.png"
+    arguments = ("sample", tmp_path / "pipeline", "--condition-image", maps / "*.png", "--num-images", 1, "--seed", 4)
+    assert run(*arguments, "--output", output, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == {"output": str(output), "rows": ["map0", "map1"], "images": 2, "seed": 4}
+    images = pipeline(
+        condition_image=[Image.open(maps / f"map{number}.png") for number in range(2)],
+        generator=torch.Generator().manual_seed(4),
+    ).images
+    sheet = labelled_rows([("map0", images[:1]), ("map1", images[1:])])
+    np.testing.assert_array_equal(np.array(Image.open(output)), np.array(sheet))
+
+
+def test_levels_may_differ_in_their_sampling(tmp_path):
+    pipeline = vqvae2_parts.make_pipeline()
+    pipeline.save_pretrained(tmp_path / "hierarchy")
+    output = tmp_path / "sheet.png"
+    options = ("--temperature", 0.5, 2, "--guidance-scale", 3, 1, "--seed", 4, "--num-images", 2, "--output", output)
+    assert run("sample", tmp_path / "hierarchy", "--class-label", 1, *options) == 0
+    images = pipeline(
+        class_labels=1,
+        temperature=[0.5, 2.0],
+        guidance_scale=[3.0, 1.0],
+        num_images_per_prompt=2,
+        generator=torch.Generator().manual_seed(4),
+    ).images
+    np.testing.assert_array_equal(np.array(Image.open(output)), np.array(labelled_rows([("1", images)])))
+
+
+def test_what_is_printed_for_programs(folder, tmp_path, capsys):
+    """With `--json`, nothing else is on standard output."""
+
+    def found(*arguments):
+        assert run(*arguments, "--json") == 0
+        return json.loads(capsys.readouterr().out)
+
+    images = (folder / "a.png", folder / "b.png")
+    assert found("encode", folder / "vqgan", *images, "--output", tmp_path / "i.safetensors") == {
+        "output": str(tmp_path / "i.safetensors"),
+        "shapes": {"indices": [2, 4, 4]},
+        "skipped": 0,
+    }
+    files = found("decode", folder / "vqgan", tmp_path / "i.safetensors", "--output", tmp_path / "decoded")["files"]
+    assert [Image.open(file).size for file in files] == [(8, 8)] * 2
+    for what in ("atlas", "usage", "indices", "interpolation", "nearest"):
+        options = ("--samples", images[0]) if what == "nearest" else ()
+        shown = found("show", what, folder / "vqgan", *images, *options, "--output", tmp_path / "picture.png")
+        assert shown["output"] == str(tmp_path / "picture.png") and shown["skipped"] == 0
+        if what == "usage":
+            low, high = shown["perplexity_of_a_position"]
+            assert 1 <= low <= high <= 2
+        if what == "nearest":
+            assert shown["distance_of_the_closest"] == pytest.approx([0, 0], abs=1e-4)
+    drawn = ("sample", folder / "pipeline", "--num-images", 1, "--output", tmp_path / "sheet.png")
+    seeds = [found(*drawn)["seed"] for _ in range(2)]
+    second = Image.open(tmp_path / "sheet.png").tobytes()
+    assert seeds[0] != seeds[1] and found(*drawn, "--seed", seeds[1])["rows"] == [""]
+    assert Image.open(tmp_path / "sheet.png").tobytes() == second
+
+
+def test_every_subcommand_that_prints_has_json():
+    """But `train`, which prints what its script does."""
+    for name, parser in SUBCOMMANDS.items():
+        assert (name == "train") != ("--json" in parser.format_help()), name
+
+
+def test_info_of_a_stock_part(diffusion, capsys):
+    assert run("info", diffusion / "latents" / "unet") == 0
+    assert "UNet2DModel" in capsys.readouterr().out
+    assert run("info", diffusion / "latents" / "scheduler", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"class": "DDIMScheduler"}
+
+
 def test_info_of_diffusion(diffusion, capsys):
     assert run("info", diffusion / "codes") == 0
     printed = capsys.readouterr().out
@@ -324,11 +436,18 @@ def test_options_that_a_pipeline_does_not_have(folder, diffusion, capsys):
         (("info", "."), "must hold one of model_index.json, config.json"),
         (("encode", "prior", "a.png"), "must be a tokenizer"),
         (("encode", "vqgan", "missing.png"), "None of 1 images could be read"),
-        (("encode", "vqgan", "prior"), "The folder `prior` must hold images"),
-        (("encode", "vqgan", "*.tif"), "The pattern `*.tif` must match a file"),
+        (("encode", "vqgan", "prior"), "`IMAGE` must name a folder that holds images, got `prior`"),
+        (("encode", "vqgan", "*.tif"), "`IMAGE` must be a pattern that matches a file, got `*.tif`"),
         (("reconstruct", "vqgan", "a.png", "--output", "sheet.xyz"), "`--output` must end as an image file does"),
         (("info", "broken"), "broken/config.json` must be a JSON file"),
         (("sample", "pipeline", "--image", "pipeline/model_index.json"), "`--image` "),
+        (("sample", "pipeline", "--image", "a.png", "--mask-image", "b.png"), "`--mask-image` must have the shape"),
+        (("sample", "pipeline", "--condition-image", "prior"), "`--condition-image` "),
+        (("sample", "pipeline", "--output", "sheet.xyz"), "`--output` must end as an image file does"),
+        (("sample", "pipeline", "--output", "sheet"), "`--output` must end as an image file does"),
+        (("show", "usage", "vqgan", "a.png", "--output", "map.xyz"), "`--output` must end as an image file does"),
+        (("evaluate", "pipeline", "--data", ".", "--sampling", "nonsense=2"), "`--sampling nonsense` has no meaning"),
+        (("evaluate", "pipeline", "--data", ".", "--sampling", "generator=2"), "`--sampling generator` has no"),
         (("sample", "vqgan"), "is not a pipeline"),
         (("sample", "pipeline", "--class-label", "cow"), "cow"),
         (("decode", "vqgan", "outside.safetensors"), "below 16"),
@@ -353,7 +472,7 @@ def test_errors_a_user_can_mend(folder, arguments, message, capsys, monkeypatch)
 
 
 def test_wrong_usage_exits_with_2(capsys):
-    for arguments in ([], ["sample", "x", "--num-images", "0"]):
+    for arguments in ([], ["sample", "x", "--num-images", "0"], ["sample", "x", "--seed", str(2**63)]):
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         assert stop.value.code == 2

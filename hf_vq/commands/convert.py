@@ -1,11 +1,15 @@
 """`hf-vq convert`: an original checkpoint as a folder of hf_vq, checked and described."""
 
 import argparse
+import contextlib
 import gc
 import importlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
+
+from .sources import announce, load
 
 
 # Source → what it is, and the licence of its code; weights have their own.
@@ -47,46 +51,44 @@ FLAGS = ("discriminator", "live")
 
 def convert(options: argparse.Namespace) -> None:
     """Converts, verifies, and writes a model card; an output folder of another kind is left as it is."""
+    # converters tell what they drop on standard output, which JSON has for itself
+    with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
+        found = converted(options)
+    lines = [f"{name}: largest error {error:.2g}" for name, error in found["largest_errors"].items()]
+    lines += [f"not compared: {', '.join(found['not_compared'])}"] if found["not_compared"] else []
+    announce(options, found, [*lines, found["output"], *filter(None, [found["address"]])])
+
+
+def converted(options: argparse.Namespace) -> dict[str, Any]:
+    """Writes the folder, and uploads it if that is asked for; what was made, and how close to the original it is."""
     from ..conversion.checkpoints import written_folder
 
-    output = options.output
+    output, address = options.output, None
     with written_folder(output) as folder:
         source = chosen_source(options)
         module = importlib.import_module(f"hf_vq.conversion.convert_{source}")
         module.main([*converter_arguments(options, source), "--output", str(folder)])
         check_output(output, folder)
         gc.collect()  # the converted weights, before they are loaded again
-        model = load_converted(folder)
-        errors = {}
+        model = load(str(folder), stock=True)  # a part of a pipeline may be diffusers' own
+        errors, others = {}, []
         if options.verify is not None:
             from ..conversion.verification import verify
 
             errors, others = verify(model, options.verify, folder, options.live)
-            for name, error in errors.items():
-                print(f"{name}: largest error {error:.2g}")
-            if others:
-                print(f"not compared: {', '.join(others)}")
         write_card(model, options, source, errors, folder)
-    print(output)
     if options.push_to_hub:
         from ..hub import push_folder
 
-        print(push_folder(output, options.push_to_hub, "Upload converted weights"))
-
-
-def load_converted(folder: Path):
-    """The model or pipeline of hf_vq in a folder, or the model of diffusers or transformers that is a part of one."""
-    from .sources import load
-
-    config = {} if not (folder / "config.json").is_file() else json.loads((folder / "config.json").read_text())
-    name = config.get("_class_name") or next(iter(config.get("architectures") or []), "")
-    import diffusers
-    import transformers
-
-    import hf_vq
-
-    stock = getattr(diffusers, name, None) or getattr(transformers, name, None)
-    return load(str(folder)) if hasattr(hf_vq, name) or stock is None else stock.from_pretrained(folder)
+        address = push_folder(output, options.push_to_hub, "Upload converted weights")
+    return {
+        "source": source,
+        "class": type(model).__name__,
+        "output": str(output),
+        "largest_errors": {name: float(error) for name, error in errors.items()},
+        "not_compared": list(others),
+        "address": address,
+    }
 
 
 def write_card(model: Any, options: argparse.Namespace, source: str, errors: dict[str, float], folder: Path) -> None:

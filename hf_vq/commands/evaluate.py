@@ -5,8 +5,9 @@ import json
 import sys
 from pathlib import Path
 
+from ..argument_checks import check_integer
 from ..evaluation.generation import PUBLISHED
-from .sources import device, load
+from .sources import check_call, device, load
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -23,6 +24,8 @@ def evaluate(options: argparse.Namespace) -> None:
     _join_processes()
     where = device(options)
     model = load_measured(options).to(where)
+    sampling = dict(_pair(pair) for pair in options.sampling)
+    check_call(model, sampling, "`--sampling {}`", own=("generator", "output_type", "num_images_per_prompt"))
     tokenizer = getattr(model, "vqvae", model)
     resolution = options.size or tokenizer.config.resolution
     data = DataArguments(
@@ -43,7 +46,6 @@ def evaluate(options: argparse.Namespace) -> None:
     annotator = None if options.annotator is None else load_annotator(options.annotator, device=where)
     perceptual = build_perceptual(options.perceptual)
     extractor, classifier = feature_networks(options, where)
-    sampling = dict(_pair(pair) for pair in options.sampling)
     metrics = options.metrics or [
         name for name in applicable_metrics(model) if name != "agreement" or annotator is not None
     ]
@@ -113,7 +115,7 @@ def feature_networks(options: argparse.Namespace, where: str) -> tuple:
     """The network of the distances, and that of the classifier score, which Inception alone has."""
     from ..evaluation.features import PooledLayer
     from ..evaluation.inception import InceptionFeatures, InceptionLogits
-    from ..training.objectives.perceptual import build_perceptual
+    from ..training.objectives.perceptual import MobileNetV2Features, build_perceptual
 
     if options.inception is not None:
         try:
@@ -122,9 +124,12 @@ def feature_networks(options: argparse.Namespace, where: str) -> tuple:
             raise ValueError(f"`--inception`: {error}") from error
         return network, InceptionLogits(network)
     network = build_perceptual(options.features)
-    if network is None or options.features_layer is None:
-        return (None if network is None else network.to(where)), None
-    return PooledLayer(network.to(where), options.features_layer), None
+    if network is None:
+        return None, None
+    if not isinstance(network, MobileNetV2Features):
+        raise ValueError(f"`--features` must be mobilenet_v2 or none, or take --inception, got {options.features!r}.")
+    layer = check_integer("--features-layer", options.features_layer, 0, network.LAST_LAYER)
+    return PooledLayer(network.to(where), layer), None
 
 
 def _join_processes() -> None:

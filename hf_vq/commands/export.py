@@ -1,9 +1,8 @@
 """``hf-vq export``: a tokenizer as ONNX graphs."""
 
 import argparse
-import json
 
-from .sources import load_tokenizer
+from .sources import announce, load_tokenizer
 
 
 def export(options: argparse.Namespace) -> None:
@@ -18,4 +17,4 @@ def export(options: argparse.Namespace) -> None:
         raise ValueError(f"`hf-vq export` needs the package {error.name}: pip install 'hf_vq[export]'.") from error
     found = {"files": [str(file) for file in files], "largest_difference": difference}
     lines = [*found["files"], f"equal indices; largest difference of images {difference:.2g}"]
-    print(json.dumps(found, indent=2) if options.json else "\n".join(lines))
+    announce(options, found, lines)

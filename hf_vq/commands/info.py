@@ -18,7 +18,7 @@ def info(options: argparse.Namespace) -> None:
     elif folder.is_dir() and is_indices(folder):
         found = {split: indices_facts(place) for split, place in indices_splits(folder).items()}
     else:
-        found = model_facts(load(options.model))
+        found = model_facts(load(options.model, stock=True))
     if list(found) == [""]:
         found = found[""]
     if options.json:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .sources import is_indices, load
+from .sources import announce, is_indices, load
 
 
 def push(options: argparse.Namespace) -> None:
@@ -15,7 +15,8 @@ def push(options: argparse.Namespace) -> None:
         raise ValueError(f"`FOLDER` must be a folder, got {options.folder!r}.")
     to = {"revision": options.revision, "create_pr": options.create_pr, "private": options.private or None}
     if is_indices(source):
-        print(push_to_hub(source, options.repo, commit_message=options.message, **to))
-        return
-    model = load(str(source))
-    print(push_saved(source, model, options.repo, options.license, options.code, options.message, **to))
+        address = push_to_hub(source, options.repo, commit_message=options.message, **to)
+    else:
+        model = load(str(source))
+        address = push_saved(source, model, options.repo, options.license, options.code, options.message, **to)
+    announce(options, {"address": address})

@@ -3,12 +3,13 @@
 import argparse
 from pathlib import Path
 
-from .sources import ImageBatches, device, load, load_tokenizer, write_image
+from .sources import ImageBatches, announce, check_picture, device, load, load_tokenizer, write_image
 
 
 def show(options: argparse.Namespace) -> int:
     """Writes the picture `options.what`; returns how many images could not be read."""
     path = options.output or Path(f"{options.what}.png")
+    check_picture(path)
     if options.samples and options.what != "nearest":
         raise ValueError(f"`--samples` has no meaning for {options.what!r}.")
     if options.what == "curves":
@@ -16,40 +17,57 @@ def show(options: argparse.Namespace) -> int:
 
         path.parent.mkdir(parents=True, exist_ok=True)
         loss_curves(options.model).savefig(path, dpi=120)
-        print(path)
+        announce(options, {"output": str(path)})
         return 0
     if not options.images:
         raise ValueError(f"`IMAGE` must name at least one file for {options.what!r}, got none.")
-    if options.what == "nearest":
-        return _nearest(options, path)
-    model = load_tokenizer(options)
-    batches = ImageBatches(options, model)
-    picture = {"atlas": _atlas, "usage": _usage, "indices": _indices, "interpolation": _interpolation}[options.what]
-    write_image(picture(model, batches), path)
+    draw = {
+        "atlas": _atlas,
+        "usage": _usage,
+        "indices": _indices,
+        "interpolation": _interpolation,
+        "nearest": _nearest,
+    }[options.what]
+    picture, batches, figures = draw(options)
+    write_image(picture, path, announce=False)
+    lines = [f"{name.replace('_', ' ')}: {low:.3g} to {high:.3g}" for name, (low, high) in figures.items()]
+    announce(options, {"output": str(path), **figures, "skipped": batches.skipped}, [*lines, path])
     return batches.skipped
 
 
-def _atlas(model, batches: ImageBatches):
+def _tokenizer_and_images(options: argparse.Namespace) -> tuple:
+    model = load_tokenizer(options)
+    return model, ImageBatches(options, model)
+
+
+def _atlas(options: argparse.Namespace) -> tuple:
     from ..evaluation.inspection import codebook_atlas
 
-    return codebook_atlas(model, ({"pixel_values": values} for _, values in batches), progress=False)
+    model, batches = _tokenizer_and_images(options)
+    atlas = codebook_atlas(model, ({"pixel_values": values} for _, values in batches), progress=False)
+    return atlas, batches, {}
 
 
-def _usage(model, batches: ImageBatches):
+def _usage(options: argparse.Namespace) -> tuple:
     from ..evaluation.inspection import heat_map, usage_map
 
+    model, batches = _tokenizer_and_images(options)
     perplexity = usage_map(model, ({"pixel_values": values} for _, values in batches), progress=False)
-    print(f"perplexity of the codes at a position: {perplexity.min():.1f} to {perplexity.max():.1f}")
-    return heat_map(perplexity)
+    return heat_map(perplexity), batches, {"perplexity_of_a_position": _range(perplexity)}
 
 
-def _indices(model, batches: ImageBatches):
+def _range(values) -> list[float]:
+    return [float(values.min()), float(values.max())]
+
+
+def _indices(options: argparse.Namespace) -> tuple:
     import torch
 
     from ..evaluation.inspection import index_map
     from ..evaluation.pictures import labelled_rows
     from ..images import to_pil
 
+    model, batches = _tokenizer_and_images(options)
     originals, maps, samples = [], [], []
     for _, values in batches:
         with torch.no_grad():
@@ -63,24 +81,24 @@ def _indices(model, batches: ImageBatches):
     for start in range(0, len(originals), 8):
         part = slice(start, start + 8)
         rows += [("original", originals[part]), ("codes", maps[part]), ("reconstruction", samples[part])]
-    return labelled_rows(rows)
+    return labelled_rows(rows), batches, {}
 
 
-def _interpolation(model, batches: ImageBatches):
+def _interpolation(options: argparse.Namespace) -> tuple:
     import torch
 
     from ..evaluation.inspection import interpolate
     from ..evaluation.pictures import labelled_rows
 
+    model, batches = _tokenizer_and_images(options)
     images = torch.cat([values for _, values in batches])
     if len(images) < 2:
         raise ValueError("`IMAGE` must name two images to interpolate between, got one.")
-    return labelled_rows(
-        [(space, interpolate(model, *images[:2], space=space).cpu()) for space in ("latent", "index")]
-    )
+    rows = [(space, interpolate(model, *images[:2], space=space).cpu()) for space in ("latent", "index")]
+    return labelled_rows(rows), batches, {}
 
 
-def _nearest(options: argparse.Namespace, path: Path) -> int:
+def _nearest(options: argparse.Namespace) -> tuple:
     """Samples, each in a row with the images that are closest to it, and how far the first of these is."""
     import copy
 
@@ -112,5 +130,5 @@ def _nearest(options: argparse.Namespace, path: Path) -> int:
         (f"{float(distance[0]):.3g}", [sample, *(pictures[number] for number in near.tolist())])
         for sample, near, distance in zip(to_pil(samples), numbers, distances, strict=True)
     ]
-    write_image(labelled_rows(sheet, title="samples, and the images closest to them in latents"), path)
-    return images.skipped
+    sheet = labelled_rows(sheet, title="samples, and the images closest to them in latents")
+    return sheet, images, {"distance_of_the_closest": _range(distances[:, 0])}

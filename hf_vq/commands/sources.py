@@ -2,11 +2,14 @@
 
 import argparse
 import glob
+import inspect
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from ..folders import files_below
 
 
 if TYPE_CHECKING:
@@ -22,16 +25,47 @@ CLASS_KEYS = {  # the files that name a class, and where in them
 }
 
 
-def load(source: str):
-    """The model, pipeline, scheduler or image processor of hf_vq in a folder or Hub repository."""
+def load(source: str, stock: bool = False):
+    """The model, pipeline, scheduler or image processor of hf_vq in a folder or Hub repository.
+
+    Args:
+        source: the folder or repository.
+        stock: take classes of diffusers and transformers too, of which pipelines have parts.
+    """
     import hf_vq
 
     name = class_name(source)
     if name is None:
         raise ValueError(f"`{source}` must hold one of {', '.join(CLASS_KEYS)}.")
-    if name not in hf_vq.__all__:
+    if name in hf_vq.__all__:
+        return getattr(hf_vq, name).from_pretrained(source)
+    found = stock_class(name) if stock else None
+    if found is None:
         raise ValueError(f"`{source}` must be a model or pipeline of hf_vq, or a part of one, got a {name}.")
-    return getattr(hf_vq, name).from_pretrained(source)
+    return found.from_pretrained(source)
+
+
+def stock_class(name: str) -> type | None:
+    """The class of diffusers or transformers with this name."""
+    import diffusers
+    import transformers
+
+    return getattr(diffusers, name, None) or getattr(transformers, name, None)
+
+
+def check_call(pipeline: Any, names: Iterable[str], flag: str, own: tuple[str, ...] = ()) -> None:
+    """A ValueError for an argument that a pipeline's call does not take.
+
+    Args:
+        pipeline: whose call it is.
+        names: of the arguments.
+        flag: how the command line writes one, with `{}` for its name.
+        own: arguments that the subcommand gives itself.
+    """
+    known = inspect.signature(type(pipeline).__call__).parameters
+    for name in names:
+        if name not in known or name in own:
+            raise ValueError(f"{flag.format(name)} has no meaning for a {type(pipeline).__name__}.")
 
 
 def class_name(source: str) -> str | None:
@@ -113,8 +147,12 @@ def device(options: argparse.Namespace) -> str:
     return options.device
 
 
-def image_files(given: list[str]) -> list[Path]:
+def image_files(given: list[str], flag: str = "IMAGE") -> list[Path]:
     """The image files that arguments name: themselves, those in folders, matches of patterns, or a list by ``-``.
+
+    Args:
+        given: the arguments.
+        flag: what the command line calls them.
 
     Raises:
         ValueError: a folder without an image, a pattern without a match, or nothing at all.
@@ -126,20 +164,41 @@ def image_files(given: list[str]) -> list[Path]:
     for name in [line for item in given for line in (sys.stdin.read().splitlines() if item == "-" else [item])]:
         path = Path(name)
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in endings and file.is_file())
+            inside = [file for file in files_below(path) if file.suffix.lower() in endings]
             if not inside:
-                raise ValueError(f"The folder `{path}` must hold images, got none with an ending that Pillow knows.")
+                raise ValueError(
+                    f"`{flag}` must name a folder that holds images, got `{path}`, where no file ends as one."
+                )
             found += inside
         elif not path.exists() and glob.has_magic(name):
             matches = sorted(Path(match) for match in glob.glob(name, recursive=True) if Path(match).is_file())
             if not matches:
-                raise ValueError(f"The pattern `{name}` must match a file, got no match.")
+                raise ValueError(f"`{flag}` must be a pattern that matches a file, got `{name}`, which matches none.")
             found += matches
         elif name.strip():
             found.append(path)
     if not found:
-        raise ValueError("`IMAGE` must name at least one file, got none.")
+        raise ValueError(f"`{flag}` must name at least one file, got none.")
     return found
+
+
+def read_images(given: list[str], flag: str) -> tuple[list["Image.Image"], list[str]]:
+    """The images that an option names as `image_files` says, and the names of their files.
+
+    Raises:
+        ValueError: a file that is no image.
+    """
+    from PIL import Image, ImageOps
+
+    images, names = [], []
+    for path in image_files(given, flag):
+        try:
+            with Image.open(path) as image:
+                images.append(ImageOps.exif_transpose(image))  # which reads it
+        except Exception as error:  # decoders fail in many ways
+            raise ValueError(f"`{flag}` must be an image file, got {str(path)!r}: {error}") from error
+        names.append(path.stem)
+    return images, names
 
 
 class ImageBatches:
@@ -206,12 +265,26 @@ class ImageBatches:
         return pixel_values.to(self.model.device, self.model.dtype)
 
 
+def check_picture(path: Path) -> None:
+    """A ValueError for a file name that Pillow cannot write a picture to, before the work is done."""
+    from PIL import Image
+
+    Image.init()
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"`--output` must end as an image file does, such as .png, got {str(path)!r}.")
+
+
 def write_image(image: "Image.Image", path: Path, announce: bool = True) -> None:
     """Saves a PIL image, with the folders above it, and prints where."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        image.save(path)
-    except ValueError as error:  # Pillow's "unknown file extension"
-        raise ValueError(f"`--output` must end as an image file does, such as .png, got {str(path)!r}.") from error
+    image.save(path)
     if announce:
         print(path)
+
+
+def announce(options: argparse.Namespace, found: dict, lines: Iterable[object] | None = None) -> None:
+    """Prints what a subcommand has made, as JSON if it is asked for; else `lines`, by default the values."""
+    if options.json:
+        print(json.dumps(found, indent=2, ensure_ascii=False))
+    else:
+        print(*(found.values() if lines is None else lines), sep="\n")

@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from .sources import ImageBatches, load_tokenizer, write_image
+from .sources import ImageBatches, announce, check_picture, load_tokenizer, write_image
 
 
 def reconstruct(options: argparse.Namespace) -> int:
@@ -17,6 +17,7 @@ def reconstruct(options: argparse.Namespace) -> int:
     from ..evaluation.reconstruction import psnr
     from ..images import to_pil
 
+    check_picture(options.output)
     model = load_tokenizer(options)
     batches, figures, originals, samples = ImageBatches(options, model), [], [], []
     for paths, pixel_values in batches:
@@ -35,7 +36,7 @@ def reconstruct(options: argparse.Namespace) -> int:
     rows = [(name, images[part]) for part in columns for name, images in _named(originals, samples)]
     write_image(labelled_rows(rows), options.output, announce=not options.json)
     if options.json:
-        print(json.dumps({"images": figures, "mean_psnr": mean, "skipped": batches.skipped}, indent=2))
+        announce(options, {"images": figures, "mean_psnr": mean, "skipped": batches.skipped})
         return batches.skipped
     if len(figures) > 1:
         print(f"mean over {len(figures)} images: PSNR {mean:.2f} dB")
@@ -73,12 +74,12 @@ def encode(options: argparse.Namespace) -> int:
     metadata = {"model": options.model, "images": json.dumps([str(path) for path in files])}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, options.output, metadata=metadata)
-    if options.json:
-        shapes = {name: list(codes.shape) for name, codes in tensors.items()}
-        print(json.dumps({"output": str(options.output), "shapes": shapes, "skipped": batches.skipped}, indent=2))
-    else:
-        for name, codes in tensors.items():
-            print(f"{options.output}: {name} {tuple(codes.shape)}, {codes.unique().numel()} different codes")
+    shapes = {name: list(codes.shape) for name, codes in tensors.items()}
+    lines = [
+        f"{options.output}: {name} {tuple(codes.shape)}, {codes.unique().numel()} different codes"
+        for name, codes in tensors.items()
+    ]
+    announce(options, {"output": str(options.output), "shapes": shapes, "skipped": batches.skipped}, lines)
     return batches.skipped
 
 
@@ -90,14 +91,17 @@ def decode(options: argparse.Namespace) -> None:
 
     model = load_tokenizer(options)
     levels, names = _read_indices(options.indices, model)
-    count = len(levels[0])
+    count, files = len(levels[0]), []
     for start in range(0, count, options.batch_size):
         batch = tuple(level[start : start + options.batch_size].long().to(model.device) for level in levels)
         with torch.no_grad():
             sample = model.decode_indices(batch[0] if len(batch) == 1 else batch).sample
         for number, image in enumerate(images_as((sample.float() / 2 + 0.5).clamp(0, 1), "pil"), start):
             stem = Path(names[number]).stem if len(names) == count else "image"
-            write_image(image, options.output / f"{number:04d}-{stem}.png")
+            files.append(str(options.output / f"{number:04d}-{stem}.png"))
+            write_image(image, Path(files[-1]), announce=not options.json)
+    if options.json:
+        announce(options, {"files": files})
 
 
 def _level_names(model) -> list[str]:

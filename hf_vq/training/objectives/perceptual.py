@@ -13,6 +13,8 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from safetensors import safe_open
 from torch import nn
 
+from ...argument_checks import check_integer
+
 
 NAMES = ("lpips", "mobilenet_v2", "none")
 # torchvision's VGG16, without the heads of LPIPS
@@ -271,7 +273,13 @@ class MobileNetV2Features(PerceptualNetwork):
         return network
 
     def features(self, images: torch.Tensor, layers: tuple[int, ...] = DISTANCE_LAYERS) -> list[torch.Tensor]:
-        """Outputs of the chosen layers (0 to 18, ascending) for images `(B, 3, H, W)` in [-1, 1]."""
+        """Outputs of the chosen layers (0 to 18, ascending) for images `(B, 3, H, W)` in [-1, 1].
+
+        Raises:
+            ValueError: a layer that does not exist.
+        """
+        for layer in layers:
+            check_integer("layer", layer, 0, self.LAST_LAYER)
         hidden = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         features = []
         for index, layer in enumerate(self.layers[: layers[-1] + 1]):
