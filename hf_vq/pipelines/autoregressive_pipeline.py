@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from ..argument_checks import check_integer, check_real
 from ..images import images_as, to_pixel_values
+from ..models.priors.bounding_boxes import BoundingBoxTokenizer
 from .code_sampling import (
     KnownCodes,
     LevelSampling,
@@ -332,6 +333,8 @@ def _prefixes(
     if prompt.ndim == 2:
         null = prior.config.null_class_token_id
         is_null = null is not None and bool((prompt == null).all())
+        if getattr(prior.config, "bounding_boxes", None) is not None and not is_null:
+            return _prefixes_of_boxes(prior, prompt, grid_size)
         if (
             prior.config.condition_type in ("codes", "coordinates")
             and tuple(grid_size) != tuple(prior.config.grid_size)
@@ -363,6 +366,23 @@ def _prefixes(
         top, left = map(int, first)
         part = prompt[:, top : top + found[0][0], left : left + found[1][0]]
         return prior.prepare_condition(part.flatten(1)).to(prompt.device)
+
+    return prefix
+
+
+def _prefixes_of_boxes(
+    prior: PreTrainedModel, prompt: torch.LongTensor, grid_size: tuple[int, int]
+) -> Callable[[tuple[int, int]], torch.LongTensor]:
+    """`_prefixes` of the boxes in a whole picture, which are cut along a window that is smaller than it."""
+    window, offset = prior.config.grid_size, prior.config.condition_token_offset
+    if tuple(window) == tuple(grid_size):
+        return lambda origin: prompt
+    boxes = BoundingBoxTokenizer(**prior.config.bounding_boxes)
+    (rows, columns), (height, width) = window, grid_size
+
+    def prefix(origin):
+        crop = (origin[1] / width, origin[0] / height, columns / width, rows / height)
+        return torch.stack([boxes.of_crop(ids - offset, crop) for ids in prompt]) + offset
 
     return prefix
 

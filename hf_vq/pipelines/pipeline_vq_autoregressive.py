@@ -9,6 +9,7 @@ import torch
 from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..images import to_pixel_values
+from ..models.priors.bounding_boxes import BoundingBoxTokenizer, ObjectBox
 from ..models.priors.coordinates import coordinate_grid, coordinate_ids
 from .autoregressive_pipeline import AutoregressivePipeline, check_prior
 from .code_sampling import check_window
@@ -127,6 +128,7 @@ class VQAutoregressivePipeline(AutoregressivePipeline):
         width: int | None = None,
         annotator: str | Callable | None = None,
         condition: torch.LongTensor | None = None,
+        boxes: Sequence[ObjectBox] | Sequence[Sequence[ObjectBox]] | None = None,
         indices: torch.LongTensor | None = None,
         keep_fraction: float | None = None,
         outpaint: Sequence[int] | None = None,
@@ -175,6 +177,9 @@ class VQAutoregressivePipeline(AutoregressivePipeline):
             condition (int `(B, h', w')` or `(B, condition_length)`, *optional*): for a prior whose `condition_type` is
                 "codes", the codes of the conditions; for images larger than its grid, a grid that is larger in
                 proportion. For "coordinates" the coordinates of a crop; by default those of a whole picture.
+            boxes: the objects of a picture or a list of pictures, for a prior whose config has `bounding_boxes`:
+                [`ObjectBox`]es, or `(label, (left, top, width, height))` in shares of the picture; labels as ids or as
+                names of the prior's `id2label`. Of images larger than its grid each window gets its part of the boxes.
             indices: codes `(B, h, w)` in place of `image`.
             keep_fraction: in place of a mask, the share of the codes that is kept, in random places: a variation.
             outpaint: pixels `(top, bottom, left, right)` to add around the image.
@@ -215,13 +220,20 @@ class VQAutoregressivePipeline(AutoregressivePipeline):
             condition = encode_condition(self, condition_image, whole, annotator)
         elif annotator is not None:
             raise ValueError("`annotator` needs a `condition_image`, the photo that it is for.")
+        if boxes is not None:
+            if condition is not None:
+                raise ValueError("Only one of `boxes`, `condition` and `condition_image` can be given.")
+            condition = self.prepare_boxes(boxes)
         self._check_text(prompt, prompt_embeds)
         text = self.text_states("prompt", prompt, prompt_embeds, prompt_attention_mask)
         given = {"prompt": prompt, "prompt_embeds": prompt_embeds, "class_labels": class_labels}
         names = [name for name, value in given.items() if value is not None]
         if self.prior.config.condition_type == "coordinates" and condition is None and not names:
             condition = self.prepare_coordinates(*self._whole_size(size, image, indices, outpaint))
-        names += [] if condition is None else ["condition" if condition_image is None else "condition_image"]
+        if condition is not None:
+            names.append(
+                "boxes" if boxes is not None else "condition" if condition_image is None else "condition_image"
+            )
         if len(names) > 1:
             raise ValueError(f"Only one of {' and '.join(f'`{name}`' for name in names)} can be given.")
         prompts, inputs = self._prompts(class_labels, condition, text)
@@ -280,6 +292,39 @@ class VQAutoregressivePipeline(AutoregressivePipeline):
         if any(count.denominator != 1 for count in cells):
             raise ValueError(f"`height` and `width` must hold whole cells of the coordinates, got {tuple(size)}.")
         return coordinate_ids(config, size, [int(count) for count in cells])[None]
+
+    def prepare_boxes(self, boxes: Sequence[ObjectBox] | Sequence[Sequence[ObjectBox]]) -> torch.LongTensor:
+        """
+        The condition ids `(B, condition_length)` of the objects of each picture.
+
+        Args:
+            boxes: see the call.
+
+        Raises:
+            ValueError: a prior without `bounding_boxes`, no picture, or objects that are none.
+        """
+        config = self.prior.config
+        if getattr(config, "bounding_boxes", None) is None:
+            raise ValueError("`boxes` needs a prior whose config has `bounding_boxes`, which a prior of boxes saves.")
+        if not isinstance(boxes, (list, tuple)) or not boxes:
+            raise ValueError(f"`boxes` must be a list of objects, or of such lists, and not empty, got {boxes!r}.")
+        are_pictures = all(
+            isinstance(one, (list, tuple)) and (not one or isinstance(one[0], (list, tuple))) for one in boxes
+        )
+        tokenizer = BoundingBoxTokenizer(**config.bounding_boxes)
+        numbers = {name: number for number, name in (config.id2label or {}).items()}
+        rows = []
+        for picture in boxes if are_pictures else [boxes]:
+            try:
+                objects = [ObjectBox(*one) for one in picture]
+            except TypeError as error:
+                raise ValueError(f"`boxes` must hold objects (label, box), got {picture!r}.") from error
+            unknown = [one.label for one in objects if isinstance(one.label, str) and one.label not in numbers]
+            if unknown:
+                raise ValueError(f"`boxes` must have labels of {sorted(numbers)}, got {unknown[0]!r}.")
+            objects = [one._replace(label=numbers.get(one.label, one.label)) for one in objects]
+            rows.append(tokenizer.encode(objects))
+        return torch.stack(rows)
 
     def _prompts(
         self, class_labels: Any, condition: Any, text: TextCondition | None

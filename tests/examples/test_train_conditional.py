@@ -175,3 +175,68 @@ def test_a_prior_of_coordinates(data, tokenizers, tmp_path):
     assert pipe(height=16, width=16, output_type="pt").images.shape == (1, 3, 16, 16)
     with pytest.raises(ValueError, match="crop='center' and streaming=False: coordinates are those of random crops"):
         script("vq_gpt").main(argv.replace("--crop random", "").split())
+
+
+def test_a_prior_of_boxes(tokenizers, tmp_path):
+    """Objects in pixels, in the form of a dict of lists, to a pipeline that is called with boxes."""
+    pictures = [Image.new("RGB", (32, 16), colour) for colour in ("red", "green", "blue", "white")]
+    objects = {
+        "bbox": [[[8.0, 0.0, 8.0, 16.0]], [[16.0, 8.0, 8.0, 8.0], [0.0, 0.0, 4.0, 4.0]], [], [[20.0, 4.0, 99.0, 4.0]]],
+        "category": [[1], [0, 1], [], [0]],
+    }
+    rows = [{"bbox": bbox, "category": kind} for bbox, kind in zip(*objects.values(), strict=True)]
+    item = {
+        "bbox": datasets.List(datasets.List(datasets.Value("float32"))),
+        "category": datasets.List(datasets.ClassLabel(names=["ball", "box"])),
+    }
+    features = datasets.Features({"image": datasets.Image(), "objects": item})
+    data = datasets.Dataset.from_dict({"image": pictures, "objects": rows}, features=features)
+    for split in ("train", "validation"):
+        data.to_parquet(tmp_path / f"data/{split}.parquet")
+    argv = f"--dataset_name_or_path {tmp_path / 'data'} --output_dir {tmp_path} --tokenizer {tokenizers['image']} "
+    argv += f"{PRIOR} {LENGTH} --condition boxes --max_objects 2 --box_tokens 81 --random_flip_codes true "
+    script("vq_gpt").main([*argv.split(), "--boxes_column", "objects"])
+
+    # 81 ids: a lattice of 9×9 points; the centre crop of 16×16 begins at column 8; "none" is 80
+    codes = load_indices(tmp_path / "indices/train")
+    assert [codes[row]["condition_codes"].tolist() for row in range(4)] == [
+        [1, 0, 8 * 9 + 4, 80, 80, 80],
+        [0, 4 * 9 + 4, 8 * 9 + 8, 80, 80, 80],  # the small object lies beyond the crop
+        [80] * 6,
+        [0, 2 * 9 + 6, 4 * 9 + 8, 80, 80, 80],  # cut off at the border of the picture
+    ]
+    flipped = load_indices(tmp_path / "indices/train", random_flip=True)
+    seen = {tuple(flipped.sample(0, epoch)["condition_codes"].tolist()) for epoch in range(8)}
+    assert seen == {(1, 0, 76, 80, 80, 80), (1, 4, 80, 80, 80, 80)}
+
+    pipe = VQAutoregressivePipeline.from_pretrained(str(tmp_path / "pipeline"))
+    assert pipe.prior.config.bounding_boxes["num_classes"] == 2
+    ids = pipe.prepare_boxes([[("box", (0.0, 0.0, 0.5, 1.0))], []])
+    assert ids.tolist() == [[1, 0, 76, 80, 80, 80], [80] * 6]
+    drawn = [
+        pipe(generator=torch.Generator().manual_seed(0), output_type="indices", **given).indices
+        for given in ({"boxes": [("box", (0.0, 0.0, 0.5, 1.0))]}, {"condition": ids[:1]})
+    ]
+    assert torch.equal(*drawn)
+    wide = pipe(boxes=[(1, (0.0, 0.0, 0.25, 1.0))], width=32, height=16, output_type="pt").images
+    assert wide.shape == (1, 3, 16, 32)
+    for given, message in (
+        ({"boxes": []}, "`boxes` must be a list of objects"),
+        ({"boxes": [("cat", (0.0, 0.0, 1.0, 1.0))]}, r"`boxes` must have labels of \['ball', 'box'\], got 'cat'"),
+        ({"boxes": [(0, (0.0, 0.0, 9.0, 1.0))]}, r"`box` must be a number in \[0, 1\], got 9"),
+        ({"boxes": [0.5, 0.5]}, r"`boxes` must hold objects \(label, box\)"),
+        ({"boxes": [(0, (0.0, 0.0, 1.0, 1.0))], "condition": ids}, "Only one of `boxes`"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipe(**given)
+
+    for options, message in (
+        (["--boxes_column", "boxes"], "boxes_column='boxes': the data set has no such column"),
+        (["--boxes_column", "image"], "boxes_column='image' must hold objects with `bbox` and `category`"),
+        ([], "boxes_column=None: it must be given with condition='boxes' alone"),
+        (["--boxes_column", "objects", "--num_box_classes", "3"], "num_box_classes=3: 'objects' has 2 classes"),
+        (["--boxes_column", "objects", "--box_format", "xyxy", "--output_dir", str(tmp_path / "b")],
+         r"boxes_column='objects', row 1: `bbox` must be left, top, right, bottom"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            script("vq_gpt").main([*argv.split(), *options])

@@ -139,6 +139,31 @@ class BoundingBoxTokenizer:
                 objects.append(ObjectBox(label, self._box(first, last), *self._read_flags(flags)))
         return objects, crop
 
+    def of_crop(self, ids: torch.LongTensor, crop: Sequence[float]) -> torch.LongTensor:
+        """
+        The ids of a part of the picture that `ids` `(condition_length,)` are of, as a window that moves over a larger
+        one needs them. Boxes are known up to the lattice.
+
+        Args:
+            crop: `(left, top, width, height)` as boxes are.
+        """
+        smallest = 1e-6  # both corners of a small object may be one point
+        objects = [
+            one._replace(box=(*(min(place, 1 - smallest) for place in one.box[:2]), *_at_least(smallest, one.box[2:])))
+            for one in self.decode(ids.cpu())[0]
+        ]
+        return self.encode(objects, crop).to(ids.device)
+
+    def shuffled(self, ids: torch.LongTensor) -> torch.LongTensor:
+        """Ids `(B, condition_length)` with the objects of each row in a random order, "none" last, as the original
+        has them in training. Torch's global random state is used.
+        """
+        objects = ids[:, : 3 * self.max_objects].unflatten(1, (self.max_objects, 3))
+        is_none = (objects[..., 0] == self.none).float()
+        order = (torch.rand(objects.shape[:2]).to(ids.device) + is_none).argsort(dim=1)
+        objects = objects.gather(1, order[..., None].expand_as(objects))
+        return torch.cat([objects.flatten(1), ids[:, 3 * self.max_objects :]], dim=1)
+
     def _class_id(self, one: ObjectBox, label: int) -> int:
         flags = sum(bool(getattr(one, name)) << place for place, name in enumerate(_FLAGS) if self._counts(name))
         return label + self.num_classes * flags
@@ -171,6 +196,10 @@ def _check_box(name: str, box: Sequence[float]) -> tuple[float, float, float, fl
             f"`{name}` must be (left, top, width, height) in shares of the picture, within it, got {tuple(box)}."
         )
     return tuple(values)
+
+
+def _at_least(smallest: float, sides: Sequence[float]) -> tuple[float, ...]:
+    return tuple(max(side, smallest) for side in sides)
 
 
 def _overlap(box: Sequence[float], other: Sequence[float]) -> bool:

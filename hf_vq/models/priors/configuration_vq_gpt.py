@@ -3,6 +3,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers import GPT2Config
 
+from .bounding_boxes import BoundingBoxTokenizer
 from .configuration_code_prior import CodeSequenceConfigMixin, pair_of_sides
 
 
@@ -47,6 +48,8 @@ class VQGPTConfig(CodeSequenceConfigMixin, GPT2Config):
             `"coordinates"`. A condition map may have any size of its own, smaller than the image's grid too.
         coordinate_scale (`int`, *optional*): the id of coordinate 1, for `"coordinates"` alone; by default
             `condition_vocab_size - 1`. Coordinates that would be beyond the ids get the last one.
+        bounding_boxes (`dict`, *optional*): the arguments of the [`BoundingBoxTokenizer`] whose ids are the condition,
+            for `"codes"` alone; `id2label` may then name the classes of objects.
         share_condition_embedding (`bool`, defaults to `False`): condition ids reuse the codes' embeddings.
         n_unmasked (`int`, defaults to 0): the first `n_unmasked` positions attend to each other in both directions.
             Where they reach beyond the prefix, the training loss of the codes among them is no likelihood, since they
@@ -81,6 +84,7 @@ class VQGPTConfig(CodeSequenceConfigMixin, GPT2Config):
     condition_vocab_size: int = 0
     condition_length: int = 1
     coordinate_scale: int | None = None
+    bounding_boxes: dict | None = None
     share_condition_embedding: bool = False
     n_unmasked: int = 0
     pkeep: float | int = 1.0
@@ -128,10 +132,26 @@ class VQGPTConfig(CodeSequenceConfigMixin, GPT2Config):
                 "`coordinate_scale` must be positive, and for condition_type='coordinates' alone, got "
                 f"{self.coordinate_scale} with condition_type={self.condition_type!r}."
             )
+        if self.bounding_boxes is not None:
+            self._check_boxes()
         if not 0 <= self.pkeep <= 1:
             raise ValueError(f"`pkeep` must be a probability, got {self.pkeep}.")
         if self.condition_dropout > 0 and self.share_condition_embedding:
             raise ValueError("`condition_dropout` needs a null condition (share_condition_embedding=False).")
+
+    def _check_boxes(self):
+        try:
+            boxes = BoundingBoxTokenizer(**self.bounding_boxes)
+        except TypeError as error:
+            raise ValueError(
+                f"`bounding_boxes` must be arguments of BoundingBoxTokenizer, got {self.bounding_boxes}."
+            ) from error
+        wanted = (boxes.num_tokens, boxes.condition_length)
+        if self.condition_type != "codes" or (self.condition_vocab_size, self.condition_length) != wanted:
+            raise ValueError(
+                f"`bounding_boxes` need condition_type='codes', {wanted[0]} condition ids and a condition_length of "
+                f"{wanted[1]}, got {self.condition_type!r}, {self.condition_vocab_size} and {self.condition_length}."
+            )
 
     def _check_ids(self):
         self.vocab_size = self.codebook_size if self.vocab_size is None else self.vocab_size

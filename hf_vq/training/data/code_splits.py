@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ...models.autoencoders.image_processing_vq_condition import VQConditionProcessor
+from .box_conditions import BoxConditions, BoxSettings
 from .columns import NO_LABEL
 from .conditions import check_mirrored
 from .coordinate_crops import CoordinateCrops, CropSettings
@@ -27,6 +28,7 @@ def load_code_splits(
     condition_tokenizer: nn.Module | None = None,
     condition_processor: VQConditionProcessor | None = None,
     crops: CropSettings | None = None,
+    boxes: BoxSettings | None = None,
 ) -> tuple[dict[str, IndicesDataset], list[str] | None]:
     """Encodes the data sets "train" and "validation", once, into `output_dir/indices`, and opens the codes.
 
@@ -39,6 +41,7 @@ def load_code_splits(
         condition_tokenizer, condition_processor: also encode each image's condition, as `condition_codes`.
         crops: encode random crops of the training images and the centre crops of the others, with their coordinates as
             `condition_codes`.
+        boxes: also write the ids of each image's boxes, as `condition_codes`; `data` carries their column.
 
     Returns:
         The data sets by split, and the names of the classes, if they have names.
@@ -76,7 +79,7 @@ def load_code_splits(
     codes, class_names = {}, None
     for split in ("train", "validation"):
         images = load_image_dataset(
-            data if crops is None else replace(data, cache_images=False),
+            data if crops is None and boxes is None else replace(data, cache_images=False),
             split,
             class_names=class_names,
             channels=tokenizer.config.in_channels,
@@ -87,6 +90,8 @@ def load_code_splits(
         flip = random_flip and split == "train"
         if crops is not None:
             images = CoordinateCrops(images, crops, "random" if split == "train" else "center", flip)
+        elif boxes is not None:
+            images = BoxConditions(images, boxes, flip)
         write_indices(tokenizer, images, folder, flip=flip, num_workers=arguments.dataloader_num_workers, **conditions)
         codes[split] = load_indices(
             folder,

@@ -7,20 +7,21 @@ image. With --architecture llama it is a Llama with rotary positions on the grid
 With --condition_tokenizer, which `train_vqgan.py --condition` makes, the codes of each picture's label map, depth map,
 edges or drawing (--conditioning_image_column) stand before its own. With --condition coordinates --crop random
 --picture_size N it is trained on crops of --resolution of pictures whose shorter side is N, each with its coordinates
-in the picture.
+in the picture. With --condition boxes --boxes_column COLUMN it is trained on the classes and boxes of the objects.
 
 The data set is encoded once, into OUTPUT_DIR/indices. The result is a pipeline folder, OUTPUT_DIR/pipeline.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
 
 from hf_vq import VQAutoregressivePipeline, VQGPTConfig, VQGPTForCausalLM, VQLlamaConfig, VQLlamaForCausalLM
 from hf_vq.evaluation.evaluate import evaluate_prior
+from hf_vq.training.data.box_conditions import BOX_FORMATS, BoxSettings, box_settings
 from hf_vq.training.data.code_splits import count_classes, load_code_splits, training_inputs
 from hf_vq.training.data.conditions import load_condition_processor
 from hf_vq.training.data.coordinate_crops import CropSettings
@@ -41,13 +42,26 @@ class VQGPTArguments:
         default=None, metadata={"help": "Folder or Hub id of the tokenizer of the conditioning images."}
     )
     condition: str | None = field(
-        default=None, metadata={"help": '"coordinates": of random crops (crop="random") of larger pictures.'}
+        default=None,
+        metadata={"help": '"coordinates": of random crops (crop="random") of larger pictures; "boxes": of objects.'},
     )
     picture_size: int | None = field(
         default=None, metadata={"help": "Coordinates: the shorter side of the pictures that crops are cut out of."}
     )
     crops_per_image: int = field(default=8, metadata={"help": "Coordinates: random crops of each training image."})
     coordinate_scale: int = field(default=1024, metadata={"help": "Coordinates: the last id."})
+    boxes_column: str | None = field(
+        default=None, metadata={"help": "Boxes: column of each picture's objects, with `bbox` and `category`."}
+    )
+    box_format: str = field(
+        default="xywh",
+        metadata={"help": "Boxes: left, top and the sides, as in COCO, or the corners.", "choices": list(BOX_FORMATS)},
+    )
+    num_box_classes: int | None = field(
+        default=None, metadata={"help": "Boxes: classes of the objects, where they have no names."}
+    )
+    max_objects: int = field(default=30, metadata={"help": "Boxes: of a picture; of more the largest stay."})
+    box_tokens: int = field(default=4096, metadata={"help": "Boxes: ids of classes and of the points of corners."})
     n_unmasked: int = field(
         default=0,
         metadata={"help": "So many first positions see each other in both directions, those of the condition say."},
@@ -84,6 +98,7 @@ class VQGPTArguments:
             at_least_1_integer=(
                 *("num_hidden_layers", "hidden_size", "num_attention_heads", "sample_classes"),
                 *("picture_size", "crops_per_image", "coordinate_scale"),
+                *("num_box_classes", "max_objects", "box_tokens"),
             ),
             share=("pkeep",),
             below_1=("dropout", "attention_dropout", "condition_dropout", "adam_beta1", "adam_beta2"),
@@ -102,9 +117,16 @@ class VQGPTArguments:
             )
 
     def _check_condition(self):
-        if self.condition not in (None, "coordinates"):
-            raise ValueError(f"condition={self.condition!r}: it must be 'coordinates' or left out.")
-        if (self.condition is None) != (self.picture_size is None):
+        if self.condition not in (None, "coordinates", "boxes"):
+            raise ValueError(f"condition={self.condition!r}: it must be 'coordinates' or 'boxes', or left out.")
+        if self.box_format not in BOX_FORMATS:
+            raise ValueError(f"box_format={self.box_format!r}: it must be one of {', '.join(BOX_FORMATS)}.")
+        if (self.condition == "boxes") != (self.boxes_column is not None):
+            raise ValueError(
+                f"boxes_column={self.boxes_column!r}: it must be given with condition='boxes' alone, got "
+                f"condition={self.condition!r}."
+            )
+        if (self.condition == "coordinates") != (self.picture_size is not None):
             raise ValueError(
                 f"picture_size={self.picture_size}: it must be given with condition='coordinates' alone, got "
                 f"condition={self.condition!r}."
@@ -124,6 +146,7 @@ def build_prior(
     num_classes: int,
     class_names: list[str] | None,
     condition_tokenizer: PreTrainedModel | None = None,
+    boxes: BoxSettings | None = None,
 ):
     """A new prior over grids of codes, whose sizes are `grids["indices"]` and, of a condition,
     `grids["condition_codes"]`.
@@ -145,6 +168,14 @@ def build_prior(
             "condition_length": math.prod(grids[CONDITION_CODES]),
             "coordinate_scale": args.coordinate_scale,
         }
+    elif boxes is not None:
+        condition = {
+            "condition_type": "codes",
+            "condition_vocab_size": boxes.tokenizer.num_tokens,
+            "condition_length": boxes.tokenizer.condition_length,
+            "bounding_boxes": asdict(boxes.tokenizer),
+        }
+        condition |= {"id2label": dict(enumerate(boxes.class_names))} if boxes.class_names is not None else {}
     common = {
         "codebook_size": tokenizer.config.num_embeddings,
         "grid_size": tuple(grids["indices"]),
@@ -231,14 +262,25 @@ def load_condition(args: VQGPTArguments, data_args: DataArguments) -> dict:
     }
 
 
+def load_boxes(args: VQGPTArguments, data_args: DataArguments) -> BoxSettings | None:
+    """How boxes are read, whose column samples then carry; None without them."""
+    if args.condition is not None and data_args.label_column is not None:
+        raise ValueError("label_column and condition: give the one that is the condition.")
+    if args.condition != "boxes":
+        return None
+    boxes = box_settings(
+        data_args, args.boxes_column, args.box_format, args.num_box_classes, args.max_objects, args.box_tokens
+    )
+    data_args.extra_columns = [*data_args.extra_columns, args.boxes_column]
+    return boxes
+
+
 def crop_settings(
     args: VQGPTArguments, data_args: DataArguments, tokenizer: PreTrainedModel, seed: int
 ) -> CropSettings | None:
     """How crops with coordinates are cut; None without them."""
-    if args.condition is None:
+    if args.condition != "coordinates":
         return None
-    if data_args.label_column is not None:
-        raise ValueError("label_column and condition: give the one that is the condition.")
     return CropSettings(
         args.picture_size, args.crops_per_image, args.coordinate_scale, tokenizer.config.downsample_factor, seed
     )
@@ -248,16 +290,19 @@ def main(argv: list[str] | None = None) -> None:
     """Trains, by the arguments of the command line or `argv`."""
     run_args, data_args, args = parse_arguments((RunArguments, DataArguments, VQGPTArguments), argv)
     condition = load_condition(args, data_args)
+    boxes = load_boxes(args, data_args)
     run = TrainingRun(run_args)
     tokenizer = AutoModel.from_pretrained(args.tokenizer, dtype=torch.float32).to(run.device).eval()
     condition_tokenizer = condition.get("condition_tokenizer")
     if condition_tokenizer is not None:
         condition_tokenizer.to(run.device)
     crops = crop_settings(args, data_args, tokenizer, run_args.seed)
-    codes, class_names = load_code_splits(run, data_args, tokenizer, args.random_flip_codes, crops=crops, **condition)
+    codes, class_names = load_code_splits(
+        run, data_args, tokenizer, args.random_flip_codes, crops=crops, boxes=boxes, **condition
+    )
 
     num_classes = count_classes(codes, class_names, data_args.label_column, data_args.missing_condition == "null")
-    prior = build_prior(args, tokenizer, codes["train"].grids, num_classes, class_names, condition_tokenizer)
+    prior = build_prior(args, tokenizer, codes["train"].grids, num_classes, class_names, condition_tokenizer, boxes)
     model = run.add_model("model", prior, ema=True)
     optimizer = run.add_optimizer(
         "optimizer",
@@ -274,7 +319,9 @@ def main(argv: list[str] | None = None) -> None:
     run.start()
     for batch in run.batches(codes["train"]):
         with run.accumulate(model):
-            inputs = training_inputs(prior, batch["indices"], batch.get("label"), batch.get(CONDITION_CODES))
+            given = batch.get(CONDITION_CODES)
+            given = given if boxes is None else boxes.tokenizer.shuffled(given)
+            inputs = training_inputs(prior, batch["indices"], batch.get("label"), given)
             loss = model(**inputs).loss
             run.backward(loss)
             run.step(optimizer)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_vq import BoundingBoxTokenizer, ObjectBox
+from hf_vq import BoundingBoxTokenizer, ObjectBox, VQGPTConfig
 from tests.pipelines.autoregressive_parts import make_pipeline, seeded
 
 
@@ -77,3 +77,37 @@ def test_what_cannot_be_ids():
         BoundingBoxTokenizer(6, 1, 96, use_group=True, use_flags=True)
     with pytest.raises(ValueError, match=r"`ids` must have shape \(6,\), got \(1, 6\)"):
         BoundingBoxTokenizer(3, 2, 49).decode(torch.zeros(1, 6, dtype=torch.int64))
+
+
+def test_a_part_of_the_picture():
+    """Of a lattice of 5×5 points: the right half, of the ids of the whole picture and of the boxes themselves."""
+    boxes = BoundingBoxTokenizer(2, 3, 25)
+    objects = [(0, (0.5, 0.0, 0.5, 0.5)), (1, (0.0, 0.0, 0.25, 0.25))]
+    part = boxes.of_crop(boxes.encode(objects), (0.5, 0.0, 0.5, 1.0))
+    assert torch.equal(part, boxes.encode(objects, (0.5, 0.0, 0.5, 1.0))) and part.tolist()[:4] == [0, 0, 14, 24]
+    point = boxes.encode([(0, (0.99, 0.99, 0.01, 0.01))])  # both corners are the last point
+    assert boxes.of_crop(point, (0.5, 0.5, 0.5, 0.5)).tolist()[:3] == [0, 24, 24]
+
+
+def test_objects_in_a_random_order():
+    boxes = BoundingBoxTokenizer(4, 4, 36, encode_crop=True)
+    ids = boxes.encode([(label, (label / 4, 0.0, 0.25, 0.5)) for label in range(3)]).expand(64, -1)
+    shuffled = boxes.shuffled(ids)
+    assert len({tuple(row[:9:3].tolist()) for row in shuffled}) == 6  # all orders of three
+    for row in shuffled:
+        assert sorted(boxes.decode(row)[0]) == sorted(boxes.decode(ids[0])[0])
+    assert (shuffled[:, 9:] == ids[:, 9:]).all()  # "none" and the crop stay last
+
+
+def test_boxes_of_a_config():
+    boxes = {"num_classes": 3, "max_objects": 2, "num_tokens": 49}
+    config = {"condition_type": "codes", "condition_vocab_size": 49, "condition_length": 6, "bounding_boxes": boxes}
+    assert VQGPTConfig(**config).bounding_boxes == boxes
+    for other, message in (
+        ({"condition_length": 7}, "`bounding_boxes` need .* a condition_length of 6, got 'codes', 49 and 7"),
+        ({"bounding_boxes": {"classes": 3}}, "`bounding_boxes` must be arguments of BoundingBoxTokenizer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            VQGPTConfig(**{**config, **other})
+    with pytest.raises(ValueError, match="`boxes` needs a prior whose config has `bounding_boxes`"):
+        make_pipeline("class")(boxes=[(0, (0, 0, 1, 1))])
