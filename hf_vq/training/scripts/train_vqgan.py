@@ -51,6 +51,13 @@ class VQGANArguments:
     num_res_blocks: int = 2
     attn_resolutions: list[int] = field(default_factory=lambda: [16])
     latent_channels: int = 256
+    norm_num_groups: int = field(
+        default=32,
+        metadata={
+            "help": "Groups of GroupNorm, which must divide every width. Groups of one channel have no mean left that "
+            "could tell one flat label map from another: narrow models of them want few."
+        },
+    )
     embed_dim: int = 256
     num_embeddings: int = 1024
     commitment_cost: float = 0.25
@@ -121,6 +128,7 @@ class VQGANArguments:
                 "base_channels",
                 "num_res_blocks",
                 "latent_channels",
+                "norm_num_groups",
                 "embed_dim",
                 "num_embeddings",
                 "disc_channels",
@@ -186,6 +194,7 @@ def build_model(args: VQGANArguments, resolution: int | Sequence[int]) -> VQGANM
         num_res_blocks=args.num_res_blocks,
         attn_resolutions=args.attn_resolutions,
         latent_channels=args.latent_channels,
+        norm_num_groups=args.norm_num_groups,
         embed_dim=args.embed_dim,
         num_embeddings=args.num_embeddings,
         commitment_cost=args.commitment_cost,
