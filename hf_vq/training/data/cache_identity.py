@@ -1,7 +1,6 @@
 """Which tokenizer and which images a cache of codes or latents belongs to."""
 
 import hashlib
-import itertools
 import json
 import logging
 from collections.abc import Iterator
@@ -13,8 +12,6 @@ import torch
 from filelock import FileLock, Timeout
 from torch import nn
 from torch.utils.data import Dataset
-
-from .streaming import StreamingImageDataset
 
 
 logger = logging.getLogger(__name__)
@@ -38,13 +35,12 @@ def tokenizer_fingerprint(tokenizer: nn.Module) -> str:
 
 
 def images_fingerprint(dataset: Dataset, samples: int = 16, head: list[dict] | None = None) -> str:
-    """A hash of the pixels and fields of a few images (evenly spaced, or the first of a stream), and of their
-    number; `head` are the first of a stream, where they have been read already.
+    """A hash of the pixels and fields of a few images of a map-style data set, evenly spaced, and of their number; of
+    a stream, of the first, `head`.
     """
     digest = hashlib.sha256()
-    if isinstance(dataset, StreamingImageDataset):
-        chosen = list(itertools.islice(dataset, samples)) if head is None else head
-    else:
+    chosen = head
+    if head is None:
         digest.update(str(len(dataset)).encode())
         places = np.unique(np.linspace(0, len(dataset) - 1, samples).round().astype(int))
         chosen = [read_sample(dataset, int(place)) for place in places]

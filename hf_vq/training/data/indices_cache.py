@@ -66,7 +66,7 @@ def write_indices(
     path: str | Path,
     flip: bool = False,
     batch_size: int = 64,
-    rows_per_shard: int = 16384,
+    rows_per_shard: int | None = None,
     num_workers: int = 0,
     overwrite: bool = False,
     progress: bool = True,
@@ -82,7 +82,7 @@ def write_indices(
         path (`str` or `Path`): the folder.
         flip (`bool`): also the indices of the mirrored images, in a second column.
         batch_size (`int`): images that are encoded at a time.
-        rows_per_shard (`int`): images per parquet file.
+        rows_per_shard (`int`, *optional*): images per parquet file; by default up to 4096, see `CacheRequest`.
         num_workers (`int`): processes that read images ahead (map-style data only).
         overwrite (`bool`): replace indices of another tokenizer or other images.
         condition_tokenizer, condition_processor (*optional*): also the codes of each sample's `condition`, in the

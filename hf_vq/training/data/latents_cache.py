@@ -98,7 +98,7 @@ def write_latents(
         path: the folder.
         flip: also the latents of the mirrored images.
         batch_size: images that are encoded at a time.
-        rows_per_shard: images per file; by default as many as take 64 MiB.
+        rows_per_shard: images per file; by default up to 4096, see `CacheRequest`.
         num_workers: processes that read images ahead (map-style data only).
         overwrite: replace the latents of another tokenizer or of other images.
 

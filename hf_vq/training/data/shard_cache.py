@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,7 +38,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _STREAM_GROUPS = 128  # at most
-_SHARD_BYTES = 2**26
+# A shard is what one process writes, and what is lost when the process ends before its time: at most so much, and
+# of a map-style data set so little that the shards can be shared out.
+_SHARD_BYTES, _SHARD_ROWS = 2**26, 4096
+_SHARDS, _FEWEST_ROWS = 64, 256
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,8 @@ class CacheRequest:
         identity: what the cache belongs to; JSON.
         facts: what else `config.json` says; JSON.
         batch_size, num_workers, progress: see `write_indices`.
-        rows_per_shard: None: as many as make a shard of 64 MiB.
+        rows_per_shard: None: 4096, or fewer, for a shard of 64 MiB at most, and for 64 shards of a map-style data set
+            where they have 256 rows each.
     """
 
     kind: ShardFormat
@@ -104,8 +108,9 @@ def write_cache(request: CacheRequest, path: Path, overwrite: bool) -> None:
     """
     with cache_lock(path, is_writer=is_main_process()), evaluation_mode(request.encoder), preserved_random_state():
         # a run that finds its cache goes on with the same random numbers as one that has to write it
+        opened = {}  # of a stream, by the main process: its first groups, see `_survey`
         first, images, known = from_main_process(
-            (*_survey(request.dataset), read_info(path)) if is_main_process() else None
+            (*_survey(request.dataset, opened), read_info(path)) if is_main_process() else None
         )
         identity = {**request.identity, "images": images}
         if request.rows_per_shard is not None:
@@ -125,7 +130,7 @@ def write_cache(request: CacheRequest, path: Path, overwrite: bool) -> None:
                 finished = "all"
         finished = from_main_process(finished)
         if finished != "all":
-            writer = _ShardWriter(request, path, identity, first)
+            writer = _ShardWriter(request, path, identity, first, opened)
             writer.write_missing(finished or {})
             barrier()
             if is_main_process():
@@ -189,10 +194,22 @@ def barrier() -> None:
         dist.barrier()
 
 
-def _survey(dataset: Dataset) -> tuple[dict, str]:
-    """The first sample that can be read, and the fingerprint of the images, from one pass over the first of them."""
+def _survey(dataset: Dataset, opened: dict[int, Iterator[dict]]) -> tuple[dict, str]:
+    """The first sample that can be read, and the fingerprint of the images, from one pass over the first of them.
+
+    The groups of a stream that are read for it, whole or in part, are put into `opened`, with all their rows.
+    """
     if isinstance(dataset, StreamingImageDataset):
-        head = list(itertools.islice(dataset, 16))
+        head = []
+        for group in range(_num_groups(dataset)):
+            rows, seen = iter(_group_of(dataset, group)), []
+            opened[group] = itertools.chain(seen, rows)
+            for row, example in enumerate(rows):
+                seen.append(example)
+                sample = dataset.read(example, _name_of(row, group))
+                head += [] if sample is None else [sample]
+                if len(head) == 16:
+                    return head[0], images_fingerprint(dataset, head=head)
         if not head:
             raise ValueError("the data set has no image that can be read.")
         return head[0], images_fingerprint(dataset, head=head)
@@ -201,6 +218,19 @@ def _survey(dataset: Dataset) -> tuple[dict, str]:
         if sample is not None:
             return sample, images_fingerprint(dataset)
     raise ValueError("the data set has no image that can be read.")
+
+
+def _num_groups(dataset: Dataset) -> int:
+    """Into how many groups a stream is cut; a map-style data set into one."""
+    return min(dataset.rows.num_shards, _STREAM_GROUPS) if isinstance(dataset, StreamingImageDataset) else 1
+
+
+def _group_of(dataset: StreamingImageDataset, group: int) -> Iterable[dict]:
+    return dataset.rows.shard(num_shards=_num_groups(dataset), index=group)
+
+
+def _name_of(row: int, group: int) -> str:
+    return f"row {row} of part {group}"
 
 
 def _own_metadata(kind: ShardFormat, file: Path) -> dict:
@@ -273,17 +303,29 @@ def _is_whole(parts: list[dict]) -> bool:
 
 
 class _ShardWriter:
-    """Encodes images and writes shards. Every process makes one."""
+    """Encodes images and writes shards. Every process makes one.
 
-    def __init__(self, request: CacheRequest, path: Path, identity: dict, first: dict):
+    Args:
+        identity: what the cache belongs to; with its `rows_per_shard`, if that is known.
+        first: a sample.
+        opened: the rows of the groups of a stream that have been opened already.
+    """
+
+    def __init__(
+        self, request: CacheRequest, path: Path, identity: dict, first: dict, opened: dict[int, Iterator[dict]]
+    ):
+        self.opened = opened
         self.request, self.path, self.kind, self.dataset = request, path, request.kind, request.dataset
         self.is_stream = isinstance(self.dataset, StreamingImageDataset)
-        self.groups = min(self.dataset.rows.num_shards, _STREAM_GROUPS) if self.is_stream else 1
+        self.groups = _num_groups(self.dataset)
         encoded = request.encoder([first])
         self.grids = {name: list(values.shape[1:]) for name, values in encoded.items()}
         self.dtypes = {name: values.dtype for name, values in encoded.items()}
         self.bytes_per_row = sum(values.nbytes for values in encoded.values())
-        self.identity = {"rows_per_shard": max(1, _SHARD_BYTES // self.bytes_per_row), **identity}
+        most = max(1, min(_SHARD_ROWS, _SHARD_BYTES // self.bytes_per_row))
+        if not self.is_stream:
+            most = min(most, max(_FEWEST_ROWS, -(-len(self.dataset) // _SHARDS)))
+        self.identity = {"rows_per_shard": most, **identity}
         self.rows_per_shard = self.identity["rows_per_shard"]
         self.features = self._features(first)
 
@@ -350,7 +392,7 @@ class _ShardWriter:
         for group in range(self.groups):
             if not plan.must_be_read(group):
                 continue
-            stream = self.dataset.rows.shard(num_shards=self.groups, index=group)
+            stream = self.opened.pop(group) if group in self.opened else _group_of(self.dataset, group)
             key, batch = (group, 0), []
             for row, example in enumerate(stream):
                 if batch and (row % self.rows_per_shard == 0 or len(batch) == self.request.batch_size):
@@ -358,7 +400,7 @@ class _ShardWriter:
                     batch = []
                 key = (group, row // self.rows_per_shard)
                 if plan.is_mine(key):
-                    batch.append((row, self.dataset.read(example, f"row {row} of part {group}")))
+                    batch.append((row, self.dataset.read(example, _name_of(row, group))))
             if plan.is_mine(key):
                 yield _Batch(key, batch, is_last=True)
 
