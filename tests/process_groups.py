@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 
+SECONDS = 240  # a busy machine may need that long for what takes one
 _SINGLETONS = ("AcceleratorState", "GradientState")
 
 
@@ -33,7 +34,7 @@ def in_processes(count: int, folder: Path, function: Callable, *arguments) -> li
     results = []
     try:
         for receiver, _ in pipes:
-            assert receiver.poll(60), "a process gave no answer in a minute"
+            assert receiver.poll(SECONDS), f"a process gave no answer in {SECONDS} seconds"
             value, error = pickle.loads(receiver.recv_bytes())
             assert error is None, error
             results.append(value)

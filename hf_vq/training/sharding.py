@@ -97,6 +97,8 @@ def shard_model(model: nn.Module, device: torch.device, mixed_precision: str) ->
     reduced = None if precision is None else torch.float32
     inner = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=reduced)
     outer = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=reduced, output_dtype=reduced)
+    for parameter in model.parameters():  # in channels_last they are refused
+        parameter.data = parameter.data.contiguous()
     names = set(model._no_split_modules)
     blocks = [module for module in model.modules() if type(module).__name__ in names and module is not model]
     for block in reversed(blocks):  # a block inside another comes first

@@ -2,12 +2,16 @@
 
 import importlib
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,6 +41,22 @@ def finish(command: list[str], output_dir: Path) -> None:
     process = start(command, output_dir)
     _, errors = process.communicate(timeout=500)
     assert process.returncode == 0, errors.decode()
+
+
+def fork(command: list[str], output_dir: Path) -> multiprocessing.Process:
+    """The script of a command in a process of its own that has what this one has imported."""
+    module = script(Path(command[0]).stem.removeprefix("train_"))
+
+    def run():
+        os.chdir(ROOT)
+        torch.set_num_threads(1)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        module.main([*command[1:], "--output_dir", str(output_dir)])
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    return process
 
 
 def kill_at(step: int, command: list[str], output_dir: Path) -> None:

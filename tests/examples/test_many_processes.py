@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.examples.runs import ROOT, finish, rows, start
+from tests.examples.runs import ROOT, finish, fork, rows, script, start
+from tests.process_groups import in_processes
 
 
 pytestmark = pytest.mark.slow
@@ -21,9 +22,10 @@ COMMON = [
     "--dataset_name_or_path", "examples/data/emoji-64", "--max_samples", "64", "--cpu", "true", "--seed", "3",
     "--train_batch_size", "8", "--logging_steps", "1", "--validation_steps", "0", "--checkpointing_steps", "1000",
 ]  # fmt: skip
+QUICK = ["--validation_perceptual", "none"]
 SCRIPTS = {
-    "vqvae": ["examples/vqvae/train_vqvae.py", "examples/vqvae/emoji_32.yaml"],
-    "vqvae2": ["examples/vqvae2/train_vqvae2.py", "examples/vqvae2/emoji_64.yaml"],
+    "vqvae": ["examples/vqvae/train_vqvae.py", "examples/vqvae/emoji_32.yaml", *QUICK],
+    "vqvae2": ["examples/vqvae2/train_vqvae2.py", "examples/vqvae2/emoji_64.yaml", *QUICK],
     "vqgan": ["examples/vqgan/train_vqgan.py", "examples/vqgan/emoji_32.yaml", "--disc_start_fraction", "0.2"],
     "vq_gpt": ["examples/vq_gpt/train_vq_gpt.py", "examples/vq_gpt/emoji_32.yaml", *TOKENIZER, "--pkeep", "1.0"],
     "pixelcnn": ["examples/pixelcnn/train_pixelcnn.py", "examples/pixelcnn/emoji_32.yaml", *TOKENIZER],
@@ -34,6 +36,7 @@ SCRIPTS = {
     ],
 }  # fmt: skip
 UNDISTURBED = {  # what each process draws for itself
+    "vqvae2": ["--level_dropout", "0"],
     "vq_gpt": ["--dropout", "0", "--attention_dropout", "0", "--condition_dropout", "0"],
     "pixelcnn": ["--dropout", "0", "--condition_dropout", "0"],
     "vq_diffusion": ["--dropout", "0"],
@@ -47,17 +50,36 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+@pytest.mark.parametrize(("signum", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 0)])
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_sigterm_loses_no_step(name, tmp_path):
-    command = [*SCRIPTS[name], *COMMON, "--max_train_steps", "300"]
-    process = start(command, tmp_path)
-    while process.poll() is None and len(rows(tmp_path)) < 3:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 143, errors.decode()
+def test_a_signal_loses_no_step(name, signum, code, tmp_path):
+    process = fork([*SCRIPTS[name], *COMMON, "--max_train_steps", "3000"], tmp_path)
+    wait_for_rows(3, process, tmp_path)
+    os.kill(process.pid, getattr(signal, signum))
+    process.join(240)
+    assert process.exitcode == code
     (checkpoint,) = tmp_path.glob("checkpoint-*")
     assert checkpoint.name == f"checkpoint-{rows(tmp_path)[-1]['step']}"
+
+
+def test_the_program_ends_as_its_run_does(tmp_path):
+    """`python train_vqvae.py`: the line and the exit code, and a second signal, which leaves nothing."""
+    command = [*SCRIPTS["vqvae"], *COMMON, "--max_train_steps", "3000"]
+    process = start(command, tmp_path)
+    wait_for_rows(2, process, tmp_path)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(240) == 0
+    process.stderr.close()
+    (checkpoint,) = tmp_path.glob("checkpoint-*")
+    assert checkpoint.name == f"checkpoint-{rows(tmp_path)[-1]['step']}"
+
+
+def wait_for_rows(count: int, process, output_dir: Path) -> None:
+    def has_ended():
+        return process.poll() is not None if isinstance(process, subprocess.Popen) else not process.is_alive()
+
+    while not has_ended() and len(rows(output_dir)) < count:
+        time.sleep(0.02)
 
 
 def launch(command: list[str], output_dir: Path, *, processes: int = 2, options: tuple[str, ...] = ()):
@@ -97,20 +119,42 @@ def losses(output_dir: Path) -> list[float]:
     return [row[name] for row in rows(output_dir) if name in row]
 
 
+def run_script(command: list[str], output_dir: Path) -> None:
+    os.chdir(ROOT)
+    script(Path(command[0]).stem.removeprefix("train_")).main([*command[1:], "--output_dir", str(output_dir)])
+
+
+@pytest.fixture(scope="module")
+def losses_of_one(tmp_path_factory):
+    """The losses of a script on one process, by its name."""
+    found = {}
+
+    def get(name: str, command: list[str]) -> list[float]:
+        if name not in found:
+            folder = tmp_path_factory.mktemp(name)
+            process = fork(command, folder)
+            process.join()
+            assert process.exitcode == 0
+            found[name] = losses(folder)
+        return found[name]
+
+    return get
+
+
 @pytest.mark.parametrize("sharded", [False, True], ids=["data_parallel", "fsdp"])
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_two_processes_have_the_losses_of_one(name, sharded, tmp_path):
+def test_two_processes_have_the_losses_of_one(name, sharded, losses_of_one, tmp_path):
     """Few steps: the longer a tokenizer trains, the likelier rounding decides the code of a latent between two."""
     command = [*SCRIPTS[name], *COMMON, *UNDISTURBED.get(name, []), "--max_train_steps", "4"]
-    finish(command, tmp_path / "one")
-    wait_for((launch_fsdp if sharded else launch)(command, tmp_path / "two"))
-    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    one = losses_of_one(name, command)
+    in_processes(2, tmp_path, run_script, [*command, *(["--fsdp", "full_shard"] if sharded else [])], tmp_path / "two")
+    two = losses(tmp_path / "two")
     differences = [abs(a - b) / abs(a) for a, b in zip(one, two, strict=True)]
     print(f"{name} {'fsdp' if sharded else 'ddp'}: largest relative difference of the losses {max(differences):.2e}")
     assert len(one) == 4 and max(differences) < 2e-5
     assert list((tmp_path / "two").glob("*/**/*.safetensors"))
-    has_blocks = name not in ("vqvae", "vqvae2", "vqgan")
-    assert bool(list((tmp_path / "two").glob("checkpoint-4/sharded"))) == (sharded and has_blocks)
+    is_to_be_sharded = sharded and name != "vqgan"
+    assert bool(list((tmp_path / "two").glob("checkpoint-4/sharded"))) == is_to_be_sharded
 
 
 def test_a_sharded_run_is_killed_and_continued(tmp_path):
