@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from ..argument_checks import check_integer, check_real
 from ..distributed import all_reduced
 from ..images import to_pil
+from ..pipelines.annotators import annotated
 
 
 class ConditionAgreement:
@@ -38,7 +39,7 @@ class ConditionAgreement:
 
     def update(self, images: torch.FloatTensor, condition: torch.Tensor) -> None:
         """Count images `(B, 3, H, W)` in [-1, 1] and what they were drawn for, `condition` of a data set's samples."""
-        made = list(self.annotator(to_pil(images)))
+        made = annotated(self.annotator, to_pil(images))
         size = {"height": condition.shape[-2], "width": condition.shape[-1]}
         if self.labels is not None:
             self.labels.update(self.processor.labels(made, size), condition)

@@ -233,6 +233,23 @@ def load_annotator(
     return loaded
 
 
+def annotated(annotator: Callable, images: Sequence[Image.Image]) -> list:
+    """The condition of each image, by an annotator that gives them in a list or in one array.
+
+    Raises:
+        ValueError: it gives none, or another number of them.
+    """
+    made = annotator(images)
+    try:
+        conditions = list(made)
+    except TypeError:
+        conditions = None
+    if conditions is None or len(conditions) != len(images):
+        got = type(made).__name__ if conditions is None else f"{len(conditions)} for {len(images)}"
+        raise ValueError(f"`annotator` must give a condition for each image, got {got}.")
+    return conditions
+
+
 def draw_pose(
     keypoints: np.ndarray,
     size: tuple[int, int],
@@ -282,6 +299,7 @@ __all__ = [
     "EdgeAnnotator",
     "PoseAnnotator",
     "SegmentationAnnotator",
+    "annotated",
     "draw_pose",
     "load_annotator",
 ]

@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageOps
 
 from ..images import covering_size, resize_and_crop, to_rgb
-from .annotators import load_annotator
+from .annotators import annotated, load_annotator
 from .vq_pipeline import check_part, onload
 
 
@@ -68,9 +68,8 @@ def encode_condition(
         photos = condition_image if isinstance(condition_image, (list, tuple)) else [condition_image]
         if not photos or not all(isinstance(photo, Image.Image) for photo in photos):
             raise ValueError("`condition_image` must be PIL images for an `annotator`.")
-        made = load_annotator(annotator, device=pipeline._execution_device)([_fitted(p, size) for p in photos])
-        # an annotator of one's own may give its conditions in one array
-        condition_image = list(made)
+        loaded = load_annotator(annotator, device=pipeline._execution_device)
+        condition_image = annotated(loaded, [_fitted(photo, size) for photo in photos])
     try:
         values = processor.preprocess(condition_image, {"height": size[0], "width": size[1]}).pixel_values
     except ValueError as error:

@@ -185,6 +185,17 @@ def test_it_is_saved_shared_and_loaded_where_hf_vq_is_not_installed(hub, tmp_pat
         ({"condition_image": np.zeros((0, 8), int)}, "must be label maps"),
         ({"condition_image": np.zeros((8, 8), int), "annotator": "edges"}, "`condition_image` must be PIL images"),
         ({"condition_image": PIL.Image.new("RGB", (8, 8)), "annotator": "sketch"}, "`annotator` must be .* 'sketch'"),
+        (
+            {"condition_image": PIL.Image.new("RGB", (8, 8)), "annotator": lambda photos: None},
+            "`annotator` must give a condition for each image, got NoneType",
+        ),
+        (
+            {
+                "condition_image": [PIL.Image.new("RGB", (8, 8))] * 2,
+                "annotator": lambda photos: np.zeros((1, 8, 8), int),
+            },
+            "`annotator` must give a condition for each image, got 1 for 2",
+        ),
         ({"annotator": "edges"}, "`annotator` needs a `condition_image`"),
         ({"condition_image": np.zeros((8, 8), int), "height": 10}, "multiples of 4, the condition tokenizer's"),
         ({"condition_image": np.zeros((8, 8), int), "height": 4}, "`height` must be at least the 4 codes"),

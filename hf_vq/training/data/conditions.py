@@ -165,8 +165,8 @@ def check_mirrored(processor: VQConditionProcessor | None, name: str) -> None:
     """A ValueError that names the argument if mirrored images would have a condition that means something else."""
     if processor is not None and processor.condition == "pose":
         raise ValueError(
-            f"{name}=True mirrors a drawn pose, whose colours then call the left arm the right one: set it to false, "
-            "or draw the poses of mirrored pictures into the data."
+            f"{name}=True mirrors a drawn pose, whose colours then call the left arm the right one, and a drawing has "
+            "no keypoints left to swap: set it to false, or draw the poses of mirrored pictures into the data."
         )
 
 
