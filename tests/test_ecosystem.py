@@ -18,6 +18,7 @@ import hf_vq
 from hf_vq.models.linear_layers import as_linear
 from hf_vq.models.priors.lora_merging import merge_lora
 from tests.pipelines import vq_diffusion_parts
+from tests.pipelines.autoregressive_parts import make_tiny_tokenizer
 
 
 COMMON = {"codebook_size": 16, "grid_size": 4, "condition_type": "class", "condition_vocab_size": 3}
@@ -176,19 +177,7 @@ TOKENIZERS = {
     "vqvae2": lambda: hf_vq.VQVAE2Model(
         hf_vq.VQVAE2Config(hidden_size=8, residual_hidden_size=4, embed_dim=4, num_embeddings=8, resolution=16)
     ),
-    "vqgan": lambda: hf_vq.VQGANModel(
-        hf_vq.VQGANConfig(
-            base_channels=8,
-            norm_num_groups=4,
-            channel_multiplier=[1, 2],
-            num_res_blocks=1,
-            attn_resolutions=[],
-            latent_channels=4,
-            embed_dim=4,
-            num_embeddings=8,
-            resolution=8,
-        )
-    ),
+    "vqgan": lambda: make_tiny_tokenizer(num_embeddings=8).train(),
 }
 
 

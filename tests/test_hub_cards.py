@@ -12,27 +12,7 @@ from hf_vq.hub import folder_for_sharing, save_with_code
 from hf_vq.hub_cards import model_card, with_section
 from hf_vq.training.sharing import _without_folders
 from tests.pipelines import latent_diffusion_parts, vq_diffusion_parts, vqvae2_parts
-
-
-def vqgan():
-    return hf_vq.VQGANModel(
-        hf_vq.VQGANConfig(
-            base_channels=8,
-            norm_num_groups=4,
-            channel_multiplier=[1, 2],
-            num_res_blocks=1,
-            attn_resolutions=[],
-            latent_channels=4,
-            embed_dim=4,
-            num_embeddings=16,
-            resolution=8,
-        )
-    ).eval()
-
-
-def gpt(**condition):
-    config = hf_vq.VQGPTConfig(codebook_size=16, grid_size=4, n_embd=16, n_layer=1, n_head=2, **condition)
-    return hf_vq.VQGPTForCausalLM(config).eval()
+from tests.pipelines.autoregressive_parts import make_tiny_prior, make_tiny_tokenizer
 
 
 def codes_condition():
@@ -40,17 +20,19 @@ def codes_condition():
 
 
 SHARED = {
-    "tokenizer": vqgan,
+    "tokenizer": make_tiny_tokenizer,
     "hierarchy": lambda: vqvae2_parts.make_pipeline().vqvae,
-    "prior": lambda: gpt(condition_type="class", condition_vocab_size=3),
-    "prior of codes": lambda: gpt(**codes_condition()),
+    "prior": lambda: make_tiny_prior(condition_type="class", condition_vocab_size=3),
+    "prior of codes": lambda: make_tiny_prior(**codes_condition()),
     "lower prior": lambda: vqvae2_parts.make_pipeline().priors[1],
     "denoiser": lambda: vq_diffusion_parts.make_pipeline("text").transformer,
     "scheduler": lambda: vq_diffusion_parts.make_pipeline("text").scheduler,
     "processor": lambda: hf_vq.VQImageProcessor(size=8),
     "condition processor": lambda: hf_vq.VQConditionProcessor("edges", size=8),
-    "pipeline": lambda: hf_vq.VQAutoregressivePipeline(vqgan(), gpt()),
-    "pipeline of codes": lambda: hf_vq.VQAutoregressivePipeline(vqgan(), gpt(**codes_condition())),
+    "pipeline": lambda: hf_vq.VQAutoregressivePipeline(make_tiny_tokenizer(), make_tiny_prior()),
+    "pipeline of codes": lambda: hf_vq.VQAutoregressivePipeline(
+        make_tiny_tokenizer(), make_tiny_prior(**codes_condition())
+    ),
     "hierarchical pipeline": vqvae2_parts.make_pipeline,
     "code diffusion": lambda: vq_diffusion_parts.make_pipeline("text"),
     "latent diffusion": lambda: latent_diffusion_parts.make_pipeline("class"),
@@ -82,11 +64,11 @@ def test_what_a_card_tells_to_type(name, tmp_path, monkeypatch):
 
 
 def test_a_card_has_pictures_licence_and_limits():
-    card = model_card(gpt(), "me/codes", "cc-by-4.0", pictures={"samples.png": "Samples, not selected"})
+    card = model_card(make_tiny_prior(), "me/codes", "cc-by-4.0", pictures={"samples.png": "Samples, not selected"})
     assert card.data.license == "cc-by-4.0" and "![Samples, not selected](samples.png)" in card.text
     assert "\n## Limits\n\nIt knows images like those" in card.text
     assert "## Training" not in card.text and "## Figures" not in card.text
-    assert "Faces only." in model_card(gpt(), "me/codes", "mit", limits="Faces only.").text
+    assert "Faces only." in model_card(make_tiny_prior(), "me/codes", "mit", limits="Faces only.").text
 
 
 def test_one_section_is_replaced():
@@ -98,7 +80,10 @@ def test_one_section_is_replaced():
 def test_what_is_pushed_keeps_the_files_and_names_the_repository(tmp_path):
     """The card of the folder stays, its pictures and weights too; the code, its snippets and names are new."""
     torch.manual_seed(0)
-    pipeline, source = hf_vq.VQAutoregressivePipeline(vqgan().half(), gpt().half()), tmp_path / "run"
+    pipeline, source = (
+        hf_vq.VQAutoregressivePipeline(make_tiny_tokenizer().half(), make_tiny_prior().half()),
+        tmp_path / "run",
+    )
     pipeline.save_pretrained(source)
     hf_vq.VQImageProcessor(size=12).save_pretrained(source / "vqvae")
     metrics = {"psnr": 20.5}
@@ -120,7 +105,7 @@ def test_what_is_pushed_keeps_the_files_and_names_the_repository(tmp_path):
 def test_linked_parts_are_pushed_too(tmp_path):
     """A folder whose tokenizer is a link to that of another folder."""
     torch.manual_seed(0)
-    pipeline = hf_vq.VQAutoregressivePipeline(vqgan(), gpt())
+    pipeline = hf_vq.VQAutoregressivePipeline(make_tiny_tokenizer(), make_tiny_prior())
     pipeline.save_pretrained(tmp_path / "run")
     (tmp_path / "run/vqvae").rename(tmp_path / "tokenizer")
     (tmp_path / "run/vqvae").symlink_to("../tokenizer")

@@ -5,6 +5,7 @@ import torch
 
 import hf_vq
 from hf_vq.hub import save_with_code
+from tests.pipelines.autoregressive_parts import make_tiny_prior, make_tiny_tokenizer
 
 
 pytestmark = pytest.mark.hub
@@ -25,22 +26,10 @@ assert indices.tolist() == {expected!r}
 
 def test_loads_without_hf_vq(hub, tmp_path):
     torch.manual_seed(0)
-    shape = {"base_channels": 8, "norm_num_groups": 4, "channel_multiplier": [1, 2], "num_res_blocks": 1}
-    shape |= {"attn_resolutions": [], "latent_channels": 4, "embed_dim": 4, "num_embeddings": 16, "resolution": 8}
-    config = hf_vq.VQGPTConfig(
-        codebook_size=16,
-        grid_size=4,
-        n_embd=16,
-        n_layer=1,
-        n_head=2,
-        condition_type="codes",
-        condition_vocab_size=16,
-        condition_length=16,
-    )
     pipeline = hf_vq.VQAutoregressivePipeline(
-        vqvae=hf_vq.VQGANModel(hf_vq.VQGANConfig(**shape)).eval(),
-        prior=hf_vq.VQGPTForCausalLM(config).eval(),
-        condition_tokenizer=hf_vq.VQGANModel(hf_vq.VQGANConfig(in_channels=3, **shape)).eval(),
+        vqvae=make_tiny_tokenizer(),
+        prior=make_tiny_prior(condition_type="codes", condition_vocab_size=16, condition_length=16),
+        condition_tokenizer=make_tiny_tokenizer(in_channels=3),
         condition_processor=hf_vq.VQConditionProcessor("segmentation", num_labels=3, size=8),
     )
     pipeline.set_progress_bar_config(disable=True)

@@ -12,7 +12,7 @@ from hf_vq.evaluation.codebook import PositionCounts
 from hf_vq.evaluation.evaluate import evaluate_prior, evaluate_tokenizer
 from hf_vq.evaluation.evaluate_pipeline import applicable_metrics, draw_images, evaluate_model
 from hf_vq.training.data.image_datasets import collate
-from tests.pipelines.autoregressive_parts import make_pipeline, seeded
+from tests.pipelines.autoregressive_parts import make_pipeline, make_tiny_prior, make_tiny_tokenizer, seeded
 from tests.pipelines.test_condition_images import make_conditional
 from tests.process_groups import in_processes
 
@@ -20,31 +20,8 @@ from tests.process_groups import in_processes
 @pytest.fixture(scope="module")
 def pipeline():
     torch.manual_seed(0)
-    vqvae = hf_vq.VQGANModel(
-        hf_vq.VQGANConfig(
-            base_channels=8,
-            norm_num_groups=4,
-            channel_multiplier=[1, 2],
-            num_res_blocks=1,
-            attn_resolutions=[],
-            latent_channels=4,
-            embed_dim=4,
-            num_embeddings=16,
-            resolution=12,
-        )
-    )
-    prior = hf_vq.VQGPTForCausalLM(
-        hf_vq.VQGPTConfig(
-            codebook_size=16,
-            grid_size=6,
-            n_embd=16,
-            n_layer=1,
-            n_head=2,
-            condition_type="class",
-            condition_vocab_size=3,
-        )
-    )
-    return hf_vq.VQAutoregressivePipeline(vqvae=vqvae.eval(), prior=prior.eval())
+    vqvae = make_tiny_tokenizer(resolution=12)
+    return hf_vq.VQAutoregressivePipeline(vqvae, make_tiny_prior(grid_size=6, condition_type="class", num_classes=3))
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-import hf_vq
 from hf_vq.evaluation.inspection import (
     codebook_atlas,
     copied_share,
@@ -18,23 +17,13 @@ from hf_vq.evaluation.inspection import (
     usage_map,
 )
 from hf_vq.images import to_pil
+from tests.pipelines.autoregressive_parts import make_tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     torch.manual_seed(0)
-    config = hf_vq.VQGANConfig(
-        base_channels=8,
-        norm_num_groups=4,
-        channel_multiplier=[1, 2],
-        num_res_blocks=1,
-        attn_resolutions=[],
-        latent_channels=4,
-        embed_dim=4,
-        num_embeddings=16,
-        resolution=8,
-    )
-    return hf_vq.VQGANModel(config).eval()
+    return make_tiny_tokenizer()
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,28 @@ KINDS = {
     "coordinates": {"condition_type": "coordinates", "condition_vocab_size": 40, "condition_length": 16},
 }
 
+# the smallest tokenizer and prior that hold all the parts, for what does not look at the pictures
+TINY = {
+    "base_channels": 8,
+    "norm_num_groups": 4,
+    "channel_multiplier": [1, 2],
+    "num_res_blocks": 1,
+    "attn_resolutions": [],
+    "latent_channels": 4,
+    "embed_dim": 4,
+    "num_embeddings": 16,
+    "resolution": 8,
+}
+
+
+def make_tiny_tokenizer(**overrides):
+    return VQGANModel(VQGANConfig(**{**TINY, **overrides})).eval()
+
+
+def make_tiny_prior(**overrides):
+    config = {"codebook_size": 16, "grid_size": 4, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    return VQGPTForCausalLM(VQGPTConfig(**{**config, **overrides})).eval()
+
 
 def make_pipeline(kind="class", channels=3, **overrides):
     torch.manual_seed(0)
