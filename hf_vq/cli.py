@@ -21,6 +21,15 @@ SAMPLING_OPTIONS = {
     "width": (int, False),
     "annotator": (str, False),
 }
+EXTRAS = {  # which of the package's extras has what a subcommand may miss
+    "datasets": "train",
+    "pyarrow": "train",
+    "tensorboard": "train",
+    "matplotlib": "plots",
+    "onnx": "export",
+    "onnxscript": "export",
+    "onnxruntime": "export",
+}
 SYSTEMS = ("vqvae", "vqgan", "vqvae2", "pixelcnn", "vq_gpt", "vq_diffusion", "vq_latent_diffusion")
 EXIT_CODES = "exit codes: 0 done; 1 an error, or some files were skipped; 2 wrong usage"
 
@@ -33,6 +42,13 @@ def main(arguments: list[str] | None = None) -> int:
         skipped = getattr(importlib.import_module(f"hf_vq.commands.{module}"), function)(options)
     except (ValueError, OSError) as error:
         print(f"hf-vq {options.command}: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        needed = f"needs the package {package}: pip install 'hf_vq[{EXTRAS[package]}]'"
+        print(f"hf-vq {options.command}: {needed}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"hf-vq {options.command}: interrupted", file=sys.stderr)

@@ -1,6 +1,8 @@
 import argparse
+import importlib.abc
 import io
 import json
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -16,26 +18,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import hf_vq
-from hf_vq.cli import build_parser, main
+from hf_vq.cli import EXTRAS, build_parser, main
 from hf_vq.evaluation.pictures import labelled_rows
 from hf_vq.hub_cards import model_card
 from hf_vq.images import to_pil
 from hf_vq.training.data.indices_cache import write_indices
 from tests.pipelines import latent_diffusion_parts, vq_diffusion_parts, vqvae2_parts
+from tests.pipelines.autoregressive_parts import make_tiny_prior, make_tiny_tokenizer
 from tests.pipelines.test_condition_images import make_conditional
 
 
-CONFIG = {
-    "base_channels": 8,
-    "norm_num_groups": 4,
-    "channel_multiplier": [1, 2],
-    "num_res_blocks": 1,
-    "attn_resolutions": [],
-    "latent_channels": 4,
-    "embed_dim": 4,
-    "num_embeddings": 16,
-    "resolution": 8,
-}
 SUBCOMMANDS = next(
     action.choices for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction)
 )
@@ -46,20 +38,8 @@ def folder(tmp_path_factory):
     """Holds a tokenizer, a prior, a pipeline of both, and two pictures."""
     folder = tmp_path_factory.mktemp("cli")
     torch.manual_seed(0)
-    vqgan = hf_vq.VQGANModel(hf_vq.VQGANConfig(**CONFIG)).eval()
-    names = {0: "cat", 1: "dog", 2: "owl"}
-    prior = hf_vq.VQGPTForCausalLM(
-        hf_vq.VQGPTConfig(
-            codebook_size=16,
-            grid_size=4,
-            n_embd=16,
-            n_layer=1,
-            n_head=2,
-            condition_type="class",
-            condition_vocab_size=3,
-            id2label=names,
-        )
-    )
+    vqgan = make_tiny_tokenizer()
+    prior = make_tiny_prior(condition_type="class", num_classes=3, id2label={0: "cat", 1: "dog", 2: "owl"})
     vqgan.save_pretrained(folder / "vqgan")
     prior.save_pretrained(folder / "prior")
     hf_vq.VQAutoregressivePipeline(vqvae=vqgan, prior=prior.eval()).save_pretrained(folder / "pipeline")
@@ -124,7 +104,7 @@ def test_the_image_processor_of_a_pipeline_is_used(folder, tmp_path):
 def test_residual_indices_are_decoded(folder, tmp_path):
     torch.manual_seed(0)
     quantizer = {"quantizer": "residual", "quantizer_kwargs": {"depth": 2}}
-    model = hf_vq.VQGANModel(hf_vq.VQGANConfig(**CONFIG, **quantizer)).eval()
+    model = make_tiny_tokenizer(**quantizer)
     model.save_pretrained(tmp_path / "residual")
     output = tmp_path / "indices.safetensors"
     assert run("encode", tmp_path / "residual", folder / "b.png", "--output", output) == 0
@@ -471,6 +451,40 @@ def test_errors_a_user_can_mend(folder, arguments, message, capsys, monkeypatch)
     assert error.startswith(f"hf-vq {arguments[0]}: ") and message in error, error
 
 
+@pytest.mark.parametrize(
+    "missing,arguments",
+    [
+        ("datasets", ("evaluate", "vqgan", "--data", ".", "--perceptual", "none")),
+        ("datasets", ("train", "vqvae", "--dataset_name_or_path", ".", "--output_dir", "run", "--cpu", "true")),
+        ("matplotlib", ("show", "curves", "curves")),
+        ("onnx", ("export", "vqgan", "--output", "onnx")),
+    ],
+)
+def test_a_package_of_an_extra_that_is_missing(missing, arguments, folder, capsys, monkeypatch):
+    class Missing(importlib.abc.MetaPathFinder):
+        def find_spec(self, name, path, target=None):
+            if name.partition(".")[0] == missing:
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    for name in list(sys.modules):
+        if name.partition(".")[0] == missing:
+            monkeypatch.delitem(sys.modules, name)
+    (folder / "curves").mkdir(exist_ok=True)
+    (folder / "curves" / "metrics.jsonl").write_text('{"step": 1, "loss": 2}\n{"step": 2, "loss": 1}\n')
+    monkeypatch.setattr(sys, "meta_path", [Missing(), *sys.meta_path])
+    monkeypatch.chdir(folder)
+    assert run(*arguments) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"hf-vq {arguments[0]}: needs the package {missing}: pip install 'hf_vq["), error
+
+
+def test_the_extras_hold_what_they_are_named_for():
+    text = (pathlib.Path(hf_vq.__file__).parents[1] / "pyproject.toml").read_text()
+    for package, extra in EXTRAS.items():
+        (line,) = [line for line in text.splitlines() if line.startswith(f"{extra} = [")]
+        assert f'"{package}>=' in line
+
+
 def test_wrong_usage_exits_with_2(capsys):
     for arguments in ([], ["sample", "x", "--num-images", "0"], ["sample", "x", "--seed", str(2**63)]):
         with pytest.raises(SystemExit) as stop:
@@ -560,7 +574,7 @@ def test_info_of_a_run_of_parts_and_of_indices(folder, tmp_path, capsys):
     assert printed(tmp_path / "processor") == {"class": "VQImageProcessor", "size": "shortest_edge 12"}
 
     torch.manual_seed(0)
-    model = hf_vq.VQGANModel(hf_vq.VQGANConfig(**CONFIG, quantizer="ema"))
+    model = make_tiny_tokenizer(quantizer="ema")
     model.quantize.cluster_size.copy_(torch.tensor([4.0, 4.0, 8.0] + [0.0] * 13))
     run_folder = tmp_path / "run"
     model.save_pretrained(run_folder / "tokenizer")

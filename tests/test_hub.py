@@ -20,6 +20,7 @@ from hf_vq.hub import save_for_sharing, save_with_code
 from hf_vq.hub_cards import CARD_TEMPLATE, facts, model_card
 from hf_vq.training.data.indices_cache import write_indices
 from hf_vq.training.sharing import save_trained
+from tests.pipelines.autoregressive_parts import make_tiny_prior, make_tiny_tokenizer
 
 
 pytestmark = pytest.mark.hub
@@ -28,27 +29,13 @@ pytestmark = pytest.mark.hub
 @pytest.fixture
 def vqgan():
     torch.manual_seed(0)
-    config = hf_vq.VQGANConfig(
-        base_channels=8,
-        norm_num_groups=4,
-        channel_multiplier=[1, 2],
-        num_res_blocks=1,
-        attn_resolutions=[],
-        latent_channels=4,
-        embed_dim=4,
-        num_embeddings=16,
-        resolution=8,
-    )
-    return hf_vq.VQGANModel(config).eval()
+    return make_tiny_tokenizer()
 
 
 @pytest.fixture
 def pipeline(vqgan):
     torch.manual_seed(1)
-    config = hf_vq.VQGPTConfig(
-        codebook_size=16, grid_size=4, n_embd=16, n_layer=1, n_head=2, condition_type="class", condition_vocab_size=3
-    )
-    pipeline = hf_vq.VQAutoregressivePipeline(vqvae=vqgan, prior=hf_vq.VQGPTForCausalLM(config).eval())
+    pipeline = hf_vq.VQAutoregressivePipeline(vqgan, make_tiny_prior(condition_type="class", num_classes=3))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -417,6 +404,11 @@ def test_pushing_indices_as_a_data_set(vqgan, hub, tmp_path):
         "    assert found[split]['indices'] == expected[split]\n"
         "assert list(datasets.load_dataset('tester/codes', revision='small')) == ['train']\n"
     )
+    printed = hub.run("from hf_vq.cli import main\nassert main(['info', 'tester/codes', '--json']) == 0\n")
+    found = json.loads(printed)
+    assert set(found) == {"train", "validation"} and found["train"]["images"] == 4
+    different = len({code for row in expected["train"] for code in row})
+    assert f"{len(expected['train'][0])} codes an image, {different} different codes" in found["train"]["indices"]
     assert hub.store.repositories["dataset", "tester/codes"].private
 
 

@@ -21,13 +21,19 @@ assert main(["push", folder + "/pipeline/scheduler", "tester/scheduler"]) == 0
 assert main(["push", folder + "/processor", "tester/whole", "--create-pr"]) == 0
 """
 
+INFO = """
+assert main(["info", "tester/whole"]) == 0
+assert main(["info", "tester/nobody"]) == 1
+"""
+
 
 def test_each_kind_of_folder(hub, tmp_path):
     torch.manual_seed(0)
     pipeline = vq_diffusion_parts.make_pipeline()
     pipeline.save_pretrained(tmp_path / "pipeline")
     hf_vq.VQImageProcessor(size=8).save_pretrained(tmp_path / "processor")
-    printed = hub.run(PUSH.format(folder=str(tmp_path)))
+    printed = hub.run(PUSH.format(folder=str(tmp_path)) + INFO)
+    assert "VQDiffusionTransformer2DModel" in printed and "MaskReplaceScheduler" in printed
     assert "/tester/whole/discussions/1" in printed
     whole = hub.store.repositories["model", "tester/whole"]
     assert whole.private and set(whole.heads) == {"main", "trial", "refs/pr/1"}

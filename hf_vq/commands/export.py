@@ -10,11 +10,8 @@ def export(options: argparse.Namespace) -> None:
     from ..onnx_export import export_onnx, largest_difference
 
     model = load_tokenizer(options)
-    try:
-        files = export_onnx(model, options.output, options.size)
-        difference = largest_difference(model, options.output, options.size)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"`hf-vq export` needs the package {error.name}: pip install 'hf_vq[export]'.") from error
+    files = export_onnx(model, options.output, options.size)
+    difference = largest_difference(model, options.output, options.size)
     found = {"files": [str(file) for file in files], "largest_difference": difference}
     lines = [*found["files"], f"equal indices; largest difference of images {difference:.2g}"]
     announce(options, found, lines)

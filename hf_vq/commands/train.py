@@ -6,15 +6,8 @@ import sys
 
 
 def train(options: argparse.Namespace) -> None:
-    """Runs the script of `options.system`, which reads the rest of the command line.
-
-    Raises:
-        ValueError: the packages of the extra `train` are missing.
-    """
-    try:
-        script = importlib.import_module(f"hf_vq.training.scripts.train_{options.system}")
-    except ModuleNotFoundError as error:
-        raise ValueError(f"`hf-vq train` needs the package {error.name}: pip install 'hf_vq[train]'.") from error
+    """Runs the script of `options.system`, which reads the rest of the command line."""
+    script = importlib.import_module(f"hf_vq.training.scripts.train_{options.system}")
     given = sys.argv
     sys.argv = [f"hf-vq train {options.system}", *options.arguments]  # which the script names in its help and its card
     try:
