@@ -2,8 +2,8 @@
 
 A folder is written under a temporary name, flushed to the disk and then renamed: a process that is killed at any
 moment leaves the previous checkpoints and perhaps a temporary folder, which the next start removes. A checkpoint
-carries the size
-and the checksum of each of its files: one that was damaged afterwards is found out before it is loaded.
+carries the size and the checksum of each of its files: one that was damaged afterwards is found out before it is
+loaded.
 """
 
 import hashlib
@@ -68,8 +68,8 @@ def draft_path(path: str | Path) -> Path:
 def draft_folder(path: str | Path) -> Path:
     """An empty folder beside `path`, to be filled and then given to `publish_folder`."""
     draft = draft_path(path)
-    if draft.exists():
-        shutil.rmtree(draft)
+    if os.path.lexists(draft):
+        _remove(draft)
     draft.mkdir(parents=True)
     return draft
 
@@ -106,21 +106,30 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 def remove_folder(path: Path) -> None:
-    """Removes a folder so that, if the process dies meanwhile, no half of it keeps its name."""
-    if path.exists():
+    """Removes a folder, or what stands in its place, so that, if the process dies meanwhile, no half of it keeps its
+    name; of a link only the link.
+    """
+    if os.path.lexists(path):
         grave = path.with_name(f"{_UNFINISHED}removed-{path.name}")
-        if grave.exists():
-            shutil.rmtree(grave)
+        if os.path.lexists(grave):
+            _remove(grave)
         os.rename(path, grave)
-        shutil.rmtree(grave)
+        _remove(grave)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def remove_unfinished(folder: str | Path) -> list[str]:
-    """Removes what an interrupted write left in `folder` and returns the names."""
+    """Removes what an interrupted write left in `folder` and returns the names; what resists is named and stays."""
     names = []
     for path in sorted(Path(folder).glob(_UNFINISHED + "*")):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-        names.append(path.name)
+        try:
+            _remove(path)
+            names.append(path.name)
+        except OSError as error:  # a file that somebody reads, on a network's disk
+            logger.warning("%s, left by an interrupted write, cannot be removed: %s.", path, error)
     return names
 
 
@@ -139,6 +148,8 @@ def find_damage(folder: Path) -> str | None:
     """What is wrong with a folder that `write_manifest` has seen, or `None`."""
     try:
         entries = json.loads((folder / MANIFEST).read_text())
+        if not entries:
+            return f"{folder / MANIFEST} names no file"
         for name, entry in entries.items():
             path = folder / name
             if not path.is_file():
@@ -150,6 +161,8 @@ def find_damage(folder: Path) -> str | None:
                 return f"{path} does not have the checksum that it was written with"
     except FileNotFoundError:
         return f"{folder / MANIFEST} is missing"
+    except OSError as error:  # of the list, or of a file that it names
+        return f"{error.filename or folder} cannot be read ({error.strerror})"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{folder / MANIFEST} cannot be read"
     return None
@@ -180,10 +193,13 @@ def find_checkpoints(folder: str | Path) -> dict[int, Path]:
 
 
 def rotate_checkpoints(folder: str | Path, limit: int | None) -> None:
-    """Keeps the newest `limit` checkpoints (`None`: all)."""
+    """Keeps the newest `limit` checkpoints (`None`: all); one that cannot be removed is named and stays."""
     if limit is not None:
         for path in list(find_checkpoints(folder).values())[:-limit]:
-            remove_folder(path)
+            try:
+                remove_folder(path)
+            except OSError as error:
+                logger.warning("The checkpoint %s cannot be removed: %s.", path, error)
 
 
 def set_aside_after(folder: str | Path, step: int) -> list[Path]:

@@ -87,17 +87,19 @@ class MetricsFile:
         self.path = Path(path)
 
     def truncate_after(self, step: int) -> None:
-        """Drops the lines of later steps, and a last line that was cut off, so that no step stands there twice."""
+        """Drops the lines of later steps, and what is no line of metrics, such as a last one that was cut off."""
         if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines(keepends=True) if _step_of(line) <= step]
+            kept = [line for line in self._lines() if _step_of(line) <= step]
             write_file_atomically(self.path, "".join(kept))
 
     def has_validation(self, step: int) -> bool:
         """Whether there is a line of the validation after `step`."""
+        return any("validation/" in line and _step_of(line) == step for line in self._lines())
+
+    def _lines(self) -> list[str]:
         if not self.path.exists():
-            return False
-        lines = self.path.read_text().splitlines(keepends=True)
-        return any("validation/" in line and _step_of(line) == step for line in lines)
+            return []
+        return self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
 
     def append(self, row: dict) -> None:
         """Adds a line, or, where that fails, none."""
@@ -112,9 +114,9 @@ class MetricsFile:
 
 def _step_of(line: str) -> float:
     try:
-        return json.loads(line)["step"] if line.endswith("\n") else float("inf")
-    except json.JSONDecodeError:
-        return float("inf")
+        return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 class Stopwatch:

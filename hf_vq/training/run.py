@@ -58,6 +58,7 @@ from .checkpointing import (
     set_aside_after,
     set_random_state,
 )
+from .data.cache_identity import first_sample_hash
 from .data.image_datasets import collate
 from .data.loading import micro_batches, move_to_device
 from .data.samplers import micro_batch_sizes, process_slice
@@ -130,6 +131,7 @@ class TrainingRun:
         self.broken_images: set[str] = set()
         self._peak_rates: dict[str, list[float]] = {}
         self._dataset_size: int | None = None
+        self._first_sample: str | None = None  # its hash
         self._stream_state: dict | None = None
         self._saved_streams: list[dict] | None = None  # of all processes, in the last checkpoint
         self._validation: Callable[[], dict | None] | None = None
@@ -299,7 +301,7 @@ class TrainingRun:
             return
         from tqdm.auto import tqdm
 
-        self._check_dataset_size(dataset)
+        self._check_dataset(dataset)
         arguments = self.arguments
         plan = {
             "batch_size": arguments.train_batch_size,
@@ -343,7 +345,7 @@ class TrainingRun:
         finally:
             self._interruption.restore()
 
-    def _check_dataset_size(self, dataset) -> None:
+    def _check_dataset(self, dataset) -> None:
         size = len(dataset) if hasattr(dataset, "__len__") else None
         if self.global_step and size != self._dataset_size:
             raise ValueError(
@@ -351,6 +353,10 @@ class TrainingRun:
                 "with the same data, or start afresh with resume_from_checkpoint=none."
             )
         self._dataset_size = size
+        first = first_sample_hash(dataset) if self.is_main_process else None
+        if first is not None and self._first_sample not in (None, first):
+            logger.warning("The first sample is another than when the checkpoint was written: these are other data.")
+        self._first_sample = first
 
     def accumulate(self, *models: nn.Module):
         """The context of one micro-batch: gradients are exchanged between processes only in the last of a step."""
@@ -477,7 +483,7 @@ class TrainingRun:
         if self.is_main_process:
             try:
                 lock_folder(self.output_dir)
-            except FolderInUseError as caught:
+            except (FolderInUseError, OSError) as caught:
                 error = caught
         error = from_main_process(error)
         if error is not None:
@@ -611,6 +617,7 @@ class TrainingRun:
             "step": self.global_step,
             "samples_seen": self.samples_seen,
             "dataset_size": self._dataset_size,
+            "first_sample": self._first_sample,
             "streams": self._saved_streams,
             "seconds": self._clock.elapsed(),
             "validation_due": self._validation_due,
@@ -626,6 +633,7 @@ class TrainingRun:
         self.global_step = position["step"]
         self.samples_seen = position["samples_seen"]
         self._dataset_size = position["dataset_size"]
+        self._first_sample = position.get("first_sample")
         self._saved_streams = position["streams"]
         self._clock.seconds_before = position["seconds"]
         self._validation_due = position["validation_due"]

@@ -81,7 +81,10 @@ class RunCheckpoints:
             raise ValueError(
                 f'`resume_from_checkpoint` must be "latest", "none" or a checkpoint folder, got {wanted!r}.'
             )
-        damage = from_main_process(find_damage(Path(wanted)) if self.accelerator.is_main_process else None)
+        damage = None
+        if self.accelerator.is_main_process:
+            damage = find_damage(Path(wanted)) or _find_other(Path(wanted))
+        damage = from_main_process(damage)
         if damage is not None:
             raise ValueError(f"`resume_from_checkpoint` must be a whole checkpoint, got {wanted!r}: {damage}.")
         return Path(wanted)
@@ -138,8 +141,8 @@ class RunCheckpoints:
     def _newest_whole_checkpoint(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint that is not damaged, and what is wrong with the later ones."""
         damages = []
-        for path in reversed(find_checkpoints(self.output_dir).values()):
-            damage = find_damage(path)
+        for step, path in reversed(find_checkpoints(self.output_dir).items()):
+            damage = find_damage(path) or _find_other(path, step)
             if damage is None:
                 if damages:
                     logger.warning("Continuing from %s, the last checkpoint that is whole.", path)
@@ -147,6 +150,15 @@ class RunCheckpoints:
             logger.warning("A checkpoint is damaged and passed over: %s.", damage)
             damages.append(damage)
         return None, damages
+
+
+def _find_other(path: Path, step: int | None = None) -> str | None:
+    """What is wrong with a folder of whole files that is no checkpoint, or has another's name."""
+    try:
+        found = json.loads((path / "run.json").read_text())["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{path} holds no run.json with a step"
+    return None if step in (None, found) else f"{path} holds step {found}"
 
 
 __all__ = ["RunCheckpoints"]

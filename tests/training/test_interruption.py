@@ -125,23 +125,3 @@ def test_when_one_process_fails_all_end_and_its_error_is_last(tmp_path, how):
     expected = "RuntimeError: the disk of process 1 is on fire" if how == "raises" else "SIGKILL"
     assert any(expected in line for line in last), output
     assert "rank      : 1" in output.split("Root Cause")[-1], output
-
-
-def test_a_second_run_in_one_folder_is_refused(tmp_path):
-    from hf_vq.training.output_lock import FolderInUseError, lock_folder, unlock_folder
-
-    lock_folder(tmp_path)
-    lock_folder(tmp_path)  # once more in the same process
-    code = f"from hf_vq.training.output_lock import lock_folder; lock_folder({str(tmp_path)!r})"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-
-    def other():
-        return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-
-    refused = other()
-    assert refused.returncode == 1 and FolderInUseError.__name__ in refused.stderr
-    assert f"another run writes here: {tmp_path} is locked by process {os.getpid()} on " in refused.stderr
-    unlock_folder(tmp_path)
-    assert other().returncode == 0
-    lock_folder(tmp_path)  # the other is gone
-    unlock_folder(tmp_path)

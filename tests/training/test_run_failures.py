@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from hf_vq import VQVAEConfig, VQVAEModel
 from hf_vq.training import run_parts
-from hf_vq.training.checkpointing import find_checkpoints
+from hf_vq.training.checkpointing import find_checkpoints, remove_unfinished, write_manifest
 from hf_vq.training.data.image_datasets import DataArguments
 from hf_vq.training.run import RunArguments, TrainingRun
 from hf_vq.training.sharing import save_trained
@@ -117,9 +117,26 @@ DAMAGES = {
     "one file of another checkpoint": lambda folder: shutil.copy(
         folder.parent / "checkpoint-9/optimizer.pt", folder / "optimizer.pt"
     ),
+    "a list of no file": lambda folder: (folder / "files.json").write_text("{}"),
+    "a folder in place of the list": lambda folder: [
+        (folder / "files.json").unlink(),
+        (folder / "files.json").mkdir(),
+    ],
+    "a folder in place of a file": lambda folder: [(folder / "run.json").unlink(), (folder / "run.json").mkdir()],
+    "no list of files": lambda folder: (folder / "files.json").unlink(),
+    "whole files of no checkpoint": lambda folder: [(folder / "run.json").unlink(), write_manifest(folder)],
+    "another checkpoint": lambda folder: [
+        shutil.rmtree(folder),
+        shutil.copytree(folder.parent / "checkpoint-9", folder),
+    ],
     "a missing file": lambda folder: (folder / "process-0.pt").unlink(),
     "one bit": lambda folder: flip_a_bit(folder / "model-ema.pt"),
 }
+
+
+def put_a_folder(path):
+    path.unlink()
+    path.mkdir()
 
 
 def flip_a_bit(path):
@@ -138,6 +155,8 @@ def test_a_damaged_checkpoint_is_passed_over(unbroken, tmp_path, caplog, damage)
     assert f"Continuing from {tmp_path / 'checkpoint-9'}" in caplog.text
     assert rows(tmp_path, validation=True) == unbroken[0]
     assert_same_weights(weights(run), unbroken[1])
+    if damage == "another checkpoint":  # a good one
+        return
     with pytest.raises(ValueError, match="resume_from_checkpoint.*must be a whole checkpoint"):
         train(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-10-superseded-1"))
 
@@ -148,3 +167,56 @@ def test_no_whole_checkpoint_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="every checkpoint in .* is damaged .*model-ema.pt.*start afresh"):
         train(tmp_path)
     assert train(tmp_path, resume_from_checkpoint="none", max_train_steps=2).global_step == 2
+
+
+@pytest.mark.parametrize("what", ["a file", "a link to nothing", "a link to a folder"])
+def test_what_stands_in_the_place_of_a_checkpoint_is_replaced(unbroken, tmp_path, what):
+    place, kept = tmp_path / "run" / "checkpoint-3", tmp_path / "kept"
+    place.parent.mkdir()
+    kept.mkdir()
+    (kept / "mine").write_text("mine")
+    if what == "a file":
+        place.write_text("no checkpoint")
+    else:
+        place.symlink_to(kept if what == "a link to a folder" else tmp_path / "nowhere")
+    train(place.parent, resume_from_checkpoint="none")
+    assert list(find_checkpoints(place.parent)) == [9, 10] and (kept / "mine").read_text() == "mine"
+    assert rows(place.parent, validation=True) == unbroken[0]
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_named_and_stays(unbroken, tmp_path, monkeypatch, caplog):
+    """Such as one with a file that somebody reads, on a network's disk."""
+    remove = shutil.rmtree
+
+    def refuse(path, *arguments, **options):
+        if "checkpoint-3" in str(path):
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+        remove(path, *arguments, **options)
+
+    monkeypatch.setattr("shutil.rmtree", refuse)
+    with caplog.at_level(logging.WARNING):
+        train(tmp_path)
+        assert "checkpoint-3 cannot be removed: " in caplog.text
+        assert list(find_checkpoints(tmp_path)) == [9, 10] and rows(tmp_path, validation=True) == unbroken[0]
+        train(tmp_path, max_train_steps=11)
+    assert ".unfinished-removed-checkpoint-3, left by an interrupted write, cannot be removed" in caplog.text
+    monkeypatch.undo()
+    assert remove_unfinished(tmp_path) == [".unfinished-removed-checkpoint-3"]
+
+
+def test_other_data_of_the_same_size_are_named(tmp_path, caplog):
+    train(tmp_path, max_train_steps=3)
+    with caplog.at_level(logging.WARNING):
+        train(tmp_path, max_train_steps=4)
+        assert "these are other data" not in caplog.text
+        train(tmp_path, max_train_steps=5, first_colour=70)
+    assert "The first sample is another than when the checkpoint was written" in caplog.text
+
+
+def test_what_is_no_row_of_metrics_is_dropped(unbroken, tmp_path):
+    with pytest.raises(Interrupted):
+        train(tmp_path, interrupt_at=7)
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b"3\n{}\n[]\n\xff\xfe\n" + file.read_bytes() + b'{"step": null}\n{"step": 7, "lo')
+    train(tmp_path)
+    assert rows(tmp_path, validation=True) == unbroken[0]

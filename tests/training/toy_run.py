@@ -24,14 +24,14 @@ from hf_vq.training.run import RunArguments, TrainingRun
 class ToyImages:
     """Images of one colour with noise that depends on the epoch; remembers nothing."""
 
-    def __init__(self, size: int = 23):
-        self.size = size
+    def __init__(self, size: int = 23, first_colour: int = 7):
+        self.size, self.first_colour = size, first_colour
 
     def __len__(self):
         return self.size
 
     def sample(self, index, epoch=0):
-        colour = np.random.default_rng((7, index)).uniform(-1, 1, (3, 1, 1))
+        colour = np.random.default_rng((self.first_colour, index)).uniform(-1, 1, (3, 1, 1))
         noise = np.random.default_rng((8, epoch, index)).normal(0, 0.1, (3, 6, 6))
         return {"pixel_values": torch.tensor(colour + noise, dtype=torch.float32), "index": index, "epoch": epoch}
 
@@ -79,6 +79,7 @@ def train(
     dropout=0.2,
     restart_threshold=0.3,
     size=23,
+    first_colour=7,
     loss_hook=None,
     metrics_hook=None,
     validation_hook=None,
@@ -118,7 +119,7 @@ def train(
         return {"noise": torch.rand(()) + model(torch.zeros(1, 3, 6, 6, device=run.device))[0].mean()}
 
     run.start()
-    for batch in run.batches(ToyImages(size)):
+    for batch in run.batches(ToyImages(size, first_colour)):
         if spy is not None:
             spy.append((run.global_step, batch["epoch"].tolist(), batch["index"].tolist()))
         images = batch["pixel_values"]

@@ -13,6 +13,8 @@ from filelock import FileLock, Timeout
 from torch import nn
 from torch.utils.data import Dataset
 
+from ..output_lock import lacks_locks
+
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,14 @@ def images_fingerprint(dataset: Dataset, samples: int = 16, head: list[dict] | N
     return digest.hexdigest()
 
 
+def first_sample_hash(dataset: Dataset) -> str | None:
+    """A hash of the first sample of a map-style data set as a run sees it in its first epoch; None of a stream's."""
+    if not hasattr(dataset, "__len__"):
+        return None
+    sample = dataset.sample(0, 0) if hasattr(dataset, "sample") else dataset[0]
+    return images_fingerprint(dataset, head=[sample]) if isinstance(sample, dict) else None
+
+
 def read_sample(dataset: Dataset, row: int) -> dict | None:
     """One sample without augmentation, or None where its image is broken."""
     return dataset.read(row) if hasattr(dataset, "read") else dataset[row]
@@ -74,10 +84,21 @@ def cache_lock(path: Path, is_writer: bool) -> Iterator[None]:
     except Timeout:
         logger.warning("Waiting for another run that writes %s.", path)
         lock.acquire()
+    except OSError as error:
+        if not lacks_locks(error):
+            raise
+        logger.warning("%s cannot be locked (%s): see to it that one run alone writes there.", path, error)
     try:
         yield
     finally:
         lock.release()
 
 
-__all__ = ["StaleIndicesError", "cache_lock", "images_fingerprint", "read_sample", "tokenizer_fingerprint"]
+__all__ = [
+    "StaleIndicesError",
+    "cache_lock",
+    "first_sample_hash",
+    "images_fingerprint",
+    "read_sample",
+    "tokenizer_fingerprint",
+]
