@@ -38,6 +38,7 @@ _MODULES = {
     "VQDecoderOutput": "hf_vq.models.modeling_outputs",
     "VQDiffusionImagePipeline": "hf_vq.pipelines.pipeline_vq_diffusion",
     "VQDiffusionTransformer2DModel": "hf_vq.models.priors.transformer_vq_diffusion",
+    "LatentUNet2DConditionModel": "hf_vq.models.priors.unet_2d_latent",
     "LatentUNet2DModel": "hf_vq.models.priors.unet_2d_latent",
     "VQDiffusionTransformerOutput": "hf_vq.models.priors.transformer_vq_diffusion",
     "VQEncoderOutput": "hf_vq.models.modeling_outputs",
@@ -118,6 +119,7 @@ if TYPE_CHECKING:
     from .models.priors.modeling_vq_llama import VQLlamaForCausalLM as VQLlamaForCausalLM
     from .models.priors.transformer_vq_diffusion import VQDiffusionTransformer2DModel as VQDiffusionTransformer2DModel
     from .models.priors.transformer_vq_diffusion import VQDiffusionTransformerOutput as VQDiffusionTransformerOutput
+    from .models.priors.unet_2d_latent import LatentUNet2DConditionModel as LatentUNet2DConditionModel
     from .models.priors.unet_2d_latent import LatentUNet2DModel as LatentUNet2DModel
     from .models.quantizers.build import build_quantizer as build_quantizer
     from .models.quantizers.gradient_estimators import rotation_trick as rotation_trick

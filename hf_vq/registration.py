@@ -31,6 +31,7 @@ MODELS = {
 DIFFUSERS_CLASSES = (
     "VQAutoregressivePipeline",
     "VQDiffusionImagePipeline",
+    "LatentUNet2DConditionModel",
     "LatentUNet2DModel",
     "VQDiffusionTransformer2DModel",
     "VQLatentDiffusionPipeline",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 
-from ..models.priors.unet_2d_latent import LatentUNet2DModel
+from ..models.priors.unet_2d_latent import LatentUNet2DConditionModel, LatentUNet2DModel
 from .checkpoints import load_exactly
 from .reading import MAX_DEPTH, is_count, is_depth
 
@@ -97,14 +97,6 @@ def unet_params(given: dict) -> dict:
         )
     if params["num_heads"] == params["num_head_channels"] == -1:
         raise ValueError("`config` must have num_heads or num_head_channels in unet_config.")
-    if params["use_spatial_transformer"]:
-        for name, wanted in (("resblock_updown", False), ("conv_resample", True)):
-            if params[name] != wanted:
-                raise ValueError(
-                    f"`config` must have {name}={wanted} in unet_config beside "
-                    f"use_spatial_transformer, got {params[name]}: "
-                    "diffusers' blocks with cross-attention resample by convolutions."
-                )
     if (params["context_dim"] is not None) != params["use_spatial_transformer"]:
         raise ValueError(
             "`config` must have context_dim in unet_config if and only if use_spatial_transformer is set."
@@ -137,18 +129,22 @@ def unet_config(given: dict) -> tuple[type, dict]:
         "num_class_embeds": params["num_classes"],
         "resnet_time_scale_shift": "scale_shift" if params["use_scale_shift_norm"] else "default",
     }
+    plain = "Resnet" if params["resblock_updown"] else ""
     if params["use_spatial_transformer"]:
-        kind, cross, plain = UNet2DConditionModel, "CrossAttn", ""
+        kind, cross = UNet2DConditionModel, "CrossAttn"
         config |= {
             "cross_attention_dim": params["context_dim"],
             "transformer_layers_per_block": params["transformer_depth"],
             "attention_head_dim": [_num_heads(params, width) for width in widths],  # diffusers' name for their number
         }
+        # blocks that resample by residual blocks have no convolution to leave out
+        if params["resblock_updown"] or not params["conv_resample"]:
+            kind = LatentUNet2DConditionModel
+            config["resample_type"] = "resnet" if params["resblock_updown"] else "pool"
     else:
-        kind, cross, plain = UNet2DModel, "Attn", ""
+        cross = "Attn"
         if params["resblock_updown"]:
             config |= {"downsample_type": "resnet", "upsample_type": "resnet"}
-            plain = "Resnet"
         if params["use_scale_shift_norm"]:
             config["attn_norm_num_groups"] = 32  # else the middle block's attention has no norm beside such residuals
         kind, fields = _heads(params, widths, attends)
@@ -197,8 +193,9 @@ def _heads(params: dict, widths: list[int], attends: list[bool]) -> tuple[type, 
     return UNet2DModel if is_stock else LatentUNet2DModel, fields
 
 
-def _renamed(key: str, layers: int, levels: int) -> str:
+def _renamed(key: str, config: dict) -> str:
     """The name in diffusers of a weight of `UNetModel`; an empty string if it has none."""
+    layers, levels = config["layers_per_block"], len(config["block_out_channels"])
     for old, new in OUTER_KEYS.items():
         if key.startswith(old + "."):
             return new + key[len(old) :]
@@ -214,14 +211,16 @@ def _renamed(key: str, layers: int, levels: int) -> str:
         level, i = divmod(number - 1, layers + 1)
         block = f"down_blocks.{level}"
         if i == layers and rest.startswith(tuple(RESNET_KEYS)):
-            return _inside(f"{block}.downsamplers.0", rest)
+            crosses = config["down_block_types"][level : level + 1] == ["CrossAttnDownBlock2D"]
+            return _inside(f"{block}.{'resnet_' if crosses else ''}downsamplers.0", rest)
         if rest.startswith("op."):
             return f"{block}.downsamplers.0.conv.{rest.removeprefix('op.')}"
     else:
         level, i = divmod(number, layers + 1)
         block = f"up_blocks.{level}"
         if module != "0" and rest.startswith(tuple(RESNET_KEYS)):
-            return _inside(f"{block}.upsamplers.0", rest)
+            crosses = config["up_block_types"][level : level + 1] == ["CrossAttnUpBlock2D"]
+            return _inside(f"{block}.{'resnet_' if crosses else ''}upsamplers.0", rest)
         if rest.startswith("conv."):
             return f"{block}.upsamplers.0.{rest}"
     if level >= levels:
@@ -274,13 +273,12 @@ def convert_unet(params: dict, state_dict: dict, **changes: Any) -> UNet2DModel 
     """
     kind, config = unet_config(params)
     weights = changes.pop("weights", {})
-    layers, levels = config["layers_per_block"], len(config["block_out_channels"])
     new = {}
     for key, weight in state_dict.items():
-        name = _renamed(key, layers, levels)
+        name = _renamed(key, config)
         if not name:
             raise ValueError(f"`checkpoint` has the unknown key model.diffusion_model.{key}.")
-        if kind is not UNet2DConditionModel and ".attentions." in name:
+        if not issubclass(kind, UNet2DConditionModel) and ".attentions." in name:
             if not weight.ndim:
                 raise ValueError(f"`checkpoint` has the key model.diffusion_model.{key} as a single number.")
             heads = 1 if params.get("use_new_attention_order") else _heads_of(config, name, len(weight) // 3)

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 
-from hf_vq.conversion.ldm_unet import convert_unet, unet_config
-from hf_vq.models.priors.unet_2d_latent import LatentUNet2DModel
+from hf_vq.conversion.ldm_unet import convert_unet
+from hf_vq.models.priors.unet_2d_latent import LatentUNet2DConditionModel, LatentUNet2DModel
 
 
 BASE = {
@@ -76,6 +76,62 @@ class Attention(nn.Module):
         return (flat + self.proj_out(mixed)).view_as(x)
 
 
+class CrossAttention(nn.Module):
+    def __init__(self, width, context_dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_k, self.to_v = (nn.Linear(context_dim, width, bias=False) for _ in "kv")
+        self.to_out = nn.Sequential(nn.Linear(width, width), nn.Dropout(0.0))
+
+    def forward(self, x, context):
+        q, k, v = (
+            layer(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for layer, y in ((self.to_q, x), (self.to_k, context), (self.to_v, context))
+        )
+        weights = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)
+        return self.to_out((weights @ v).transpose(1, 2).flatten(2))
+
+
+class GatedGelu(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.proj = nn.Linear(width, 8 * width)
+
+    def forward(self, x):
+        x, gate = self.proj(x).chunk(2, -1)
+        return x * F.gelu(gate)
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, width, context_dim, heads):
+        super().__init__()
+        self.attn1, self.attn2 = (CrossAttention(width, dim, heads) for dim in (width, context_dim))
+        self.ff = nn.Module()
+        self.ff.net = nn.Sequential(GatedGelu(width), nn.Dropout(0.0), nn.Linear(4 * width, width))
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
+
+    def forward(self, x, context):
+        normed = self.norm1(x)
+        x = x + self.attn1(normed, normed)
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff.net(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    def __init__(self, width, context_dim, heads, depth):
+        super().__init__()
+        self.norm = nn.GroupNorm(32, width, eps=1e-6)
+        self.proj_in, self.proj_out = nn.Conv2d(width, width, 1), nn.Conv2d(width, width, 1)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(width, context_dim, heads) for _ in range(depth)])
+
+    def forward(self, x, emb, context):
+        h = self.proj_in(self.norm(x)).flatten(2).mT
+        for block in self.transformer_blocks:
+            h = block(h, context)
+        return x + self.proj_out(h.mT.reshape(x.shape))
+
+
 class Resample(nn.Module):
     def __init__(self, width, way, conv):
         super().__init__()
@@ -100,6 +156,8 @@ class Original(nn.Module):
 
         def attention(width, up=False):
             heads = p["num_heads"] if p["num_head_channels"] == -1 else width // p["num_head_channels"]
+            if p.get("use_spatial_transformer"):
+                return SpatialTransformer(width, p["context_dim"], heads, p.get("transformer_depth", 1))
             if up and p["num_head_channels"] == -1 and p["legacy"]:
                 heads = p.get("num_heads_upsample", heads)
             return Attention(width, heads, not p.get("use_new_attention_order", False))
@@ -140,7 +198,7 @@ class Original(nn.Module):
                 self.output_blocks.append(nn.ModuleList(block))
         self.out = nn.Sequential(nn.GroupNorm(32, width), nn.SiLU(), nn.Conv2d(width, p["out_channels"], 3, padding=1))
 
-    def forward(self, x, t, y=None):
+    def forward(self, x, t, y=None, context=None):
         half = self.params["model_channels"] // 2
         angles = t[:, None] * (-math.log(10000) * torch.arange(half) / half).exp()
         emb = self.time_embed(torch.cat([angles.cos(), angles.sin()], 1))
@@ -149,14 +207,14 @@ class Original(nn.Module):
         kept, h = [], x
         for block in self.input_blocks:
             for layer in block:
-                h = layer(h) if isinstance(layer, nn.Conv2d) else layer(h, emb, None)
+                h = layer(h) if isinstance(layer, nn.Conv2d) else layer(h, emb, context)
             kept.append(h)
         for layer in self.middle_block:
-            h = layer(h, emb, None)
+            h = layer(h, emb, context)
         for block in self.output_blocks:
             h = torch.cat([h, kept.pop()], 1)
             for layer in block:
-                h = layer(h, emb, None)
+                h = layer(h, emb, context)
         return self.out(h)
 
 
@@ -180,6 +238,27 @@ OPTIONS = {
 }
 
 
+CROSS = {"use_spatial_transformer": True, "context_dim": 6, "transformer_depth": 2}
+OPTIONS |= {
+    "cross": (CROSS, UNet2DConditionModel),
+    "cross_scale_shift": ({**CROSS, **HEADS, "use_scale_shift_norm": True}, UNet2DConditionModel),
+    "cross_pooled": ({**CROSS, "conv_resample": False}, LatentUNet2DConditionModel),
+    "cross_residual_resampling": ({**CROSS, "resblock_updown": True}, LatentUNet2DConditionModel),
+    "cross_residual_resampling_everywhere": (
+        {
+            **CROSS,
+            **HEADS,
+            "attention_resolutions": [1, 2, 4],
+            "resblock_updown": True,
+            "conv_resample": False,
+            "use_scale_shift_norm": True,
+            "num_res_blocks": 2,
+        },
+        LatentUNet2DConditionModel,
+    ),
+}
+
+
 def make(changes):
     torch.manual_seed(0)
     params = {**BASE, **changes}
@@ -196,21 +275,28 @@ def test_options(name, tmp_path):
     unet = type(unet).from_pretrained(tmp_path)
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 700])
     y = {} if "num_classes" not in params else {"class_labels": torch.tensor([4, 1])}
-    torch.testing.assert_close(unet(x, t, **y).sample, original(x, t, *y.values()), atol=2e-5, rtol=2e-5)
+    context = {} if "context_dim" not in params else {"encoder_hidden_states": torch.randn(2, 5, 6)}
+    wanted = original(x, t, y.get("class_labels"), context.get("encoder_hidden_states"))
+    torch.testing.assert_close(unet(x, t, **y, **context).sample, wanted, atol=2e-5, rtol=2e-5)
 
 
-def test_cross_attention_with_scale_and_shift():
-    """Its resampling is by convolutions only; the norms may scale."""
-    params = {**BASE, "use_spatial_transformer": True, "context_dim": 6, "transformer_depth": 2}
-    for changes, wanted in (
-        ({"resblock_updown": True}, "resblock_updown=False"),
-        ({"conv_resample": False}, "conv_resample=True"),
-    ):
-        with pytest.raises(ValueError, match=f"must have {wanted} in unet_config beside use_spatial_transformer"):
-            convert_unet({**params, **changes}, {})
-    kind, config = unet_config({**params, "use_scale_shift_norm": True})
-    assert kind is UNet2DConditionModel and config["resnet_time_scale_shift"] == "scale_shift"
-    assert config["attention_head_dim"] == [2, 4, 6] and config["transformer_layers_per_block"] == 2
+def test_gradients_of_residual_resampling_with_checkpointing():
+    params, original = make(OPTIONS["cross_residual_resampling"][0])
+    x, t, context = torch.randn(1, 3, 8, 8), torch.tensor([3]), torch.randn(1, 5, 6)
+    gradients = []
+    for checkpointed in (False, True):
+        unet = convert_unet(params, original.state_dict())
+        if checkpointed:
+            unet.enable_gradient_checkpointing()
+        unet.train()(x, t, context).sample.square().sum().backward()
+        assert all(parameter.grad is not None for parameter in unet.parameters())
+        gradients.append(unet.conv_in.weight.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_another_kind_of_resampling():
+    with pytest.raises(ValueError, match="`resample_type` must be 'resnet' or 'pool', got 'conv'"):
+        LatentUNet2DConditionModel(resample_type="conv")
 
 
 @pytest.mark.parametrize(
