@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from .measure import in_subprocess, peak_allocated_bytes
+from .peer_training import pixelsnail_steps, vq_diffusion_steps, vqgan_steps
 
 
 TITLE = "Beside the peers"
@@ -254,6 +255,22 @@ def train_gpt(quick: bool, batch: int) -> Case:
     )
 
 
+def training_case(steps: Callable, peer_name: str, at_most: str) -> Callable[[bool, int], Case]:
+    """`steps` gives our training step and the peer's."""
+
+    def build(quick: bool, batch: int) -> Case:
+        torch.set_grad_enabled(True)
+        ours, peer = steps(quick, batch)
+        return Case(ours=ours, peer=peer, peer_name=peer_name, at_most=at_most, repetitions=3)
+
+    return build
+
+
+train_vqgan = training_case(vqgan_steps, "diffusers' train_vqgan: an update of both networks", "0.91")
+train_vq_diffusion = training_case(vq_diffusion_steps, "diffusers' transformer, the original's dense chain", "0.77")
+train_pixelsnail = training_case(pixelsnail_steps, "rosinality's arithmetic", "0.77")
+
+
 def train_quantizer(quick: bool, batch: int) -> Case:
     from diffusers.models.autoencoders.vae import VectorQuantizer as Theirs
 
@@ -355,7 +372,10 @@ CASES = {
     "PixelCNN 16×16, with guidance": (guided_pixelcnn, (1, 8)),
     "PixelSNAIL 16×16, with guidance": (guided_pixelsnail, (1, 8)),
     "PixelSNAIL 32×32, a map": (pixelsnail_map, (1, 16)),
+    "VQGAN 128 px with discriminator, a training step": (train_vqgan, (4,)),
     "GPT, a training step": (train_gpt, (8,)),
+    "PixelSNAIL 32×32, a training step": (train_pixelsnail, (4,)),
+    "VQ-Diffusion 16×16, K = 2048, a training step": (train_vq_diffusion, (8,)),
     "quantizer of N = 2048, K = batch, a training step": (train_quantizer, (1024,)),
     "quantizer of N = 15488, K = batch, a training step": (train_quantizer, (16384,)),
     "reading JPEGs to 256 px": (read_images, (1,)),
