@@ -1,6 +1,6 @@
 """Quantizers in one autoencoder, trained for the same number of steps on the same images: a table.
 
-    python examples/comparison/compare_quantizers.py [--steps 400] [--output_dir outputs/comparison-quantizers]
+    python examples/comparison/compare_quantizers.py [--steps 400] [--data DATA] [--seed 0]
 
 The convolutional VQ-VAE of ../vqvae at 32×32 pixels with 8×8 codes; every row has the same batches in the same order,
 the same rate and the same initial encoder and decoder, but for the layers that touch a latent of other channels. The
@@ -114,11 +114,11 @@ def codes_of(name: str, num_codes: int) -> int:
 
 
 ROWS = {
-    "EMA with restarts (the default)": Row("ema"),
-    "EMA with restarts, rotation": Row("ema", lambda num_codes: {"gradient_estimator": "rotation"}),
-    "EMA with restarts, k-means": Row("ema", lambda num_codes: {"kmeans_init": True}),
-    "EMA with restarts below half of the mean use": Row("ema", lambda num_codes: {"restart_threshold": 0.5}),
-    "EMA with both": Row("ema", lambda num_codes: {"kmeans_init": True, "restart_threshold": 0.5}),
+    "EMA (the default)": Row("ema"),
+    "EMA, rotation": Row("ema", lambda num_codes: {"gradient_estimator": "rotation"}),
+    "EMA, codes from a random start": Row("ema", lambda num_codes: {"kmeans_init": False}),
+    "EMA, restarts below 2 % of the mean use": Row("ema", lambda num_codes: {"restart_threshold": 0.02}),
+    "EMA, neither": Row("ema", lambda num_codes: {"kmeans_init": False, "restart_threshold": 0.02}),
     "gradient": Row("vq"),
     "SimVQ": Row("simvq"),
     "FSQ": Row(
@@ -132,26 +132,26 @@ ROWS = {
 }
 
 
-def build(name: str, num_codes: int) -> VQVAEModel:
+def build(name: str, num_codes: int, seed: int = 0) -> VQVAEModel:
     """The autoencoder of a row; the same initial encoder and decoder for every row, but for layers of other shapes."""
     row = ROWS[name]
     config = {"resolution": SIZE, "hidden_size": 64, "residual_hidden_size": 32}
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     common = VQVAEModel(VQVAEConfig(**config, num_embeddings=1, embed_dim=CHANNELS)).state_dict()
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config |= {"num_embeddings": codes_of(name, num_codes), "embed_dim": row.channels(num_codes)}
     model = VQVAEModel(VQVAEConfig(**config, quantizer=row.quantizer, quantizer_kwargs=row.options(num_codes)))
     own = {key: value.shape for key, value in model.state_dict().items() if not key.startswith("quantize.")}
     model.load_state_dict({key: common[key] for key in own if common[key].shape == own[key]}, strict=False)
     if row.peer is not None:
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         model.quantize = row.peer(num_codes)
     return model
 
 
-def train(model: VQVAEModel, images: torch.Tensor, steps: int) -> float:
+def train(model: VQVAEModel, images: torch.Tensor, steps: int, seed: int = 0) -> float:
     """Trains a model on `images` `(N, 3, H, W)` and their mirror images; the seconds it took."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     variance = images.var()
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.99), weight_decay=0)
@@ -177,8 +177,8 @@ def as_dict(batch: list[tuple[torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {"pixel_values": torch.stack([one for (one,) in batch])}
 
 
-def read(split: str, max_samples: int | None) -> torch.Tensor:
-    dataset = load_image_dataset(DataArguments(str(DATA), resolution=SIZE, max_samples=max_samples), split)
+def read(data: str, split: str, max_samples: int | None) -> torch.Tensor:
+    dataset = load_image_dataset(DataArguments(data, resolution=SIZE, max_samples=max_samples), split)
     return torch.stack([dataset[i]["pixel_values"] for i in range(len(dataset))])
 
 
@@ -192,8 +192,16 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def compare(names: list[str], codes: list[int], steps: int, output_dir: Path, max_samples: int | None = None) -> None:
-    images, unseen = read("train", max_samples), read("validation", max_samples)
+def compare(
+    names: list[str],
+    codes: list[int],
+    steps: int,
+    output_dir: Path,
+    data: str = str(DATA),
+    seed: int = 0,
+    max_samples: int | None = None,
+) -> None:
+    images, unseen = (read(data, split, max_samples) for split in ("train", "validation"))
     perceptual = build_perceptual("mobilenet_v2")
     file = output_dir / "quantizers.json"
     rows = json.loads(file.read_text()) if file.is_file() else []
@@ -203,15 +211,15 @@ def compare(names: list[str], codes: list[int], steps: int, output_dir: Path, ma
             if package is not None and importlib.util.find_spec(package) is None:
                 print(f"{name}: left out, {package} is not installed")
                 continue
-            done = {(row["quantizer"], row["codes"], row["steps"]) for row in rows}
-            if (name, codes_of(name, num_codes), steps) in done:
+            key = {"quantizer": name, "codes": codes_of(name, num_codes), "steps": steps, "seed": seed, "data": data}
+            if any(key.items() <= row.items() for row in rows):
                 continue
-            model = build(name, num_codes)
-            seconds = train(model, images, steps)
+            model = build(name, num_codes, seed)
+            seconds = train(model, images, steps, seed)
             loader = DataLoader(TensorDataset(unseen), batch_size=62, collate_fn=as_dict)
             figures = evaluate_tokenizer(model.eval(), loader, perceptual, progress=False)
             kept = {key: figures[key] for key in ("psnr", "perceptual", "codebook_usage", "codebook_perplexity")}
-            row = {"quantizer": name, "codes": codes_of(name, num_codes), "steps": steps, "seconds": seconds, **kept}
+            row = {**key, "seconds": seconds, **kept}
             rows.append(row)
             print(table([row]).splitlines()[-1], flush=True)
             write_file_atomically(file, json.dumps(rows, indent=2) + "\n")
@@ -221,7 +229,9 @@ def compare(names: list[str], codes: list[int], steps: int, output_dir: Path, ma
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/comparison-quantizers"))
+    parser.add_argument("--data", default=str(DATA), help="images with a split for validation (default: the emoji)")
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--seed", type=int, default=0, help="of the start and the batches (default: %(default)s)")
     parser.add_argument("--codes", type=int, nargs="+", default=list(FSQ_LEVELS), choices=list(FSQ_LEVELS))
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--quick", action="store_true", help="two steps on few images, for tests")
@@ -230,7 +240,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--steps must be positive, got {args.steps}")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     quick = {"steps": 2, "max_samples": 32} if args.quick else {"steps": args.steps}
-    compare(args.rows, args.codes, output_dir=args.output_dir, **quick)
+    compare(args.rows, args.codes, output_dir=args.output_dir, data=args.data, seed=args.seed, **quick)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Quantizers with a table of code vectors: trained by gradients, by moving averages, and compared by angle."""
 
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -56,8 +57,11 @@ class NearestCodeQuantizer(Quantizer):
         self.estimator = gradient_estimator_of(gradient_estimator)
         iterations = check_integer("kmeans_iterations", kmeans_iterations, minimum=1)
         self.kmeans_iterations = iterations if kmeans_init else 0
-        if kmeans_init:
-            self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
+        self._awaits_kmeans = bool(kmeans_init)  # as `is_at_start`, remembered so that a device is asked once
+
+    def is_at_start(self) -> bool:
+        """Whether the codes await k-means, by what a checkpoint holds; asked only where k-means is to set them."""
+        raise NotImplementedError(f"{type(self).__name__} must define `is_at_start`.")
 
     def nearest(self, z: torch.Tensor) -> torch.Tensor:
         """Index `(B, h, w)` of the code nearest to each of the float32 vectors `z` `(B, D, h, w)`.
@@ -66,8 +70,10 @@ class NearestCodeQuantizer(Quantizer):
         passed over.
         """
         flat = flatten(z.detach())
-        if self.training and self.kmeans_iterations and not self.initialized and has_finite_vectors(flat):
-            self.set_codebook(kmeans(flat, self.num_embeddings, self.kmeans_iterations))
+        if self.training and self._awaits_kmeans:
+            self._awaits_kmeans = self.is_at_start()
+            if self._awaits_kmeans and has_finite_vectors(flat):
+                self.set_codebook(kmeans(flat, self.num_embeddings, self.kmeans_iterations))
         return nearest_codes(flat, self.codebook, inner_product=self.by_angle).reshape(z.shape[0], *z.shape[2:])
 
     @torch.no_grad()
@@ -76,15 +82,17 @@ class NearestCodeQuantizer(Quantizer):
         if codes.shape != self.codebook.shape:
             raise ValueError(f"`codes` must have shape {tuple(self.codebook.shape)}, got {tuple(codes.shape)}.")
         self._write_codes(codes)
-        if self.kmeans_iterations:
-            self.initialized.fill_(True)
+        self._awaits_kmeans = False
 
     def _write_codes(self, codes: torch.Tensor) -> None:
         raise NotImplementedError(f"{type(self).__name__} must define `_write_codes`.")
 
     def reset_parameters(self) -> None:
-        if self.kmeans_iterations:
-            init.zeros_(self.initialized)
+        self._awaits_kmeans = bool(self.kmeans_iterations)
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        super()._load_from_state_dict(*args, **options)
+        self._awaits_kmeans = bool(self.kmeans_iterations)  # ask what was loaded
 
 
 class VectorQuantizer(NearestCodeQuantizer):
@@ -125,6 +133,8 @@ class VectorQuantizer(NearestCodeQuantizer):
         self.entropy_weight = check_real("entropy_weight", entropy_weight, minimum=0)
         self.entropy_temperature = check_real("entropy_temperature", entropy_temperature, above=0)
         self.embedding = nn.Embedding(num_embeddings, embed_dim)
+        if kmeans_init:
+            self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
         self.reset_parameters()
 
     @property
@@ -132,9 +142,14 @@ class VectorQuantizer(NearestCodeQuantizer):
         """The code vectors `(K, D)`."""
         return self.embedding.weight
 
+    def is_at_start(self) -> bool:
+        return not self.initialized
+
     def reset_parameters(self) -> None:
         super().reset_parameters()
         init.uniform_(self.embedding.weight, -1 / self.num_embeddings, 1 / self.num_embeddings)
+        if self.kmeans_iterations:
+            init.zeros_(self.initialized)
 
     def forward(self, latents: torch.Tensor) -> QuantizerOutput:
         """Quantize `latents` `(B, D, h, w)`."""
@@ -162,6 +177,8 @@ class VectorQuantizer(NearestCodeQuantizer):
 
     def _write_codes(self, codes: torch.Tensor) -> None:
         self.embedding.weight.copy_(codes)
+        if self.kmeans_iterations:
+            self.initialized.fill_(True)
 
 
 class EMAVectorQuantizer(NearestCodeQuantizer):
@@ -176,7 +193,8 @@ class EMAVectorQuantizer(NearestCodeQuantizer):
     count is 0), so that it never shrinks or blows up.
 
     A code whose count falls under `restart_threshold` times the mean count is dead: it restarts at a random latent of
-    the batch, the same one on every process, with the mean count (as in Dhariwal et al. 2020, section 3.1).
+    the batch, the same one on every process, with the mean count (as in Dhariwal et al. 2020, section 3.1). The codes
+    begin as the centres that k-means finds in the first training batch; `num_updates` is -1 before it.
 
     Args:
         num_embeddings: K.
@@ -204,13 +222,13 @@ class EMAVectorQuantizer(NearestCodeQuantizer):
         commitment_cost: float = 0.25,
         decay: float = 0.99,
         zero_debias: bool = True,
-        restart_threshold: float = 0.02,
+        restart_threshold: float = 0.5,
         count_smoothing: str | None = None,
         epsilon: float = 1e-5,
         keep_unused: bool = True,
         by_angle: bool = False,
         gradient_estimator: str = "straight_through",
-        kmeans_init: bool = False,
+        kmeans_init: bool = True,
         kmeans_iterations: int = 10,
     ):
         super().__init__(num_embeddings, embed_dim, gradient_estimator, kmeans_init, kmeans_iterations)
@@ -239,12 +257,15 @@ class EMAVectorQuantizer(NearestCodeQuantizer):
         """The code vectors `(K, D)`."""
         return self.embedding
 
+    def is_at_start(self) -> bool:
+        return bool(self.num_updates < 0)
+
     def reset_parameters(self) -> None:
         super().reset_parameters()
         init.normal_(self.embedding)
         init.copy_(self.embed_avg, self.embedding)
         init.ones_(self.cluster_size)
-        init.zeros_(self.num_updates)
+        init.constant_(self.num_updates, -1 if self.kmeans_iterations else 0)
 
     def forward(self, latents: torch.Tensor) -> QuantizerOutput:
         """Quantize `latents` `(B, D, h, w)`; in training mode the averages take them in afterwards."""
@@ -260,7 +281,7 @@ class EMAVectorQuantizer(NearestCodeQuantizer):
             codes = look_up(indices, self.embedding.float())
             commitment_loss = F.mse_loss(z, codes)
             quantized = self.estimator(z, codes)
-            if self.training:
+            if self.training and not self._awaits_kmeans:
                 self._update_averages(flatten(z.detach()), indices.flatten())
         return QuantizerOutput(
             quantized=quantized.to(latents.dtype),
@@ -278,7 +299,7 @@ class EMAVectorQuantizer(NearestCodeQuantizer):
         if is_distributed():
             dist.all_reduce(counts)
             dist.all_reduce(sums)
-        self.num_updates += 1
+        self.num_updates.clamp_(min=0).add_(1)  # -1 in the checkpoint of a codebook that was to start by k-means
         rate = 1 - self.decay
         if self.zero_debias and self.decay > 0:
             # 1 - γᵗ without cancellation, and without float64, which not every device has

@@ -125,11 +125,11 @@ def test_kmeans_sets_the_codebook_at_the_first_training_step_only(name):
     before = [layer.codebook.clone() for layer in layers]
     quantizer.eval()(latents)
     assert all(torch.equal(layer.codebook, b) for layer, b in zip(layers, before, strict=True))
-    assert not any(layer.initialized for layer in layers)
+    assert all(layer.is_at_start() for layer in layers)
 
     error = (quantizer(latents).quantized - latents).square().mean()
     output = quantizer.train()(latents)
-    assert all(layer.initialized for layer in layers)
+    assert not any(layer.is_at_start() for layer in layers)
     assert not any(torch.equal(layer.codebook, b) for layer, b in zip(layers, before, strict=True))
     if name != "cosine":
         assert (output.quantized - latents).square().mean() < 0.1 * error
@@ -146,7 +146,7 @@ def test_kmeans_leaves_codes_that_were_set(name):
     quantizer.set_codebook(100 + randn(6, 2))
     before = quantizer.codebook.clone()
     quantizer(randn(1, 2, 1, 1) + 100)
-    assert quantizer.initialized
+    assert not quantizer.is_at_start()
     assert (quantizer.codebook == before).all(dim=1).sum() >= 5
 
 

@@ -171,11 +171,37 @@ def test_ema_update_is_its_definition(zero_debias, decay):
     assert quantizer.num_updates == 5
 
 
-def test_a_new_codebook_has_counts_of_one():
-    quantizer = EMAVectorQuantizer(7, 3)
+@pytest.mark.parametrize("kmeans_init", [True, False])
+def test_a_new_codebook_has_counts_of_one(kmeans_init):
+    quantizer = EMAVectorQuantizer(7, 3, kmeans_init=kmeans_init)
     assert torch.equal(quantizer.cluster_size, torch.ones(7))
     assert torch.equal(quantizer.embed_avg, quantizer.embedding)
-    assert quantizer.num_updates == 0
+    assert quantizer.num_updates == (-1 if kmeans_init else 0)
+
+
+def test_a_codebook_that_was_saved_before_or_after_its_start():
+    """Only one that has never been trained awaits k-means, whatever the object held before."""
+    new, latents = EMAVectorQuantizer(7, 3), randn(2, 3, 4, 4)
+    trained = EMAVectorQuantizer(7, 3, kmeans_init=False, restart_threshold=0)
+    run_ema(trained, [latents])
+    resumed = EMAVectorQuantizer(7, 3, restart_threshold=0)
+    resumed.load_state_dict(trained.state_dict())
+    assert torch.equal(resumed.train()(latents).indices, trained.train()(latents).indices)
+    for name, value in trained.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+    resumed.load_state_dict(new.state_dict())
+    run_ema(resumed, [latents])
+    centres = kmeans(rows(latents), 7, 10)
+    torch.testing.assert_close(
+        resumed.indices_to_latents(resumed.eval()(latents).indices), centres_of(latents, centres)
+    )
+
+
+def centres_of(latents, centres):
+    """One update after k-means, each used code is the mean of its latents."""
+    nearest = brute_force(rows(latents), centres)
+    means = torch.stack([rows(latents)[nearest == k].mean(0) for k in range(len(centres))])
+    return means[brute_force(rows(latents), means)].reshape(2, 4, 4, 3).permute(0, 3, 1, 2)
 
 
 def test_zero_debiased_codes_are_weighted_means_of_the_data_alone():
@@ -302,7 +328,7 @@ def test_only_the_commitment_term_has_a_gradient_and_evaluation_updates_nothing(
 
 
 def test_a_training_step_quantizes_with_the_codes_before_its_update():
-    quantizer = EMAVectorQuantizer(6, 3)
+    quantizer = EMAVectorQuantizer(6, 3, kmeans_init=False)
     before, latents = quantizer.embedding.clone(), randn(2, 3, 4, 5)
     output = quantizer.train()(latents)
     assert torch.equal(rows(output.quantized), before[output.indices.flatten()])
@@ -358,7 +384,7 @@ def test_a_batch_without_a_finite_latent_changes_no_code(name):
             assert torch.equal(quantizer.state_dict()[key], value), key
     quantizer(randn(2, 2, 4, 4))
     layers = quantizer.layers if name == "residual" else [quantizer]
-    assert all(layer.initialized for layer in layers)
+    assert not any(layer.is_at_start() for layer in layers)
     assert all(value.isfinite().all() for value in quantizer.state_dict().values())
 
 
