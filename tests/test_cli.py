@@ -1,7 +1,9 @@
 import argparse
+import contextlib
 import importlib.abc
 import io
 import json
+import os
 import pathlib
 import shutil
 import subprocess
@@ -26,6 +28,7 @@ from hf_vq.training.data.indices_cache import write_indices
 from tests.pipelines import latent_diffusion_parts, vq_diffusion_parts, vqvae2_parts
 from tests.pipelines.autoregressive_parts import make_tiny_prior, make_tiny_tokenizer
 from tests.pipelines.test_condition_images import make_conditional
+from tests.process_groups import in_processes
 
 
 SUBCOMMANDS = next(
@@ -534,6 +537,36 @@ def test_evaluate(folder, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["bits_per_index"] == pytest.approx(figures["bits_per_index"], rel=1e-5)
     assert run(*prior, folder / "prior") == 1
     assert "`--tokenizer` must be an image tokenizer, got a VQGPTForCausalLM" in capsys.readouterr().err
+
+
+def evaluate_in_this_process(arguments, meeting):
+    """What the process prints; the command ends the group of processes, which those who made it want back."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert run(*arguments) == 0
+    rank = int(os.environ["RANK"])
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    return printed.getvalue()
+
+
+def test_evaluate_on_two_processes_prints_once(folder, tmp_path, capsys):
+    """The figures of one process; the other one prints and writes nothing."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for number in range(5):
+        Image.radial_gradient("L").rotate(40 * number).resize((8, 8)).save(data / f"{number}.png")
+    arguments = ("evaluate", folder / "vqgan", "--data", data, "--split", "train", "--perceptual", "none")
+    arguments = (*arguments, "--size", 12, "--features", "none", "--json", "--output", tmp_path / "figures.json")
+    assert run(*arguments) == 0
+    alone = json.loads(capsys.readouterr().out)
+    (tmp_path / "figures.json").unlink()
+    (tmp_path / "group").mkdir()
+    printed = in_processes(2, tmp_path / "group", evaluate_in_this_process, arguments, tmp_path / "again")
+    assert printed[1] == ""
+    found = json.loads(printed[0])
+    assert json.loads((tmp_path / "figures.json").read_text()) == found and set(found) == set(alone)
+    for name, value in alone.items():
+        if isinstance(value, float) and name != "images_per_second":
+            assert found[name] == pytest.approx(value, rel=1e-5)
 
 
 def test_show_the_images_that_a_sample_copies(folder, tmp_path):

@@ -67,10 +67,11 @@ def evaluate(options: argparse.Namespace) -> None:
         reference=None if options.reference is None else ReferenceBatch.from_npz(options.reference),
         **sampling,
     )
+    is_main = is_main_process()  # asked while there are several
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-        if not is_main_process():
-            return
+    if not is_main:
+        return
     figures = {
         "model": options.model,
         "data": f"{Path(options.data).name if Path(options.data).exists() else options.data}, split {options.split}",
