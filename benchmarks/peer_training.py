@@ -155,18 +155,13 @@ class DenseChain:
         return self.timesteps * (bound + weight * auxiliary).sum() / original.numel()
 
 
-def vq_diffusion_steps(quick: bool, batch: int) -> tuple[Callable, Callable]:
-    """The transformer of diffusers with the dense chain, and ours with the same weights."""
+def vq_diffusion_transformer(num_codes: int, side: int, layers: int) -> nn.Module:
+    """diffusers' denoiser of codes, 256 wide, over texts of width 64."""
     from diffusers import Transformer2DModel
 
-    from hf_vq import MaskReplaceScheduler
-    from hf_vq.pipelines.vq_diffusion_from_diffusers import convert_transformer
-    from hf_vq.training.objectives.mask_replace_objective import MaskReplaceObjective
-
-    num_codes, side, layers, heads, width = (64, 4, 2, 2, 32) if quick else (2048, 16, 6, 8, 32)
-    peer = Transformer2DModel(
-        num_attention_heads=heads,
-        attention_head_dim=width,
+    return Transformer2DModel(
+        num_attention_heads=8,
+        attention_head_dim=32,
         num_layers=layers,
         cross_attention_dim=64,
         attention_bias=True,
@@ -175,7 +170,17 @@ def vq_diffusion_steps(quick: bool, batch: int) -> tuple[Callable, Callable]:
         activation_fn="geglu-approximate",
         num_embeds_ada_norm=100,
         norm_type="ada_norm",
-    ).train()
+    )
+
+
+def vq_diffusion_steps(quick: bool, batch: int) -> tuple[Callable, Callable]:
+    """The transformer of diffusers with the dense chain, and ours with the same weights."""
+    from hf_vq import MaskReplaceScheduler
+    from hf_vq.pipelines.vq_diffusion_from_diffusers import convert_transformer
+    from hf_vq.training.objectives.mask_replace_objective import MaskReplaceObjective
+
+    num_codes, side, layers = (64, 4, 2) if quick else (2048, 16, 6)
+    peer = vq_diffusion_transformer(num_codes, side, layers).train()
     model = convert_transformer(peer, text_length=16).train()
     optimizers = [torch.optim.AdamW(network.parameters(), lr=1e-5) for network in (model, peer)]
     scheduler, chain = MaskReplaceScheduler(num_codes), DenseChain(num_codes)

@@ -8,12 +8,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from .measure import in_subprocess, peak_allocated_bytes
-from .peer_training import pixelsnail_steps, vq_diffusion_steps, vqgan_steps
+from .peer_training import pixelsnail_steps, vq_diffusion_steps, vq_diffusion_transformer, vqgan_steps
 
 
 TITLE = "Beside the peers"
@@ -157,16 +158,28 @@ def generate_gpt(quick: bool, batch: int) -> Case:
     peer.lm_head.weight.zero_()[: len(ours.lm_head.weight)] = ours.lm_head.weight
     prompt = ours.prepare_condition(batch_size=batch)
     length = side * side
+    fixed = {"max_new_tokens": length, "min_new_tokens": length, "pad_token_id": 0, "eos_token_id": None}
     return Case(
-        ours=lambda: ours.generate(prompt, do_sample=False),
-        peer=lambda: peer.eval().generate(
-            prompt, do_sample=False, max_new_tokens=length, min_new_tokens=length, pad_token_id=0, eos_token_id=None
-        ),
+        ours=partial(ours.generate, prompt, do_sample=False),
+        peer=partial(peer.eval().generate, prompt, do_sample=False, **fixed),
         peer_name="transformers GPT2LMHeadModel",
         at_most={1: "0.9", 8: "0.75", 32: "0.7"}[batch],
         agreement=share_of_equal,
         repetitions=3,
     )
+
+
+def compiled_gpt(quick: bool, batch: int) -> Case:
+    """Both with transformers' static cache, whose step it compiles; on a CPU only where it is told to."""
+    from transformers import CompileConfig
+
+    case = generate_gpt(quick, batch)
+    config = CompileConfig(fullgraph=True, mode="default")
+    config._compile_all_devices = True
+    options = {"cache_implementation": "static", "compile_config": config}
+    case.ours, case.peer = (partial(function, **options) for function in (case.ours, case.peer))
+    case.peer_name, case.at_most = "transformers GPT2LMHeadModel, compiled", "0.9"
+    return case
 
 
 def guidance(model, batch: int, repetitions: int) -> Case:
@@ -218,6 +231,53 @@ def pixelsnail_map(quick: bool, batch: int) -> Case:
         at_most={1: "4", 16: "2"}[batch],
         repetitions=3,
     )
+
+
+def guided_diffusion(rate: float, at_most: str) -> Callable[[bool, int], Case]:
+    """Ten steps of VQ-Diffusion from the same transformer, with guidance, to codes."""
+
+    def build(quick: bool, batch: int) -> Case:
+        from diffusers import VQDiffusionScheduler
+        from diffusers.pipelines.deprecated.vq_diffusion.pipeline_vq_diffusion import VQDiffusionPipeline
+
+        from hf_vq import MaskReplaceScheduler, VQDiffusionImagePipeline
+        from hf_vq.pipelines.vq_diffusion_from_diffusers import convert_transformer
+
+        num_codes, side, layers = (64, 4, 2) if quick else (4096, 32, 6)
+        peer = vq_diffusion_transformer(num_codes, side, layers).eval()
+        transformer = convert_transformer(peer, text_length=16)
+        pipe = VQDiffusionImagePipeline(None, transformer, MaskReplaceScheduler(num_codes))
+        pipe.set_progress_bar_config(disable=True)
+        text, null = torch.randn(batch, 16, 64), torch.randn(batch, 16, 64)
+        options = {"guidance_scale": 5.0, "truncation_rate": rate, "output_type": "indices"}
+        embeds = {"prompt_embeds": text, "negative_prompt_embeds": null}
+        scheduler = VQDiffusionScheduler(num_codes + 1)
+
+        def theirs():
+            sample = torch.full((batch, side**2), num_codes)
+            for t in range(99, -1, -10):
+                output = peer(
+                    torch.cat([sample] * 2),
+                    encoder_hidden_states=torch.cat([null, text]),
+                    timestep=torch.tensor(t),
+                    return_dict=False,
+                )[0]
+                unconditional, conditional = output.chunk(2)
+                output = unconditional + 5.0 * (conditional - unconditional)
+                output -= output.logsumexp(dim=1, keepdim=True)
+                output = VQDiffusionPipeline.truncate(None, output, rate).clamp(-70)
+                sample = scheduler.step(output, timestep=torch.tensor(t), sample=sample).prev_sample
+            return sample
+
+        return Case(
+            ours=lambda: pipe(num_inference_steps=10, **embeds, **options),
+            peer=theirs,
+            peer_name="diffusers' transformer, truncation and scheduler",
+            at_most=at_most,
+            repetitions=3,
+        )
+
+    return build
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -368,10 +428,13 @@ CASES = {
     "VQGAN f16, decode": (decode, (1,)),
     "1024 px in tiles, decode": (tiled_decode, (1,)),
     "GPT, 256 codes": (generate_gpt, (1, 8, 32)),
+    "GPT, 256 codes, compiled": (compiled_gpt, (1,)),
     "GPT, with guidance": (guided_gpt, (1, 8)),
     "PixelCNN 16×16, with guidance": (guided_pixelcnn, (1, 8)),
     "PixelSNAIL 16×16, with guidance": (guided_pixelsnail, (1, 8)),
     "PixelSNAIL 32×32, a map": (pixelsnail_map, (1, 16)),
+    "VQ-Diffusion 32×32, K = 4096, ten guided steps": (guided_diffusion(1.0, "0.4"), (1,)),
+    "VQ-Diffusion 32×32, K = 4096, ten guided steps, truncated": (guided_diffusion(0.86, "0.2"), (1,)),
     "VQGAN 128 px with discriminator, a training step": (train_vqgan, (4,)),
     "GPT, a training step": (train_gpt, (8,)),
     "PixelSNAIL 32×32, a training step": (train_pixelsnail, (4,)),
