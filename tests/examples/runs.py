@@ -37,12 +37,6 @@ def start(command: list[str], output_dir: Path) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
-def finish(command: list[str], output_dir: Path) -> None:
-    process = start(command, output_dir)
-    _, errors = process.communicate(timeout=500)
-    assert process.returncode == 0, errors.decode()
-
-
 def fork(command: list[str], output_dir: Path) -> multiprocessing.Process:
     """The script of a command in a process of its own that has what this one has imported."""
     module = script(Path(command[0]).stem.removeprefix("train_"))
@@ -59,13 +53,19 @@ def fork(command: list[str], output_dir: Path) -> multiprocessing.Process:
     return process
 
 
+def finish(command: list[str], output_dir: Path) -> None:
+    process = fork(command, output_dir)
+    process.join()
+    assert process.exitcode == 0
+
+
 def kill_at(step: int, command: list[str], output_dir: Path) -> None:
-    process = start(command, output_dir)
-    while process.poll() is None and max((row["step"] for row in rows(output_dir)), default=0) < step:
+    process = fork(command, output_dir)
+    while process.is_alive() and max((row["step"] for row in rows(output_dir)), default=0) < step:
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, f"the run ended before step {step}"
-    process.stderr.close()
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, f"the run ended before step {step}"
 
 
 EXAMPLES = ROOT / "examples"

@@ -22,17 +22,22 @@ COMMON = [
     "--dataset_name_or_path", "examples/data/emoji-64", "--max_samples", "64", "--cpu", "true", "--seed", "3",
     "--train_batch_size", "8", "--logging_steps", "1", "--validation_steps", "0", "--checkpointing_steps", "1000",
 ]  # fmt: skip
-QUICK = ["--validation_perceptual", "none"]
+QUICK_TOKENIZER = ["--validation_perceptual", "none"]
+QUICK_PRIOR = [*TOKENIZER, "--sample_classes", "1"]
+QUICK_DIFFUSION = [*QUICK_PRIOR, "--sample_steps", "2"]
 SCRIPTS = {
-    "vqvae": ["examples/vqvae/train_vqvae.py", "examples/vqvae/emoji_32.yaml", *QUICK],
-    "vqvae2": ["examples/vqvae2/train_vqvae2.py", "examples/vqvae2/emoji_64.yaml", *QUICK],
+    "vqvae": ["examples/vqvae/train_vqvae.py", "examples/vqvae/emoji_32.yaml", *QUICK_TOKENIZER],
+    "vqvae2": ["examples/vqvae2/train_vqvae2.py", "examples/vqvae2/emoji_64.yaml", *QUICK_TOKENIZER],
     "vqgan": ["examples/vqgan/train_vqgan.py", "examples/vqgan/emoji_32.yaml", "--disc_start_fraction", "0.2"],
-    "vq_gpt": ["examples/vq_gpt/train_vq_gpt.py", "examples/vq_gpt/emoji_32.yaml", *TOKENIZER, "--pkeep", "1.0"],
-    "pixelcnn": ["examples/pixelcnn/train_pixelcnn.py", "examples/pixelcnn/emoji_32.yaml", *TOKENIZER],
-    "vq_diffusion": ["examples/vq_diffusion/train_vq_diffusion.py", "examples/vq_diffusion/emoji_32.yaml", *TOKENIZER],
+    "vq_gpt": ["examples/vq_gpt/train_vq_gpt.py", "examples/vq_gpt/emoji_32.yaml", *QUICK_PRIOR, "--pkeep", "1.0"],
+    "pixelcnn": ["examples/pixelcnn/train_pixelcnn.py", "examples/pixelcnn/emoji_32.yaml", *QUICK_PRIOR],
+    "vq_diffusion": [
+        "examples/vq_diffusion/train_vq_diffusion.py", "examples/vq_diffusion/emoji_32.yaml",
+        *QUICK_DIFFUSION, "--validation_timesteps", "2",
+    ],
     "vq_latent_diffusion": [
         "examples/vq_latent_diffusion/train_vq_latent_diffusion.py", "examples/vq_latent_diffusion/emoji_32.yaml",
-        *TOKENIZER,
+        *QUICK_DIFFUSION,
     ],
 }  # fmt: skip
 UNDISTURBED = {  # what each process draws for itself

@@ -231,6 +231,7 @@ def build_unet(args: LatentDiffusionArguments, condition: Condition, channels: i
     else:
         classes = condition.num_classes + 1 if condition.kind == "class" else None
         unet = UNet2DModel(**config, num_class_embeds=classes, attention_head_dim=args.attention_head_dim)
+        unet._no_split_modules = ["ResnetBlock2D", "Attention"]  # diffusers names those of the other one alone
     return unet.to(memory_format=torch.channels_last) if args.channels_last else unet
 
 
