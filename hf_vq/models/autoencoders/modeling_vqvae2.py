@@ -179,7 +179,7 @@ class VQVAE2Model(VQTokenizerModel):
         if isinstance(levels, torch.Tensor) or not 1 <= len(levels) <= count:
             got = "one tensor" if isinstance(levels, torch.Tensor) else f"{len(levels)}"
             raise ValueError(f"`{name}` must be a tuple of up to {count} levels, from top to bottom, got {got}.")
-        if len({level.shape[:1] for level in levels}) > 1:
+        if any(level.shape[:1] != levels[0].shape[:1] for level in levels):  # a set would fix the batch in an export
             raise ValueError(
                 f"`{name}` must have the same batch at each level, got {[tuple(level.shape) for level in levels]}."
             )
