@@ -11,6 +11,7 @@ from ..distributed import share_of_process
 from ..evaluation.agreement import LabelAgreement
 from ..evaluation.codebook import CodebookCounts
 from ..evaluation.evaluate import evaluate_tokenizer
+from ..evaluation.inspection import codebook_atlas
 from ..images import pixels_to_tensor
 from ..models.autoencoders.image_processing_vq_condition import VQConditionProcessor
 from .data.conditions import condition_values
@@ -56,6 +57,30 @@ def validate_tokenizer(
     for number, codebook in enumerate(figures.pop("codebooks", [])):
         figures.update({f"{name}_{number}": value for name, value in codebook.items()})
     return {name: value for name, value in figures.items() if isinstance(value, (int, float))}
+
+
+def draw_atlas(run: "TrainingRun", tokenizer: nn.Module, dataset: Dataset, num_images: int = 256) -> None:
+    """Draws what each code stands for, see `codebook_atlas`, of each level: `atlas` among the run's pictures, and so
+    in the card.
+
+    A codebook of more than 1024 codes is too large to look at, and has none; nor have images that are not RGB.
+
+    Args:
+        run (`TrainingRun`): writes the pictures.
+        tokenizer: what was trained.
+        dataset: map-style, with `pixel_values` `(3, H, W)` in [-1, 1].
+        num_images: how many images, from the first on, are searched for each code.
+    """
+    config = tokenizer.config
+    if config.num_embeddings > 1024 or config.in_channels != 3:
+        return
+    levels = range(len(config.downsample_factors))
+    rows = Subset(dataset, range(min(num_images, len(dataset))))
+    for level in levels:
+        batches = DataLoader(rows, batch_size=64, collate_fn=collate)
+        atlas = np.array(codebook_atlas(tokenizer, batches, level=level, progress=False).convert("RGB"))
+        name = "atlas" if len(levels) == 1 else f"atlas_{level}"
+        run.log_images(name, torch.from_numpy(atlas).permute(2, 0, 1)[None] / 127.5 - 1, columns=1)
 
 
 class ConditionsAlone(Dataset):

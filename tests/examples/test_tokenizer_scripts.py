@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor
+from transformers import AutoImageProcessor, AutoModel
 
 from hf_vq import VQGANModel, VQVAE2Config, VQVAE2Model, VQVAEModel
+from hf_vq.evaluation.inspection import codebook_atlas
 from hf_vq.training.fine_tuning import train_part
 from hf_vq.training.objectives.discriminator import PatchDiscriminator
 from tests.examples.runs import script
@@ -48,6 +49,25 @@ def test_grey_rectangles(images, tmp_path, name):
     processor = AutoImageProcessor.from_pretrained(folder)
     values = processor(Image.new("RGB", (50, 40), "white"), return_tensors="pt").pixel_values
     assert values.shape == (1, 1, 16, 24) and values.min() == 1
+
+
+@pytest.mark.parametrize("name", ["vqvae", "vqvae2"])
+def test_the_card_shows_what_each_code_stands_for(images, tmp_path, name):
+    folder = train(name, images, tmp_path)
+    tokenizer = AutoModel.from_pretrained(folder)
+    rows = datasets.load_from_disk(images)["validation"]
+    processor = AutoImageProcessor.from_pretrained(folder)
+    batch = processor([row["image"] for row in rows], return_tensors="pt")
+    for level, file in enumerate(["atlas.png"] if name == "vqvae" else ["atlas_0.png", "atlas_1.png"]):
+        assert f"]({file})" in (folder / "README.md").read_text()
+        shown = np.asarray(Image.open(folder / file).convert("RGB")).astype(int)
+        atlas = np.asarray(codebook_atlas(tokenizer, [batch], level=level, progress=False).convert("RGB"))
+        inside = [
+            shown[top : top + len(atlas), left : left + atlas.shape[1]]
+            for top in range(len(shown) - len(atlas) + 1)
+            for left in range(shown.shape[1] - atlas.shape[1] + 1)
+        ]
+        assert min(np.abs(part - atlas).max() for part in inside) <= 1
 
 
 def test_arrays_of_five_channels(images, tmp_path):

@@ -29,7 +29,7 @@ from hf_vq.training.objectives.vqgan_loss import VQGANLoss
 from hf_vq.training.run import RunArguments, TrainingRun
 from hf_vq.training.run_arguments import check_agrees, check_numbers, parse_arguments, parse_mapping
 from hf_vq.training.sharing import save_trained
-from hf_vq.training.validation import ConditionsAlone, validate_segmentation, validate_tokenizer
+from hf_vq.training.validation import ConditionsAlone, draw_atlas, validate_segmentation, validate_tokenizer
 
 
 logger = logging.getLogger(__name__)
@@ -328,6 +328,8 @@ def main(argv: list[str] | None = None) -> None:
     with run.trained_model("model") as trained:
         if run.is_main_process:
             beside = processor or VQImageProcessor(size=data_args.resolution, num_channels=args.in_channels)
+            if processor is None:  # of conditions there is nothing to look at
+                draw_atlas(run, trained, validation)
             save_trained(run, trained, "tokenizer", data_args, beside)
     if run.is_main_process and args.disc_weight > 0:
         # beside the tokenizer, not in what is shared: --discriminator continues it

@@ -19,7 +19,7 @@ from hf_vq.training.objectives.perceptual import PerceptualNetwork, build_percep
 from hf_vq.training.run import RunArguments, TrainingRun
 from hf_vq.training.run_arguments import check_agrees, check_numbers, parse_arguments, parse_mapping
 from hf_vq.training.sharing import save_trained
-from hf_vq.training.validation import validate_tokenizer
+from hf_vq.training.validation import draw_atlas, validate_tokenizer
 
 
 @dataclass
@@ -151,6 +151,7 @@ def main(argv: list[str] | None = None) -> None:
     with run.trained_model("model") as trained:
         if run.is_main_process:
             processor = VQImageProcessor(size=data_args.resolution, num_channels=args.in_channels)
+            draw_atlas(run, trained, validation)
             save_trained(run, trained, "tokenizer", data_args, processor)
     run.finish()
 
