@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import pytest
 
 from tests.examples.runs import ROOT, finish, fork, rows, script, start
@@ -181,6 +182,33 @@ def test_a_sharded_run_is_killed_and_continued(tmp_path):
         shutil.copytree(tmp_path / "two", tmp_path / str(processes))
         wait_for(launch_fsdp(command, tmp_path / str(processes), processes))
         assert losses(tmp_path / str(processes)) == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+def test_a_stream_on_two_processes_is_killed_and_continued(tmp_path):
+    """To the bit by two processes, and by one at the next blocks, with a line that says so."""
+    (tmp_path / "data").mkdir()
+    images = datasets.Dataset.from_parquet(str(ROOT / "examples/data/emoji-64/train.parquet")).select(range(64))
+    for shard in range(4):
+        images.shard(4, shard).to_parquet(tmp_path / "data" / f"train-{shard:05d}-of-00004.parquet")
+    images.select(range(8)).to_parquet(tmp_path / "data" / "validation.parquet")
+    command = [*SCRIPTS["vqvae"], *COMMON, "--dataset_name_or_path", str(tmp_path / "data"), "--streaming", "true"]
+    command += ["--cache_images", "false", "--shuffle_block", "6", "--crop", "random", "--max_train_steps", "12"]
+    command += ["--checkpointing_steps", "2"]
+    in_processes(2, tmp_path, run_script, command, tmp_path / "unbroken")
+
+    process = launch(command, tmp_path / "killed")
+    wait_for_rows(5, process, tmp_path / "killed")
+    os.kill(children_of(process.pid)[1], signal.SIGKILL)
+    process.communicate(timeout=60)
+    steps = [int(path.name.split("-")[1]) for path in (tmp_path / "killed").glob("checkpoint-*")]
+    assert process.returncode != 0 and steps and max(steps) < 12
+    shutil.copytree(tmp_path / "killed", tmp_path / "by-one")
+
+    in_processes(2, tmp_path, run_script, command, tmp_path / "killed")
+    assert len(losses(tmp_path / "killed")) == 12 and rows(tmp_path / "killed") == rows(tmp_path / "unbroken")
+    output = wait_for(launch(command, tmp_path / "by-one", processes=1))
+    assert "The stream was read in 2 parts and is now read in 1: it goes on at the next block of each." in output
+    assert [row["step"] for row in rows(tmp_path / "by-one") if "loss" in row] == list(range(1, 13))
 
 
 def children_of(pid: int) -> list[int]:
