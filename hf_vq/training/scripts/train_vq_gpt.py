@@ -21,6 +21,7 @@ from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
 
 from hf_vq import VQAutoregressivePipeline, VQGPTConfig, VQGPTForCausalLM, VQLlamaConfig, VQLlamaForCausalLM
 from hf_vq.evaluation.evaluate import evaluate_prior
+from hf_vq.training.codebook_embeddings import begin_with_codebooks
 from hf_vq.training.data.box_conditions import BOX_FORMATS, BoxSettings, box_settings
 from hf_vq.training.data.code_splits import count_classes, load_code_splits, training_inputs
 from hf_vq.training.data.conditions import load_condition_processor
@@ -82,6 +83,10 @@ class VQGPTArguments:
     )
     random_flip_codes: bool = field(
         default=False, metadata={"help": "In half of the cases, train on the codes of the mirrored image."}
+    )
+    embeddings_from_codebooks: bool = field(
+        default=False,
+        metadata={"help": "Begin the embeddings of codes, and the head, with the tokenizers' codebooks."},
     )
     weight_decay: float = field(default=0.01, metadata={"help": "On the weight matrices only."})
     adam_beta1: float = 0.9
@@ -303,6 +308,8 @@ def main(argv: list[str] | None = None) -> None:
 
     num_classes = count_classes(codes, class_names, data_args.label_column, data_args.missing_condition == "null")
     prior = build_prior(args, tokenizer, codes["train"].grids, num_classes, class_names, condition_tokenizer, boxes)
+    if args.embeddings_from_codebooks:
+        begin_with_codebooks(prior, tokenizer, condition_tokenizer)
     model = run.add_model("model", prior, ema=True)
     optimizer = run.add_optimizer(
         "optimizer",
