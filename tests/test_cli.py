@@ -554,10 +554,11 @@ def test_evaluate_on_two_processes_prints_once(folder, tmp_path, capsys):
     data.mkdir()
     for number in range(5):
         Image.radial_gradient("L").rotate(40 * number).resize((8, 8)).save(data / f"{number}.png")
-    arguments = ("evaluate", folder / "vqgan", "--data", data, "--split", "train", "--perceptual", "none")
+    arguments = ("evaluate", folder / "vqgan", "--data", data, "--split", "train[:60%]", "--perceptual", "none")
     arguments = (*arguments, "--size", 12, "--features", "none", "--json", "--output", tmp_path / "figures.json")
     assert run(*arguments) == 0
     alone = json.loads(capsys.readouterr().out)
+    assert alone["num_images"] == 3  # of five
     (tmp_path / "figures.json").unlink()
     (tmp_path / "group").mkdir()
     printed = in_processes(2, tmp_path / "group", evaluate_in_this_process, arguments, tmp_path / "again")
