@@ -2,9 +2,13 @@
 
 import math
 import numbers
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+
+
+_LARGEST_INTEGER = 2**63 - 1  # that torch and numpy hold
 
 
 def _plain(value: Any) -> Any:
@@ -18,10 +22,13 @@ def check_integer(name: str, value: Any, minimum: int | None = None, maximum: in
     """`value` as an `int`.
 
     Raises:
-        ValueError: it is no whole number (a `bool` is none), or lies outside `minimum`…`maximum`.
+        ValueError: it is no whole number (a `bool` is none), or lies outside `minimum`…`maximum`, by default what 64
+            bits hold.
     """
     number = _plain(value)
     is_integer = isinstance(number, numbers.Integral) and not isinstance(number, bool)
+    if maximum is None and is_integer and number > _LARGEST_INTEGER:
+        maximum = _LARGEST_INTEGER
     if is_integer and (minimum is None or number >= minimum) and (maximum is None or number <= maximum):
         return int(number)
     wanted = "an int" if minimum is None else f"an int of at least {minimum}"
@@ -44,7 +51,7 @@ def check_real(
         ValueError: it is no such number.
     """
     number = _plain(value)
-    is_real = isinstance(number, numbers.Real) and not isinstance(number, bool) and math.isfinite(number)
+    is_real = isinstance(number, numbers.Real) and not isinstance(number, bool) and _fits_a_float(number)
     if is_real and minimum <= number <= maximum and above < number < below:
         return float(number)
     low = f"[{minimum:g}" if minimum > above else f"({above:g}" if above > -math.inf else None
@@ -60,10 +67,33 @@ def check_real(
     raise ValueError(f"`{name}` must be {wanted}, got {_described(value)}.")
 
 
+def check_sequence(name: str, value: Any) -> list:
+    """The entries of a list, tuple, range, array or tensor `(N,)`.
+
+    Raises:
+        ValueError: it is none of these, or empty.
+    """
+    if isinstance(value, torch.Tensor) or hasattr(value, "tolist"):
+        value = value.tolist()
+    is_sequence = isinstance(value, Iterable) and not isinstance(value, (str, bytes, dict, set))
+    entries = list(value) if is_sequence else []
+    if not entries:
+        raise ValueError(f"`{name}` must be a list that is not empty, got {_described(value)}.")
+    return entries
+
+
+def _fits_a_float(number: numbers.Real) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # an int or a fraction beyond what a float holds
+        return False
+
+
 def _described(value: Any) -> str:
     if isinstance(value, torch.Tensor) and value.ndim:
         return f"a tensor of shape {tuple(value.shape)}"
-    return repr(_plain(value))
+    text = repr(_plain(value))
+    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
-__all__ = ["check_integer", "check_real"]
+__all__ = ["check_integer", "check_real", "check_sequence"]

@@ -187,7 +187,7 @@ def to_pixel_values(
         ValueError: anything else; the message names the argument.
     """
     if isinstance(image, torch.Tensor):
-        return _tensor_to_pixel_values(image, name)
+        return _tensor_to_pixel_values(image, channels, name)
     if isinstance(image, np.ndarray) and image.ndim == 4:
         image = list(image)
     images = list(image) if isinstance(image, (list, tuple)) else [image]
@@ -200,18 +200,22 @@ def to_pixel_values(
     if channels not in (1, 3):
         raise ValueError(f"`{name}` must be a tensor of {channels} channels for this tokenizer.")
     arrays = [_pixels_of(item, channels, name) for item in images]
+    if not all(pixels.size for pixels in arrays):
+        raise ValueError(f"`{name}` must hold images with pixels, got one of shape {arrays[0].shape[:2]}.")
     sizes = sorted({(pixels.shape[1], pixels.shape[0]) for pixels in arrays})
     if len(sizes) > 1:
         raise ValueError(f"`{name}` must hold images of one size, got {sizes}.")
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).mul(2).sub(1).contiguous()
 
 
-def _tensor_to_pixel_values(image: torch.Tensor, name: str) -> torch.FloatTensor:
+def _tensor_to_pixel_values(image: torch.Tensor, channels: int, name: str) -> torch.FloatTensor:
     if not image.is_floating_point() or image.ndim not in (3, 4):
         raise ValueError(
             f"`{name}` must be a float tensor (B, C, H, W) in [-1, 1], got {image.dtype} of shape "
             f"{tuple(image.shape)}."
         )
+    if image.shape[-3] != channels:
+        raise ValueError(f"`{name}` must have {channels} channels, got a tensor of shape {tuple(image.shape)}.")
     if not image.numel() or not image.isfinite().all():
         raise ValueError(f"`{name}` must be finite and not empty, got a tensor of shape {tuple(image.shape)}.")
     if image.abs().max() > 2:  # resizing, or a decoder, may leave some pixels a little beyond

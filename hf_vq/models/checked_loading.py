@@ -9,7 +9,7 @@ import math
 import os
 import struct
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from logging import LogRecord, getLogger
 from pathlib import Path
@@ -199,13 +199,68 @@ def read_json_file(path: str | os.PathLike) -> dict:
     content = Path(path).read_bytes()
     try:
         value = json.loads(content.decode("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise OSError(
             f"`{path}` must be a JSON file, got {_kind_of_file(content) or f'a damaged one ({error})'}."
         ) from error
     if not isinstance(value, dict):
         raise OSError(f"`{path}` must hold a JSON object, got a {type(value).__name__}.")
     return value
+
+
+def check_saved_class(path: str | os.PathLike, key: str, names: Collection[str]) -> dict:
+    """The configuration in a JSON file, once it is seen that it is one of a class that `names` holds.
+
+    Args:
+        path: the file.
+        key: under which it names its class.
+        names: of the class that is to be made of it, and of its bases.
+
+    Raises:
+        OSError: the file is no JSON object.
+        ValueError: it belongs to another class, or says none.
+    """
+    config = read_json_file(path)
+    found = config.get(key)
+    found = found[-1] if isinstance(found, list) and found else found  # with code, [module, class]
+    if found not in names:
+        raise ValueError(f"`{path}` must be of a {next(iter(names))} (`{key}`), got {found!r}.")
+    return config
+
+
+def check_processor_file(cls: type, source: str | os.PathLike, subfolder: str | None = None) -> None:
+    """Refuses the file of another image processor in a folder, which would be read as far as the names agree."""
+    file = Path(source, subfolder or "", "preprocessor_config.json")
+    if file.is_file():
+        check_saved_class(file, "image_processor_type", [base.__name__ for base in cls.__mro__])
+
+
+def check_pipeline_files(folder: str | os.PathLike, wanted: Iterable[str]) -> None:
+    """The configurations in a pipeline's folder, of the parts that check none themselves.
+
+    Args:
+        folder: of the pipeline.
+        wanted: the names of the parts that the pipeline cannot do without.
+
+    Raises:
+        OSError: a file is no JSON object.
+        ValueError: the folder lacks a part, as that of another pipeline does; a file belongs to another class than
+            `model_index.json` says.
+    """
+    folder = Path(folder)
+    index = read_json_file(folder / "model_index.json")
+    missing = [name for name in wanted if name not in index]
+    if missing:
+        raise ValueError(
+            f"`{folder / 'model_index.json'}` must name the parts {', '.join(wanted)}, got that of a "
+            f"{index.get('_class_name')} without {_some_of(missing)}."
+        )
+    for path in sorted(folder.glob("*/*.json")):
+        entry = index.get(path.parent.name)
+        config = read_json_file(path) if entry and not path.name.endswith(".index.json") else {}
+        is_of_diffusers = path.name == "scheduler_config.json" or "_class_name" in config
+        if is_of_diffusers and isinstance(entry, list) and isinstance(entry[-1], str):
+            check_saved_class(path, "_class_name", [entry[-1]])
 
 
 def check_safetensors(path: str | os.PathLike) -> dict[str, dict]:
@@ -356,4 +411,12 @@ def _some_of(names: list[str], most: int = 5) -> str:
     return f"{text} and {len(names) - most} more" if len(names) > most else text
 
 
-__all__ = ["CheckedLoadingMixin", "check_parts", "check_safetensors", "read_json_file"]
+__all__ = [
+    "CheckedLoadingMixin",
+    "check_parts",
+    "check_pipeline_files",
+    "check_processor_file",
+    "check_safetensors",
+    "check_saved_class",
+    "read_json_file",
+]

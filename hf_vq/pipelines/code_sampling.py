@@ -84,8 +84,11 @@ class GumbelMax(LogitsProcessor):
 
     def __init__(self, generator: torch.Generator | list[torch.Generator] | None = None):
         self.generator = generator
+        self._is_broken: torch.BoolTensor | None = None
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor):
+        broken = scores.isnan().any()
+        self._is_broken = broken if self._is_broken is None else self._is_broken | broken
         if isinstance(self.generator, list):
             codes, is_open = scores.argmax(dim=-1), scores.isfinite().sum(dim=-1) > 1
             if is_open.any():
@@ -94,6 +97,14 @@ class GumbelMax(LogitsProcessor):
         else:
             codes = draw_codes(scores, self.generator)
         return torch.full_like(scores, float("-inf")).scatter(1, codes[:, None], 0.0)
+
+    def check(self) -> None:
+        """A ValueError if logits were NaN, for the end of a run: a step does not wait for the accelerator."""
+        if self._is_broken is not None and self._is_broken:
+            raise ValueError(
+                "`prior` must give logits that are numbers, got nan: its weights, or the states of `prompt_embeds`, "
+                "are no numbers that it can compute with."
+            )
 
 
 class AfterEachCode(StoppingCriteria):
@@ -403,16 +414,18 @@ def _sample_run(prior, prompt, codes, keep, span, setting, generator, after_each
     if mask is not None:  # of the prefix; all codes are seen
         options = {**options, "attention_mask": torch.cat([mask, mask.new_ones(len(mask), first)], dim=1)}
     onload(prior)  # sampling reads embeddings before the first `forward`
+    processors = setting.processors(KeptCodes(codes, keep, start) if keep.any() else None, generator)
     sequence = prior.generate(
         torch.cat([prompt, codes[:, :first]], dim=1),
         do_sample=False,
         num_beams=1,
         max_new_tokens=end - first,
         guidance_scale=setting.guidance_scale,
-        logits_processor=setting.processors(KeptCodes(codes, keep, start) if keep.any() else None, generator),
+        logits_processor=processors,
         stopping_criteria=StoppingCriteriaList([] if after_each_code is None else [AfterEachCode(after_each_code)]),
         **options,
     )
+    processors[-1].check()
     return sequence[:, start:]
 
 

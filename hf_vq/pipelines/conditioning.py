@@ -158,6 +158,11 @@ def as_texts(prompts: str | Sequence[str], name: str) -> list[str]:
     texts = list(prompts) if isinstance(prompts, (list, tuple)) else [prompts]
     if not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"`{name}` must be a str or a list of them that is not empty, got {prompts!r}.")
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # half of a surrogate pair
+            raise ValueError(f"`{name}` must hold text that UTF-8 can write, got {text!r}.") from error
     return texts
 
 

@@ -163,6 +163,13 @@ class DenoisingPipeline(VQPipeline):
         return self._text_inputs(given, "prompt"), self._text_inputs(null, "negative_prompt")
 
     def _text_inputs(self, condition: TextCondition, name: str) -> dict[str, torch.Tensor]:
+        config, found = self.denoiser.config, condition.embeddings.shape[2]
+        width = config.get("encoder_hid_dim") or config.get("cross_attention_dim")
+        if isinstance(width, int) and found != width:
+            raise ValueError(
+                f"`{name}_embeds`, or what the text encoder gives, must have the {width} channels of the denoiser's "
+                f"cross-attention, got {found}."
+            )
         inputs = {"encoder_hidden_states": condition.embeddings.to(self._execution_device, self.denoiser.dtype)}
         if self.config.text_mask:
             has_tokens = condition.mask.any(dim=1)

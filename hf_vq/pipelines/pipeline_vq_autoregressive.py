@@ -269,7 +269,7 @@ class VQAutoregressivePipeline(AutoregressivePipeline):
         if size is None and (image is not None or indices is not None):
             pixels = None if image is None else to_pixel_values(image, self.vqvae.config.in_channels)
             size = size_of_given(pixels, indices, self.vqvae.config.downsample_factor, outpaint)
-        return self.own_size if size is None else size
+        return size if size is not None and all(size) else self.own_size  # what is no grid is refused when it is read
 
     def prepare_coordinates(self, height: int | None = None, width: int | None = None) -> torch.LongTensor:
         """

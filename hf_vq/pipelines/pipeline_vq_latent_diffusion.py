@@ -1,8 +1,10 @@
 """Sampling images by diffusion in the latents of a tokenizer, before their quantization."""
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,13 +16,20 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..argument_checks import check_integer, check_real
+from ..argument_checks import check_integer, check_real, check_sequence
 from ..images import images_as
 from .completion import Given, check_painted, check_whole_size, grids_of, kept_codes, paste, random_mask, read_given
 from .conditioning import class_names, count_inputs, repeat_inputs, repeat_to, resize_map, to_map
 from .denoising_pipeline import DenoisingPipeline, last_steps
 from .text_condition import check_text_parts
-from .vq_pipeline import check_generator, check_guidance_scale, check_part, check_tokenizer, onload
+from .vq_pipeline import (
+    check_decoded,
+    check_generator,
+    check_guidance_scale,
+    check_part,
+    check_tokenizer,
+    onload,
+)
 
 
 LATENT_OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -247,7 +256,11 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
         for name, values in own.items():
             if name not in accepted:
                 raise ValueError(f"`{name}` cannot be given to a {type(scheduler).__name__}.")
-            numbers = [check_real(name, value, minimum=0) for value in values]
+            numbers = [check_real(name, value, minimum=0) for value in check_sequence(name, values)]
+            most = scheduler.config.num_train_timesteps if name == "timesteps" else math.inf
+            if any(a <= b for a, b in pairwise(numbers)) or numbers[0] > most:
+                limit = f" from at most {most}" if name == "timesteps" else ""
+                raise ValueError(f"`{name}` must fall{limit}, got {numbers}.")
             own[name] = [
                 int(number) if name == "timesteps" and number == int(number) else number for number in numbers
             ]
@@ -344,7 +357,7 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
         batch_size = check_integer("batch_size", batch_size, 1)
         onload(self.vqvae)
         parts = latents.to(self.vqvae.dtype).split(batch_size)
-        return torch.cat([self.vqvae.decode(part).sample.float() for part in parts]).clamp(-1, 1)
+        return check_decoded(torch.cat([self.vqvae.decode(part).sample.float() for part in parts])).clamp(-1, 1)
 
     @torch.no_grad()
     def __call__(
@@ -498,7 +511,15 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
         pairs = zip(("height", "width"), (height, width), default or (None, None), strict=True)
         size = tuple(own * factor if value is None else check_integer(name, value, 1) for name, value, own in pairs)
         check_whole_size(given, size, (1, 1))
-        return grids_of(size, [factor])[0]
+        grid = grids_of(size, [factor])[0]
+        halvings = 2 ** (len(self.unet.config.block_out_channels) - 1)
+        # a UNet2DConditionModel pads what does not divide
+        if not isinstance(self.unet, UNet2DConditionModel) and any(side % halvings for side in grid):
+            raise ValueError(
+                f"`height` and `width` must be multiples of {factor * halvings}, the downsample factor times the "
+                f"halvings of the denoiser, got {size[0]}x{size[1]}."
+            )
+        return grid
 
     def _last_steps(self, scheduler: SchedulerMixin, steps: torch.Tensor, strength: float) -> torch.Tensor:
         """The last share `strength` of the steps, for an image that is to be changed."""
@@ -538,6 +559,11 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
                 if callback is not None:
                     latents = self.call_back(callback, names, i, t, "latents", latents)
                 progress_bar.update()
+        if not latents.isfinite().all():  # once for a call: a loop does not wait for the accelerator
+            raise ValueError(
+                "`latents`, the embeddings, or what `callback_on_step_end` returns must be numbers that the denoiser "
+                "can compute with, got latents that became nan or infinite."
+            )
         return latents
 
     def _images(self, latents, output_type: str, decode_batch_size: int, image, mask):

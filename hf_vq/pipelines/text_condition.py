@@ -59,11 +59,17 @@ def text_states(
         raise ValueError(f"`{name}_embeds` must be a float tensor (B, S, D).")
     if not embeds.numel() or not embeds.isfinite().all():
         raise ValueError(f"`{name}_embeds` must be finite and not empty, got shape {tuple(embeds.shape)}.")
-    mask = torch.ones(embeds.shape[:2], dtype=torch.bool) if mask is None else torch.as_tensor(mask).bool()
-    if mask.shape != embeds.shape[:2]:
+    mask = torch.ones(embeds.shape[:2]) if mask is None else mask
+    try:
+        mask = torch.as_tensor(mask)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"`{name}_attention_mask` must be a tensor of 0 and 1, got {mask!r}.") from error
+    if mask.shape != embeds.shape[:2] or not ((mask == 0) | (mask == 1)).all():
         raise ValueError(
-            f"`{name}_attention_mask` must have shape {tuple(embeds.shape[:2])}, got {tuple(mask.shape)}."
+            f"`{name}_attention_mask` must hold 0 and 1 of shape {tuple(embeds.shape[:2])}, got {mask.dtype} of shape "
+            f"{tuple(mask.shape)}."
         )
+    mask = mask.bool()
     return TextCondition(embeds.to(pipeline._execution_device), mask.to(pipeline._execution_device))
 
 

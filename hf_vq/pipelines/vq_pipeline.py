@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import nn
 
 from ..argument_checks import check_integer, check_real
 from ..images import images_as
-from ..models.checked_loading import check_parts
+from ..models.checked_loading import check_parts, check_pipeline_files, read_json_file
 from .lora import load_lora_weights, unload_lora_weights
 from .saving import without_path
 
@@ -52,7 +53,7 @@ class VQPipeline(DiffusionPipeline):
         if vqvae is not None:
             file = Path(vqvae.name_or_path) / PREPROCESSOR
             found = vqvae.name_or_path and file.is_file()
-            self._preprocessor_config = json.loads(file.read_text(encoding="utf-8")) if found else None
+            self._preprocessor_config = read_json_file(file) if found else None
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """As diffusers saves pipelines, and with its code where it was loaded by `trust_remote_code`.
@@ -74,6 +75,20 @@ class VQPipeline(DiffusionPipeline):
             super().save_pretrained(save_directory, *args, **kwargs)
         if _is_remote(self):
             _save_remote_code(self, Path(save_directory))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any):
+        """As diffusers loads pipelines; the files in a folder are looked at first.
+
+        Raises:
+            OSError: a file is missing, truncated or no such file at all.
+            ValueError: the folder of another pipeline, or files of other classes than its index says.
+        """
+        if Path(pretrained_model_name_or_path, "model_index.json").is_file():
+            parameters = inspect.signature(cls.__init__).parameters.values()
+            wanted = [p.name for p in parameters if p.default is p.empty and p.name != "self"]
+            check_pipeline_files(pretrained_model_name_or_path, [name for name in wanted if name not in kwargs])
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any):
@@ -100,12 +115,13 @@ class VQPipeline(DiffusionPipeline):
             raise ValueError(f"`callback_on_step_end` must be callable, got a {type(callback).__name__}.")
         if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
             tensor_inputs = callback.tensor_inputs
-        names = [tensor_inputs] if isinstance(tensor_inputs, str) else list(tensor_inputs)
-        if not set(names) <= set(self._callback_tensor_inputs):
+        names = [tensor_inputs] if isinstance(tensor_inputs, str) else tensor_inputs
+        is_list = isinstance(names, (list, tuple))
+        if not is_list or any(name not in self._callback_tensor_inputs for name in names):
             raise ValueError(
                 f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, got {names}."
             )
-        return names
+        return list(names)
 
     def call_back(
         self,
@@ -156,7 +172,7 @@ class VQPipeline(DiffusionPipeline):
         onload(self.vqvae)
         batches = zip(*(level.split(batch_size) for level in as_levels(indices)), strict=True)
         parts = [self.vqvae.decode_indices(of_levels(batch)).sample.float() for batch in batches]
-        return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
+        return (check_decoded(torch.cat(parts)) / 2 + 0.5).clamp(0, 1)
 
     def postprocess(
         self,
@@ -188,7 +204,7 @@ class VQPipeline(DiffusionPipeline):
         Raises:
             ValueError: these, or `output_type`, are not what a call takes.
         """
-        if output_type not in output_types:
+        if not isinstance(output_type, str) or output_type not in output_types:
             raise ValueError(f"`output_type` must be one of {output_types}, got {output_type!r}.")
         if output_type == "pil" and self.vqvae.config.in_channels not in (1, 3):
             raise ValueError(
@@ -289,6 +305,13 @@ def check_codes(name: str, codes: Any, grid_size: Sequence[int], codebook_size: 
     return codes
 
 
+def check_decoded(images: torch.FloatTensor) -> torch.FloatTensor:
+    """`images`, or a ValueError if the tokenizer gave values that no picture has: NaN would become black pixels."""
+    if not images.isfinite().all():
+        raise ValueError("`vqvae` must decode to finite values, got nan or infinity: load it in float32 or bfloat16.")
+    return images
+
+
 def check_guidance_scale(value: float) -> float:
     """`value` as a float, or a ValueError; far beyond what guides, logits and latents leave float32."""
     return check_real("guidance_scale", value, minimum=0, maximum=10000)
@@ -314,6 +337,7 @@ __all__ = [
     "as_levels",
     "check_any_tokenizer",
     "check_codes",
+    "check_decoded",
     "check_generator",
     "check_guidance_scale",
     "check_part",

@@ -61,9 +61,9 @@ def check_timesteps(
     return timesteps.long().expand(batch_size)
 
 
-def check_rate(truncation_rate: float):
-    """`truncation_rate` must be the mass of a nucleus."""
-    check_real("truncation_rate", truncation_rate, above=0, maximum=1)
+def check_rate(truncation_rate: float) -> float:
+    """`truncation_rate` as a float, which must be the mass of a nucleus, and one that float32 can tell from 0."""
+    return check_real("truncation_rate", truncation_rate, minimum=1e-6, maximum=1)
 
 
 def check_generators(generator: torch.Generator | list[torch.Generator] | None, batch_size: int):

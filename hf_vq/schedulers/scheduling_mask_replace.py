@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,9 @@ from .sample_checks import (
 from .transition_tables import Transition, cumulative_tables
 
 
+_MOST_TIMESTEPS = 10**6  # the tables are made when the scheduler is
+
+
 @dataclass
 class MaskReplaceSchedulerOutput(BaseOutput):
     """
@@ -44,7 +48,7 @@ class MaskReplaceScheduler(SchedulerMixin, ConfigMixin):
 
     Args:
         num_embeddings: K, the number of codes; the mask has index K.
-        num_train_timesteps: T, at least 2.
+        num_train_timesteps: T, from 2 to a million.
         schedule: "linear" (the paper's), "cosine", "mask_only" or "uniform_only", see `cumulative_tables`.
         alpha_cumprod_start, alpha_cumprod_end: ᾱ, the probability that a code is kept, at timesteps 0 and T-1.
         gamma_cumprod_start, gamma_cumprod_end: γ̄, the probability of the mask; not read by "mask_only",
@@ -76,7 +80,7 @@ class MaskReplaceScheduler(SchedulerMixin, ConfigMixin):
     ):
         numbers = {
             "num_embeddings": check_integer("num_embeddings", num_embeddings, minimum=2),
-            "num_train_timesteps": check_integer("num_train_timesteps", num_train_timesteps, minimum=2),
+            "num_train_timesteps": check_integer("num_train_timesteps", num_train_timesteps, 2, _MOST_TIMESTEPS),
             "auxiliary_loss_weight": check_real("auxiliary_loss_weight", auxiliary_loss_weight, minimum=0),
         }
         ends = {
@@ -99,6 +103,20 @@ class MaskReplaceScheduler(SchedulerMixin, ConfigMixin):
         )
         self.num_inference_steps = None
         self.timesteps = torch.arange(self.config.num_train_timesteps - 1, -1, -1)
+
+    @classmethod
+    def from_config(cls, config: dict | None = None, **kwargs: Any):
+        """A scheduler of the numbers in a configuration.
+
+        Raises:
+            ValueError: that of a scheduler without codes.
+        """
+        if isinstance(config, dict) and "num_embeddings" not in {**config, **kwargs}:
+            raise ValueError(
+                f"`config` must be of a {cls.__name__}, with `num_embeddings`, got that of a "
+                f"{config.get('_class_name')}."
+            )
+        return super().from_config(config, **kwargs)
 
     @property
     def mask_index(self) -> int:
@@ -232,7 +250,7 @@ class MaskReplaceScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: a rate out of range, or logits that make no distribution, such as NaN.
         """
-        check_rate(truncation_rate)
+        truncation_rate = check_rate(truncation_rate)
         probs = model_output.softmax(dim=-1, dtype=torch.float32)
         check_distributions("model_output", probs)
         if truncation_rate == 1:
@@ -312,7 +330,9 @@ class MaskReplaceScheduler(SchedulerMixin, ConfigMixin):
             ValueError: an argument out of range or of the wrong shape.
         """
         check_predictions("model_output", model_output, sample, self.mask_index)
-        self._check_sampling(truncation_rate, prior_rule, prior_weight, temperature, prior_count)
+        truncation_rate, prior_rule, prior_weight, temperature, prior_count = self._checked_sampling(
+            truncation_rate, prior_rule, prior_weight, temperature, prior_count
+        )
         check_generators(generator, len(sample))
         prev_timestep = self.previous_timestep(timestep) if prev_timestep is None else prev_timestep
         transition, is_last = self._transition(sample, timestep, prev_timestep)
@@ -416,17 +436,19 @@ class MaskReplaceScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"`prev_timestep` must be below `timestep`, got {prev.tolist()} for {now.tolist()}.")
         return Transition.between(self._tables, prev, now), prev == -1
 
-    def _check_sampling(self, truncation_rate, prior_rule, prior_weight, temperature, prior_count):
-        check_rate(truncation_rate)
-        check_integer("prior_rule", prior_rule, minimum=0, maximum=2)
+    def _checked_sampling(self, truncation_rate, prior_rule, prior_weight, temperature, prior_count) -> tuple:
+        """The same as plain numbers."""
+        truncation_rate = check_rate(truncation_rate)
+        prior_rule = check_integer("prior_rule", prior_rule, minimum=0, maximum=2)
         if prior_rule and self.config.schedule == "uniform_only":
             raise ValueError("`prior_rule` needs a schedule with masks, got 'uniform_only'.")
-        check_real("prior_weight", prior_weight, minimum=0)
+        prior_weight = check_real("prior_weight", prior_weight, minimum=0)
         if prior_weight and prior_rule != 2:
             raise ValueError(f"`prior_weight` needs `prior_rule` 2, got {prior_weight!r} with rule {prior_rule!r}.")
-        check_real("temperature", temperature, above=0)
+        temperature = check_real("temperature", temperature, minimum=1e-6)  # logits by less could leave float32
         if prior_count is not None:
-            check_integer("prior_count", prior_count, minimum=0)
+            prior_count = check_integer("prior_count", prior_count, minimum=0)
+        return truncation_rate, prior_rule, prior_weight, temperature, prior_count
 
     def _known(self, indices, mask, sample) -> tuple[torch.LongTensor, torch.BoolTensor]:
         """The known codes, and where they are; nowhere if there are none."""

@@ -1,5 +1,6 @@
 """Images to the `pixel_values` of a tokenizer, and its samples back to images."""
 
+import os
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from transformers.image_utils import (
 
 from ...argument_checks import check_integer
 from ...images import array_to_pil, array_to_pixels, covering_size, resize_and_crop, to_channels
+from ..checked_loading import check_processor_file
 
 
 class VQImageProcessor(PilBackend):
@@ -50,11 +52,17 @@ class VQImageProcessor(PilBackend):
     num_channels = 3
 
     def __init__(self, num_channels: int = 3, **kwargs: Any):
-        check_integer("num_channels", num_channels, minimum=1)
+        num_channels = check_integer("num_channels", num_channels, minimum=1)
         if num_channels != 3:
             kwargs = {"image_mean": [0.5] * num_channels, "image_std": [0.5] * num_channels, **kwargs}
         super().__init__(**_with_crop_size(kwargs))
-        self.num_channels = int(num_channels)
+        self.num_channels = num_channels
+
+    @classmethod
+    def get_image_processor_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any):
+        """As transformers reads it, once the file in a folder is seen to be of this class."""
+        check_processor_file(cls, pretrained_model_name_or_path, kwargs.get("subfolder"))
+        return super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
 
     def preprocess(self, images: ImageInput, *args: Any, **kwargs: Any):
         images = (
@@ -79,7 +87,10 @@ class VQImageProcessor(PilBackend):
             window = crop_size.height, crop_size.width
             images = [self._cover_and_crop(image, size.shortest_edge, window, resample) for image in images]
             do_resize = do_center_crop = False
-        return super()._preprocess(images, do_resize, size, resample, do_center_crop, crop_size, **kwargs)
+        batch = super()._preprocess(images, do_resize, size, resample, do_center_crop, crop_size, **kwargs)
+        if not all(np.isfinite(values).all() for values in batch.pixel_values):
+            raise ValueError("`image_mean`, `image_std` and `rescale_factor` must give finite values, got nan or inf.")
+        return batch
 
     def _cover_and_crop(self, image, shortest_edge: int, window: tuple[int, int], resample) -> np.ndarray:
         """The centre of one image `(C, H, W)`, scaled to its shortest edge, or more where that leaves the window

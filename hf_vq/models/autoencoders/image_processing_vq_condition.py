@@ -1,6 +1,7 @@
 """Spatial conditions to the `pixel_values` of a condition tokenizer, and back to pictures of them."""
 
 import colorsys
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,6 +9,9 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
+
+from ...argument_checks import check_integer, check_real
+from ..checked_loading import check_processor_file
 
 
 CONDITIONS = ("segmentation", "depth", "edges", "pose", "image")
@@ -60,12 +64,12 @@ class VQConditionProcessor(BaseImageProcessor):
                 f'`num_labels` must be given with condition "segmentation" alone, got {num_labels!r} '
                 f"with {condition!r}."
             )
-        if num_labels is not None and num_labels < 1:
-            raise ValueError(f"`num_labels` must be an int of at least 1, got {num_labels!r}.")
-        if ignore_label is not None and not (num_labels is not None and 0 <= ignore_label < num_labels):
-            raise ValueError(
-                f"`ignore_label` must be one of the labels 0…{(num_labels or 0) - 1}, got {ignore_label!r}."
-            )
+        if num_labels is not None:
+            num_labels = check_integer("num_labels", num_labels, 1)
+        if ignore_index is not None:
+            ignore_index = check_integer("ignore_index", ignore_index)
+        if ignore_label is not None:
+            ignore_label = check_integer("ignore_label", ignore_label, 0, (num_labels or 0) - 1)
         if palette is not None and (num_labels is None or len(palette) < num_labels):
             raise ValueError(f"`palette` must have a colour for each of {num_labels} labels, got {len(palette)}.")
         self.condition = condition
@@ -73,11 +77,16 @@ class VQConditionProcessor(BaseImageProcessor):
         self.ignore_index = ignore_index
         self.ignore_label = ignore_label
         # JSON has no integer keys
-        is_list = isinstance(label_map, (list, tuple)) or label_map is None
-        self.label_map = label_map if is_list else {str(old): int(new) for old, new in label_map.items()}
+        self.label_map = None if label_map is None else _labels_by_id(label_map, num_labels or 0)
         self.palette = None if palette is None else [list(map(int, colour)) for colour in palette]
         self.size = _height_and_width(size)
-        self.threshold = threshold
+        self.threshold = check_real("threshold", threshold)
+
+    @classmethod
+    def get_image_processor_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any):
+        """As transformers reads it, once the file in a folder is seen to be of this class."""
+        check_processor_file(cls, pretrained_model_name_or_path, kwargs.get("subfolder"))
+        return super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
 
     @property
     def num_channels(self) -> int:
@@ -221,6 +230,15 @@ class VQConditionProcessor(BaseImageProcessor):
         hues = [(number * golden) % 1 for number in range(self.num_labels)]
         colours = [colorsys.hsv_to_rgb(hue, 0.65, 0.95) for hue in hues]
         return np.rint(np.array(colours) * 255).astype(np.uint8)
+
+
+def _labels_by_id(label_map: Mapping[int, int] | Sequence[int], num_labels: int) -> dict[str, int] | list[int]:
+    """`label_map` with ints as labels; ids of a mapping are texts, since JSON has no other keys."""
+    if isinstance(label_map, (list, tuple)):
+        return [check_integer("label_map", label, 0, num_labels - 1) for label in label_map]
+    if not isinstance(label_map, Mapping) or not all(str(old).lstrip("-").isdecimal() for old in label_map):
+        raise ValueError(f"`label_map` must be a list of labels, or a mapping from ids to labels, got {label_map!r}.")
+    return {str(old): check_integer("label_map", new, 0, num_labels - 1) for old, new in label_map.items()}
 
 
 def cover(values: np.ndarray, height: int, width: int, resample: Image.Resampling) -> np.ndarray:

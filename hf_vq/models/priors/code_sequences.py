@@ -25,7 +25,12 @@ def too_many_positions(reached: int, n_positions: int) -> str:
 
 def _integers(values, name: str) -> torch.LongTensor:
     """`values` as an int64 tensor, or a ValueError that names the argument."""
-    tensor = values if isinstance(values, torch.Tensor) else torch.as_tensor(np.asarray(values))
+    try:
+        tensor = values if isinstance(values, torch.Tensor) else torch.as_tensor(np.asarray(values))
+    except (TypeError, ValueError) as error:  # of several shapes, or no numbers
+        raise ValueError(f"`{name}` must hold integers, got a {type(values).__name__} that is no array.") from error
+    if not tensor.numel():
+        raise ValueError(f"`{name}` must hold at least one integer, got shape {tuple(tensor.shape)}.")
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise ValueError(f"`{name}` must hold integers, got {tensor.dtype}.")
     return tensor.long()

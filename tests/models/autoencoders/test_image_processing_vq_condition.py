@@ -115,7 +115,7 @@ def test_batches_and_other_sizes():
         ({"condition": "normals"}, "`condition` must be one of 'segmentation'"),
         ({"condition": "segmentation"}, "`num_labels` must be given"),
         ({"condition": "depth", "num_labels": 3}, "`num_labels` must be given"),
-        ({"num_labels": 3, "ignore_label": 3}, "`ignore_label` must be one of the labels 0…2, got 3"),
+        ({"num_labels": 3, "ignore_label": 3}, "`ignore_label` must be an int in 0…2, got 3"),
         ({"num_labels": 3, "palette": [[0, 0, 0]]}, "`palette` must have a colour for each of 3 labels, got 1"),
         ({"num_labels": 3, "size": {"shortest_edge": 3}}, "`size` must be"),
     ],
