@@ -125,6 +125,7 @@ class TrainingRun:
         self._checkpoints = RunCheckpoints(
             self.output_dir, self.accelerator, self.parts, arguments.checkpoints_total_limit
         )
+        self._checkpoints.check_wanted(arguments.resume_from_checkpoint)
         self.global_step = 0
         self.samples_seen = 0
         self.is_finished = False

@@ -7,15 +7,20 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
+from huggingface_hub import get_token
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import HfArgumentParser
 
 from ..argument_checks import check_integer, check_real
+from ..models.checked_loading import read_json_file
 
 
 # The smallest value of each argument that is an integer.
@@ -124,8 +129,27 @@ class RunArguments:
                 f'lr_warmup_steps={self.lr_warmup_steps} has no effect with lr_scheduler="constant": '
                 'choose "constant_with_warmup", "cosine" or "linear".'
             )
+        self._check_hub()
+
+    def check_codebook(self, num_embeddings: int) -> None:
+        """Refuses a `min_codebook_perplexity` that no codebook of this size can reach."""
+        if self.min_codebook_perplexity > num_embeddings:
+            raise ValueError(
+                f"`min_codebook_perplexity` must be at most {num_embeddings}, the number of codes, got "
+                f"{self.min_codebook_perplexity}."
+            )
+
+    def _check_hub(self) -> None:
+        """What would fail when the trained model is pushed."""
+        if self.hub_model_id is not None:
+            try:
+                validate_repo_id(self.hub_model_id)
+            except HFValidationError as error:
+                raise ValueError(f'`hub_model_id` must be a name such as "user/name": {error}') from error
         if self.push_to_hub and not self.hub_model_id:
             raise ValueError('push_to_hub=True needs hub_model_id, for example "user/name".')
+        if self.push_to_hub and get_token() is None:
+            raise ValueError("push_to_hub=True needs a token of the Hub: run `hf auth login`, or set HF_TOKEN.")
 
 
 def learning_rate_factor(arguments: RunArguments, step: int) -> float:
@@ -158,26 +182,75 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None 
         argv: the command line without the program's name; `None` takes that of this process.
 
     Raises:
-        ValueError: the file has a key that no dataclass has, or is not a mapping.
+        OSError: the file is not there, or holds something else.
+        ValueError: the file has a key that no dataclass has, is not a mapping, or has a value of another kind than
+            the field's.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _ArgumentParser(tuple(dataclass_types))
     if argv and argv[0].endswith((".yaml", ".yml", ".json")):
         file = Path(argv.pop(0))
-        text = file.read_text()
-        values = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
-        values = {} if values is None else values  # a YAML file of comments only
-        if not isinstance(values, dict):
-            raise ValueError(f"{file} holds a {type(values).__name__}: it must hold names with their values.")
-        actions = {action.dest: action for action in parser._actions}
-        unknown = sorted(set(values) - set(actions))
-        if unknown:
-            raise ValueError(f"{file} has unknown keys {unknown}; known are {sorted(set(actions) - {'help'})}.")
-        for key, value in values.items():
-            actions[key].required = False
-            # a number in exponent form, such as 1e-4, is a string in YAML: argparse converts strings only
-            actions[key].default = value
+        values = _read_values(file, dataclass_types)
+        for action in parser._actions:  # a switch that is on by default has two
+            if action.dest in values:
+                action.required = False
+                # a number in exponent form, such as 1e-4, is a string in YAML: argparse converts strings only
+                action.default = values[action.dest]
     return parser.parse_args_into_dataclasses(argv)
+
+
+def _read_values(file: Path, dataclass_types: Sequence[type]) -> dict[str, Any]:
+    """The values in a YAML or JSON file, each of the kind of its field."""
+    if file.suffix == ".json":
+        values = read_json_file(file)
+    else:
+        try:
+            values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+            reason = " ".join(str(error).split())
+            raise OSError(f"`{file}` must be a YAML file, got one that cannot be read: {reason[:300]}") from error
+    values = {} if values is None else values  # a YAML file of comments only
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} holds a {type(values).__name__}: it must hold names with their values.")
+    known = {item.name: (item, get_type_hints(kind)[item.name]) for kind in dataclass_types for item in fields(kind)}
+    unknown = sorted(map(str, set(values) - set(known)))
+    if unknown:
+        raise ValueError(f"{file} has unknown keys {unknown}; known are {sorted(known)}.")
+    return {key: _of_kind(f"{file}: `{key}`", value, *known[key]) for key, value in values.items()}
+
+
+def _of_kind(name: str, value: Any, item: Any, hint: Any) -> Any:
+    """A value of a file for the field `item` of the type `hint`; one entry stands for a list of it.
+
+    Raises:
+        ValueError: it is of another kind, or not one of the field's choices.
+    """
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if value is None and NoneType in kinds:
+        return None
+    kind = next(kind for kind in kinds if kind is not NoneType)
+    if get_origin(kind) is list:
+        (entry,) = get_args(kind)
+        entries = [_of_kind(name, one, item, entry) for one in (value if isinstance(value, list) else [value])]
+        try:
+            return [entry(one) for one in entries]
+        except ValueError as error:
+            raise ValueError(f"{name} must be a list of {entry.__name__}, got {value!r}.") from error
+    accepted = {bool: (bool, str), int: (int, str), float: (int, float, str), str: (str,)}[kind]
+    is_mapping = isinstance(value, dict) and item.default == "{}"  # of a field that takes JSON from a command line
+    if not is_mapping and (not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool)):
+        words = {bool: "true or false", int: "an int", float: "a number", str: "a text (quoted where it is a number)"}
+        raise ValueError(f"{name} must be {words[kind]}, got {value!r}.")
+    if kind is bool and isinstance(value, str):
+        if value.lower() not in ("true", "false"):
+            raise ValueError(f"{name} must be true or false, got {value!r}.")
+        return value.lower() == "true"
+    if kind is str and not value:
+        raise ValueError(f"{name} must be a text that is not empty, got {value!r}.")
+    choices = item.metadata.get("choices")
+    if choices is not None and value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
+    return value
 
 
 def check_numbers(
@@ -211,6 +284,15 @@ def check_numbers(
             for name in names:
                 if getattr(arguments, name) is not None:
                     check(name, getattr(arguments, name), **limits)
+
+
+def check_guidance(guidance_scale: float, condition_dropout: float) -> None:
+    """Refuses guidance of the validation picture by a null condition that is never trained."""
+    if guidance_scale != 1 and condition_dropout == 0:
+        raise ValueError(
+            f"`guidance_scale` must be 1 with condition_dropout=0, which never trains the null condition, got "
+            f"{guidance_scale}."
+        )
 
 
 def check_agrees(name: str, value: Any, found: Any, source: str | Path) -> None:

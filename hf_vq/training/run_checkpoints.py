@@ -63,6 +63,13 @@ class RunCheckpoints:
         self._on_all_or_none(lambda: self._write(draft, position, own), path)
         self._on_all_or_none(lambda: self._publish(draft, path), path)
 
+    def check_wanted(self, wanted: str) -> None:
+        """A ValueError where `resume_from_checkpoint` names no folder, for the start of a run."""
+        if wanted not in ("none", "latest") and not Path(wanted).is_dir():
+            raise ValueError(
+                f'`resume_from_checkpoint` must be "latest", "none" or a checkpoint folder, got {wanted!r}.'
+            )
+
     def to_resume(self, wanted: str) -> Path | None:
         """The checkpoint that `resume_from_checkpoint` means; `None`: start afresh."""
         if wanted == "none":
@@ -77,10 +84,7 @@ class RunCheckpoints:
                     "resume_from_checkpoint=none."
                 )
             return path
-        if not Path(wanted).is_dir():
-            raise ValueError(
-                f'`resume_from_checkpoint` must be "latest", "none" or a checkpoint folder, got {wanted!r}.'
-            )
+        self.check_wanted(wanted)
         damage = None
         if self.accelerator.is_main_process:
             damage = find_damage(Path(wanted)) or _find_other(Path(wanted))

@@ -1,4 +1,4 @@
-"""Arguments of the pipelines' calls that no pipeline can mean: one error that names each, and no nonsense as pictures."""
+"""Arguments of the pipelines' calls that no pipeline can mean: one error that names each, no nonsense as pictures."""
 
 from fractions import Fraction
 

@@ -39,6 +39,64 @@ def test_a_file_without_names_is_refused(tmp_path):
         parse_arguments((Numbers,), [str(tmp_path / "list.yaml")])
 
 
+@dataclass
+class Kinds:
+    flag: bool = True
+    count: int = 1
+    rate: float | None = None
+    name: str = "a"
+    numbers: list[int] = field(default_factory=lambda: [1])
+    names: list[str] = field(default_factory=list)
+    options: str = "{}"
+    loss: str = field(default="l1", metadata={"choices": ["l1", "l2"]})
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(
+            "flag: maybe",
+            "flag: 1",
+            "flag: ''",
+            "count: true",
+            "count: 1.5",
+            "count: [1]",
+            "count: null",
+            "rate: true",
+        ),
+        *("rate: [1]", "name: 5", "name: {a: 1}", "name: ''", "name: null", "numbers: [a]", "numbers: [1.5]"),
+        *("numbers: {a: 1}", "names: [[a]]", "names: [1]", "options: [1]", "loss: l3"),
+    ],
+)
+def test_values_of_another_kind_are_refused(tmp_path, line):
+    (tmp_path / "run.yaml").write_text(line)
+    with pytest.raises(ValueError, match=f"run.yaml: `{line.split(':')[0]}` must be"):
+        parse_arguments((Kinds,), [str(tmp_path / "run.yaml")])
+
+
+def test_values_of_the_right_kind(tmp_path):
+    text = "flag: 'False'\ncount: '3'\nrate: 1e-4\nnumbers: 2\nnames: a\noptions: {a: 1}\nloss: l2\n"
+    (tmp_path / "run.yaml").write_text(text)
+    wanted = Kinds(flag=False, count=3, rate=1e-4, numbers=[2], names=["a"], options={"a": 1}, loss="l2")
+    assert parse_arguments((Kinds,), [str(tmp_path / "run.yaml")])[0] == wanted
+
+
+@pytest.mark.parametrize("name", ["run.yaml", "run.json"])
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe\x00", b"a: [1", b"a:\n\t- b", b"!!python/object:os.system {}", b"{" * 10000]
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(OSError, match=f"{name}` must be a (YAML|JSON) file"):
+        parse_arguments((Kinds,), [str(tmp_path / name)])
+
+
+def test_keys_that_are_no_text(tmp_path):
+    (tmp_path / "run.yaml").write_text("1: 2\nfoo: 3\n")
+    with pytest.raises(ValueError, match=r"unknown keys \['1', 'foo'\]"):
+        parse_arguments((Kinds,), [str(tmp_path / "run.yaml")])
+
+
 @pytest.mark.parametrize("none", ["none", "None"])
 def test_the_command_line_unsets_the_label_column_of_a_file(tmp_path, none):
     (tmp_path / "data.yaml").write_text("dataset_name_or_path: images\nlabel_column: category\n")

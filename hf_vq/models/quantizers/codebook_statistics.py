@@ -49,9 +49,10 @@ def code_counts(indices: torch.Tensor, num_embeddings: int, counted: torch.Tenso
 def are_finite(vectors: torch.Tensor) -> torch.Tensor:
     """Which of the vectors `(N, D)` or `(B, D, h, w)` may enter a statistic: bool `(N,)` or `(B, h, w)`.
 
-    Those with a finite sum in float32: no NaN, no infinity, and nothing that overflows when it is added up.
+    Those with a finite squared length in float32: no NaN, no infinity, and nothing that overflows when many of them
+    are added up, or whose distance to a code does.
     """
-    return vectors.sum(dim=1, dtype=torch.float32).isfinite()
+    return vectors.float().square().sum(dim=1).isfinite()
 
 
 def check_indices(indices: torch.Tensor, num_embeddings: int) -> None:

@@ -1,18 +1,20 @@
 """The codes of a training and a validation set, and the names of their classes."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ...models.autoencoders.image_processing_vq_condition import VQConditionProcessor
+from ..checkpointing import preserved_random_state
 from .box_conditions import BoxConditions, BoxSettings
 from .columns import NO_LABEL
 from .conditions import check_mirrored
 from .coordinate_crops import CoordinateCrops, CropSettings
 from .image_datasets import DataArguments, load_image_dataset
-from .indices_cache import IndicesDataset, load_indices, write_indices
+from .indices_cache import CONDITION_CODES, IndicesDataset, load_indices, write_indices
 
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ def load_code_splits(
     condition_processor: VQConditionProcessor | None = None,
     crops: CropSettings | None = None,
     boxes: BoxSettings | None = None,
+    try_model: Callable[[dict[str, list[int]]], nn.Module] | None = None,
 ) -> tuple[dict[str, IndicesDataset], list[str] | None]:
     """Encodes the data sets "train" and "validation", once, into `output_dir/indices`, and opens the codes.
 
@@ -42,6 +45,8 @@ def load_code_splits(
         crops: encode random crops of the training images and the centre crops of the others, with their coordinates as
             `condition_codes`.
         boxes: also write the ids of each image's boxes, as `condition_codes`; `data` carries their column.
+        try_model: makes the prior for grids of codes of these sizes, by column; called before anything is read, so
+            that what cannot be made is refused then.
 
     Returns:
         The data sets by split, and the names of the classes, if they have names.
@@ -75,6 +80,8 @@ def load_code_splits(
         check_condition_tokenizer(condition_tokenizer, condition_processor)
         data.check_multiple_of(condition_tokenizer.config.downsample_factor)
         conditions["condition_tokenizer"] = condition_tokenizer
+    if try_model is not None:
+        made_for_nothing(try_model, code_grids(data.size, tokenizer, condition_tokenizer, crops is not None))
     arguments = run.arguments
     codes, class_names = {}, None
     for split in ("train", "validation"):
@@ -102,6 +109,29 @@ def load_code_splits(
             condition_tokenizer=condition_tokenizer,
         )
     return codes, class_names
+
+
+def code_grids(
+    size: Sequence[int],
+    tokenizer: nn.Module,
+    condition_tokenizer: nn.Module | None = None,
+    has_coordinates: bool = False,
+) -> dict[str, list[int]]:
+    """The sizes of the grids of codes of images of `size`, by their columns."""
+    factors = tokenizer.config.downsample_factors
+    names = ["indices"] if len(factors) == 1 else [f"indices_{level}" for level in range(len(factors))]
+    grids = {name: [side // factor for side in size] for name, factor in zip(names, factors, strict=True)}
+    if condition_tokenizer is not None:
+        grids[CONDITION_CODES] = [side // condition_tokenizer.config.downsample_factor for side in size]
+    elif has_coordinates:
+        grids[CONDITION_CODES] = grids["indices"]
+    return grids
+
+
+def made_for_nothing(make: Callable[..., Any], *arguments: Any) -> None:
+    """Makes a model without memory, to see whether its settings can be: they are wrong before hours of encoding."""
+    with preserved_random_state(), torch.device("meta"):
+        make(*arguments)
 
 
 def check_condition_tokenizer(tokenizer: nn.Module, processor: VQConditionProcessor) -> None:

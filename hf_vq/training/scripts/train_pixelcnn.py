@@ -27,7 +27,7 @@ from hf_vq.training.data.code_splits import count_classes, load_code_splits, tra
 from hf_vq.training.data.image_datasets import DataArguments, collate
 from hf_vq.training.data.indices_cache import IndicesDataset
 from hf_vq.training.run import RunArguments, TrainingRun
-from hf_vq.training.run_arguments import check_numbers, parse_arguments, parse_mapping
+from hf_vq.training.run_arguments import check_guidance, check_numbers, parse_arguments, parse_mapping
 from hf_vq.training.sharing import save_trained
 from hf_vq.training.validation import validation_loader
 
@@ -77,6 +77,7 @@ class PriorArguments:
             below_1=("dropout", "condition_dropout"),
             at_least_0=("guidance_scale",),
         )
+        check_guidance(self.guidance_scale, self.condition_dropout)
         known = {item.name for item in fields(PRIORS[self.prior][0])}
         unknown = sorted(set(self.prior_kwargs) - known)
         if unknown:
@@ -221,7 +222,14 @@ def main(argv: list[str] | None = None) -> None:
     run_args, data_args, args = parse_arguments((RunArguments, DataArguments, PriorArguments), argv)
     run = TrainingRun(run_args)
     tokenizer = AutoModel.from_pretrained(args.tokenizer, dtype=torch.float32).to(run.device).eval()
-    codes, class_names = load_code_splits(run, data_args, tokenizer, args.random_flip_codes, several_levels=True)
+
+    def try_prior(grids):
+        has_classes = int(data_args.label_column is not None)  # how many there are is known when the data are open
+        return build_prior(args, tokenizer.config.num_embeddings, Level.of(args.level, grids), has_classes, None)
+
+    codes, class_names = load_code_splits(
+        run, data_args, tokenizer, args.random_flip_codes, several_levels=True, try_model=try_prior
+    )
     level = Level.of(args.level, codes["train"].grids)
 
     num_classes = count_classes(codes, class_names, data_args.label_column, data_args.missing_condition == "null")

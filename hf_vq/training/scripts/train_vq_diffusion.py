@@ -10,6 +10,7 @@ OUTPUT_DIR/pipeline.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Subset
@@ -19,14 +20,14 @@ from hf_vq import MaskReplaceScheduler, VQDiffusionImagePipeline, VQDiffusionTra
 from hf_vq.distributed import share_of_process
 from hf_vq.evaluation.diffusion_likelihood import DiffusionLikelihood
 from hf_vq.evaluation.evaluate import evaluate_prior
-from hf_vq.pipelines.conditioning import TextCondition, text_length
-from hf_vq.training.data.code_splits import count_classes, load_code_splits
+from hf_vq.pipelines.conditioning import TextCondition, encode_text, text_length
+from hf_vq.training.data.code_splits import code_grids, count_classes, load_code_splits, made_for_nothing
 from hf_vq.training.data.columns import NO_LABEL
 from hf_vq.training.data.image_datasets import CaptionedDataArguments, DataArguments, collate, load_image_dataset
 from hf_vq.training.objectives.mask_replace_objective import MaskReplaceObjective
 from hf_vq.training.objectives.timestep_sampler import ImportanceTimestepSampler
 from hf_vq.training.run import RunArguments, TrainingRun
-from hf_vq.training.run_arguments import check_numbers, parse_arguments
+from hf_vq.training.run_arguments import check_guidance, check_numbers, parse_arguments
 from hf_vq.training.sample_generators import rand_of_samples, sample_generators
 from hf_vq.training.sharing import save_trained
 
@@ -102,6 +103,7 @@ class VQDiffusionArguments:
                 raise ValueError(
                     f"{name}={getattr(self, name)}: it must be at most num_train_timesteps={self.num_train_timesteps}."
                 )
+        check_guidance(self.guidance_scale, self.condition_dropout)
         if self.random_flip_codes and not self.cache_indices:
             raise ValueError(
                 "random_flip_codes=True needs cache_indices=True; images are mirrored by random_flip=True."
@@ -117,14 +119,29 @@ class VQDiffusionArguments:
 class Codes:
     """Batches of codes for both splits: cached, or encoded from images in every step."""
 
-    def __init__(self, run: TrainingRun, data: DataArguments, args: VQDiffusionArguments, tokenizer: PreTrainedModel):
+    def __init__(
+        self,
+        run: TrainingRun,
+        data: DataArguments,
+        args: VQDiffusionArguments,
+        tokenizer: PreTrainedModel,
+        text: dict[str, Any],
+    ):
         self.run, self.tokenizer = run, tokenizer
         if len(tokenizer.config.downsample_factors) > 1 or tokenizer.config.quantizer == "residual":
             raise ValueError(f"tokenizer={args.tokenizer!r}: it must have one code at each position of one grid.")
+
+        def try_transformer(grids):
+            has_classes = int(data.label_column is not None)  # how many there are is known when the data are open
+            return build_transformer(args, tokenizer, grids["indices"], has_classes, text)
+
         if args.cache_indices:
-            self.splits, self.class_names = load_code_splits(run, data, tokenizer, args.random_flip_codes)
+            self.splits, self.class_names = load_code_splits(
+                run, data, tokenizer, args.random_flip_codes, try_model=try_transformer
+            )
         else:
             data.check_multiple_of(max(tokenizer.config.downsample_factors))
+            made_for_nothing(try_transformer, code_grids(data.size, tokenizer))
             channels = tokenizer.config.in_channels
             images = load_image_dataset(data, "train", augment=True, seed=run.arguments.seed, channels=channels)
             validation = load_image_dataset(data, "validation", class_names=images.class_names, channels=channels)
@@ -211,30 +228,47 @@ def all_captions(data: DataArguments, column: str) -> set[str]:
     return {caption for captions in lists for caption in captions if caption is not None}
 
 
-def build_pipeline(args: VQDiffusionArguments, tokenizer: PreTrainedModel, codes: Codes) -> VQDiffusionImagePipeline:
-    """With an untrained transformer."""
-    condition, options = {"condition_type": "unconditional"}, {}
-    if args.text_encoder is not None:
-        encoder = AutoModelForTextEncoding.from_pretrained(args.text_encoder, dtype=torch.float32)
-        options = {
-            "text_encoder": encoder.to(codes.run.device).eval().requires_grad_(False),
-            "tokenizer": AutoTokenizer.from_pretrained(args.text_encoder),
-            "text_max_length": args.text_max_length,
-            "text_lower_case": args.text_lower_case,
-            "text_normalize": args.text_normalize,
-        }
+def load_text(args: VQDiffusionArguments, device: torch.device) -> dict[str, Any]:
+    """The text encoder and its options, by their names in the pipeline; empty without one.
+
+    Raises:
+        ValueError: texts cannot be encoded as the options say.
+    """
+    if args.text_encoder is None:
+        return {}
+    encoder = AutoModelForTextEncoding.from_pretrained(args.text_encoder, dtype=torch.float32)
+    options = {
+        "text_encoder": encoder.to(device).eval().requires_grad_(False),
+        "tokenizer": AutoTokenizer.from_pretrained(args.text_encoder),
+        "text_max_length": args.text_max_length,
+        "text_lower_case": args.text_lower_case,
+        "text_normalize": args.text_normalize,
+    }
+    encode_text(options["text_encoder"], options["tokenizer"], "", args.text_max_length)
+    return options
+
+
+def build_transformer(
+    args: VQDiffusionArguments,
+    tokenizer: PreTrainedModel,
+    grid_size: Sequence[int],
+    num_classes: int,
+    text: dict[str, Any],
+) -> VQDiffusionTransformer2DModel:
+    """An untrained one, for classes, for what `load_text` gives, or for neither."""
+    condition = {"condition_type": "unconditional"}
+    if text:
         condition = {
             "condition_type": "text",
-            "cross_attention_dim": encoder.config.hidden_size,
+            "cross_attention_dim": text["text_encoder"].config.hidden_size,
             "learnable_null_embedding": args.learnable_null_embedding,
-            "text_length": args.text_max_length or text_length(encoder, options["tokenizer"]),
+            "text_length": args.text_max_length or text_length(text["text_encoder"], text["tokenizer"]),
         }
-    elif codes.num_classes:
-        options = {"id2label": None if codes.class_names is None else dict(enumerate(codes.class_names))}
-        condition = {"condition_type": "class", "num_classes": codes.num_classes, "null_class": True}
-    transformer = VQDiffusionTransformer2DModel(
+    elif num_classes:
+        condition = {"condition_type": "class", "num_classes": num_classes, "null_class": True}
+    return VQDiffusionTransformer2DModel(
         num_embeddings=tokenizer.config.num_embeddings,
-        sample_size=codes.grid_size,
+        sample_size=tuple(grid_size),
         num_layers=args.num_layers,
         num_attention_heads=args.num_attention_heads,
         attention_head_dim=args.attention_head_dim,
@@ -244,14 +278,22 @@ def build_pipeline(args: VQDiffusionArguments, tokenizer: PreTrainedModel, codes
         dropout=args.dropout,
         **condition,
     )
+
+
+def build_pipeline(
+    args: VQDiffusionArguments,
+    tokenizer: PreTrainedModel,
+    codes: Codes,
+    scheduler: MaskReplaceScheduler,
+    text: dict[str, Any],
+) -> VQDiffusionImagePipeline:
+    """With an untrained transformer."""
+    options = dict(text)
+    if codes.num_classes and not text:
+        options["id2label"] = None if codes.class_names is None else dict(enumerate(codes.class_names))
+    transformer = build_transformer(args, tokenizer, codes.grid_size, codes.num_classes, text)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-    scheduler = MaskReplaceScheduler(
-        tokenizer.config.num_embeddings,
-        args.num_train_timesteps,
-        args.schedule,
-        auxiliary_loss_weight=args.auxiliary_weight,
-    )
     pipe = VQDiffusionImagePipeline(tokenizer, transformer.to(codes.run.device), scheduler, **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -299,8 +341,15 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("caption_column and text_encoder are given together: one is the other's input.")
     run = TrainingRun(run_args)
     tokenizer = AutoModel.from_pretrained(args.tokenizer, dtype=torch.float32).to(run.device).eval()
-    codes = Codes(run, data_args, args, tokenizer)
-    pipe = build_pipeline(args, tokenizer, codes)
+    scheduler = MaskReplaceScheduler(
+        tokenizer.config.num_embeddings,
+        args.num_train_timesteps,
+        args.schedule,
+        auxiliary_loss_weight=args.auxiliary_weight,
+    )
+    text = load_text(args, run.device)
+    codes = Codes(run, data_args, args, tokenizer, text)
+    pipe = build_pipeline(args, tokenizer, codes, scheduler, text)
     transformer = pipe.transformer
     captions = all_captions(data_args, data_args.caption_column) if args.cache_captions else None
     condition = Condition(pipe, data_args.caption_column, captions)

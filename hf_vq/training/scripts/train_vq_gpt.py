@@ -29,7 +29,7 @@ from hf_vq.training.data.coordinate_crops import CropSettings
 from hf_vq.training.data.image_datasets import DataArguments
 from hf_vq.training.data.indices_cache import CONDITION_CODES, IndicesDataset
 from hf_vq.training.run import RunArguments, TrainingRun
-from hf_vq.training.run_arguments import check_numbers, parse_arguments
+from hf_vq.training.run_arguments import check_guidance, check_numbers, parse_arguments
 from hf_vq.training.sharing import save_trained
 from hf_vq.training.validation import validation_loader
 
@@ -109,6 +109,7 @@ class VQGPTArguments:
             below_1=("dropout", "attention_dropout", "condition_dropout", "adam_beta1", "adam_beta2"),
             at_least_0=("weight_decay", "guidance_scale"),
         )
+        check_guidance(self.guidance_scale, self.condition_dropout)
         self._check_condition()
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
@@ -286,6 +287,10 @@ def crop_settings(
     """How crops with coordinates are cut; None without them."""
     if args.condition != "coordinates":
         return None
+    if args.picture_size < max(data_args.size):
+        raise ValueError(
+            f"picture_size={args.picture_size}: it must be at least {max(data_args.size)}, the pixels of a crop."
+        )
     return CropSettings(
         args.picture_size, args.crops_per_image, args.coordinate_scale, tokenizer.config.downsample_factor, seed
     )
@@ -302,8 +307,16 @@ def main(argv: list[str] | None = None) -> None:
     if condition_tokenizer is not None:
         condition_tokenizer.to(run.device)
     crops = crop_settings(args, data_args, tokenizer, run_args.seed)
+    num_classes = int(data_args.label_column is not None)  # how many there are is known when the data are open
     codes, class_names = load_code_splits(
-        run, data_args, tokenizer, args.random_flip_codes, crops=crops, boxes=boxes, **condition
+        run,
+        data_args,
+        tokenizer,
+        args.random_flip_codes,
+        crops=crops,
+        boxes=boxes,
+        try_model=lambda grids: build_prior(args, tokenizer, grids, num_classes, None, condition_tokenizer, boxes),
+        **condition,
     )
 
     num_classes = count_classes(codes, class_names, data_args.label_column, data_args.missing_condition == "null")

@@ -19,13 +19,13 @@ from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
 from hf_vq import VQLatentDiffusionPipeline
 from hf_vq.distributed import all_reduced, share_of_process
 from hf_vq.pipelines.conditioning import encode_text
-from hf_vq.training.data.code_splits import count_classes
+from hf_vq.training.data.code_splits import code_grids, count_classes, made_for_nothing
 from hf_vq.training.data.columns import NO_LABEL
 from hf_vq.training.data.image_datasets import CaptionedDataArguments, DataArguments, collate, load_image_dataset
 from hf_vq.training.data.latents_cache import LatentsDataset, encode_latents, write_latents
 from hf_vq.training.objectives.diffusion_objective import PREDICTION_TYPES, DiffusionObjective, LatentScale
 from hf_vq.training.run import RunArguments, TrainingRun
-from hf_vq.training.run_arguments import check_numbers, parse_arguments
+from hf_vq.training.run_arguments import check_guidance, check_numbers, parse_arguments
 from hf_vq.training.sample_generators import rand_of_samples, randn_of_samples, sample_generators
 from hf_vq.training.sharing import save_trained
 from hf_vq.training.text_encoder import load_text_encoder
@@ -85,6 +85,9 @@ class LatentDiffusionArguments:
             positive=("scaling_factor", "min_snr_gamma", "beta_start", "beta_end"),
             at_least_0=("weight_decay", "guidance_scale", "elbo_weight"),
         )
+        check_guidance(self.guidance_scale, self.condition_dropout)
+        if any(width < 1 for width in self.block_out_channels) or not self.block_out_channels:
+            raise ValueError(f"`block_out_channels` must be positive, got {self.block_out_channels}.")
         if self.sample_steps > self.num_train_timesteps:
             raise ValueError(
                 f"sample_steps={self.sample_steps}: it must be at most num_train_timesteps={self.num_train_timesteps}."
@@ -112,7 +115,11 @@ class Data:
         self, run: TrainingRun, data: DataArguments, args: LatentDiffusionArguments, tokenizer: PreTrainedModel
     ):
         self.run, self.arguments, self.tokenizer, self.class_names = run, data, tokenizer, None
-        data.check_multiple_of(max(tokenizer.config.downsample_factors))
+        data.check_multiple_of(tokenizer.config.downsample_factor)
+        if args.cache_latents and data.crop != "center":
+            raise ValueError(
+                f"crop={data.crop!r} has no effect on latents that are written once: set cache_latents=false."
+            )
         self.splits = {}
         for split in ("train", "validation"):
             augment = split == "train" and not args.cache_latents
@@ -129,10 +136,6 @@ class Data:
 
     def _cached(self, images: Dataset, split: str) -> LatentsDataset:
         data = self.arguments
-        if data.crop != "center":
-            raise ValueError(
-                f"crop={data.crop!r} has no effect on latents that are written once: set cache_latents=false."
-            )
         run, flip = self.run, data.random_flip and split == "train"
         folder = run.output_dir / "latents" / split
         write_latents(self.tokenizer, images, folder, flip=flip, num_workers=run.arguments.dataloader_num_workers)
@@ -175,6 +178,7 @@ class Condition:
         self.encoder = self.tokenizer = None
         if args.text_encoder is not None:
             self.encoder, self.tokenizer = load_text_encoder(args.text_encoder, device)
+            encode_text(self.encoder, self.tokenizer, "", max_length=args.text_max_length)  # or an error, now
 
     @property
     def kind(self) -> str | None:
@@ -211,6 +215,12 @@ class Condition:
 def build_unet(args: LatentDiffusionArguments, condition: Condition, channels: int, size: tuple[int, int]):
     """The UNet of the arguments, for latents of `channels` on a grid of `size`, with what its condition needs."""
     levels = range(len(args.block_out_channels))
+    halvings = 2 ** (len(levels) - 1)
+    if condition.kind != "text" and any(side % halvings for side in size):
+        raise ValueError(
+            f"block_out_channels={args.block_out_channels}: {len(levels)} levels halve {tuple(size)} latents "
+            f"{len(levels) - 1} times, which leaves no whole numbers."
+        )
     cross = "CrossAttn" if condition.kind == "text" else "Attn"
     kinds = [cross if level in args.attention_levels else "" for level in levels]
     config = {
@@ -294,11 +304,17 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("caption_column and text_encoder are given together: one is the other's input.")
     run = TrainingRun(run_args)
     tokenizer = AutoModel.from_pretrained(args.tokenizer, dtype=torch.float32).to(run.device).eval()
+    if len(tokenizer.config.downsample_factors) > 1:
+        raise ValueError(f"tokenizer={args.tokenizer!r}: it must have one level of codes.")
+    # how many classes there are is known when the data are open
+    condition = Condition(args, data_args.caption_column, int(data_args.label_column is not None), run.device)
+    data_args.check_multiple_of(tokenizer.config.downsample_factor)
+    (size,) = code_grids(data_args.size, tokenizer).values()
+    made_for_nothing(build_unet, args, condition, tokenizer.config.embed_dim, size)
     data = Data(run, data_args, args, tokenizer)
-    num_classes = count_classes(
+    condition.num_classes = count_classes(
         data.splits, data.class_names, data_args.label_column, data_args.missing_condition == "null"
     )
-    condition = Condition(args, data_args.caption_column, num_classes, run.device)
     objective = DiffusionObjective(
         args.prediction_type,
         args.num_train_timesteps,

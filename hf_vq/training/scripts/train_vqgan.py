@@ -25,7 +25,7 @@ from hf_vq.training.fine_tuning import PARTS, train_part
 from hf_vq.training.objectives.discriminator import PatchDiscriminator
 from hf_vq.training.objectives.perceptual import PerceptualNetwork, build_perceptual
 from hf_vq.training.objectives.segmentation_loss import LOSSES, segmentation_loss
-from hf_vq.training.objectives.vqgan_loss import VQGANLoss
+from hf_vq.training.objectives.vqgan_loss import DISCRIMINATOR_LOSSES, RECONSTRUCTION_LOSSES, VQGANLoss
 from hf_vq.training.run import RunArguments, TrainingRun
 from hf_vq.training.run_arguments import check_agrees, check_numbers, parse_arguments, parse_mapping
 from hf_vq.training.sharing import save_trained
@@ -61,7 +61,7 @@ class VQGANArguments:
     embed_dim: int = 256
     num_embeddings: int = 1024
     commitment_cost: float = 0.25
-    quantizer: str = field(default="ema", metadata={"help": f"One of {', '.join(QUANTIZERS)}."})
+    quantizer: str = field(default="ema", metadata={"help": "How codes are chosen.", "choices": list(QUANTIZERS)})
     in_channels: int | None = field(
         default=None,
         metadata={"help": "Channels of the images: 1 grey, 3 RGB (the default), 4 RGBA; a condition has its own."},
@@ -86,7 +86,7 @@ class VQGANArguments:
         default="cross_entropy", metadata={"help": "cross_entropy, or the original's bce.", "choices": list(LOSSES)}
     )
     quantizer_kwargs: str = field(default="{}", metadata={"help": "Its further arguments, a mapping or JSON."})
-    reconstruction: str = field(default="l1", metadata={"help": "l1 or l2."})
+    reconstruction: str = field(default="l1", metadata={"help": "Distance.", "choices": list(RECONSTRUCTION_LOSSES)})
     perceptual: str | None = field(
         default=None,
         metadata={
@@ -112,7 +112,9 @@ class VQGANArguments:
             "of model_name_or_path, if it has one."
         },
     )
-    disc_loss: str = field(default="hinge", metadata={"help": "hinge or vanilla."})
+    disc_loss: str = field(
+        default="hinge", metadata={"help": "Of the discriminator.", "choices": list(DISCRIMINATOR_LOSSES)}
+    )
     adam_beta1: float = 0.5
     adam_beta2: float = 0.9
 
@@ -259,20 +261,10 @@ def main(argv: list[str] | None = None) -> None:
     run_args, data_args, args = parse_arguments((RunArguments, DataArguments, VQGANArguments), argv)
     run = TrainingRun(run_args)
     processor = args.processor(data_args.resolution)
-    dataset, validation = load_splits(data_args, args, run_args.seed, processor)
-
     tokenizer = build_model(args, data_args.resolution).to(memory_format=torch.channels_last)
     data_args.check_multiple_of(tokenizer.config.downsample_factor)
-    trained = train_part(tokenizer, args.train)
-    # whole: the adaptive weight of the adversarial loss is a ratio of gradients of the last layer
-    model = run.add_model("model", tokenizer, ema=True, shard=False)
+    run_args.check_codebook(tokenizer.config.num_embeddings)
     critic = build_discriminator(args)
-    discriminator = run.add_model("discriminator", critic)
-    betas = (args.adam_beta1, args.adam_beta2)
-    optimizer = run.add_optimizer("optimizer", torch.optim.Adam(trained, lr=run_args.learning_rate, betas=betas))
-    d_optimizer = run.add_optimizer(
-        "d_optimizer", torch.optim.Adam(discriminator.parameters(), lr=run_args.learning_rate, betas=betas)
-    )
     perceptual = build_perceptual(args.perceptual)
     if perceptual is not None:
         perceptual.to(run.device)
@@ -287,6 +279,17 @@ def main(argv: list[str] | None = None) -> None:
         disc_loss=args.disc_loss,
         disc_start=args.disc_start_fraction if args.disc_start_step is None else args.disc_start_step,
         disc_warmup_steps=args.disc_warmup_steps,
+    )
+
+    dataset, validation = load_splits(data_args, args, run_args.seed, processor)
+    trained = train_part(tokenizer, args.train)
+    # whole: the adaptive weight of the adversarial loss is a ratio of gradients of the last layer
+    model = run.add_model("model", tokenizer, ema=True, shard=False)
+    discriminator = run.add_model("discriminator", critic)
+    betas = (args.adam_beta1, args.adam_beta2)
+    optimizer = run.add_optimizer("optimizer", torch.optim.Adam(trained, lr=run_args.learning_rate, betas=betas))
+    d_optimizer = run.add_optimizer(
+        "d_optimizer", torch.optim.Adam(discriminator.parameters(), lr=run_args.learning_rate, betas=betas)
     )
 
     run.on_validation(lambda: validate(run, tokenizer, validation, processor, perceptual))

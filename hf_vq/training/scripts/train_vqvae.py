@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch.utils.data import Dataset
 
 from hf_vq import VQImageProcessor, VQVAEConfig, VQVAEModel
 from hf_vq.models.quantizers.build import QUANTIZERS
@@ -40,7 +39,7 @@ class VQVAEArguments:
     embed_dim: int = 64
     num_embeddings: int = 512
     commitment_cost: float = 0.25
-    quantizer: str = field(default="ema", metadata={"help": f"One of {', '.join(QUANTIZERS)}."})
+    quantizer: str = field(default="ema", metadata={"help": "How codes are chosen.", "choices": list(QUANTIZERS)})
     in_channels: int = field(default=3, metadata={"help": "Channels of the images: 1 grey, 3 RGB, 4 RGBA."})
     quantizer_kwargs: str = field(default="{}", metadata={"help": "Its further arguments, a mapping or JSON."})
     data_variance: float | None = field(
@@ -57,12 +56,15 @@ class VQVAEArguments:
             self,
             at_least_0=("commitment_cost",),
             positive=("data_variance",),
-            at_least_1_integer=("in_channels", "hidden_size", "residual_hidden_size", "embed_dim", "num_embeddings"),
+            at_least_1_integer=(
+                *("in_channels", "hidden_size", "residual_hidden_size", "embed_dim", "num_embeddings"),
+                "downsample_factor",
+            ),
             at_least_0_integer=("num_residual_layers",),
         )
 
 
-def build_model(args: VQVAEArguments, resolution: int | Sequence[int], dataset: Dataset) -> VQVAEModel:
+def build_model(args: VQVAEArguments, resolution: int | Sequence[int]) -> VQVAEModel:
     """The tokenizer that the arguments name, or a new one of their sizes."""
     if args.model_name_or_path is not None:
         tokenizer = VQVAEModel.from_pretrained(args.model_name_or_path, dtype=torch.float32)
@@ -80,7 +82,7 @@ def build_model(args: VQVAEArguments, resolution: int | Sequence[int], dataset: 
         commitment_cost=args.commitment_cost,
         quantizer=args.quantizer,
         quantizer_kwargs=args.quantizer_kwargs,
-        data_variance=args.data_variance or pixel_variance(dataset),
+        data_variance=args.data_variance,
     )
     return VQVAEModel(config)
 
@@ -89,20 +91,24 @@ def main(argv: list[str] | None = None) -> None:
     """Trains, by the arguments of the command line or `argv`."""
     run_args, data_args, args = parse_arguments((RunArguments, DataArguments, VQVAEArguments), argv)
     run = TrainingRun(run_args)
+    tokenizer = build_model(args, data_args.resolution).to(memory_format=torch.channels_last)
+    data_args.check_multiple_of(max(tokenizer.config.downsample_factors))
+    run_args.check_codebook(tokenizer.config.num_embeddings)
+    perceptual = build_perceptual(args.validation_perceptual)
+    if perceptual is not None:
+        perceptual.to(run.device)
+
     dataset = load_image_dataset(data_args, "train", augment=True, seed=run_args.seed, channels=args.in_channels)
     validation = load_image_dataset(
         data_args, "validation", class_names=dataset.class_names, channels=args.in_channels
     )
 
-    tokenizer = build_model(args, data_args.resolution, validation).to(memory_format=torch.channels_last)
-    data_args.check_multiple_of(tokenizer.config.downsample_factor)
+    if args.model_name_or_path is None and args.data_variance is None:
+        tokenizer.config.data_variance = pixel_variance(validation)
     train_part(tokenizer, args.train)
     model = run.add_model("model", tokenizer, ema=True)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = run.add_optimizer("optimizer", torch.optim.Adam(parameters, lr=run_args.learning_rate))
-    perceptual = build_perceptual(args.validation_perceptual)
-    if perceptual is not None:
-        perceptual.to(run.device)
 
     run.on_validation(lambda: validate_tokenizer(run, tokenizer, validation, perceptual))
     run.start()
