@@ -82,6 +82,12 @@ def check_sequence(name: str, value: Any) -> list:
     return entries
 
 
+def check_tensor(name: str, value: Any) -> None:
+    """A ValueError that names `value` unless it is a tensor."""
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"`{name}` must be a tensor, got a {type(value).__name__}.")
+
+
 def _fits_a_float(number: numbers.Real) -> bool:
     try:
         return math.isfinite(number)
@@ -96,4 +102,4 @@ def _described(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:100]}…"
 
 
-__all__ = ["check_integer", "check_real", "check_sequence"]
+__all__ = ["check_integer", "check_real", "check_sequence", "check_tensor"]

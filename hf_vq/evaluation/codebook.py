@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from ..argument_checks import check_integer
 from ..distributed import all_reduced
 from ..models.quantizers.codebook_statistics import CodebookStatistics, codebook_statistics
 
@@ -19,9 +20,7 @@ class CodebookCounts:
     """
 
     def __init__(self, num_embeddings: int):
-        if num_embeddings < 1:
-            raise ValueError(f"`num_embeddings` must be at least 1, got {num_embeddings}")
-        self.num_embeddings = num_embeddings
+        self.num_embeddings = num_embeddings = check_integer("num_embeddings", num_embeddings, 1)
         self.counts = torch.zeros(num_embeddings, dtype=torch.int64)
 
     def update(self, indices: torch.Tensor) -> None:
@@ -56,7 +55,7 @@ class PositionCounts:
     """
 
     def __init__(self, num_embeddings: int):
-        self.num_embeddings = num_embeddings
+        self.num_embeddings = check_integer("num_embeddings", num_embeddings, 1)
         self.counts: torch.Tensor | None = None
 
     def update(self, indices: torch.Tensor) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..argument_checks import check_tensor
 from ..distributed import all_gathered, is_main_process
 from ..images import check_pixel_range
 
@@ -57,6 +58,7 @@ class FeatureSet:
     network: str
 
     def __post_init__(self):
+        check_tensor("features", self.features)
         if self.features.ndim != 2:
             raise ValueError(f"`features` must have shape (N, D), got {tuple(self.features.shape)}")
 

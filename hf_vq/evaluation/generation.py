@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..argument_checks import check_integer, check_tensor
 from .features import FeatureExtractor, FeatureSet, extract_features
 
 
@@ -77,7 +78,7 @@ def compare_features(
         raise ValueError(f"`generated` must come from {real.network!r} as `real` does, got {generated.network!r}")
     if len(real) < 8:
         raise ValueError(f"`real` must have at least 8 pictures, to be halved for the floor, got {len(real)}")
-    order = torch.randperm(len(real), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(real), generator=torch.Generator().manual_seed(check_integer("seed", seed)))
     half = len(real) // 2
     halves = real.features[order[:half]], real.features[order[half : 2 * half]]
     functions = {
@@ -87,7 +88,7 @@ def compare_features(
         "recall": lambda a, b: (precision_recall(a, b, neighbours)[1], None),
     }
     results = []
-    for metric in metrics:
+    for metric in [metrics] if isinstance(metrics, str) else metrics:
         if metric not in functions:
             raise ValueError(f"`metrics` must be among {sorted(functions)}, got {metric!r}")
         value, standard_error = functions[metric](real.features, generated.features)
@@ -120,6 +121,9 @@ def compare_images(
         batch_size: pictures that it sees at a time.
         kwargs: those of `compare_features`.
     """
+    batch_size = check_integer("batch_size", batch_size, 1)
+    for name, images in (("real", real), ("generated", generated)):
+        check_tensor(name, images)
     sets = (extract_features(images.split(batch_size), extractor, progress=False) for images in (real, generated))
     return compare_features(*sets, **kwargs)
 
@@ -180,13 +184,14 @@ def kernel_distance(
     real, generated = _check_pair(real, generated, minimum=3)
     if subset_size is None:
         return _mmd2_with_jackknife(real, generated)
+    subset_size = check_integer("subset_size", subset_size)
     num_subsets = min(len(real), len(generated)) // subset_size if subset_size >= 3 else 0
     if num_subsets < 2:
         raise ValueError(
             f"`subset_size` must be at least 3 and fit twice into both sets ({len(real)} real, {len(generated)} "
             f"generated), got {subset_size}"
         )
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(check_integer("seed", seed))
     subsets = []
     for features in (real, generated):
         order = torch.randperm(len(features), generator=generator)[: num_subsets * subset_size]
@@ -207,8 +212,7 @@ def precision_recall(real: torch.Tensor, generated: torch.Tensor, neighbours: in
         generated: `(M, D)`, M above `neighbours`.
         neighbours: k.
     """
-    if neighbours < 1:
-        raise ValueError(f"`neighbours` must be positive, got {neighbours}")
+    neighbours = check_integer("neighbours", neighbours, 1)
     real, generated = _check_pair(real, generated, minimum=neighbours + 1)
     return _share_inside(generated, real, neighbours), _share_inside(real, generated, neighbours)
 
@@ -222,9 +226,11 @@ def classifier_score(logits: torch.Tensor, num_splits: int = 10) -> tuple[float,
         logits: `(N, classes)`, in random order.
         num_splits: consecutive parts that are scored one by one; at most N.
     """
-    if logits.ndim != 2 or not 1 <= num_splits <= len(logits):
+    check_tensor("logits", logits)
+    num_splits = check_integer("num_splits", num_splits)
+    if logits.ndim != 2 or not 1 <= num_splits <= len(logits) or not logits.isfinite().all():
         raise ValueError(
-            f"`logits` must have shape (N, classes) with N at least `num_splits`={num_splits}, got "
+            f"`logits` must be finite and have shape (N, classes) with N at least `num_splits`={num_splits}, got "
             f"{tuple(logits.shape)}"
         )
     scores = []
@@ -286,6 +292,10 @@ def _covariance(features: torch.Tensor) -> torch.Tensor:
 
 
 def _check_pair(real: torch.Tensor, generated: torch.Tensor, minimum: int) -> tuple[torch.Tensor, torch.Tensor]:
+    for name, features in (("real", real), ("generated", generated)):
+        check_tensor(name, features)
+        if features.is_complex():
+            raise ValueError(f"`{name}` must be real numbers, got {features.dtype}.")
     if real.ndim != 2 or generated.ndim != 2 or real.shape[1] != generated.shape[1]:
         raise ValueError(
             "`real` and `generated` must have shapes (N, D) and (M, D), "

@@ -11,8 +11,9 @@ from PIL import Image
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
-from ..argument_checks import check_integer
+from ..argument_checks import check_integer, check_tensor
 from ..images import to_pil
+from ..models.quantizers.codebook_statistics import check_indices
 from .evaluate import evaluation_mode, progress_bar
 from .features import FeatureExtractor, extract_features
 from .pictures import labelled_rows
@@ -91,6 +92,9 @@ def heat_map(values: torch.Tensor, scale: int = 16) -> Image.Image:
         values: of any range; a constant map is dark.
         scale: pixels a value.
     """
+    scale = check_integer("scale", scale, 1)
+    if values.ndim != 2 or not values.isfinite().all():
+        raise ValueError(f"`values` must be finite and of shape (h, w), got shape {tuple(values.shape)}.")
     span = (values.max() - values.min()).clamp_min(torch.finfo(torch.float32).tiny)
     levels = ((values - values.min()) / span).float().cpu()
     ramp = torch.tensor([[13, 8, 68], [126, 3, 168], [225, 100, 98], [253, 203, 38], [240, 249, 33]]) / 255
@@ -109,6 +113,8 @@ def index_map(indices: torch.LongTensor, num_embeddings: int, scale: int = 1) ->
         num_embeddings: K.
         scale: pixels a code.
     """
+    num_embeddings, scale = check_integer("num_embeddings", num_embeddings, 1), check_integer("scale", scale, 1)
+    check_indices(indices, num_embeddings)
     generator = torch.Generator().manual_seed(0)
     colours = torch.randint(0, 256, (num_embeddings, 3), generator=generator, dtype=torch.uint8)
     pixels = colours[indices.detach().cpu()].numpy()
@@ -215,6 +221,10 @@ def copied_share(samples: torch.Tensor, training: torch.Tensor, held_out: torch.
         The share of samples whose distance to the nearest training image is below the median of the same distance of
         the held-out images, which were never trained on: about 0.5 for a generator that copies nothing.
     """
+    for name, features in (("samples", samples), ("training", training), ("held_out", held_out)):
+        check_tensor(name, features)
+        if features.ndim != 2 or not len(features) or not features.isfinite().all():
+            raise ValueError(f"`{name}` must be finite features (N, D), got shape {tuple(features.shape)}.")
     nearest = [torch.cdist(one.double(), training.double()).amin(dim=1) for one in (samples, held_out)]
     return float((nearest[0] < nearest[1].median()).double().mean())
 

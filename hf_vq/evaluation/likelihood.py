@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from ..argument_checks import check_integer, check_tensor
 from ..distributed import all_reduced
 
 
@@ -17,18 +18,19 @@ class CodeLikelihood:
     """
 
     def __init__(self, pixel_dims: int | None = None):
-        if pixel_dims is not None and pixel_dims < 1:
-            raise ValueError(f"`pixel_dims` must be positive, got {pixel_dims}")
-        self.pixel_dims = pixel_dims
+        self.pixel_dims = None if pixel_dims is None else check_integer("pixel_dims", pixel_dims, 1)
         # images, indices, sum of bits, sum of squared bits
         self.totals = torch.zeros(4, dtype=torch.float64)
 
     def update(self, log_likelihood: torch.Tensor, num_indices: int) -> None:
         """Add one batch: `log_likelihood` `(B,)` in nats, of `num_indices` codes each."""
-        if log_likelihood.ndim != 1:
-            raise ValueError(f"`log_likelihood` must have shape (B,), got {tuple(log_likelihood.shape)}")
-        if num_indices < 1:
-            raise ValueError(f"`num_indices` must be positive, got {num_indices}")
+        check_tensor("log_likelihood", log_likelihood)
+        if log_likelihood.ndim != 1 or log_likelihood.isnan().any():
+            raise ValueError(
+                f"`log_likelihood` must be numbers of shape (B,), got {log_likelihood.dtype} of shape "
+                f"{tuple(log_likelihood.shape)}, {int(log_likelihood.isnan().sum())} of them nan."
+            )
+        num_indices = check_integer("num_indices", num_indices, 1)
         bits = -log_likelihood.detach().double().cpu() / math.log(2)
         images = bits.shape[0]
         self.totals += torch.stack(

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from ..argument_checks import check_integer, check_real, check_tensor
 from ..distributed import all_reduced
 from ..images import check_pixel_range
 
@@ -54,7 +55,8 @@ def ssim(images: torch.Tensor, references: torch.Tensor, window_size: int = 11, 
         `(B,)`, at most 1.
     """
     _check_pair(images, references)
-    if window_size < 1 or window_size % 2 == 0:
+    window_size, sigma = check_integer("window_size", window_size, 1), check_real("sigma", sigma, above=0)
+    if window_size % 2 == 0:
         raise ValueError(f"`window_size` must be odd and positive, got {window_size}")
     if min(images.shape[-2:]) < window_size:
         raise ValueError(f"`images` must be at least {window_size} pixels high and wide, got {tuple(images.shape)}")
@@ -111,6 +113,8 @@ class MeanOverImages:
 
 
 def _check_pair(images: torch.Tensor, references: torch.Tensor) -> None:
+    for name, values in (("images", images), ("references", references)):
+        check_tensor(name, values)
     if images.ndim != 4 or images.shape != references.shape:
         raise ValueError(
             "`images` and `references` must have one shape (B, C, H, W), "

@@ -221,18 +221,38 @@ def check_saved_class(path: str | os.PathLike, key: str, names: Collection[str])
         ValueError: it belongs to another class, or says none.
     """
     config = read_json_file(path)
-    found = config.get(key)
-    found = found[-1] if isinstance(found, list) and found else found  # with code, [module, class]
-    if found not in names:
-        raise ValueError(f"`{path}` must be of a {next(iter(names))} (`{key}`), got {found!r}.")
+    _check_class_name(path, key, config.get(key), names)
     return config
 
 
-def check_processor_file(cls: type, source: str | os.PathLike, subfolder: str | None = None) -> None:
-    """Refuses the file of another image processor in a folder, which would be read as far as the names agree."""
-    file = Path(source, subfolder or "", "preprocessor_config.json")
-    if file.is_file():
-        check_saved_class(file, "image_processor_type", [base.__name__ for base in cls.__mro__])
+def _check_class_name(path: str | os.PathLike, key: str, found: Any, names: Collection[str]) -> None:
+    found = found[-1] if isinstance(found, list) and found else found  # with code, [module, class]
+    if found not in names:
+        raise ValueError(f"`{path}` must be of a {next(iter(names))} (`{key}`), got {found!r}.")
+
+
+class CheckedProcessorMixin:
+    """`from_pretrained` of an image processor, which refuses the file of another one: it would be read as far as the
+    names agree. It stands first among the bases.
+    """
+
+    @classmethod
+    def get_image_processor_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As transformers reads it.
+
+        Raises:
+            OSError: the file is no JSON object.
+            ValueError: it belongs to another class.
+        """
+        file = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "", "preprocessor_config.json")
+        if file.is_file():
+            read_json_file(file)
+        found, others = super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
+        names = [base.__name__ for base in cls.__mro__]
+        _check_class_name(file, "image_processor_type", found.get("image_processor_type"), names)
+        return found, others
 
 
 def check_pipeline_files(folder: str | os.PathLike, wanted: Iterable[str]) -> None:
@@ -413,9 +433,9 @@ def _some_of(names: list[str], most: int = 5) -> str:
 
 __all__ = [
     "CheckedLoadingMixin",
+    "CheckedProcessorMixin",
     "check_parts",
     "check_pipeline_files",
-    "check_processor_file",
     "check_safetensors",
     "check_saved_class",
     "read_json_file",

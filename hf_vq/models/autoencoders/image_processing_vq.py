@@ -1,6 +1,5 @@
 """Images to the `pixel_values` of a tokenizer, and its samples back to images."""
 
-import os
 from typing import Any
 
 import numpy as np
@@ -17,10 +16,10 @@ from transformers.image_utils import (
 
 from ...argument_checks import check_integer
 from ...images import array_to_pil, array_to_pixels, covering_size, resize_and_crop, to_channels
-from ..checked_loading import check_processor_file
+from ..checked_loading import CheckedProcessorMixin
 
 
-class VQImageProcessor(PilBackend):
+class VQImageProcessor(CheckedProcessorMixin, PilBackend):
     """Scaled until it covers the crop, cropped at the centre, values to [-1, 1].
 
     The same steps as training's: bicubic with antialiasing, transparency laid on white, EXIF orientation applied.
@@ -57,12 +56,6 @@ class VQImageProcessor(PilBackend):
             kwargs = {"image_mean": [0.5] * num_channels, "image_std": [0.5] * num_channels, **kwargs}
         super().__init__(**_with_crop_size(kwargs))
         self.num_channels = num_channels
-
-    @classmethod
-    def get_image_processor_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any):
-        """As transformers reads it, once the file in a folder is seen to be of this class."""
-        check_processor_file(cls, pretrained_model_name_or_path, kwargs.get("subfolder"))
-        return super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
 
     def preprocess(self, images: ImageInput, *args: Any, **kwargs: Any):
         images = (

@@ -1,7 +1,6 @@
 """Spatial conditions to the `pixel_values` of a condition tokenizer, and back to pictures of them."""
 
 import colorsys
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,14 +10,14 @@ from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
 from ...argument_checks import check_integer, check_real
-from ..checked_loading import check_processor_file
+from ..checked_loading import CheckedProcessorMixin
 
 
 CONDITIONS = ("segmentation", "depth", "edges", "pose", "image")
 CHANNELS = {"depth": 1, "edges": 1, "pose": 3, "image": 3}
 
 
-class VQConditionProcessor(BaseImageProcessor):
+class VQConditionProcessor(CheckedProcessorMixin, BaseImageProcessor):
     """Label maps, depth maps, edge maps and drawn skeletons, cut as `VQImageProcessor` cuts the images they belong to.
 
     Args:
@@ -81,12 +80,6 @@ class VQConditionProcessor(BaseImageProcessor):
         self.palette = None if palette is None else [list(map(int, colour)) for colour in palette]
         self.size = _height_and_width(size)
         self.threshold = check_real("threshold", threshold)
-
-    @classmethod
-    def get_image_processor_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any):
-        """As transformers reads it, once the file in a folder is seen to be of this class."""
-        check_processor_file(cls, pretrained_model_name_or_path, kwargs.get("subfolder"))
-        return super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
 
     @property
     def num_channels(self) -> int:

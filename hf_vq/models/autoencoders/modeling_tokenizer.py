@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
+from ...argument_checks import check_integer, check_tensor
 from ..checked_loading import CheckedLoadingMixin
 from ..modeling_outputs import QuantizerOutput, VQDecoderOutput, VQEncoderOutput, VQModelOutput
 from ..quantizers.build import build_quantizer
@@ -69,6 +70,7 @@ class VQTokenizerModel(CheckedLoadingMixin, PreTrainedModel):
             step: steps done so far, from 0.
             total_steps: steps of the whole run.
         """
+        step, total_steps = check_integer("step", step, 0), check_integer("total_steps", total_steps, 1)
         for module in self.modules():
             if isinstance(module, Quantizer):
                 module.set_training_step(step, total_steps)
@@ -79,9 +81,12 @@ class VQTokenizerModel(CheckedLoadingMixin, PreTrainedModel):
 
     def _check_pixels(self, pixel_values: torch.Tensor) -> None:
         channels, factor = self.config.in_channels, self.config.downsample_factor
+        check_tensor("pixel_values", pixel_values)
+        if not pixel_values.is_floating_point():
+            raise ValueError(f"`pixel_values` must be floating-point values in [-1, 1], got {pixel_values.dtype}.")
         if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
             raise ValueError(f"`pixel_values` must have shape (B, {channels}, H, W), got {tuple(pixel_values.shape)}.")
-        if pixel_values.shape[2] % factor or pixel_values.shape[3] % factor:
+        if any(side % factor or not side for side in pixel_values.shape[2:]):
             raise ValueError(
                 f"`pixel_values` must have a height and width that are multiples of {factor} (the downsample factor), "
                 f"got {pixel_values.shape[2]}x{pixel_values.shape[3]}."
@@ -103,6 +108,8 @@ class VQTokenizerModel(CheckedLoadingMixin, PreTrainedModel):
             overlap: pixels that neighbours share, a multiple of `downsample_factor`; by default a quarter of a tile.
         """
         factor = self.config.downsample_factor
+        tile_size = None if tile_size is None else check_integer("tile_size", tile_size)
+        overlap = None if overlap is None else check_integer("overlap", overlap)
         tile_size = 2 * max(self.config.image_size) if tile_size is None else tile_size
         overlap = tile_size // 4 // factor * factor if overlap is None else overlap
         if tile_size < 2 * factor or tile_size % factor:
@@ -223,6 +230,7 @@ class VQTokenizerModel(CheckedLoadingMixin, PreTrainedModel):
 
     def decode_indices(self, indices: torch.Tensor, return_dict: bool = True) -> VQDecoderOutput | tuple[torch.Tensor]:
         """Codes, int64 `(B, h, w)` in [0, `config.num_embeddings`), to images `(B, C, H, W)`."""
+        check_tensor("indices", indices)
         if indices.ndim < 3:
             raise ValueError(f"`indices` must have shape (B, h, w), got {tuple(indices.shape)}.")
         quantized = self.quantize.indices_to_latents(indices).to(self.dtype)

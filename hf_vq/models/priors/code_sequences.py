@@ -11,7 +11,7 @@ from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ...argument_checks import check_integer
+from ...argument_checks import check_integer, check_real
 from .code_decoding import CodeDecoder, preallocated_cache, sample_codes
 
 
@@ -377,6 +377,8 @@ class CodeSequenceMixin:
                 f"`max_new_tokens` leads to {total} tokens, but the model has positions for "
                 f"{self.config.n_positions + 1}."
             )
+        if setting("guidance_scale") is not None:
+            check_real("guidance_scale", setting("guidance_scale"))
         if setting("guidance_scale") not in (None, 1, 1.0):
             kwargs["negative_prompt_ids"] = self._negative_prompt(prompt, kwargs.get("negative_prompt_ids"), setting)
         if self.config.vocab_size > self.config.codebook_size:

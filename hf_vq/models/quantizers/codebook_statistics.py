@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ...argument_checks import check_tensor
+
 
 @dataclass
 class CodebookStatistics:
@@ -18,7 +20,8 @@ class CodebookStatistics:
 
 def codebook_statistics(counts: torch.Tensor) -> CodebookStatistics:
     """Statistics of code counts `(K,)`, over a batch or summed over a data set; each field is a 0-dim tensor."""
-    if counts.ndim != 1:
+    check_tensor("counts", counts)
+    if counts.ndim != 1 or not len(counts):
         raise ValueError(f"`counts` must have shape (num_embeddings,), got {tuple(counts.shape)}.")
     counts = counts.to(torch.float32 if counts.device.type == "mps" else torch.float64)  # mps has no float64
     probabilities = counts / counts.sum().clamp_min(1)
@@ -57,6 +60,7 @@ def are_finite(vectors: torch.Tensor) -> torch.Tensor:
 
 def check_indices(indices: torch.Tensor, num_embeddings: int) -> None:
     """Raise a `ValueError` unless `indices` is an integer tensor with values in [0, num_embeddings)."""
+    check_tensor("indices", indices)
     if indices.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
         raise ValueError(f"`indices` must be an integer tensor, got {indices.dtype}.")
     if torch.compiler.is_compiling() or indices.numel() == 0:

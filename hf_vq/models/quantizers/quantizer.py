@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...argument_checks import check_integer
+from ...argument_checks import check_integer, check_tensor
 from ..modeling_outputs import QuantizerOutput
 from .codebook_statistics import check_indices
 
@@ -62,8 +62,11 @@ class Quantizer(nn.Module):
 
     def check_latents(self, latents: torch.Tensor) -> None:
         """Raise a `ValueError` unless `latents` has shape `(B, D, h, w)`."""
+        check_tensor("latents", latents)
         if latents.ndim != 4 or latents.shape[1] != self.embed_dim:
             raise ValueError(f"`latents` must have shape (B, {self.embed_dim}, h, w), got {tuple(latents.shape)}.")
+        if not latents.is_floating_point():
+            raise ValueError(f"`latents` must be floating-point values, got {latents.dtype}.")
 
 
 def flatten(latents: torch.Tensor) -> torch.Tensor:

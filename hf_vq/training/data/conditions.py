@@ -187,13 +187,13 @@ def load_condition_processor(folder: str | PathLike) -> VQConditionProcessor:
     Raises:
         ValueError: another processor lies there.
     """
-    found, _ = VQConditionProcessor.get_image_processor_dict(str(folder))
-    if found.get("image_processor_type") != VQConditionProcessor.__name__:
+    try:
+        return VQConditionProcessor.from_pretrained(str(folder))
+    except ValueError as error:
         raise ValueError(
-            f"`condition_tokenizer` must have a {VQConditionProcessor.__name__} beside it, got "
-            f"{found.get('image_processor_type')!r} in {folder}: train it by train_vqgan.py --condition …"
-        )
-    return VQConditionProcessor.from_pretrained(str(folder))
+            f"`condition_tokenizer` must have a {VQConditionProcessor.__name__} beside it, as train_vqgan.py "
+            f"--condition … saves one: {error}"
+        ) from error
 
 
 __all__ = [

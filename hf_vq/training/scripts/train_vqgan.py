@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from hf_vq import VQConditionProcessor, VQGANConfig, VQGANModel, VQImageProcessor
 from hf_vq.models.autoencoders.image_processing_vq_condition import CONDITIONS
 from hf_vq.models.quantizers.build import QUANTIZERS
-from hf_vq.training.data.conditions import condition_values
+from hf_vq.training.data.conditions import build_reader, condition_values
 from hf_vq.training.data.image_datasets import DataArguments, load_image_dataset
 from hf_vq.training.data.image_decoding import as_size
 from hf_vq.training.fine_tuning import PARTS, train_part
@@ -261,6 +261,7 @@ def main(argv: list[str] | None = None) -> None:
     run_args, data_args, args = parse_arguments((RunArguments, DataArguments, VQGANArguments), argv)
     run = TrainingRun(run_args)
     processor = args.processor(data_args.resolution)
+    build_reader(processor, data_args.conditioning_image_column, data_args.edge_sigma)  # or an error, before data
     tokenizer = build_model(args, data_args.resolution).to(memory_format=torch.channels_last)
     data_args.check_multiple_of(tokenizer.config.downsample_factor)
     run_args.check_codebook(tokenizer.config.num_embeddings)

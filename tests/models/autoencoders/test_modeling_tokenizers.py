@@ -585,3 +585,29 @@ def test_wrong_configurations_are_refused(kind, overrides, message):
     with pytest.raises(ValueError, match=message):
         config_class, model_class = {"vqgan": (VQGANConfig, VQGANModel), "vqvae": (VQVAEConfig, VQVAEModel)}[kind]
         model_class(config_class(**overrides))
+
+
+@pytest.mark.parametrize(
+    ("name", "use"),
+    [
+        ("pixel_values", lambda model, pixels: model.encode((pixels * 100).to(torch.uint8))),
+        ("pixel_values", lambda model, pixels: model(pixels.numpy())),
+        ("pixel_values", lambda model, pixels: model(pixels[:, :, :0])),
+        ("indices", lambda model, pixels: model.decode_indices([[0]])),
+        ("latents", lambda model, pixels: model.decode(torch.zeros(1, 4, 4, 4, dtype=torch.long))),
+        ("latents", lambda model, pixels: model.decode(None)),
+        ("tile_size", lambda model, pixels: model.enable_tiling(16.0)),
+        ("overlap", lambda model, pixels: model.enable_tiling(16, "4")),
+        ("step", lambda model, pixels: model.set_training_step(-1, 10)),
+        ("total_steps", lambda model, pixels: model.set_training_step(0, float("nan"))),
+    ],
+)
+def test_arguments_of_another_kind_are_named(name, use):
+    model = VQGANModel(
+        VQGANConfig(
+            base_channels=32, channel_multiplier=(1, 1), num_res_blocks=1, attn_resolutions=(), embed_dim=4,
+            latent_channels=4, num_embeddings=8, resolution=8,
+        )
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=f"`{name}` must"):
+        use(model.eval(), torch.rand(1, 3, 8, 8) * 2 - 1)
