@@ -8,6 +8,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -21,6 +22,7 @@ from safetensors.torch import save_file
 
 import hf_vq
 from hf_vq.cli import EXTRAS, build_parser, main
+from hf_vq.evaluation.inspection import metric_rows
 from hf_vq.evaluation.pictures import labelled_rows
 from hf_vq.hub_cards import model_card
 from hf_vq.images import to_pil
@@ -644,3 +646,61 @@ def test_show(folder, tmp_path, capsys):
     assert run("show", "atlas", folder / "vqgan") == 1
     assert "`IMAGE` must name at least one file" in capsys.readouterr().err
     assert run("show", "interpolation", folder / "vqgan", images[0]) == 1
+
+
+def test_blank_lines_of_a_list_are_no_folder(monkeypatch, tmp_path):
+    from hf_vq.commands.sources import image_files
+
+    (tmp_path / "other.png").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO("cat.png\r\n\n   \ndog.png\n"))
+    assert list(map(str, image_files(["-"]))) == ["cat.png", "dog.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["encode", "MODEL", "IMAGE", "--output", "FOLDER"], "`--output` must be a file, got the folder"),
+        (["reconstruct", "MODEL", "IMAGE", "--output", "sheet"], "`--output` must end as an image file"),
+        (["sample", "MODEL", "--output", "sheet.xyz"], "`--output` must end as an image file"),
+        (["show", "atlas", "MODEL", "IMAGE", "--output", "FOLDER"], "`--output` must be a file, got the folder"),
+        (["decode", "MODEL", "codes.safetensors", "--output", "IMAGE"], "`--output` must be a folder, got the file"),
+        (["evaluate", "MODEL", "--data", "images", "--output", "FOLDER"], "`--output` must be a file"),
+        (["evaluate", "MODEL", "--data", "images", "--update-card"], "`--update-card` needs a local folder"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused_at_once(tmp_path, capsys, arguments, message):
+    """The model does not exist: it would be the next error."""
+    (tmp_path / "image.png").touch()
+    names = {"FOLDER": str(tmp_path), "IMAGE": str(tmp_path / "image.png"), "MODEL": "no/model"}
+    assert main([names.get(argument, argument) for argument in arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", ["-1", str(10**30)])
+def test_seeds(capsys, seed):
+    with pytest.raises(SystemExit, match="2"):
+        main(["sample", "no/model", "--seed", seed])
+    assert "invalid seed value" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("images", ["[1", "5", '{"a": 1}', "[1, 2]"])
+def test_a_list_of_images_that_is_none(tmp_path, images):
+    from hf_vq.commands.tokenize import _read_indices
+
+    save_file({"indices": torch.zeros(2, 4, 4, dtype=torch.uint8)}, tmp_path / "codes", metadata={"images": images})
+    model = SimpleNamespace(config=SimpleNamespace(downsample_factors=[2], num_embeddings=8, quantizer="vq"))
+    with pytest.raises(ValueError, match="codes` must list its images"):
+        _read_indices(tmp_path / "codes", model)
+    for dtype in (torch.bool, torch.complex64):
+        save_file({"indices": torch.zeros(2, 4, 4, dtype=dtype)}, tmp_path / "codes")
+        with pytest.raises(ValueError, match="`indices` must be whole numbers"):
+            _read_indices(tmp_path / "codes", model)
+
+
+def test_metrics_that_are_no_text(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\xff\x80\n')
+    for command in (["info", str(tmp_path)], ["show", "curves", str(tmp_path)]):
+        assert main(command) == 1
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2 must be a JSON object"):
+        metric_rows(tmp_path / "metrics.jsonl")

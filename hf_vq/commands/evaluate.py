@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..argument_checks import check_integer
 from ..evaluation.generation import PUBLISHED
-from .sources import check_call, device, load
+from .sources import check_call, check_output_file, device, load
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -21,6 +21,10 @@ def evaluate(options: argparse.Namespace) -> None:
     from ..training.data.image_datasets import DataArguments, load_image_dataset
     from ..training.objectives.perceptual import build_perceptual
 
+    if options.output is not None:
+        check_output_file(options.output)
+    if options.update_card and not (Path(options.model) / "README.md").is_file():
+        raise ValueError(f"`--update-card` needs a local folder with a README.md, got {options.model!r}.")
     _join_processes()
     where = device(options)
     model = load_measured(options).to(where)

@@ -64,14 +64,11 @@ def codebook_health(model: Any) -> dict[str, str]:
 
 def run_facts(folder: Path) -> dict[str, object]:
     """The steps of a training run, its last figures, its checkpoints, and what it has trained."""
+    from ..evaluation.inspection import metric_rows
+
     losses, validation, step = {}, {}, 0
-    for number, line in enumerate((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-            step = max(step, row["step"])
-        except (ValueError, KeyError, TypeError) as error:
-            place = f"{folder / 'metrics.jsonl'}, line {number}"
-            raise ValueError(f"{place} must be a JSON object with a `step`, got {line[:60]!r}.") from error
+    for row in metric_rows(folder / "metrics.jsonl"):
+        step = max(step, row["step"])
         figures = {name: value for name, value in row.items() if name not in ("step", "epoch")}
         if any(name.startswith("validation/") for name in figures):
             validation = figures

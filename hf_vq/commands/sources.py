@@ -147,6 +147,12 @@ def device(options: argparse.Namespace) -> str:
     return options.device
 
 
+def check_output_file(path: Path) -> None:
+    """Refuses a folder where a file is to be written, before the work that would be lost."""
+    if path.is_dir():
+        raise ValueError(f"`--output` must be a file, got the folder {str(path)!r}.")
+
+
 def image_files(given: list[str], flag: str = "IMAGE") -> list[Path]:
     """The image files that arguments name: themselves, those in folders, matches of patterns, or a list by ``-``.
 
@@ -162,6 +168,8 @@ def image_files(given: list[str], flag: str = "IMAGE") -> list[Path]:
     endings = Image.registered_extensions()  # imports Pillow's formats
     found = []
     for name in [line for item in given for line in (sys.stdin.read().splitlines() if item == "-" else [item])]:
+        if not name.strip():
+            continue  # an empty path would be the working directory
         path = Path(name)
         if path.is_dir():
             inside = [file for file in files_below(path) if file.suffix.lower() in endings]
@@ -175,7 +183,7 @@ def image_files(given: list[str], flag: str = "IMAGE") -> list[Path]:
             if not matches:
                 raise ValueError(f"`{flag}` must be a pattern that matches a file, got `{name}`, which matches none.")
             found += matches
-        elif name.strip():
+        else:
             found.append(path)
     if not found:
         raise ValueError(f"`{flag}` must name at least one file, got none.")
@@ -269,6 +277,7 @@ def check_picture(path: Path) -> None:
     """A ValueError for a file name that Pillow cannot write a picture to, before the work is done."""
     from PIL import Image
 
+    check_output_file(path)
     Image.init()
     if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         raise ValueError(f"`--output` must end as an image file does, such as .png, got {str(path)!r}.")

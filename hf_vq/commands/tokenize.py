@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from .sources import ImageBatches, announce, check_picture, load_tokenizer, write_image
+from .sources import ImageBatches, announce, check_output_file, check_picture, load_tokenizer, write_image
 
 
 def reconstruct(options: argparse.Namespace) -> int:
@@ -54,6 +54,7 @@ def encode(options: argparse.Namespace) -> int:
     import torch
     from safetensors.torch import save_file
 
+    check_output_file(options.output)
     model = load_tokenizer(options)
     batches, files, parts = ImageBatches(options, model), [], []
     for paths, pixel_values in batches:
@@ -89,6 +90,8 @@ def decode(options: argparse.Namespace) -> None:
 
     from ..images import images_as
 
+    if options.output.is_file():
+        raise ValueError(f"`--output` must be a folder, got the file {str(options.output)!r}.")
     model = load_tokenizer(options)
     levels, names = _read_indices(options.indices, model)
     count, files = len(levels[0]), []
@@ -114,23 +117,34 @@ def _read_indices(path: Path, model) -> tuple[list, list[str]]:
     """The indices of each level, and the files that they were made from; ValueErrors where they do not fit the
     model.
     """
+    import torch
     from safetensors import SafetensorError, safe_open
 
+    from ..models.checked_loading import check_safetensors
+
     names = _level_names(model)
+    check_safetensors(path)
     try:
         with safe_open(path, "pt") as file:
             for name in names:
                 if name not in file.keys():
                     raise ValueError(f"`{path}` must hold a tensor `{name}`, got {sorted(file.keys())}.")
             indices = [file.get_tensor(name) for name in names]
-            images = json.loads((file.metadata() or {}).get("images", "[]"))
+            listed = (file.metadata() or {}).get("images", "[]")
     except SafetensorError as error:
         raise ValueError(f"`{path}` must be a safetensors file: {error}.") from error
+    try:
+        images = json.loads(listed)
+    except ValueError:
+        images = None
+    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+        raise ValueError(f"`{path}` must list its images in its metadata as JSON texts, got {listed[:60]!r}.")
     codes = model.config.num_embeddings
     shape = "(B, h, w, depth)" if model.config.quantizer == "residual" else "(B, h, w)"
     for name, level in zip(names, indices, strict=True):
-        wrong = level.ndim != shape.count(",") + 1 or level.numel() == 0 or level.is_floating_point()
-        if wrong or level.min() < 0 or level.max() >= codes:
+        is_whole = level.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16)
+        wrong = level.ndim != shape.count(",") + 1 or level.numel() == 0 or not is_whole
+        if wrong or level.long().min() < 0 or level.long().max() >= codes:
             raise ValueError(f"`{name}` must be whole numbers {shape} below {codes}, the size of the codebook.")
         if len(level) != len(indices[0]):
             raise ValueError(f"`{name}` must be of {len(indices[0])} images as `{names[0]}` is, got {len(level)}.")

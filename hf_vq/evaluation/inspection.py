@@ -143,6 +143,8 @@ def interpolate(
     steps = check_integer("steps", steps, 2)
     if space not in ("latent", "index"):
         raise ValueError(f'`space` must be "latent" or "index", got {space!r}.')
+    if len(tokenizer.config.downsample_factors) > 1:
+        raise ValueError(f"`tokenizer` must have one level of codes, got a {type(tokenizer).__name__}.")
     pair = torch.stack([start, end]).to(tokenizer.device, tokenizer.dtype)
     with evaluation_mode(tokenizer):
         encoded = tokenizer.encode(pair)
@@ -229,6 +231,24 @@ def copied_share(samples: torch.Tensor, training: torch.Tensor, held_out: torch.
     return float((nearest[0] < nearest[1].median()).double().mean())
 
 
+def metric_rows(path: str | Path) -> list[dict]:
+    """The rows of a run's `metrics.jsonl`.
+
+    Raises:
+        ValueError: a line that is no JSON object with a `step`; the message names the file and the line.
+    """
+    rows = []
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+        try:
+            row = json.loads(line)
+            row["step"] = int(row["step"])
+        except (ValueError, KeyError, TypeError) as error:
+            text = line[:60].decode(errors="replace")
+            raise ValueError(f"{path}, line {number} must be a JSON object with a `step`, got {text!r}.") from error
+        rows.append(row)
+    return rows
+
+
 def loss_curves(metrics: str | Path, names: Sequence[str] | None = None):
     """A figure of a run's metrics over its steps.
 
@@ -247,14 +267,8 @@ def loss_curves(metrics: str | Path, names: Sequence[str] | None = None):
     if not path.is_file():
         raise ValueError(f"`metrics` must be a run's folder or its metrics.jsonl, got {str(metrics)!r}.")
     curves: dict[str, list[tuple[int, float]]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-            step = row["step"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}, line {number} must be a JSON object with a `step`, got {line[:60]!r}."
-            ) from error
+    for row in metric_rows(path):
+        step = row["step"]
         for name, value in row.items():
             if name not in ("step", "epoch") and isinstance(value, (int, float)):
                 curves.setdefault(name, []).append((step, value))
@@ -292,6 +306,7 @@ __all__ = [
     "index_map",
     "interpolate",
     "loss_curves",
+    "metric_rows",
     "nearest_images",
     "usage_map",
 ]

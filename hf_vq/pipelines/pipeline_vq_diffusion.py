@@ -26,6 +26,7 @@ from .vq_pipeline import (
     check_temperature,
     check_tokenizer,
     onload,
+    taking_turns,
 )
 
 
@@ -291,6 +292,7 @@ class VQDiffusionImagePipeline(DenoisingPipeline):
         null, conditional = self.transformer(torch.cat([sample, sample]), timestep, **inputs).sample.float().chunk(2)
         return null.lerp_(conditional, guidance_scale)
 
+    @taking_turns
     @torch.no_grad()
     def __call__(
         self,

@@ -29,6 +29,7 @@ from .vq_pipeline import (
     check_part,
     check_tokenizer,
     onload,
+    taking_turns,
 )
 
 
@@ -359,6 +360,7 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
         parts = latents.to(self.vqvae.dtype).split(batch_size)
         return check_decoded(torch.cat([self.vqvae.decode(part).sample.float() for part in parts])).clamp(-1, 1)
 
+    @taking_turns
     @torch.no_grad()
     def __call__(
         self,

@@ -10,7 +10,12 @@ from .autoregressive_pipeline import AutoregressivePipeline, check_prior
 from .completion import grids_of
 from .conditioning import repeat_rows
 from .pipeline_output import VQPipelineOutput
-from .vq_pipeline import as_levels, check_any_tokenizer, check_codes
+from .vq_pipeline import (
+    as_levels,
+    check_any_tokenizer,
+    check_codes,
+    taking_turns,
+)
 
 
 class VQVAE2Pipeline(AutoregressivePipeline):
@@ -91,6 +96,7 @@ class VQVAE2Pipeline(AutoregressivePipeline):
                 )
             above = grid
 
+    @taking_turns
     @torch.no_grad()
     def __call__(
         self,
@@ -202,6 +208,7 @@ class VQVAE2Pipeline(AutoregressivePipeline):
         ]
         return [grid.to(self._execution_device) for grid in grids]
 
+    @taking_turns
     @torch.no_grad()
     def log_likelihood(
         self,

@@ -14,7 +14,7 @@ from transformers import BaseImageProcessor
 
 from ..argument_checks import check_integer, check_real
 from ..images import numpy_to_pil
-from .vq_pipeline import of_levels
+from .vq_pipeline import of_levels, taking_turns
 
 
 @dataclass
@@ -65,6 +65,7 @@ def class_scores(
     return scores.float().to(images.device)
 
 
+@taking_turns
 @torch.no_grad()
 def rejection_sample(
     pipeline: DiffusionPipeline,

@@ -64,11 +64,12 @@ def text_states(
         mask = torch.as_tensor(mask)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"`{name}_attention_mask` must be a tensor of 0 and 1, got {mask!r}.") from error
-    if mask.shape != embeds.shape[:2] or not ((mask == 0) | (mask == 1)).all():
+    if mask.shape != embeds.shape[:2]:
         raise ValueError(
-            f"`{name}_attention_mask` must hold 0 and 1 of shape {tuple(embeds.shape[:2])}, got {mask.dtype} of shape "
-            f"{tuple(mask.shape)}."
+            f"`{name}_attention_mask` must have shape {tuple(embeds.shape[:2])}, got {tuple(mask.shape)}."
         )
+    if not ((mask == 0) | (mask == 1)).all():
+        raise ValueError(f"`{name}_attention_mask` must hold 0 and 1 alone, got {mask.dtype} of others.")
     mask = mask.bool()
     return TextCondition(embeds.to(pipeline._execution_device), mask.to(pipeline._execution_device))
 

@@ -1,10 +1,13 @@
 """What all pipelines share: their parts, callbacks, decoding and output types."""
 
+import functools
 import inspect
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,23 @@ from .saving import without_path
 
 PREPROCESSOR = "preprocessor_config.json"
 OUTPUT_TYPES = ("pil", "np", "pt", "latent", "indices")
+
+
+_TURNS = threading.RLock()  # of all pipelines: parts may belong to several
+
+
+def taking_turns(function: Callable) -> Callable:
+    """A method of a pipeline that threads may share. Where `enable_model_cpu_offload` moves its parts, they take
+    turns: one would move a part away that another computes with.
+    """
+
+    @functools.wraps(function)
+    def wrapped(pipeline: DiffusionPipeline, *arguments: Any, **options: Any) -> Any:
+        is_offloaded = any(hasattr(part, "_hf_hook") for part in pipeline.components.values())
+        with _TURNS if is_offloaded else nullcontext():
+            return function(pipeline, *arguments, **options)
+
+    return wrapped
 
 
 class VQPipeline(DiffusionPipeline):
@@ -345,4 +365,5 @@ __all__ = [
     "check_tokenizer",
     "of_levels",
     "onload",
+    "taking_turns",
 ]

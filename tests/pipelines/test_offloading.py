@@ -1,5 +1,8 @@
 """`enable_model_cpu_offload`: a part is brought to its device by its hook, also where its `forward` is passed by."""
 
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 
@@ -61,3 +64,36 @@ def test_sequences():
     seen.clear()
     complete(pipeline, image=torch.zeros(1, 3, 8, 8))
     assert in_order(seen) == "vqvae->prior->vqvae"
+
+
+class OneAtATime(ModelHook):
+    """Fails where a part is called by a call that another one has interrupted."""
+
+    def __init__(self, running):
+        self.running = running
+
+    def pre_forward(self, module, *args, **kwargs):
+        assert len(set(self.running)) < 2, "two calls use the hooks at once"
+        return args, kwargs
+
+
+@pytest.mark.parametrize("parts", [latent_diffusion_parts, vq_diffusion_parts])
+def test_threads_take_turns_where_parts_are_moved(parts):
+    pipeline, running = parts.make_pipeline(), []
+    expected = [pipeline(num_inference_steps=3, generator=parts.seeded(seed)).images[0] for seed in range(4)]
+    for part in (pipeline.vqvae, pipeline.denoiser):
+        add_hook_to_module(part, OneAtATime(running))
+
+    def call(seed):
+        def note(pipe, step, timestep, values):
+            running.append(seed)
+            if step == 2:
+                running[:] = [number for number in running if number != seed]
+            return None
+
+        arguments = {"generator": parts.seeded(seed), "callback_on_step_end": note}
+        return pipeline(num_inference_steps=3, **arguments).images[0]
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(call, range(4)))
+    assert all(one.tobytes() == other.tobytes() for one, other in zip(found, expected, strict=True))
