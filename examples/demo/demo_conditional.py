@@ -108,7 +108,7 @@ def load_scenes(pipe: VQAutoregressivePipeline, count: int) -> dict[str, torch.T
     """Four unseen pictures of 64×64 pixels side by side, as the pairs of `load_pairs` are."""
     pictures = load_pairs(pipe, 4 * count, LARGE_SIDE // 2)["pixel_values"]
     pictures = pictures.unflatten(0, (4, count)).transpose(0, 1)  # of four categories each
-    images = torch.cat([torch.cat(list(row), dim=-1) for row in pictures.unflatten(1, (2, 2)).unbind(1)], dim=-2)
+    images = torch.cat([torch.cat(row.unbind(1), dim=-1) for row in pictures.unflatten(1, (2, 2)).unbind(1)], dim=-2)
     return {"pixel_values": images, "condition": found_edges(images)[:, None].float() * 2 - 1}
 
 

@@ -45,6 +45,14 @@ def test_the_figure_of_seams(demo):
     assert demo.seam_ratio(images, 2) == pytest.approx(3)
 
 
+def test_scenes_are_four_pictures(demo, monkeypatch):
+    pictures = torch.arange(8.0)[:, None, None, None].expand(8, 3, 64, 64) / 8
+    monkeypatch.setattr(demo, "load_pairs", lambda pipe, count, side: {"pixel_values": pictures[:count]})
+    scenes = demo.load_scenes(None, 2)
+    assert scenes["pixel_values"].shape == (2, 3, 128, 128) and scenes["condition"].shape == (2, 1, 128, 128)
+    assert (scenes["pixel_values"][1, 0, ::64, ::64] * 8).tolist() == [[1, 3], [5, 7]]
+
+
 @pytest.mark.slow
 def test_writes_pictures_pipelines_and_metrics(tmp_path):
     command = [sys.executable, "examples/demo/demo_conditional.py", "--quick", "--output_dir", str(tmp_path)]
