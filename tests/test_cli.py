@@ -519,6 +519,8 @@ def test_evaluate(folder, tmp_path, capsys):
         hf_vq.VQAutoregressivePipeline.from_pretrained(tmp_path / "pipeline"), "user/name", "mit", "gradients"
     ).save(tmp_path / "pipeline" / "README.md")
     arguments = ("--data", data, "--label-column", "kind", "--perceptual", "none", "--features", "none")
+    prior = make_tiny_prior(grid_size=6, condition_type="class", num_classes=3)
+    hf_vq.VQAutoregressivePipeline(make_tiny_tokenizer(resolution=12), prior).save_pretrained(tmp_path / "wide")
     output = tmp_path / "figures.json"
     options = (*arguments, "--metrics", "likelihood", "--output", output, "--update-card", "--batch-size", 4)
     assert run("evaluate", tmp_path / "pipeline", *options) == 0
@@ -532,6 +534,10 @@ def test_evaluate(folder, tmp_path, capsys):
     ]
     assert run("evaluate", folder / "vqgan", *arguments, "--size", 12, "--json") == 0
     assert json.loads(capsys.readouterr().out).keys() >= {"psnr", "ssim", "codebook_entropy_per_position"}
+    whole = (*arguments, "--size", 12, "--json", "--max-images", 2)  # without networks, nothing is drawn
+    assert run("evaluate", tmp_path / "wide", *whole) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found.keys() >= {"psnr", "bits_per_index"} and "num_samples" not in found
     assert run("evaluate", folder / "prior", *arguments) == 1
     assert "give the pipeline that has it, or its --tokenizer" in capsys.readouterr().err
     prior = ("evaluate", folder / "prior", *arguments, "--metrics", "likelihood", "--json", "--tokenizer")

@@ -50,9 +50,9 @@ def evaluate(options: argparse.Namespace) -> None:
     annotator = None if options.annotator is None else load_annotator(options.annotator, device=where)
     perceptual = build_perceptual(options.perceptual)
     extractor, classifier = feature_networks(options, where)
-    metrics = options.metrics or [
-        name for name in applicable_metrics(model) if name != "agreement" or annotator is not None
-    ]
+    missing = {"agreement"} if annotator is None else set()
+    missing |= {"generation"} if extractor is None and classifier is None else set()  # `--features none`
+    metrics = options.metrics or [name for name in applicable_metrics(model) if name not in missing]
     figures = evaluate_model(
         model,
         dataset,
