@@ -91,7 +91,7 @@ def rejection_sample(
             with its `image_processor`, an `AutoModelForImageClassification` with the prior's class ids, whose score is
             the probability of the class.
         num_images_per_class: images to keep.
-        acceptance_rates: a rate in (0, 1], or several for a sweep, which all choose from the same samples.
+        acceptance_rates: a rate from a millionth to 1, or several for a sweep, which all choose from the same samples.
         image_processor (*optional*): the classifier's `AutoImageProcessor`.
         batch_size: images sampled and scored at a time.
         output_type, decode_batch_size: as in the call.
@@ -108,7 +108,7 @@ def rejection_sample(
     batch_size = check_integer("batch_size", batch_size, 1)
     several = isinstance(acceptance_rates, (list, tuple))
     rates = [
-        check_real("acceptance_rates", rate, above=0, maximum=1)
+        check_real("acceptance_rates", rate, minimum=1e-6, maximum=1)
         for rate in (acceptance_rates if several else [acceptance_rates])
     ]
     if not rates:

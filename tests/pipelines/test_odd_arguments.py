@@ -132,3 +132,9 @@ def test_a_truncation_that_float32_cannot_tell_from_none():
         pipeline(truncation_rate=1e-320, **STEPS)
     found = [vq_diffusion_parts.indices_of(pipeline, truncation_rate=rate, **STEPS) for rate in (0.5, Fraction(1, 2))]
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("rate", [0, 1e-320, 1e-9, 2, float("nan"), True, "0.5"])
+def test_acceptance_rates(autoregressive, rate):
+    with pytest.raises(ValueError, match="`acceptance_rates` must be a number in"):
+        autoregressive.rejection_sample(0, lambda images, ids: ids.float(), acceptance_rates=rate)
