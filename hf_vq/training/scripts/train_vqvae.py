@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from transformers import PreTrainedModel
 
-from hf_vq import VQImageProcessor, VQVAEConfig, VQVAEModel
+from hf_vq import VQImageProcessor, VQVAEModel
 from hf_vq.models.quantizers.build import QUANTIZERS
 from hf_vq.training.data.image_datasets import DataArguments, load_image_dataset, pixel_variance
 from hf_vq.training.fine_tuning import PARTS, train_part
@@ -26,7 +27,7 @@ class VQVAEArguments:
 
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "Start from this tokenizer; the fields down to `quantizer_kwargs` are its own."},
+        metadata={"help": "Start from this tokenizer; the sizes and the quantizer are its own."},
     )
     train: str = field(
         default="all",
@@ -64,13 +65,22 @@ class VQVAEArguments:
         )
 
 
-def build_model(args: VQVAEArguments, resolution: int | Sequence[int]) -> VQVAEModel:
-    """The tokenizer that the arguments name, or a new one of their sizes."""
+def build_model(
+    args: VQVAEArguments,
+    resolution: int | Sequence[int],
+    model_class: type[PreTrainedModel] = VQVAEModel,
+    **options: int | float,
+) -> PreTrainedModel:
+    """The tokenizer that the arguments name, or a new one of their sizes.
+
+    Args:
+        model_class, options: of a relative of VQ-VAE, with what its configuration has beside.
+    """
     if args.model_name_or_path is not None:
-        tokenizer = VQVAEModel.from_pretrained(args.model_name_or_path, dtype=torch.float32)
+        tokenizer = model_class.from_pretrained(args.model_name_or_path, dtype=torch.float32)
         check_agrees("in_channels", args.in_channels, tokenizer.config.in_channels, args.model_name_or_path)
         return tokenizer
-    config = VQVAEConfig(
+    config = model_class.config_class(
         resolution=resolution,
         in_channels=args.in_channels,
         hidden_size=args.hidden_size,
@@ -83,8 +93,9 @@ def build_model(args: VQVAEArguments, resolution: int | Sequence[int]) -> VQVAEM
         quantizer=args.quantizer,
         quantizer_kwargs=args.quantizer_kwargs,
         data_variance=args.data_variance,
+        **options,
     )
-    return VQVAEModel(config)
+    return model_class(config)
 
 
 def main(argv: list[str] | None = None) -> None:

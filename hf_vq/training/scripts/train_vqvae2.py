@@ -4,101 +4,37 @@ hf-vq train vqvae2 CONFIG.yaml [--argument value ...]
 accelerate launch -m hf_vq.training.scripts.train_vqvae2 CONFIG.yaml [--argument value ...]
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch.utils.data import Dataset
 
-from hf_vq import VQImageProcessor, VQVAE2Config, VQVAE2Model
+from hf_vq import VQImageProcessor, VQVAE2Model
 from hf_vq.evaluation.hierarchy import reconstruct_by_levels
-from hf_vq.models.quantizers.build import QUANTIZERS
 from hf_vq.training.data.image_datasets import DataArguments, load_image_dataset, pixel_variance
-from hf_vq.training.fine_tuning import PARTS, train_part
+from hf_vq.training.fine_tuning import train_part
 from hf_vq.training.objectives.perceptual import PerceptualNetwork, build_perceptual
 from hf_vq.training.run import RunArguments, TrainingRun
-from hf_vq.training.run_arguments import check_agrees, check_numbers, parse_arguments, parse_mapping
+from hf_vq.training.run_arguments import check_numbers, parse_arguments
+from hf_vq.training.scripts.train_vqvae import VQVAEArguments, build_model
 from hf_vq.training.sharing import save_trained
 from hf_vq.training.validation import draw_atlas, validate_tokenizer
 
 
 @dataclass
-class VQVAE2Arguments:
-    """The model; the defaults are the paper's."""
+class VQVAE2Arguments(VQVAEArguments):
+    """The model, as in VQ-VAE but for its levels; the defaults are the paper's."""
 
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "Start from this tokenizer; the fields down to `quantizer_kwargs` are its own."},
-    )
-    train: str = field(
-        default="all",
-        metadata={"help": "What is trained: all, or the decoder on frozen codes.", "choices": list(PARTS)},
-    )
-    hidden_size: int = 128
     residual_hidden_size: int = 64
-    num_residual_layers: int = 2
-    num_levels: int = field(default=2, metadata={"help": "The paper has 2, and 3 for 1024 pixels."})
     downsample_factor: int = field(default=8, metadata={"help": "Pixels a code of the top level; 32 for 3 levels."})
+    num_levels: int = field(default=2, metadata={"help": "The paper has 2, and 3 for 1024 pixels."})
     level_dropout: float = field(
         default=0.0, metadata={"help": "Share of the training images that are decoded from upper levels alone."}
     )
-    embed_dim: int = 64
-    num_embeddings: int = 512
-    commitment_cost: float = 0.25
-    quantizer: str = field(default="ema", metadata={"help": "How codes are chosen.", "choices": list(QUANTIZERS)})
-    in_channels: int = field(default=3, metadata={"help": "Channels of the images: 1 grey, 3 RGB, 4 RGBA."})
-    quantizer_kwargs: str = field(default="{}", metadata={"help": "Its further arguments, a mapping or JSON."})
-    data_variance: float | None = field(
-        default=None, metadata={"help": "Variance of the pixels; measured on the first 1000 images if not given."}
-    )
-    validation_perceptual: str = field(
-        default="none",
-        metadata={"help": "Network for the perceptual figure of validation: lpips, mobilenet_v2, none."},
-    )
 
     def __post_init__(self):
-        self.quantizer_kwargs = parse_mapping("quantizer_kwargs", self.quantizer_kwargs)
-        check_numbers(
-            self,
-            at_least_0=("commitment_cost",),
-            positive=("data_variance",),
-            at_least_1_integer=(
-                "in_channels",
-                "hidden_size",
-                "residual_hidden_size",
-                "num_levels",
-                "embed_dim",
-                "num_embeddings",
-                "downsample_factor",
-            ),
-            at_least_0_integer=("num_residual_layers",),
-            share=("level_dropout",),
-        )
-
-
-def build_model(args: VQVAE2Arguments, resolution: int | Sequence[int]) -> VQVAE2Model:
-    """The tokenizer that the arguments name, or a new one of their sizes."""
-    if args.model_name_or_path is not None:
-        tokenizer = VQVAE2Model.from_pretrained(args.model_name_or_path, dtype=torch.float32)
-        check_agrees("in_channels", args.in_channels, tokenizer.config.in_channels, args.model_name_or_path)
-        return tokenizer
-    config = VQVAE2Config(
-        resolution=resolution,
-        in_channels=args.in_channels,
-        hidden_size=args.hidden_size,
-        residual_hidden_size=args.residual_hidden_size,
-        num_residual_layers=args.num_residual_layers,
-        num_levels=args.num_levels,
-        level_dropout=args.level_dropout,
-        downsample_factor=args.downsample_factor,
-        embed_dim=args.embed_dim,
-        num_embeddings=args.num_embeddings,
-        commitment_cost=args.commitment_cost,
-        quantizer=args.quantizer,
-        quantizer_kwargs=args.quantizer_kwargs,
-        data_variance=args.data_variance,
-    )
-    return VQVAE2Model(config)
+        super().__post_init__()
+        check_numbers(self, at_least_1_integer=("num_levels",), share=("level_dropout",))
 
 
 @torch.no_grad()
@@ -116,7 +52,8 @@ def main(argv: list[str] | None = None) -> None:
     """Trains, by the arguments of the command line or `argv`."""
     run_args, data_args, args = parse_arguments((RunArguments, DataArguments, VQVAE2Arguments), argv)
     run = TrainingRun(run_args)
-    tokenizer = build_model(args, data_args.resolution).to(memory_format=torch.channels_last)
+    levels = {"num_levels": args.num_levels, "level_dropout": args.level_dropout}
+    tokenizer = build_model(args, data_args.resolution, VQVAE2Model, **levels).to(memory_format=torch.channels_last)
     data_args.check_multiple_of(max(tokenizer.config.downsample_factors))
     run_args.check_codebook(tokenizer.config.num_embeddings)
     perceptual = build_perceptual(args.validation_perceptual)
