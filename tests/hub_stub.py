@@ -317,7 +317,7 @@ class Hub:
         """The files on a repository's main branch."""
         return {path: file.data for path, file in self.store.repositories[kind, name].at("main").files.items()}
 
-    def run(self, code: str, installed: bool = True, timeout: int = 240) -> str:
+    def run(self, code: str, installed: bool = True, timeout: int = 900) -> str:
         """Runs Python code in a new process that knows this Hub only, from the folder "/"; returns what it printed.
 
         With `installed=False` the process has no hf_vq: importing it raises `ModuleNotFoundError`.
