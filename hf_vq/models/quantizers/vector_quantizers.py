@@ -222,7 +222,7 @@ class EMAVectorQuantizer(NearestCodeQuantizer):
         commitment_cost: float = 0.25,
         decay: float = 0.99,
         zero_debias: bool = True,
-        restart_threshold: float = 0.5,
+        restart_threshold: float = 0.75,
         count_smoothing: str | None = None,
         epsilon: float = 1e-5,
         keep_unused: bool = True,
