@@ -39,6 +39,25 @@ def all_reduced(values: torch.Tensor) -> torch.Tensor:
     return total
 
 
+class _SumOverProcesses(torch.autograd.Function):
+    @staticmethod
+    def forward(context, values: torch.Tensor) -> torch.Tensor:
+        return all_reduced(values)
+
+    @staticmethod
+    def backward(context, gradient: torch.Tensor) -> torch.Tensor:
+        return all_reduced(gradient)
+
+
+def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
+    """The sum of `values` over all processes, whose gradient is the sum of theirs.
+
+    A loss that it goes into is one of all processes' data; where their gradients are averaged afterwards, each
+    parameter has the gradient that one process with all the data would give it.
+    """
+    return _SumOverProcesses.apply(values) if is_distributed() else values
+
+
 def all_gathered(rows: torch.Tensor | None) -> torch.Tensor:
     """The rows of all processes, `(n, ...)` each with its own n, concatenated by rank; `None` has no rows.
 
@@ -108,5 +127,6 @@ __all__ = [
     "maxima_over_processes",
     "num_processes",
     "share_of_process",
+    "sum_over_processes",
     "union_over_processes",
 ]

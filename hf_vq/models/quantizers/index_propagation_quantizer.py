@@ -73,7 +73,9 @@ class IndexPropagationQuantizer(Quantizer):
             codebook_loss, commitment_loss = F.mse_loss(codes, z.detach()), F.mse_loss(z, codes.detach())
             loss = F.mse_loss(quantized, z) + commitment_loss + self.commitment_cost * codebook_loss
             if self.entropy_weight > 0:
-                each, mean = choice_entropies(flat, codebook, None, self.entropy_temperature, epsilon=1e-5)
+                each, mean = choice_entropies(
+                    flat, codebook, None, self.entropy_temperature, epsilon=1e-5, of_all_processes=self.training
+                )
                 loss = loss + self.entropy_weight * (each - self.diversity_weight * mean)
         return QuantizerOutput(
             quantized=quantized.to(latents.dtype),

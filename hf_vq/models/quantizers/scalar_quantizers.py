@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from ...argument_checks import check_integer, check_real
 from ..modeling_outputs import QuantizerOutput
+from .code_entropies import mean_probabilities
 from .codebook_statistics import check_indices
 from .gradient_estimators import straight_through
 from .quantizer import Quantizer, flatten
@@ -161,7 +162,7 @@ class LFQuantizer(ComputedCodebook):
             for bit in range(start, min(start + self.bits_per_group, self.embed_dim)):
                 choices = torch.stack([off[:, bit].exp(), on[:, bit].exp()], dim=1)
                 joint = (choices.unsqueeze(2) * joint.unsqueeze(1)).flatten(1)
-            mean = joint.mean(dim=0)
+            mean = mean_probabilities(joint.sum(dim=0), len(flat), of_all_processes=self.training)
             # a product of bits underflows to 0, where the logarithm and its gradient are not finite
             log_mean = mean.clamp_min(torch.finfo(mean.dtype).tiny).log()
             mean_entropy = mean_entropy - (mean * log_mean).sum()

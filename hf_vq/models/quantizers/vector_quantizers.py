@@ -163,7 +163,12 @@ class VectorQuantizer(NearestCodeQuantizer):
             if self.entropy_weight > 0:
                 # -|z - e|² = 2z·e - |e|² - |z|², of which the last does not change the softmax
                 each, mean = choice_entropies(
-                    flatten(z), 2 * codebook, -codebook.square().sum(dim=1), self.entropy_temperature, epsilon=1e-5
+                    flatten(z),
+                    2 * codebook,
+                    -codebook.square().sum(dim=1),
+                    self.entropy_temperature,
+                    epsilon=1e-5,
+                    of_all_processes=self.training,
                 )
                 loss = loss + self.entropy_weight * (each - mean)
             quantized = self.estimator(z, codes.detach())

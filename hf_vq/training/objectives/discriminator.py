@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ...argument_checks import check_integer
-from ...distributed import all_reduced, is_distributed, num_processes
+from ...distributed import is_distributed, num_processes, sum_over_processes
 
 
 NORMS = ("batch", "group", "none")
@@ -117,18 +117,6 @@ class PatchDiscriminator(nn.Module):
         return self.main(images)
 
 
-class _SumOverProcesses(torch.autograd.Function):
-    """The sum of a tensor over all processes; its gradient is the sum of theirs."""
-
-    @staticmethod
-    def forward(context, values: torch.Tensor) -> torch.Tensor:
-        return all_reduced(values)
-
-    @staticmethod
-    def backward(context, gradient: torch.Tensor) -> torch.Tensor:
-        return all_reduced(gradient)
-
-
 class SyncedBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm whose statistics in training are of the batches of all processes, on GPUs and on CPUs.
 
@@ -141,9 +129,9 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
             return super().forward(images)
         values = images.to(torch.promote_types(images.dtype, torch.float32))
         count = values.numel() // values.shape[1] * num_processes()
-        mean = _SumOverProcesses.apply(values.sum(dim=(0, 2, 3))) / count
+        mean = sum_over_processes(values.sum(dim=(0, 2, 3))) / count
         centred = values - mean[:, None, None]
-        variance = _SumOverProcesses.apply(centred.square().sum(dim=(0, 2, 3))) / count
+        variance = sum_over_processes(centred.square().sum(dim=(0, 2, 3))) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
