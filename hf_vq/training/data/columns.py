@@ -62,6 +62,8 @@ def prepare_columns(
             f"extra_columns={arguments.carried_columns} may not contain 'image', 'label' or {CONDITION!r}."
         )
 
+    if arguments.caption_column is not None:
+        _check_captions(features[arguments.caption_column], arguments.caption_column)
     for column, name in wanted.items():
         if name in ("image", CONDITION) and not _holds_arrays(features[column]):
             rows = rows.cast_column(column, datasets.Image(decode=False))
@@ -77,6 +79,16 @@ def prepare_columns(
         if column != name:
             rows = rows.rename_column(column, name)
     return rows, class_names
+
+
+def _check_captions(feature: Any, column: str) -> None:
+    import datasets
+
+    inner = feature
+    while isinstance(inner, (datasets.List, datasets.LargeList, list)):
+        inner = inner[0] if isinstance(inner, list) else inner.feature
+    if getattr(inner, "dtype", None) not in ("string", "large_string", "null"):
+        raise ValueError(f"caption_column={column!r} must hold texts, or lists of texts, got {feature}.")
 
 
 def _holds_arrays(feature) -> bool:

@@ -42,6 +42,14 @@ def load(source, column, split="train", **options):
     return load_image_dataset(CaptionedDataArguments(source, resolution=8, **kind, **options), split, seed=3)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("column", ["number", "class"])
+def test_captions_are_texts(source, column, streaming):
+    data = CaptionedDataArguments(source, resolution=8, caption_column=column, streaming=streaming)
+    with pytest.raises(ValueError, match=f"caption_column='{column}' must hold texts, or lists of texts, got "):
+        load_image_dataset(data, "train")
+
+
 @pytest.mark.parametrize("column", list(COLUMNS))
 def test_gaps_are_refused_when_the_data_are_opened(source, column):
     with pytest.raises(ValueError, match=f"the column '{column}' has no value in row 2: .*missing_condition=null"):
