@@ -117,6 +117,7 @@ ROWS = {
     "EMA (the default)": Row("ema"),
     "EMA, rotation": Row("ema", lambda num_codes: {"gradient_estimator": "rotation"}),
     "EMA, codes from a random start": Row("ema", lambda num_codes: {"kmeans_init": False}),
+    "EMA, restarts below half of the mean use": Row("ema", lambda num_codes: {"restart_threshold": 0.5}),
     "EMA, restarts below 2 % of the mean use": Row("ema", lambda num_codes: {"restart_threshold": 0.02}),
     "EMA, neither": Row("ema", lambda num_codes: {"kmeans_init": False, "restart_threshold": 0.02}),
     "gradient": Row("vq"),
