@@ -66,9 +66,6 @@ class VQPipeline(DiffusionPipeline):
     def register_modules(self, **modules: Any) -> None:
         check_parts(modules)
         super().register_modules(**modules)
-        for tokenizer in (modules.get("vqvae"), modules.get("condition_tokenizer")):
-            if tokenizer is not None:
-                tokenizer.to(memory_format=torch.channels_last)  # the faster one of its convolutions
         vqvae = modules.get("vqvae")
         if vqvae is not None:
             file = Path(vqvae.name_or_path) / PREPROCESSOR
