@@ -51,8 +51,8 @@ def share_of_equal(ours: torch.Tensor, peer: torch.Tensor) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def vqgan_pair(quick: bool):
-    """The f16 network of the paper and diffusers' `VQModel` with its weights; the pipelines' memory format."""
+def vqgan_pair(quick: bool, memory_format: torch.memory_format):
+    """The f16 network of the paper and diffusers' `VQModel` with its weights."""
     import tempfile
 
     from diffusers import VQModel
@@ -66,11 +66,11 @@ def vqgan_pair(quick: bool):
     with tempfile.TemporaryDirectory() as folder:
         ours.to_diffusers(folder)
         peer = VQModel.from_pretrained(folder).eval()
-    return ours.to(memory_format=torch.channels_last), peer, config.resolution
+    return ours.to(memory_format=memory_format), peer, config.resolution
 
 
-def encode(quick: bool, batch: int) -> Case:
-    ours, peer, side = vqgan_pair(quick)
+def encode(quick: bool, batch: int, memory_format: torch.memory_format = torch.contiguous_format) -> Case:
+    ours, peer, side = vqgan_pair(quick, memory_format)
     pixels = torch.rand(batch, 3, side, side) * 2 - 1
     return Case(
         ours=lambda: ours.encode(pixels).latents,
@@ -82,8 +82,8 @@ def encode(quick: bool, batch: int) -> Case:
     )
 
 
-def decode(quick: bool, batch: int) -> Case:
-    ours, peer, side = vqgan_pair(quick)
+def decode(quick: bool, batch: int, memory_format: torch.memory_format = torch.contiguous_format) -> Case:
+    ours, peer, side = vqgan_pair(quick, memory_format)
     latents = ours.encode(torch.rand(batch, 3, side, side) * 2 - 1).latents
     return Case(
         ours=lambda: ours.decode(latents).sample,
@@ -426,6 +426,8 @@ def first_picture(quick: bool, batch: int) -> Case:
 CASES = {
     "VQGAN f16, encode": (encode, (1,)),
     "VQGAN f16, decode": (decode, (1,)),
+    "VQGAN f16 in channels_last, encode": (partial(encode, memory_format=torch.channels_last), (1,)),
+    "VQGAN f16 in channels_last, decode": (partial(decode, memory_format=torch.channels_last), (1,)),
     "1024 px in tiles, decode": (tiled_decode, (1,)),
     "GPT, 256 codes": (generate_gpt, (1, 8, 32)),
     "GPT, 256 codes, compiled": (compiled_gpt, (1,)),
