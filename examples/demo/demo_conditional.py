@@ -42,7 +42,7 @@ SAMPLING = {"guidance_scale": 2.0, "top_p": 0.7, "stride": 4}  # by half a windo
 COLUMNS, SAMPLES = 12, 3
 MEASURED = 96  # unseen pictures, one sample of each
 # an edge says more of what is near it than a label map does
-PRIOR_LENGTH = {"segmentation": [], "edges": ["--max_train_steps", "1000", "--max_train_minutes", "2"]}
+PRIOR_LENGTH = {"segmentation": [], "edges": ["--max_train_steps", "1400", "--max_train_minutes", "2.8"]}
 THRESHOLDS = np.arange(1, 13) * 0.05  # how far from white a pixel of the object is, on a scale of 2
 WHOLE_SIDE, LARGE, LARGE_SIDE = 64, 4, 128
 

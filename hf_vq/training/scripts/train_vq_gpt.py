@@ -21,13 +21,13 @@ from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
 
 from hf_vq import VQAutoregressivePipeline, VQGPTConfig, VQGPTForCausalLM, VQLlamaConfig, VQLlamaForCausalLM
 from hf_vq.evaluation.evaluate import evaluate_prior
-from hf_vq.training.codebook_embeddings import begin_with_codebooks
 from hf_vq.training.data.box_conditions import BOX_FORMATS, BoxSettings, box_settings
 from hf_vq.training.data.code_splits import count_classes, load_code_splits, training_inputs
 from hf_vq.training.data.conditions import load_condition_processor
 from hf_vq.training.data.coordinate_crops import CropSettings
 from hf_vq.training.data.image_datasets import DataArguments
 from hf_vq.training.data.indices_cache import CONDITION_CODES, IndicesDataset
+from hf_vq.training.embedding_starts import begin_with_codebooks, begin_with_grid_positions
 from hf_vq.training.run import RunArguments, TrainingRun
 from hf_vq.training.run_arguments import check_guidance, check_numbers, parse_arguments
 from hf_vq.training.sharing import save_trained
@@ -88,6 +88,12 @@ class VQGPTArguments:
         default=False,
         metadata={"help": "Begin the embeddings of codes, and the head, with the tokenizers' codebooks."},
     )
+    positions_from_grid: bool = field(
+        default=False,
+        metadata={
+            "help": "Begin the embeddings of positions with waves over the picture, shared with a condition's map."
+        },
+    )
     weight_decay: float = field(default=0.01, metadata={"help": "On the weight matrices only."})
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
@@ -120,6 +126,12 @@ class VQGPTArguments:
                 f"num_attention_heads={self.num_attention_heads}: a head of a Llama must have a "
                 f"multiple of 4 channels, "
                 f"got {self.hidden_size // self.num_attention_heads}."
+            )
+
+        if self.positions_from_grid and (self.architecture == "llama" or self.hidden_size % 4):
+            raise ValueError(
+                f"positions_from_grid=True: it needs architecture='gpt' and a hidden_size that 4 divides, got "
+                f"{self.architecture!r} and {self.hidden_size}; a Llama's positions turn with the grid already."
             )
 
     def _check_condition(self):
@@ -323,6 +335,8 @@ def main(argv: list[str] | None = None) -> None:
     prior = build_prior(args, tokenizer, codes["train"].grids, num_classes, class_names, condition_tokenizer, boxes)
     if args.embeddings_from_codebooks:
         begin_with_codebooks(prior, tokenizer, condition_tokenizer)
+    if args.positions_from_grid:
+        begin_with_grid_positions(prior, codes["train"].grids.get(CONDITION_CODES) if boxes is None else None)
     model = run.add_model("model", prior, ema=True)
     optimizer = run.add_optimizer(
         "optimizer",
