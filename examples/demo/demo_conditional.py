@@ -41,8 +41,6 @@ EDGE_SIGMA = 1.0
 SAMPLING = {"guidance_scale": 2.0, "top_p": 0.7, "stride": 4}  # by half a window
 COLUMNS, SAMPLES = 12, 3
 MEASURED = 96  # unseen pictures, one sample of each
-# an edge says more of what is near it than a label map does
-PRIOR_LENGTH = {"segmentation": [], "edges": ["--max_train_steps", "1400", "--max_train_minutes", "2.8"]}
 THRESHOLDS = np.arange(1, 13) * 0.05  # how far from white a pixel of the object is, on a scale of 2
 WHOLE_SIDE, LARGE, LARGE_SIDE = 64, 4, 128
 
@@ -61,7 +59,6 @@ def train_all(output_dir: Path, quick: list[str]) -> dict[str, VQAutoregressiveP
         train("vqgan/train_vqgan.py", f"{kind}_cpu.yaml", folder / "tokenizer-run", *arguments, *quick)
         arguments += ["--condition_tokenizer", str(folder / "tokenizer-run/tokenizer")]
         arguments += ["--tokenizer", str(SHIPPED / "vqvae")]
-        arguments += PRIOR_LENGTH[kind]
         train("vq_gpt/train_vq_gpt.py", "conditional_gpt_cpu.yaml", folder / "prior", *arguments, *quick)
         pipelines[kind] = VQAutoregressivePipeline.from_pretrained(str(folder / "prior/pipeline"))
         pipelines[kind].set_progress_bar_config(disable=True)
