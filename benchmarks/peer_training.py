@@ -34,10 +34,10 @@ def vqgan_steps(quick: bool, batch: int) -> tuple[Callable, Callable]:
     from hf_vq.training.objectives.discriminator import PatchDiscriminator
     from hf_vq.training.objectives.vqgan_loss import VQGANLoss
 
-    size = {"base_channels": 32, "resolution": 32} if quick else {"base_channels": 64, "resolution": 128}
+    size = {"base_channels": 32, "resolution": 32} if quick else {"base_channels": 32, "resolution": 64}
     config = VQGANConfig(
         **size,
-        channel_multiplier=(1, 2) if quick else (1, 2, 2, 4),
+        channel_multiplier=(1, 2) if quick else (1, 2, 2),
         attn_resolutions=(16,),
         num_embeddings=1024,
         quantizer="vq",

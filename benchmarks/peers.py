@@ -437,7 +437,7 @@ CASES = {
     "PixelSNAIL 32×32, a map": (pixelsnail_map, (1, 16)),
     "VQ-Diffusion 32×32, K = 4096, ten guided steps": (guided_diffusion(1.0, "0.4"), (1,)),
     "VQ-Diffusion 32×32, K = 4096, ten guided steps, truncated": (guided_diffusion(0.86, "0.2"), (1,)),
-    "VQGAN 128 px with discriminator, a training step": (train_vqgan, (4,)),
+    "VQGAN 64 px with discriminator, a training step": (train_vqgan, (4,)),
     "GPT, a training step": (train_gpt, (8,)),
     "PixelSNAIL 32×32, a training step": (train_pixelsnail, (4,)),
     "VQ-Diffusion 16×16, K = 2048, a training step": (train_vq_diffusion, (8,)),
