@@ -208,23 +208,6 @@ def read_json_file(path: str | os.PathLike) -> dict:
     return value
 
 
-def check_saved_class(path: str | os.PathLike, key: str, names: Collection[str]) -> dict:
-    """The configuration in a JSON file, once it is seen that it is one of a class that `names` holds.
-
-    Args:
-        path: the file.
-        key: under which it names its class.
-        names: of the class that is to be made of it, and of its bases.
-
-    Raises:
-        OSError: the file is no JSON object.
-        ValueError: it belongs to another class, or says none.
-    """
-    config = read_json_file(path)
-    _check_class_name(path, key, config.get(key), names)
-    return config
-
-
 def _check_class_name(path: str | os.PathLike, key: str, found: Any, names: Collection[str]) -> None:
     found = found[-1] if isinstance(found, list) and found else found  # with code, [module, class]
     if found not in names:
@@ -280,7 +263,7 @@ def check_pipeline_files(folder: str | os.PathLike, wanted: Iterable[str]) -> No
         config = read_json_file(path) if entry and not path.name.endswith(".index.json") else {}
         is_of_diffusers = path.name == "scheduler_config.json" or "_class_name" in config
         if is_of_diffusers and isinstance(entry, list) and isinstance(entry[-1], str):
-            check_saved_class(path, "_class_name", [entry[-1]])
+            _check_class_name(path, "_class_name", config.get("_class_name"), [entry[-1]])
 
 
 def check_safetensors(path: str | os.PathLike) -> dict[str, dict]:
@@ -437,6 +420,5 @@ __all__ = [
     "check_parts",
     "check_pipeline_files",
     "check_safetensors",
-    "check_saved_class",
     "read_json_file",
 ]
