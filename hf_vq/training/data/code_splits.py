@@ -81,7 +81,7 @@ def load_code_splits(
         data.check_multiple_of(condition_tokenizer.config.downsample_factor)
         conditions["condition_tokenizer"] = condition_tokenizer
     if try_model is not None:
-        made_for_nothing(try_model, code_grids(data.size, tokenizer, condition_tokenizer, crops is not None))
+        make_on_meta(try_model, code_grids(data.size, tokenizer, condition_tokenizer, crops is not None))
     arguments = run.arguments
     codes, class_names = {}, None
     for split in ("train", "validation"):
@@ -128,7 +128,7 @@ def code_grids(
     return grids
 
 
-def made_for_nothing(make: Callable[..., Any], *arguments: Any) -> None:
+def make_on_meta(make: Callable[..., Any], *arguments: Any) -> None:
     """Makes a model without memory, to see whether its settings can be: they are wrong before hours of encoding."""
     with preserved_random_state(), torch.device("meta"):
         make(*arguments)

@@ -21,7 +21,7 @@ from hf_vq.distributed import share_of_process
 from hf_vq.evaluation.diffusion_likelihood import DiffusionLikelihood
 from hf_vq.evaluation.evaluate import evaluate_prior
 from hf_vq.pipelines.conditioning import TextCondition, encode_text, text_length
-from hf_vq.training.data.code_splits import code_grids, count_classes, load_code_splits, made_for_nothing
+from hf_vq.training.data.code_splits import code_grids, count_classes, load_code_splits, make_on_meta
 from hf_vq.training.data.columns import NO_LABEL
 from hf_vq.training.data.image_datasets import CaptionedDataArguments, DataArguments, collate, load_image_dataset
 from hf_vq.training.objectives.mask_replace_objective import MaskReplaceObjective
@@ -141,7 +141,7 @@ class Codes:
             )
         else:
             data.check_multiple_of(max(tokenizer.config.downsample_factors))
-            made_for_nothing(try_transformer, code_grids(data.size, tokenizer))
+            make_on_meta(try_transformer, code_grids(data.size, tokenizer))
             channels = tokenizer.config.in_channels
             images = load_image_dataset(data, "train", augment=True, seed=run.arguments.seed, channels=channels)
             validation = load_image_dataset(data, "validation", class_names=images.class_names, channels=channels)

@@ -127,7 +127,6 @@ class VQGPTArguments:
                 f"multiple of 4 channels, "
                 f"got {self.hidden_size // self.num_attention_heads}."
             )
-
         if self.positions_from_grid and (self.architecture == "llama" or self.hidden_size % 4):
             raise ValueError(
                 f"positions_from_grid=True: it needs architecture='gpt' and a hidden_size that 4 divides, got "

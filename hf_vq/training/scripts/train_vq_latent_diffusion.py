@@ -19,7 +19,7 @@ from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
 from hf_vq import VQLatentDiffusionPipeline
 from hf_vq.distributed import all_reduced, share_of_process
 from hf_vq.pipelines.conditioning import encode_text
-from hf_vq.training.data.code_splits import code_grids, count_classes, made_for_nothing
+from hf_vq.training.data.code_splits import code_grids, count_classes, make_on_meta
 from hf_vq.training.data.columns import NO_LABEL
 from hf_vq.training.data.image_datasets import CaptionedDataArguments, DataArguments, collate, load_image_dataset
 from hf_vq.training.data.latents_cache import LatentsDataset, encode_latents, write_latents
@@ -310,7 +310,7 @@ def main(argv: list[str] | None = None) -> None:
     condition = Condition(args, data_args.caption_column, int(data_args.label_column is not None), run.device)
     data_args.check_multiple_of(tokenizer.config.downsample_factor)
     (size,) = code_grids(data_args.size, tokenizer).values()
-    made_for_nothing(build_unet, args, condition, tokenizer.config.embed_dim, size)
+    make_on_meta(build_unet, args, condition, tokenizer.config.embed_dim, size)
     data = Data(run, data_args, args, tokenizer)
     condition.num_classes = count_classes(
         data.splits, data.class_names, data_args.label_column, data_args.missing_condition == "null"
