@@ -18,11 +18,7 @@ from .conditioning import TextCondition
 from .pipeline_output import VQPipelineOutput
 from .spatial_condition import check_condition_parts, encode_condition
 from .text_condition import aligned_right, check_text_parts, encode_prompt, text_states
-from .vq_pipeline import (
-    check_codes,
-    check_tokenizer,
-    taking_turns,
-)
+from .vq_pipeline import check_codes, check_tokenizer, taking_turns
 
 
 class VQAutoregressivePipeline(AutoregressivePipeline):

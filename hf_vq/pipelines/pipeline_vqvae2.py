@@ -10,12 +10,7 @@ from .autoregressive_pipeline import AutoregressivePipeline, check_prior
 from .completion import grids_of
 from .conditioning import repeat_rows
 from .pipeline_output import VQPipelineOutput
-from .vq_pipeline import (
-    as_levels,
-    check_any_tokenizer,
-    check_codes,
-    taking_turns,
-)
+from .vq_pipeline import as_levels, check_any_tokenizer, check_codes, taking_turns
 
 
 class VQVAE2Pipeline(AutoregressivePipeline):

@@ -19,12 +19,10 @@ except ImportError:  # not on Windows
 logger = logging.getLogger(__name__)
 
 _NAME, _BYTES = ".lock", 100
-# The system gives up a process's lock as soon as it closes any handle of the file: one handle for each, kept.
-_held: dict[Path, BinaryIO] = {}
-
-
 # a network's file system that has no locks, or whose lock service does not run
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
+# The system gives up a process's lock as soon as it closes any handle of the file: one handle for each, kept.
+_held: dict[Path, BinaryIO] = {}
 
 
 class FolderInUseError(RuntimeError):
