@@ -6,6 +6,7 @@ key.
 """
 
 import importlib
+from collections.abc import Iterator
 from os import PathLike
 from typing import Any
 
@@ -64,6 +65,20 @@ def _normed(norm: nn.Module, hidden_states: torch.Tensor, codes: torch.Tensor | 
     return norm(hidden_states) if codes is None else norm(hidden_states, codes)
 
 
+# A new feature map costs more than the sum or the swish in it, since the system gives large ones page by page.
+
+
+def _normed_swish(norm: nn.Module, hidden_states: torch.Tensor, codes: torch.Tensor | None) -> torch.Tensor:
+    normed = _normed(norm, hidden_states, codes)
+    return F.silu(normed, inplace=not normed.requires_grad)
+
+
+def _add_to(fresh: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """residual + fresh, in the memory of `fresh`, which nobody else reads, if it is like the residual's."""
+    alike = fresh.dtype == residual.dtype and fresh.stride() == residual.stride()
+    return fresh.add_(residual) if alike else residual + fresh
+
+
 class ResnetBlock(GradientCheckpointingLayer):
     """Norm, swish, 3×3 convolution, twice, around a skip: `(B, C_in, H, W) -> (B, C_out, H, W)`."""
 
@@ -79,9 +94,9 @@ class ResnetBlock(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: torch.Tensor, codes: torch.Tensor | None = None) -> torch.Tensor:
         residual = self.nin_shortcut(hidden_states) if hasattr(self, "nin_shortcut") else hidden_states
-        hidden_states = self.conv1(F.silu(_normed(self.norm1, hidden_states, codes)))
-        hidden_states = self.conv2(self.dropout(F.silu(_normed(self.norm2, hidden_states, codes))))
-        return residual + hidden_states
+        hidden_states = self.conv1(_normed_swish(self.norm1, hidden_states, codes))
+        hidden_states = self.conv2(self.dropout(_normed_swish(self.norm2, hidden_states, codes)))
+        return _add_to(hidden_states, residual)
 
 
 class AttnBlock(GradientCheckpointingLayer):
@@ -104,7 +119,7 @@ class AttnBlock(GradientCheckpointingLayer):
         )
         attended = F.scaled_dot_product_attention(query, key, value)
         attended = attended.squeeze(1).transpose(1, 2).reshape(hidden_states.shape)
-        return hidden_states + self.proj_out(attended)
+        return _add_to(self.proj_out(attended), hidden_states)
 
 
 class LinearAttnBlock(GradientCheckpointingLayer):
@@ -173,12 +188,12 @@ class Level(nn.Module):
         attended = channels[1:] if side in config.attn_resolutions else []
         self.attn = nn.ModuleList(attention(width, norm_layers) for width in attended)
 
-    def forward(self, hidden_states: torch.Tensor, codes: torch.Tensor | None = None) -> torch.Tensor:
+    def layers(self) -> Iterator[nn.Module]:
+        """Its blocks and attentions in turns; called one by one, so that nobody holds the level's input meanwhile."""
         for i, block in enumerate(self.block):
-            hidden_states = block(hidden_states, codes)
+            yield block
             if self.attn:
-                hidden_states = self.attn[i](hidden_states, codes)
-        return hidden_states
+                yield self.attn[i]
 
 
 class MidBlock(nn.Module):
@@ -222,11 +237,12 @@ class Encoder(nn.Module):
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         hidden_states = self.conv_in(pixel_values)
         for level in self.down:
-            hidden_states = level(hidden_states)
+            for layer in level.layers():
+                hidden_states = layer(hidden_states)
             if hasattr(level, "downsample"):
                 hidden_states = level.downsample(hidden_states)
         hidden_states = self.mid(hidden_states)
-        return self.conv_out(F.silu(self.norm_out(hidden_states)))
+        return self.conv_out(_normed_swish(self.norm_out, hidden_states, None))
 
 
 class Decoder(nn.Module):
@@ -259,12 +275,13 @@ class Decoder(nn.Module):
     def forward(self, latents: torch.Tensor, codes: torch.Tensor | None = None) -> torch.Tensor:
         hidden_states = self.mid(self.conv_in(latents), codes)
         for level in reversed(self.up):
-            hidden_states = level(hidden_states, codes)
+            for layer in level.layers():
+                hidden_states = layer(hidden_states, codes)
             if hasattr(level, "upsample"):
                 hidden_states = level.upsample(hidden_states)
         if self.give_pre_end:
             return hidden_states
-        sample = self.conv_out(F.silu(_normed(self.norm_out, hidden_states, codes)))
+        sample = self.conv_out(_normed_swish(self.norm_out, hidden_states, codes))
         return sample.tanh() if self.tanh_out else sample
 
 
