@@ -1,15 +1,16 @@
 """Four priors over one tokenizer, trained for the same time on the same images: a table and a sheet of samples.
 
-    python examples/comparison/compare_priors.py [--minutes 6] [--output_dir outputs/comparison] [--quick]
+    python examples/comparison/compare_priors.py [--minutes 1 2 4 8] [--output_dir outputs/comparison] [--quick]
 
 Runs the training scripts with the configurations beside this file, one after another, on the packaged images and the
-tokenizer of the checkpoint that comes with the project. Then every prior draws images of the validation images'
-classes, which are measured against those images. Writes results.json, results.md and samples.png. A second run
-continues.
+tokenizer of the checkpoint that comes with the project. After each of the numbers of minutes every prior draws images
+of the validation images' classes, which are measured against those images. Writes results.json, results.md,
+samples.png, and curves.png, where bits and distances stand against the minutes. A second run continues.
 """
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import time
@@ -169,7 +170,46 @@ def table(results: dict[str, dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def compare(names: list[str], output_dir: Path, minutes: float, quick: bool) -> None:
+def table_of_minutes(results: dict[str, dict]) -> str:
+    """Bits per index and Fréchet distance after each number of minutes, as a Markdown table."""
+    measured = [result for result in results.values() if "after" in result]
+    minutes = [after["minutes"] for after in measured[0]["after"]]
+    lines = ["| bits per index, Fréchet distance | " + " | ".join(f"{each:g} min" for each in minutes) + " |"]
+    lines.append("|---" * (1 + len(minutes)) + "|")
+    for result in measured:
+        cells = []
+        for after in result["after"]:
+            bits = "–" if after["bits_per_index"] is None else f"{after['bits_per_index']:.2f}"
+            cells.append(f"{bits}, {after['frechet_distance']['value']:.2f}")
+        lines.append("| " + " | ".join([result["title"], *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot_minutes(results: dict[str, dict], path: Path) -> None:
+    """Bits and Fréchet distance of each prior against the minutes of training."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    bits_axes, distance_axes = figure.subplots(1, 2)
+    for result in results.values():
+        after = result.get("after", [])
+        minutes = [each["minutes"] for each in after]
+        if after and after[0]["bits_per_index"] is not None:
+            bits_axes.plot(minutes, [each["bits_per_index"] for each in after], marker="o", label=result["title"])
+        if after:
+            distances = [each["frechet_distance"]["value"] for each in after]
+            distance_axes.plot(minutes, distances, marker="o", label=result["title"])
+    floor = results["training_images"]["frechet_distance"]["value"]
+    distance_axes.axhline(floor, color="grey", linestyle=":", label="training images")
+    for axes, label in ((bits_axes, "bits per index"), (distance_axes, "Fréchet distance")):
+        axes.set(xscale="log", xlabel="minutes of training", ylabel=label)
+        axes.legend()
+    figure.savefig(path, dpi=100)
+
+
+def compare(names: list[str], output_dir: Path, minutes: list[float], quick: bool) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     data = DataArguments(str(DATA), label_column="category", resolution=32)
     validation = load_image_dataset(replace(data, max_samples=64 if quick else None), "validation")
@@ -193,35 +233,46 @@ def compare(names: list[str], output_dir: Path, minutes: float, quick: bool) -> 
     }
     for name in names:
         contestant = CONTESTANTS[name]
-        trained = train(contestant, output_dir / name, minutes, QUICK if quick else [])
-        pipe = getattr(hf_vq, contestant.pipeline).from_pretrained(str(output_dir / name / "pipeline")).to(device)
-        rows[contestant.title], speed = draw(contestant, pipe, labels)
+        after = []
+        for each in minutes:
+            trained = train(contestant, output_dir / name, each, QUICK if quick else [])
+            pipe = getattr(hf_vq, contestant.pipeline).from_pretrained(str(output_dir / name / "pipeline")).to(device)
+            rows[contestant.title], speed = draw(contestant, pipe, labels)
+            after.append({"minutes": each, **trained, **distances(rows[contestant.title])})
         results[name] = {
             "title": contestant.title,
             "parameters": sum(weight.numel() for weight in getattr(pipe, contestant.component).parameters()),
             "images_per_second": speed,
             "sampling": {"guidance_scale": GUIDANCE_SCALE, **contestant.sampling},
-            **trained,
-            **distances(rows[contestant.title]),
+            **{name: value for name, value in after[-1].items() if name != "minutes"},
+            "after": after,
         }
     sheet(rows, labels, validation.class_names).save(output_dir / "samples.png")
+    plot_minutes(results, output_dir / "curves.png")
+    tables = f"{table(results)}\n{table_of_minutes(results)}"
     write_file_atomically(output_dir / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
-    write_file_atomically(output_dir / "results.md", table(results))
-    print(f"\n{table(results)}\nThe sheet of samples is {output_dir / 'samples.png'}.")
+    write_file_atomically(output_dir / "results.md", tables)
+    print(f"\n{tables}\nThe sheet of samples is {output_dir / 'samples.png'}.")
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/comparison"))
-    parser.add_argument("--minutes", type=float, default=6.0, help="training time of each prior")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        nargs="+",
+        default=[6.0],
+        help="training times of each prior, which it is measured after",
+    )
     parser.add_argument("--priors", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS))
     parser.add_argument("--quick", action="store_true", help="two steps of training, for tests")
     args = parser.parse_args(argv)
-    if args.minutes <= 0:
-        parser.error(f"--minutes must be positive, got {args.minutes}")
+    if not all(0 < minutes < math.inf for minutes in args.minutes):
+        parser.error(f"--minutes must be positive, got {' '.join(map(str, args.minutes))}")
     output_dir = args.output_dir.resolve()
     output_dir.mkdir(parents=True, exist_ok=True)
-    compare(args.priors, output_dir, args.minutes, args.quick)
+    compare(args.priors, output_dir, sorted(set(args.minutes)), args.quick)
 
 
 if __name__ == "__main__":

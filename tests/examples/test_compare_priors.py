@@ -64,6 +64,20 @@ def test_the_table():
     assert "net.layer1" in lines[6] and "20 images" in lines[6] and "10 validation images" in lines[6]
 
 
+def test_the_table_of_minutes():
+    def after(minutes, bits, distance):
+        return {"minutes": minutes, "bits_per_index": bits, **figures(distance)}
+
+    results = {
+        "training_images": {"title": "Training images", **figures(3)},
+        "gpt": {"title": "GPT", "after": [after(0.5, 7.125, 40), after(2.0, 6.5, 20.5)]},
+        "unet": {"title": "U-Net", "after": [after(0.5, None, 33), after(2.0, None, 22)]},
+    }
+    lines = script.table_of_minutes(results).splitlines()
+    assert lines[0].endswith("| 0.5 min | 2 min |") and lines[1] == "|---|---|---|"
+    assert lines[2:] == ["| GPT | 7.12, 40.00 | 6.50, 20.50 |", "| U-Net | –, 33.00 | –, 22.00 |"]
+
+
 def test_the_sheet():
     """A row for each prior, two images of each class, in the order of the classes."""
     labels = [1, 0, 1, 0, 1, 0]
@@ -139,6 +153,8 @@ def test_a_short_comparison(tmp_path):
     with Image.open(tmp_path / "samples.png") as picture:
         assert len(picture.convert("RGB").getcolors(2**24)) > 50
     assert (tmp_path / "results.md").read_text() in printed
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert len(picture.convert("RGB").getcolors(2**20)) > 20
 
     printed, again = compare(tmp_path, "--priors", "gpt")  # a second run trains no further
     assert "Already finished at step 2" in printed and list(again)[2:] == ["gpt"]
