@@ -99,35 +99,64 @@ def _rows_of_all(vectors: torch.Tensor, position: torch.Tensor, sizes: torch.Ten
 
 
 @torch.no_grad()
-def draw_vectors(vectors: torch.Tensor, count: int, seed: torch.Tensor | int, distinct: bool = False) -> torch.Tensor:
+def draw_vectors(
+    vectors: torch.Tensor, count: int, seed: torch.Tensor | int, weights: torch.Tensor | None = None
+) -> torch.Tensor:
     """`count` pseudo-random finite rows of the vectors `(N, D)` of all processes, the same on every process.
 
-    Which rows are drawn is a function of `seed` and the total number of finite vectors alone: not of the global
-    generator, so that a resumed run draws the same, and not of the number of processes among which the same vectors
-    are divided. A `seed` that lies on the device is not read from there.
+    No row is drawn twice while there are enough, and the first of those drawn are a draw of fewer. Which rows are
+    drawn is a function of `seed`, the finite vectors' number and the weights alone: not of the global generator, so
+    that a resumed run draws the same, and not of the number of processes among which the same vectors are divided.
+    Nothing is read from the device, neither a `seed` that lies there.
+
+    With weights w, each next row is drawn with a chance of w over the sum of those left: they are the rows with the
+    largest log(u) / w of uniform u (Efraimidis & Spirakis 2006, "Weighted Random Sampling with a Reservoir").
 
     Args:
         vectors: `(N, D)`, each process its own.
         count: how many to draw.
         seed: an integer.
-        distinct: draw no row twice while there are enough (this sorts all rows' numbers, and waits for the device).
+        weights: `(N,)`, at least 0; all alike by default. A row of weight 0 is drawn when no other is left.
 
     Returns:
         `(count, D)`; zeros if no vector is finite.
     """
-    device = vectors.device
-    sizes = are_finite(vectors).sum().view(1)
+    device, finite = vectors.device, are_finite(vectors)
+    sizes = finite.sum().view(1)
     if is_distributed():
         own, sizes = sizes, torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
         sizes[dist.get_rank()] = own[0]
         dist.all_reduce(sizes)
-    seed = torch.as_tensor(seed, device=device)
+    rank = dist.get_rank() if is_distributed() else 0
     total = sizes.sum().clamp_min(1)
-    if not distinct:
-        return _rows_of_all(vectors, _hash(torch.arange(count, device=device) + count * seed) % total, sizes)
-    total = int(total)
-    order = _hash(torch.arange(total, device=device) + total * seed).argsort(stable=True)
-    return _rows_of_all(vectors, order[torch.arange(count, device=device) % total], sizes)
+    number = finite.cumsum(0) - 1 + sizes[:rank].sum()
+    noise = _hash(number + total * torch.as_tensor(seed, device=device))
+    if weights is None:
+        keys = torch.where(finite, -noise, -(2**33))
+    else:
+        smallest = torch.finfo(torch.float32).tiny
+        keys = ((noise.float() + 0.5) / 2**32).clamp_max(1 - 2**-24).log() / weights.float().clamp_min(smallest)
+        keys = torch.where(finite, keys, -torch.inf)
+    keys, number = _largest(keys, number, count)
+    # fewer rows than asked for are repeated in their order
+    number = number[torch.arange(count, device=device) % total.clamp_max(count)]
+    return _rows_of_all(vectors, number, sizes)
+
+
+def _largest(keys: torch.Tensor, numbers: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `count` largest `keys` `(N,)` of all processes and their `numbers`; zeros where there are fewer."""
+    padding = max(0, count - len(keys))
+    lowest = torch.iinfo(keys.dtype).min if keys.dtype == torch.int64 else -torch.inf
+    keys, rows = keys.topk(min(count, len(keys)))
+    keys = torch.nn.functional.pad(keys, (0, padding), value=lowest)
+    numbers = torch.nn.functional.pad(numbers[rows], (0, padding))
+    if not is_distributed():
+        return keys, numbers
+    all_keys, all_numbers = ([torch.empty_like(own) for _ in range(dist.get_world_size())] for own in (keys, numbers))
+    dist.all_gather(all_keys, keys)
+    dist.all_gather(all_numbers, numbers)
+    keys, rows = torch.cat(all_keys).topk(count)
+    return keys, torch.cat(all_numbers)[rows]
 
 
 @torch.no_grad()
@@ -152,7 +181,7 @@ def kmeans(vectors: torch.Tensor, num_clusters: int, iterations: int = 10, seed:
     if not has_finite_vectors(vectors):
         raise ValueError(f"`vectors` must hold at least one finite vector, got none among {vectors.shape[0]}.")
     vectors = vectors[are_finite(vectors)]
-    centres = draw_vectors(vectors, num_clusters, seed, distinct=True)
+    centres = draw_vectors(vectors, num_clusters, seed)
     for _ in range(iterations):
         nearest = nearest_codes(vectors, centres)
         counts = code_counts(nearest, num_clusters)

@@ -197,9 +197,11 @@ class EMAVectorQuantizer(NearestCodeQuantizer):
     start at 1 and m at e. A code that is not used in an update keeps its vector to the bit (with smoothing: while its
     count is 0), so that it never shrinks or blows up.
 
-    A code whose count falls under `restart_threshold` times the mean count is dead: it restarts at a random latent of
-    the batch, the same one on every process, with the mean count (as in Dhariwal et al. 2020, section 3.1). The codes
-    begin as the centres that k-means finds in the first training batch; `num_updates` is -1 before it.
+    A code whose count falls under `restart_threshold` times the mean count is dead: it restarts at a latent of the
+    batch, the same one on every process, with the mean count (as in Dhariwal et al. 2020, section 3.1). A latent is
+    drawn with a chance in proportion to its distance from its code, and none twice while there are enough: where many
+    are alike, as in the flat parts of images, one more code would stay without use. The codes begin as the centres
+    that k-means finds in the first training batch; `num_updates` is -1 before it.
 
     Args:
         num_embeddings: K.
@@ -227,7 +229,7 @@ class EMAVectorQuantizer(NearestCodeQuantizer):
         commitment_cost: float = 0.25,
         decay: float = 0.99,
         zero_debias: bool = True,
-        restart_threshold: float = 0.75,
+        restart_threshold: float = 0.9,
         count_smoothing: str | None = None,
         epsilon: float = 1e-5,
         keep_unused: bool = True,
@@ -297,6 +299,8 @@ class EMAVectorQuantizer(NearestCodeQuantizer):
 
     @torch.no_grad()
     def _update_averages(self, flat: torch.Tensor, flat_indices: torch.Tensor) -> None:
+        if self.restart_threshold > 0:
+            distances = torch.linalg.vector_norm(flat - F.embedding(flat_indices, self.embedding.float()), dim=1)
         # latents that are not finite go to a row K, which is thrown away
         bins = torch.where(are_finite(flat), flat_indices, self.num_embeddings)
         counts = code_counts(bins, self.num_embeddings + 1)[:-1]
@@ -321,13 +325,14 @@ class EMAVectorQuantizer(NearestCodeQuantizer):
                 self.cluster_size.copy_(divisor)
         self.codebook.copy_(torch.where(moved.unsqueeze(1), self.embed_avg / divisor.unsqueeze(1), self.codebook))
         if self.restart_threshold > 0:
-            self._restart_dead_codes(flat, counts.sum() > 0)
+            self._restart_dead_codes(flat, distances, counts.sum() > 0)
 
-    def _restart_dead_codes(self, flat: torch.Tensor, any_latent: torch.Tensor) -> None:
+    def _restart_dead_codes(self, flat: torch.Tensor, distances: torch.Tensor, any_latent: torch.Tensor) -> None:
         mean_count = self.cluster_size.mean()
         dead = (self.cluster_size < self.restart_threshold * mean_count) & any_latent
         # one candidate a code whether or not it is dead: fixed shapes, and no wait for the device
-        candidates = draw_vectors(flat, self.num_embeddings, seed=self.num_updates).to(self.codebook.dtype)
+        candidates = draw_vectors(flat, self.num_embeddings, self.num_updates, distances).to(self.codebook.dtype)
+        candidates = candidates[(dead.cumsum(0) - 1).clamp_min(0)]
         self.codebook.copy_(torch.where(dead.unsqueeze(1), candidates, self.codebook))
         self.cluster_size.copy_(torch.where(dead, mean_count, self.cluster_size))
         self.embed_avg.copy_(
