@@ -16,6 +16,7 @@ BENCHMARKS = (
     "codebook_usage",
     "generate",
     "mask_replace_step",
+    "sampling_steps",
     "incremental",
     "sliding_window",
     "extraction",

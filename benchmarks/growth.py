@@ -3,11 +3,15 @@
 import argparse
 import json
 import math
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
+from .extraction import measure as measure_extraction
+from .extraction import write_images
 from .measure import in_subprocess
 
 
@@ -15,6 +19,7 @@ TITLE = "Growth"
 NOTES = """
 The fastest of three runs at each size, seconds of the processor; "exponent" is the slope of their logarithms, 1 where
 the time is proportional to the size. Sampling is linear in the number of codes until attention over all of them shows.
+Extraction is timed by the clock, once: -1 in the number of processes if there are as many free cores.
 """
 
 
@@ -76,6 +81,14 @@ def run(quick: bool, threads: int) -> list[dict]:
                 "exponent": exponent(measured["sizes"], measured["seconds"]),
             }
         )
+    counts, processes = ((512, 1024), (1, 2)) if quick else ((8192, 16384, 32768), (1, 2))
+    for name, sizes, each in (
+        ("extraction, images (1 process)", counts, [(count, 1) for count in counts]),
+        ("extraction, processes", processes, [(counts[-1], number) for number in processes]),
+    ):
+        seconds = extraction(each)
+        shown = {"sizes": ", ".join(map(str, sizes)), "seconds": ", ".join(f"{value:.3g}" for value in seconds)}
+        rows.append({"time against": name, **shown, "exponent": exponent(sizes, seconds)})
     return rows
 
 
@@ -102,6 +115,17 @@ def measure(name: str, threads: int, quick: bool) -> dict:
             times.append(time.process_time() - start)
         fastest.append(min(times))
     return {"sizes": [count(size) for size in sizes[: len(fastest)]], "seconds": fastest}
+
+
+def extraction(sizes: list[tuple[int, int]]) -> list[float]:
+    """Seconds of encoding a stream to indices, for numbers of images and of processes."""
+    seconds = []
+    for images, processes in sizes:
+        with tempfile.TemporaryDirectory() as place:
+            (Path(place) / "images").mkdir()
+            write_images(Path(place) / "images", images)
+            seconds.append(images / measure_extraction(images, processes, "indices", Path(place))["images/s"])
+    return seconds
 
 
 def main() -> None:

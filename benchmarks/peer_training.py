@@ -1,4 +1,5 @@
-"""Training steps beside the plain ones of diffusers' script, rosinality's code and the original VQ-Diffusion.
+"""Training steps beside the plain ones of diffusers' script, rosinality's code, the original VQ-Diffusion and others'
+quantizers.
 
 The peers' arithmetic is written out here for the same networks (of VQGAN and VQ-Diffusion with the same weights, of
 PixelSNAIL with the same sizes).
@@ -11,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
+
+
+LUCIDRAINS = "vector-quantize-pytorch"
 
 
 def optimizer_step(loss: torch.Tensor, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
@@ -328,3 +332,79 @@ def pixelsnail_steps(quick: bool, batch: int) -> tuple[Callable, Callable]:
         optimizer_step(F.cross_entropy(peer(codes), codes), list(peer.parameters()), optimizers[1])
 
     return ours, theirs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Quantizers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class TamingQuantizer(nn.Module):
+    """The original VQGAN's arithmetic: the distances of all latents to all codes at once."""
+
+    def __init__(self, num_codes: int, channels: int):
+        super().__init__()
+        self.embedding = nn.Embedding(num_codes, channels)
+        nn.init.uniform_(self.embedding.weight, -1 / num_codes, 1 / num_codes)
+
+    def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        moved = latents.permute(0, 2, 3, 1).contiguous()
+        flat, codes = moved.view(-1, latents.shape[1]), self.embedding.weight
+        distances = flat.square().sum(1, keepdim=True) + codes.square().sum(1) - 2 * flat @ codes.t()
+        indices = distances.argmin(dim=1)
+        quantized = self.embedding(indices).view(moved.shape)
+        loss = 0.25 * (quantized.detach() - moved).square().mean() + (quantized - moved.detach()).square().mean()
+        quantized = moved + (quantized - moved).detach()
+        return quantized.permute(0, 3, 1, 2).contiguous(), loss, indices
+
+
+def quantizer_steps(peer: str, num_codes: int, num_latents: int, channels: int = 256) -> tuple[Callable, Callable]:
+    """Forward and backward of ours and of `peer`: "taming", "diffusers" or `LUCIDRAINS`. Both give the indices."""
+    from hf_vq import EMAVectorQuantizer, VectorQuantizer
+
+    latents = torch.randn(num_latents // 64, channels, 8, 8, requires_grad=True)
+
+    def step(module: nn.Module, call: Callable) -> torch.Tensor:
+        quantized, loss, indices = call(latents)
+        torch.autograd.backward([quantized, loss.sum()], [torch.ones_like(quantized), None])
+        latents.grad = None
+        module.zero_grad(set_to_none=True)
+        return indices.flatten()
+
+    if peer == LUCIDRAINS:
+        from vector_quantize_pytorch import VectorQuantize
+
+        ours = EMAVectorQuantizer(num_codes, channels, kmeans_init=False)
+        theirs = VectorQuantize(
+            dim=channels,
+            codebook_size=num_codes,
+            decay=0.99,
+            threshold_ema_dead_code=2,
+            rotation_trick=False,
+            accept_image_fmap=True,
+        )
+
+        def their_call(z: torch.Tensor):
+            quantized, indices, loss = theirs(z)
+            return quantized, loss, indices
+
+    else:
+        ours = VectorQuantizer(num_codes, channels)
+        if peer == "taming":
+            theirs = their_call = TamingQuantizer(num_codes, channels)
+        else:
+            from diffusers.models.autoencoders.vae import VectorQuantizer as Theirs
+
+            theirs = Theirs(num_codes, channels, beta=0.25, legacy=False)
+
+            def their_call(z: torch.Tensor):
+                quantized, loss, (_, _, indices) = theirs(z)
+                return quantized, loss, indices
+
+        theirs.embedding.load_state_dict(ours.embedding.state_dict())
+
+    def our_call(z: torch.Tensor):
+        output = ours(z)
+        return output.quantized, output.loss, output.indices
+
+    return lambda: step(ours.train(), our_call), lambda: step(theirs.train(), their_call)

@@ -1,6 +1,7 @@
 """Time and memory beside the peers', each case in a process of its own, both sides in turns."""
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -14,7 +15,14 @@ from pathlib import Path
 import torch
 
 from .measure import in_subprocess, peak_allocated_bytes
-from .peer_training import pixelsnail_steps, vq_diffusion_steps, vq_diffusion_transformer, vqgan_steps
+from .peer_training import (
+    LUCIDRAINS,
+    pixelsnail_steps,
+    quantizer_steps,
+    vq_diffusion_steps,
+    vq_diffusion_transformer,
+    vqgan_steps,
+)
 
 
 TITLE = "Beside the peers"
@@ -22,7 +30,8 @@ NOTES = """
 Seconds of the processor (all threads of the process) for ours and the peer's, medians of runs in turns; "ratio" is the
 median of the ratios of neighbouring runs with its quartiles, and "at most" what is aimed at. Memory is the most that
 torch's allocator held above what was there before. Where both can have the same weights they have them, and "equal"
-says how far the results agree: the largest difference, or the share of equal codes.
+says how far the results agree: the largest difference, or the share of equal codes. The batch of a quantizer is the
+number of its latents, of 256 channels.
 """
 
 
@@ -331,32 +340,17 @@ train_vq_diffusion = training_case(vq_diffusion_steps, "diffusers' transformer, 
 train_pixelsnail = training_case(pixelsnail_steps, "rosinality's arithmetic", "0.77")
 
 
-def train_quantizer(quick: bool, batch: int) -> Case:
-    from diffusers.models.autoencoders.vae import VectorQuantizer as Theirs
+def quantizer_case(peer: str, num_codes: int, at_most: str) -> Callable[[int, int], Case]:
+    """`batch` is the number of latents, of 256 channels."""
 
-    from hf_vq import VectorQuantizer
+    def build(quick: bool, batch: int) -> Case:
+        torch.set_grad_enabled(True)
+        ours, theirs = quantizer_steps(peer, *((64, 64) if quick else (num_codes, batch)))
+        # moving averages are learned in other ways, and ours restart codes
+        agreement = None if peer == LUCIDRAINS else share_of_equal
+        return Case(ours, theirs, peer, at_most, agreement, repetitions=5)
 
-    torch.set_grad_enabled(True)
-    num_codes, side = (64, 4) if quick else (batch, {1024: 8, 16384: 22}.get(batch, 8))
-    ours, peer = VectorQuantizer(num_codes, 256), Theirs(num_codes, 256, beta=0.25, legacy=False)
-    latents = torch.randn(32, 256, side, side, requires_grad=True)
-
-    def step(module, call):
-        quantized, loss = call(module)
-        torch.autograd.backward([quantized, loss], [torch.ones_like(quantized), None])
-        latents.grad = None
-        module.zero_grad(set_to_none=True)
-
-    def own(module):
-        output = module(latents)
-        return output.quantized, output.loss
-
-    return Case(
-        ours=lambda: step(ours, own),
-        peer=lambda: step(peer, lambda module: module(latents)[:2]),
-        peer_name="diffusers VectorQuantizer",
-        at_most="0.9" if batch == 16384 else "1.0",
-    )
+    return build
 
 
 def read_images(quick: bool, batch: int) -> Case:
@@ -423,6 +417,11 @@ def first_picture(quick: bool, batch: int) -> Case:
     )
 
 
+QUANTIZER_TARGETS = {
+    1024: {"diffusers": "1.0", LUCIDRAINS: "0.35"},
+    16384: {"taming": "0.6", "diffusers": "0.9", LUCIDRAINS: "0.3"},
+}
+
 CASES = {
     "VQGAN f16, encode": (encode, (1,)),
     "VQGAN f16, decode": (decode, (1,)),
@@ -441,17 +440,25 @@ CASES = {
     "GPT, a training step": (train_gpt, (8,)),
     "PixelSNAIL 32×32, a training step": (train_pixelsnail, (4,)),
     "VQ-Diffusion 16×16, K = 2048, a training step": (train_vq_diffusion, (8,)),
-    "quantizer of N = 2048, K = batch, a training step": (train_quantizer, (1024,)),
-    "quantizer of N = 15488, K = batch, a training step": (train_quantizer, (16384,)),
+    **{
+        f"quantizer of {num_codes} codes, a training step, beside {peer}": (
+            quantizer_case(peer, num_codes, at_most),
+            (2048,) if num_codes == 1024 else (2048, 16384),
+        )
+        for num_codes, targets in QUANTIZER_TARGETS.items()
+        for peer, at_most in targets.items()
+    },
     "reading JPEGs to 256 px": (read_images, (1,)),
     "first picture after the start": (first_picture, (1,)),
 }
 
 
 def run(quick: bool, threads: int) -> list[dict]:
-    """A row for each case and batch size."""
+    """A row for each case and batch size; those beside vector-quantize-pytorch where it is installed."""
     rows = []
     for name, (_, batches) in CASES.items():
+        if LUCIDRAINS in name and importlib.util.find_spec("vector_quantize_pytorch") is None:
+            continue
         for batch in batches[:1] if quick else batches:
             measured = in_subprocess("benchmarks.peers", case=name, batch=batch, threads=threads, quick=int(quick))
             low, middle, high = measured["ratios"]

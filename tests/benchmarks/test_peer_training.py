@@ -3,8 +3,16 @@
 import pytest
 import torch
 
-from benchmarks.peer_training import DenseChain, PlainPixelSNAIL, pixelsnail_steps, vq_diffusion_steps, vqgan_steps
-from hf_vq import MaskReplaceScheduler, PixelSNAILConfig
+from benchmarks.peer_training import (
+    DenseChain,
+    PlainPixelSNAIL,
+    TamingQuantizer,
+    pixelsnail_steps,
+    quantizer_steps,
+    vq_diffusion_steps,
+    vqgan_steps,
+)
+from hf_vq import MaskReplaceScheduler, PixelSNAILConfig, VectorQuantizer
 from hf_vq.training.objectives.mask_replace_objective import MaskReplaceObjective
 
 
@@ -53,3 +61,22 @@ def test_both_sides_take_a_step(steps):
     ours, theirs = steps(True, 2)
     ours()
     theirs()
+
+
+@pytest.mark.parametrize("peer", ["taming", "diffusers"])
+def test_the_quantizers_choose_the_same_codes(peer):
+    torch.manual_seed(0)
+    ours, theirs = quantizer_steps(peer, num_codes=50, num_latents=256, channels=8)
+    indices = ours()
+    assert indices.shape == (256,) and torch.equal(indices, theirs()) and len(indices.unique()) > 20
+
+
+def test_taming_arithmetic_has_our_loss():
+    torch.manual_seed(0)
+    ours, theirs = VectorQuantizer(20, 4), TamingQuantizer(20, 4)
+    theirs.embedding.load_state_dict(ours.embedding.state_dict())
+    latents = torch.randn(2, 4, 3, 3)
+    quantized, loss, _ = theirs(latents)
+    output = ours(latents)
+    torch.testing.assert_close(quantized, output.quantized, atol=1e-6, rtol=0)
+    torch.testing.assert_close(loss, output.loss)
