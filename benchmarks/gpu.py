@@ -57,6 +57,8 @@ class Training:
     quick: dict = field(default_factory=dict)
 
 
+# half of the configurations' sizes and less: both fit into 8 MB in half precision
+SMALL_TOKENIZER = {"base_channels": 16, "channel_multiplier": "1 2 4", "norm_num_groups": 8, "learning_rate": 1e-3}
 LARGER_LEVEL = {"train_batch_size": 64, "mixed_precision": "bf16"}
 QUICK_LEVEL = {"num_blocks": 1, "num_res_blocks": 1, "res_channels": 16}
 TRAININGS = {
@@ -66,7 +68,8 @@ TRAININGS = {
         "vqgan",
         share=1.5,
         steps_per_second=12,
-        quick={"base_channels": 32, "dataloader_num_workers": 0},
+        options=SMALL_TOKENIZER,
+        quick={"dataloader_num_workers": 0},
     ),
     "prior": Training(
         "vq_gpt/train_vq_gpt.py",
@@ -75,6 +78,7 @@ TRAININGS = {
         share=1.5,
         tokenizer="vqgan",
         steps_per_second=20,
+        options={"num_hidden_layers": 6},
         quick={"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2},
     ),
     "vq_diffusion": Training(
