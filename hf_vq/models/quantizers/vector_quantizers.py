@@ -199,9 +199,9 @@ class EMAVectorQuantizer(NearestCodeQuantizer):
 
     A code whose count falls under `restart_threshold` times the mean count is dead: it restarts at a latent of the
     batch, the same one on every process, with the mean count (as in Dhariwal et al. 2020, section 3.1). A latent is
-    drawn with a chance in proportion to its distance from its code, and none twice while there are enough: where many
-    are alike, as in the flat parts of images, one more code would stay without use. The codes begin as the centres
-    that k-means finds in the first training batch; `num_updates` is -1 before it.
+    drawn with a chance in proportion to the root of its distance from its code, and none twice while there are enough:
+    where many are alike, as in the flat parts of images, one more code would stay without use. The codes begin as the
+    centres that k-means finds in the first training batch; `num_updates` is -1 before it.
 
     Args:
         num_embeddings: K.
@@ -331,7 +331,9 @@ class EMAVectorQuantizer(NearestCodeQuantizer):
         mean_count = self.cluster_size.mean()
         dead = (self.cluster_size < self.restart_threshold * mean_count) & any_latent
         # one candidate a code whether or not it is dead: fixed shapes, and no wait for the device
-        candidates = draw_vectors(flat, self.num_embeddings, self.num_updates, distances).to(self.codebook.dtype)
+        candidates = draw_vectors(flat, self.num_embeddings, self.num_updates, distances.sqrt()).to(
+            self.codebook.dtype
+        )
         candidates = candidates[(dead.cumsum(0) - 1).clamp_min(0)]
         self.codebook.copy_(torch.where(dead.unsqueeze(1), candidates, self.codebook))
         self.cluster_size.copy_(torch.where(dead, mean_count, self.cluster_size))
