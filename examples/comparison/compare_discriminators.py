@@ -9,6 +9,7 @@ results.md, curves.png (PSNR and perceptual distance against steps) and reconstr
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,10 @@ SETTINGS = {
     "no discriminator": {"disc_weight": 0},
     "from the middle, eased in (the recipe)": {},
     "from the middle, at once": {"disc_warmup_steps": 0},
+    "from the middle, at once, 1.6 times the weight (the script's default)": {
+        "disc_warmup_steps": 0,
+        "disc_weight": 0.8,
+    },
     "from the start": {"disc_start_fraction": 0, "disc_warmup_steps": 0},
     "from the start, 4 times the weight": {"disc_start_fraction": 0, "disc_warmup_steps": 0, "disc_weight": 2.0},
     "from the middle, 4 times the weight": {"disc_weight": 2.0},
@@ -95,7 +100,7 @@ def compare(names: list[str], output_dir: Path, steps: int, extra: list[str]) ->
     extractor = PooledLayer(build_perceptual("mobilenet_v2"), FEATURE_LAYER)
     results, rows = {}, {"validation images": originals}
     for name in names:
-        folder = output_dir / name.replace(" ", "-").replace(",", "").replace("(", "").replace(")", "")
+        folder = output_dir / re.sub(r"[^\w.]+", "-", name).strip("-")
         curve = train(SETTINGS[name], folder, steps, extra)
         tokenizer = AutoModel.from_pretrained(folder / "tokenizer").eval()
         parts = [tokenizer.decode(tokenizer.encode(part).latents).sample for part in originals.split(62)]

@@ -118,8 +118,8 @@ def write_cache(request: CacheRequest, path: Path, overwrite: bool) -> None:
         stale = [] if known is None else [name for name, value in identity.items() if known.get(name) != value]
         if stale and not overwrite:
             raise StaleIndicesError(
-                f"the {request.kind.name} in {path} differ in {', '.join(stale)} from what is asked for: give another "
-                "folder, or overwrite=True to replace them."
+                f"the {request.kind.name} in {path} differ in {', '.join(stale)} from what is asked for: remove "
+                "them, give another folder, or set overwrite=True to replace them."
             )
         if known is not None and not stale:
             identity.setdefault("rows_per_shard", known["rows_per_shard"])
