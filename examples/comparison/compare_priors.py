@@ -233,19 +233,29 @@ def compare(names: list[str], output_dir: Path, minutes: list[float], quick: boo
     }
     for name in names:
         contestant = CONTESTANTS[name]
-        after = []
+        file = output_dir / f"{name}.json"  # what has been measured, since a trained prior can't be taken back
+        after = json.loads(file.read_text()) if file.is_file() else []
         for each in minutes:
+            if each in [measured["minutes"] for measured in after] and each != minutes[-1]:
+                continue
             trained = train(contestant, output_dir / name, each, QUICK if quick else [])
+            if trained["train_seconds"] > 60 * each + 60:
+                sys.exit(
+                    f"--minutes {each:g}: {output_dir / name} has trained for {trained['train_seconds'] / 60:.1f} minutes; "
+                    "give another --output_dir."
+                )
             pipe = getattr(hf_vq, contestant.pipeline).from_pretrained(str(output_dir / name / "pipeline")).to(device)
             rows[contestant.title], speed = draw(contestant, pipe, labels)
+            after = [measured for measured in after if measured["minutes"] != each]
             after.append({"minutes": each, **trained, **distances(rows[contestant.title])})
+            write_file_atomically(file, json.dumps(after, indent=2) + "\n")
         results[name] = {
             "title": contestant.title,
             "parameters": sum(weight.numel() for weight in getattr(pipe, contestant.component).parameters()),
             "images_per_second": speed,
             "sampling": {"guidance_scale": GUIDANCE_SCALE, **contestant.sampling},
-            **{name: value for name, value in after[-1].items() if name != "minutes"},
-            "after": after,
+            **{key: value for key, value in after[-1].items() if key != "minutes"},
+            "after": [measured for measured in after if measured["minutes"] in minutes],
         }
     sheet(rows, labels, validation.class_names).save(output_dir / "samples.png")
     plot_minutes(results, output_dir / "curves.png")
