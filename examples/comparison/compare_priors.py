@@ -93,11 +93,24 @@ def train(contestant: Contestant, output_dir: Path, minutes: float, extra: list[
     print(f"\n$ {' '.join(command)}", flush=True)
     subprocess.run(command, check=True)
     rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    seconds = max(row.get("seconds", 0.0) for row in rows)
+    if seconds > 60 * minutes + 60:
+        sys.exit(f"--minutes {minutes:g}: {output_dir} has trained for {seconds / 60:.1f}; give another --output_dir.")
     return {
         "train_steps": rows[-1]["step"],
-        "train_seconds": max(row.get("seconds", 0.0) for row in rows),
+        "train_seconds": seconds,
         "bits_per_index": validation_figures(output_dir).get("bits_per_index"),
     }
+
+
+def measured_file(output_dir: Path, name: str) -> Path:
+    return output_dir / f"{name}.json"
+
+
+def already_measured(output_dir: Path, name: str) -> dict[float, dict]:
+    """What was measured of a prior after how many minutes; written down since training can't be taken back."""
+    file = measured_file(output_dir, name)
+    return {float(key): row for key, row in json.loads(file.read_text()).items()} if file.is_file() else {}
 
 
 def draw(contestant: Contestant, pipe, labels: list[int]) -> tuple[torch.Tensor, float]:
@@ -233,29 +246,22 @@ def compare(names: list[str], output_dir: Path, minutes: list[float], quick: boo
     }
     for name in names:
         contestant = CONTESTANTS[name]
-        file = output_dir / f"{name}.json"  # what has been measured, since a trained prior can't be taken back
-        after = json.loads(file.read_text()) if file.is_file() else []
+        after = already_measured(output_dir, name)
         for each in minutes:
-            if each in [measured["minutes"] for measured in after] and each != minutes[-1]:
+            if each in after and each != minutes[-1]:
                 continue
             trained = train(contestant, output_dir / name, each, QUICK if quick else [])
-            if trained["train_seconds"] > 60 * each + 60:
-                sys.exit(
-                    f"--minutes {each:g}: {output_dir / name} has trained for {trained['train_seconds'] / 60:.1f} minutes; "
-                    "give another --output_dir."
-                )
             pipe = getattr(hf_vq, contestant.pipeline).from_pretrained(str(output_dir / name / "pipeline")).to(device)
             rows[contestant.title], speed = draw(contestant, pipe, labels)
-            after = [measured for measured in after if measured["minutes"] != each]
-            after.append({"minutes": each, **trained, **distances(rows[contestant.title])})
-            write_file_atomically(file, json.dumps(after, indent=2) + "\n")
+            after[each] = {**trained, **distances(rows[contestant.title])}
+            write_file_atomically(measured_file(output_dir, name), json.dumps(after, indent=2) + "\n")
         results[name] = {
             "title": contestant.title,
             "parameters": sum(weight.numel() for weight in getattr(pipe, contestant.component).parameters()),
             "images_per_second": speed,
             "sampling": {"guidance_scale": GUIDANCE_SCALE, **contestant.sampling},
-            **{key: value for key, value in after[-1].items() if key != "minutes"},
-            "after": [measured for measured in after if measured["minutes"] in minutes],
+            **after[minutes[-1]],
+            "after": [{"minutes": each, **after[each]} for each in minutes],
         }
     sheet(rows, labels, validation.class_names).save(output_dir / "samples.png")
     plot_minutes(results, output_dir / "curves.png")
