@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from hf_vq.cli import build_parser
@@ -57,6 +58,7 @@ CHECKS = {  # what the snippets of a page say they give
     ),
     "evaluate": lambda names: 20 < names["figures"]["psnr"] < 26,  # of the card: 22.6 on all of the split
     "libraries": lambda names: type(names["merged"]).__name__ == "VQGPTForCausalLM" and Path("merged").is_dir(),
+    "speed": lambda names: names["pipe"].vqvae.encoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last),
     "share": lambda names: names["image"].size == (32, 32) and Path("to_share/README.md").is_file(),
 }
 
