@@ -303,6 +303,7 @@ assert type(pipe).__module__.startswith("diffusers_modules.") and type(pipe.vqva
 """
 
 
+@pytest.mark.slow  # three starts of Python; models and pipelines alone are loaded above
 def test_parts_alone_and_remote_pipelines(pipeline, hub, tmp_path):
     """A denoiser and a scheduler without their pipeline; a pipeline of remote code saves its code again."""
     denoiser, scheduler = denoising_parts()
