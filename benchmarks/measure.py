@@ -12,11 +12,16 @@ from pathlib import Path
 import torch
 
 
-def peak_allocated_bytes(function: Callable[[], object]) -> int:
-    """The most that torch's CPU allocator held during `function()`, above what it held before.
+def peak_allocated_bytes(function: Callable[[], object], device: str = "cpu") -> int:
+    """The most that torch's allocator held on `device` during `function()`, above what it held before.
 
-    Read from the profiler's allocation events, so that what an operator allocates and frees inside counts too.
+    On a CPU read from the profiler's allocation events, so that what an operator allocates and frees counts too.
     """
+    if device != "cpu":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         function()
     with tempfile.TemporaryDirectory() as folder:

@@ -259,9 +259,9 @@ class PlainAttention(nn.Module):
             layer(inputs.flatten(2).transpose(1, 2)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for layer, inputs in ((self.query, queries), (self.key, memory), (self.value, memory))
         )
-        seen = torch.ones(length, length).tril(-1)
+        seen = torch.ones(length, length, device=queries.device).tril(-1)
         scores = (query @ key.transpose(2, 3) / math.sqrt(query.shape[-1])).masked_fill(seen == 0, -1e4)
-        weights = scores.softmax(dim=3) * (torch.arange(length) > 0).float()[:, None]
+        weights = scores.softmax(dim=3) * (torch.arange(length, device=queries.device) > 0).float()[:, None]
         return (self.dropout(weights) @ value).transpose(2, 3).reshape(size[0], -1, *size[2:])
 
 

@@ -7,6 +7,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -27,11 +28,11 @@ from .peer_training import (
 
 TITLE = "Beside the peers"
 NOTES = """
-Seconds of the processor (all threads of the process) for ours and the peer's, medians of runs in turns; "ratio" is the
-median of the ratios of neighbouring runs with its quartiles, and "at most" what is aimed at. Memory is the most that
-torch's allocator held above what was there before. Where both can have the same weights they have them, and "equal"
-says how far the results agree: the largest difference, or the share of equal codes. The batch of a quantizer is the
-number of its latents, of 256 channels.
+Seconds of the processor (all threads of the process), or on a GPU of the clock, for ours and the peer's, medians of
+runs in turns; "ratio" is the median of the ratios of neighbouring runs with its quartiles, and "at most" what is aimed
+at. Memory is the most that torch's allocator held above what was there before. Where both can have the same weights
+they have them, and "equal" says how far the results agree: the largest difference, or the share of equal codes. The
+batch of a quantizer is the number of its latents, of 256 channels.
 """
 
 
@@ -74,31 +75,45 @@ def vqgan_pair(quick: bool, memory_format: torch.memory_format):
     ours = VQGANModel(config).eval()
     with tempfile.TemporaryDirectory() as folder:
         ours.to_diffusers(folder)
-        peer = VQModel.from_pretrained(folder).eval()
+        peer = VQModel.from_pretrained(folder).to(ours.device).eval()
     return ours.to(memory_format=memory_format), peer, config.resolution
 
 
-def encode(quick: bool, batch: int, memory_format: torch.memory_format = torch.contiguous_format) -> Case:
+def encode(
+    quick: bool,
+    batch: int,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    dtype: torch.dtype = torch.float32,
+) -> Case:
+    """Ours in `dtype` beside the peer in float32."""
     ours, peer, side = vqgan_pair(quick, memory_format)
     pixels = torch.rand(batch, 3, side, side) * 2 - 1
+    ours, own_pixels = ours.to(dtype), pixels.to(dtype)
     return Case(
-        ours=lambda: ours.encode(pixels).latents,
+        ours=lambda: ours.encode(own_pixels).latents,
         peer=lambda: peer.encode(pixels).latents,
         peer_name="diffusers VQModel",
-        at_most="0.92",
+        at_most="0.92" if dtype == torch.float32 else "0.5",
         agreement=largest_difference,
         repetitions=5,
     )
 
 
-def decode(quick: bool, batch: int, memory_format: torch.memory_format = torch.contiguous_format) -> Case:
+def decode(
+    quick: bool,
+    batch: int,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    dtype: torch.dtype = torch.float32,
+) -> Case:
+    """Ours in `dtype` beside the peer in float32."""
     ours, peer, side = vqgan_pair(quick, memory_format)
     latents = ours.encode(torch.rand(batch, 3, side, side) * 2 - 1).latents
+    ours, own_latents = ours.to(dtype), latents.to(dtype)
     return Case(
-        ours=lambda: ours.decode(latents).sample,
+        ours=lambda: ours.decode(own_latents).sample,
         peer=lambda: peer.decode(latents).sample,
         peer_name="diffusers VQModel",
-        at_most="0.95",
+        at_most="0.95" if dtype == torch.float32 else "0.5",
         agreement=largest_difference,
         repetitions=5,
     )
@@ -255,7 +270,7 @@ def guided_diffusion(rate: float, at_most: str) -> Callable[[bool, int], Case]:
         num_codes, side, layers = (64, 4, 2) if quick else (4096, 32, 6)
         peer = vq_diffusion_transformer(num_codes, side, layers).eval()
         transformer = convert_transformer(peer, text_length=16)
-        pipe = VQDiffusionImagePipeline(None, transformer, MaskReplaceScheduler(num_codes))
+        pipe = VQDiffusionImagePipeline(None, transformer, MaskReplaceScheduler(num_codes)).to(peer.device)
         pipe.set_progress_bar_config(disable=True)
         text, null = torch.randn(batch, 16, 64), torch.randn(batch, 16, 64)
         options = {"guidance_scale": 5.0, "truncation_rate": rate, "output_type": "indices"}
@@ -263,7 +278,7 @@ def guided_diffusion(rate: float, at_most: str) -> Callable[[bool, int], Case]:
         scheduler = VQDiffusionScheduler(num_codes + 1)
 
         def theirs():
-            sample = torch.full((batch, side**2), num_codes)
+            sample = torch.full((batch, side**2), num_codes, device=text.device)
             for t in range(99, -1, -10):
                 output = peer(
                     torch.cat([sample] * 2),
@@ -453,18 +468,33 @@ CASES = {
 }
 
 
+# on the processor alone, whatever there is
+ON_THE_HOST = ("reading JPEGs to 256 px", "first picture after the start")
+HALF = {"memory_format": torch.channels_last, "dtype": torch.bfloat16}
+ON_A_GPU = {
+    "VQGAN f16 in bfloat16, encode": (partial(encode, **HALF), (1, 16)),
+    "VQGAN f16 in bfloat16, decode": (partial(decode, **HALF), (1, 16)),
+}
+
+
 def run(quick: bool, threads: int) -> list[dict]:
-    """A row for each case and batch size; those beside vector-quantize-pytorch where it is installed."""
+    """A row for each device, case and batch size; those beside vector-quantize-pytorch where it is installed."""
+    has_lucidrains = importlib.util.find_spec("vector_quantize_pytorch") is not None
+    jobs = [("cpu", name, batches) for name, (_, batches) in CASES.items()]
+    if torch.cuda.is_available():
+        jobs += [("cuda", name, batches) for name, (_, batches) in CASES.items() if name not in ON_THE_HOST]
+        jobs += [("cuda", name, batches) for name, (_, batches) in ON_A_GPU.items()]
     rows = []
-    for name, (_, batches) in CASES.items():
-        if LUCIDRAINS in name and importlib.util.find_spec("vector_quantize_pytorch") is None:
+    for device, name, batches in jobs:
+        if LUCIDRAINS in name and not has_lucidrains:
             continue
         for batch in batches[:1] if quick else batches:
-            measured = in_subprocess("benchmarks.peers", case=name, batch=batch, threads=threads, quick=int(quick))
+            options = {"threads": threads, "quick": int(quick), "device": device}
+            measured = in_subprocess("benchmarks.peers", case=name, batch=batch, **options)
             low, middle, high = measured["ratios"]
             rows.append(
                 {
-                    "figure": name,
+                    "figure": name if device == "cpu" else f"{device}: {name}",
                     "batch": batch,
                     "peer": measured["peer_name"],
                     "peer s": measured["peer_seconds"],
@@ -478,28 +508,32 @@ def run(quick: bool, threads: int) -> list[dict]:
     return rows
 
 
-def processor_seconds() -> float:
-    """Of this process and of those that it has started and that have ended."""
-    return sum(os.times()[:4])
+def seconds_now(device: str) -> float:
+    """Of the processor, by this process and those that it has started and that have ended; of the clock on a GPU."""
+    if device == "cpu":
+        return time.process_time() + sum(os.times()[2:4])
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 @torch.no_grad()
-def measure(name: str, batch: int, threads: int, quick: bool) -> dict:
+def measure(name: str, batch: int, threads: int, quick: bool, device: str = "cpu") -> dict:
     """One case in this process."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    case = CASES[name][0](quick, batch)
+    with torch.device(device):
+        case = (CASES | ON_A_GPU)[name][0](quick, batch)
     results = case.ours(), case.peer()  # once to warm up
     agreement = None if case.agreement is None else case.agreement(*results)
     seconds = {"ours": [], "peer": []}
     for _ in range(1 if quick else case.repetitions):
         for side, function in (("ours", case.ours), ("peer", case.peer)):
-            start = processor_seconds()
+            start = seconds_now(device)
             function()
-            seconds[side].append(processor_seconds() - start)
+            seconds[side].append(seconds_now(device) - start)
     ratios = [ours / max(peer, 1e-9) for ours, peer in zip(seconds["ours"], seconds["peer"], strict=True)]
     quartiles = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
-    peaks = [peak_allocated_bytes(function) for function in (case.ours, case.peer)]
+    peaks = [peak_allocated_bytes(function, device) for function in (case.ours, case.peer)]
     return {
         "peer_name": case.peer_name,
         "at_most": case.at_most,
@@ -513,11 +547,13 @@ def measure(name: str, batch: int, threads: int, quick: bool) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measures one case and prints JSON.")
-    parser.add_argument("--case", choices=list(CASES), required=True)
+    parser.add_argument("--case", choices=[*CASES, *ON_A_GPU], required=True)
+    parser.add_argument("--device", default="cpu")
     for name in ("batch", "threads", "quick"):
         parser.add_argument(f"--{name}", type=int, required=True)
     arguments = parser.parse_args()
-    print(json.dumps(measure(arguments.case, arguments.batch, arguments.threads, bool(arguments.quick))))
+    quick, device = bool(arguments.quick), arguments.device
+    print(json.dumps(measure(arguments.case, arguments.batch, arguments.threads, quick, device)))
 
 
 if __name__ == "__main__":
