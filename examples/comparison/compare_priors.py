@@ -216,8 +216,11 @@ def plot_minutes(results: dict[str, dict], path: Path) -> None:
             distance_axes.plot(minutes, distances, marker="o", label=result["title"])
     floor = results["training_images"]["frechet_distance"]["value"]
     distance_axes.axhline(floor, color="grey", linestyle=":", label="training images")
+    ticks = sorted({each["minutes"] for result in results.values() for each in result.get("after", [])})
     for axes, label in ((bits_axes, "bits per index"), (distance_axes, "Fréchet distance")):
         axes.set(xscale="log", xlabel="minutes of training", ylabel=label)
+        axes.set_xticks(ticks, [f"{minutes:g}" for minutes in ticks])
+        axes.minorticks_off()
         axes.legend()
     figure.savefig(path, dpi=100)
 
