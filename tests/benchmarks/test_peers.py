@@ -14,3 +14,9 @@ def test_both_sides_compute_the_same(name, agreement):
     measured = peers.measure(name, batch=1, threads=1, quick=True)
     assert measured["our_seconds"] > 0 and measured["peer_seconds"] > 0
     assert measured["agreement"] == agreement if agreement else float(measured["agreement"]) < 1e-4
+
+
+@pytest.mark.slow
+def test_a_start_of_python_has_no_memory():
+    measured = peers.measure("first picture after the start", batch=1, threads=1, quick=True)
+    assert measured["our_seconds"] > 1 and measured["memory_ratio"] is None
