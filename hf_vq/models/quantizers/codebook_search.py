@@ -4,8 +4,9 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
-from ...distributed import all_reduced, is_distributed
+from ...distributed import all_reduced, is_distributed, num_processes
 from .codebook_statistics import are_finite, code_counts
 
 
@@ -80,19 +81,17 @@ def has_finite_vectors(vectors: torch.Tensor) -> bool:
     return all_reduced(are_finite(vectors).sum()).item() > 0
 
 
-def _rows_of_all(vectors: torch.Tensor, position: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
-    """Finite rows `position` of the vectors of all processes put one after the other; `sizes` says how many each
-    has.
+def _rows_of_all(vectors: torch.Tensor, counted: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """The rows that have these `numbers` among the finite vectors of all processes; `counted` `(N,)` rises by one at
+    each finite vector of this process, and is its number there.
     """
-    rank = dist.get_rank() if is_distributed() else 0
-    local = position - sizes[:rank].sum()
-    mine = (local >= 0) & (local < sizes[rank])
     if vectors.shape[0] == 0:
-        rows = vectors.new_zeros(position.shape[0], vectors.shape[1])
+        rows = vectors.new_zeros(numbers.shape[0], vectors.shape[1])
     else:
-        # the n-th finite row is the first with n finite ones up to it
-        row = torch.searchsorted(are_finite(vectors).cumsum(0), local + 1)
-        rows = torch.where(mine.unsqueeze(1), vectors[row.clamp_max(vectors.shape[0] - 1)], 0)
+        # the row with a number is the first that has it
+        row = torch.searchsorted(counted, numbers).clamp_max(vectors.shape[0] - 1)
+        mine = (counted[row] == numbers) & are_finite(vectors)[row]
+        rows = torch.where(mine.unsqueeze(1), vectors[row], 0)
     if is_distributed():
         dist.all_reduce(rows)
     return rows
@@ -107,7 +106,7 @@ def draw_vectors(
     No row is drawn twice while there are enough, and the first of those drawn are a draw of fewer. Which rows are
     drawn is a function of `seed`, the finite vectors' number and the weights alone: not of the global generator, so
     that a resumed run draws the same, and not of the number of processes among which the same vectors are divided.
-    Nothing is read from the device, neither a `seed` that lies there.
+    Nothing is read from the device, not even a `seed` that lies there.
 
     With weights w, each next row is drawn with a chance of w over the sum of those left: they are the rows with the
     largest log(u) / w of uniform u (Efraimidis & Spirakis 2006, "Weighted Random Sampling with a Reservoir").
@@ -122,41 +121,38 @@ def draw_vectors(
         `(count, D)`; zeros if no vector is finite.
     """
     device, finite = vectors.device, are_finite(vectors)
-    sizes = finite.sum().view(1)
-    if is_distributed():
-        own, sizes = sizes, torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
-        sizes[dist.get_rank()] = own[0]
-        dist.all_reduce(sizes)
     rank = dist.get_rank() if is_distributed() else 0
+    sizes = torch.zeros(num_processes(), dtype=torch.int64, device=device)
+    sizes[rank] = finite.sum()
+    if is_distributed():
+        dist.all_reduce(sizes)
     total = sizes.sum().clamp_min(1)
-    number = finite.cumsum(0) - 1 + sizes[:rank].sum()
-    noise = _hash(number + total * torch.as_tensor(seed, device=device))
+    counted = finite.cumsum(0) - 1 + sizes[:rank].sum()
+    noise = _hash(counted + total * torch.as_tensor(seed, device=device))  # of 32 bits
     if weights is None:
         keys = torch.where(finite, -noise, -(2**33))
     else:
-        smallest = torch.finfo(torch.float32).tiny
-        keys = ((noise.float() + 0.5) / 2**32).clamp_max(1 - 2**-24).log() / weights.float().clamp_min(smallest)
-        keys = torch.where(finite, keys, -torch.inf)
-    keys, number = _largest(keys, number, count)
+        uniform = ((noise.float() + 0.5) / 2**32).clamp_max(1 - 2**-24)
+        # the smallest weight keeps the quotient of a finite row finite
+        keys = torch.where(finite, uniform.log() / weights.float().clamp_min(1e-30), -torch.inf)
+    numbers = _with_largest_keys(counted, keys, count)
     # fewer rows than asked for are repeated in their order
-    number = number[torch.arange(count, device=device) % total.clamp_max(count)]
-    return _rows_of_all(vectors, number, sizes)
+    numbers = numbers[torch.arange(count, device=device) % total.clamp_max(count)]
+    return _rows_of_all(vectors, counted, numbers)
 
 
-def _largest(keys: torch.Tensor, numbers: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `count` largest `keys` `(N,)` of all processes and their `numbers`; zeros where there are fewer."""
-    padding = max(0, count - len(keys))
-    lowest = torch.iinfo(keys.dtype).min if keys.dtype == torch.int64 else -torch.inf
+def _with_largest_keys(numbers: torch.Tensor, keys: torch.Tensor, count: int) -> torch.Tensor:
+    """Those `count` of the `numbers` `(N,)` of all processes with the largest keys; zeros where there are fewer."""
     keys, rows = keys.topk(min(count, len(keys)))
-    keys = torch.nn.functional.pad(keys, (0, padding), value=lowest)
-    numbers = torch.nn.functional.pad(numbers[rows], (0, padding))
+    numbers, padding = numbers[rows], (0, count - len(keys))
+    lowest = -torch.inf if keys.is_floating_point() else torch.iinfo(keys.dtype).min
+    keys, numbers = F.pad(keys, padding, value=lowest), F.pad(numbers, padding)
     if not is_distributed():
-        return keys, numbers
-    all_keys, all_numbers = ([torch.empty_like(own) for _ in range(dist.get_world_size())] for own in (keys, numbers))
+        return numbers
+    all_keys, all_numbers = ([torch.empty_like(own) for _ in range(num_processes())] for own in (keys, numbers))
     dist.all_gather(all_keys, keys)
     dist.all_gather(all_numbers, numbers)
-    keys, rows = torch.cat(all_keys).topk(count)
-    return keys, torch.cat(all_numbers)[rows]
+    return torch.cat(all_numbers)[torch.cat(all_keys).topk(count).indices]
 
 
 @torch.no_grad()

@@ -331,11 +331,9 @@ class EMAVectorQuantizer(NearestCodeQuantizer):
         mean_count = self.cluster_size.mean()
         dead = (self.cluster_size < self.restart_threshold * mean_count) & any_latent
         # one candidate a code whether or not it is dead: fixed shapes, and no wait for the device
-        candidates = draw_vectors(flat, self.num_embeddings, self.num_updates, distances.sqrt()).to(
-            self.codebook.dtype
-        )
-        candidates = candidates[(dead.cumsum(0) - 1).clamp_min(0)]
-        self.codebook.copy_(torch.where(dead.unsqueeze(1), candidates, self.codebook))
+        candidates = draw_vectors(flat, self.num_embeddings, seed=self.num_updates, weights=distances.sqrt())
+        candidates = candidates[(dead.cumsum(0) - 1).clamp_min(0)]  # the first of them, which are a draw of fewer
+        self.codebook.copy_(torch.where(dead.unsqueeze(1), candidates.to(self.codebook.dtype), self.codebook))
         self.cluster_size.copy_(torch.where(dead, mean_count, self.cluster_size))
         self.embed_avg.copy_(
             torch.where(dead.unsqueeze(1), self.codebook * self.cluster_size.unsqueeze(1), self.embed_avg)
