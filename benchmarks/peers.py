@@ -82,44 +82,31 @@ def vqgan_pair(quick: bool, memory_format: torch.memory_format):
     return ours.to(memory_format=memory_format), peer, config.resolution
 
 
-def encode(
-    quick: bool,
-    batch: int,
+def coding(
+    method: str,
+    at_most: str,
     memory_format: torch.memory_format = torch.contiguous_format,
     dtype: torch.dtype = torch.float32,
-) -> Case:
-    """Ours in `dtype` beside the peer in float32."""
-    ours, peer, side = vqgan_pair(quick, memory_format)
-    pixels = torch.rand(batch, 3, side, side) * 2 - 1
-    ours, own_pixels = ours.to(dtype), pixels.to(dtype)
-    return Case(
-        ours=lambda: ours.encode(own_pixels).latents,
-        peer=lambda: peer.encode(pixels).latents,
-        peer_name="diffusers VQModel",
-        at_most="0.92" if dtype == torch.float32 else "0.5",
-        agreement=largest_difference,
-        repetitions=5,
-    )
+) -> Callable[[int, int], Case]:
+    """`method` is "encode" or "decode"; ours in `dtype` beside the peer in float32."""
 
+    def build(quick: bool, batch: int) -> Case:
+        ours, peer, side = vqgan_pair(quick, memory_format)
+        inputs = torch.rand(batch, 3, side, side) * 2 - 1
+        if method == "decode":
+            inputs = ours.encode(inputs).latents
+        output = {"encode": "latents", "decode": "sample"}[method]
+        ours, own_inputs = ours.to(dtype), inputs.to(dtype)
+        return Case(
+            ours=lambda: getattr(getattr(ours, method)(own_inputs), output),
+            peer=lambda: getattr(getattr(peer, method)(inputs), output),
+            peer_name="diffusers VQModel",
+            at_most=at_most,
+            agreement=largest_difference,
+            repetitions=5,
+        )
 
-def decode(
-    quick: bool,
-    batch: int,
-    memory_format: torch.memory_format = torch.contiguous_format,
-    dtype: torch.dtype = torch.float32,
-) -> Case:
-    """Ours in `dtype` beside the peer in float32."""
-    ours, peer, side = vqgan_pair(quick, memory_format)
-    latents = ours.encode(torch.rand(batch, 3, side, side) * 2 - 1).latents
-    ours, own_latents = ours.to(dtype), latents.to(dtype)
-    return Case(
-        ours=lambda: ours.decode(own_latents).sample,
-        peer=lambda: peer.decode(latents).sample,
-        peer_name="diffusers VQModel",
-        at_most="0.95" if dtype == torch.float32 else "0.5",
-        agreement=largest_difference,
-        repetitions=5,
-    )
+    return build
 
 
 def tiled_decode(quick: bool, batch: int) -> Case:
@@ -442,10 +429,10 @@ QUANTIZER_TARGETS = {
 }
 
 CASES = {
-    "VQGAN f16, encode": (encode, (1,)),
-    "VQGAN f16, decode": (decode, (1,)),
-    "VQGAN f16 in channels_last, encode": (partial(encode, memory_format=torch.channels_last), (1,)),
-    "VQGAN f16 in channels_last, decode": (partial(decode, memory_format=torch.channels_last), (1,)),
+    "VQGAN f16, encode": (coding("encode", "0.92"), (1,)),
+    "VQGAN f16, decode": (coding("decode", "0.95"), (1,)),
+    "VQGAN f16 in channels_last, encode": (coding("encode", "0.92", torch.channels_last), (1,)),
+    "VQGAN f16 in channels_last, decode": (coding("decode", "0.95", torch.channels_last), (1,)),
     "1024 px in tiles, decode": (tiled_decode, (1,)),
     "GPT, 256 codes": (generate_gpt, (1, 8, 32)),
     "GPT, 256 codes, compiled": (compiled_gpt, (1,)),
@@ -472,12 +459,11 @@ CASES = {
 }
 
 
-# on the processor alone, whatever there is
+# there is nothing of them on a GPU
 ON_THE_HOST = ("reading JPEGs to 256 px", "first picture after the start")
-HALF = {"memory_format": torch.channels_last, "dtype": torch.bfloat16}
 ON_A_GPU = {
-    "VQGAN f16 in bfloat16, encode": (partial(encode, **HALF), (1, 16)),
-    "VQGAN f16 in bfloat16, decode": (partial(decode, **HALF), (1, 16)),
+    f"VQGAN f16 in bfloat16, {method}": (coding(method, "0.5", torch.channels_last, torch.bfloat16), (1, 16))
+    for method in ("encode", "decode")
 }
 
 

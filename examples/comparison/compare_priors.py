@@ -94,7 +94,7 @@ def train(contestant: Contestant, output_dir: Path, minutes: float, extra: list[
     subprocess.run(command, check=True)
     rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
     seconds = max(row.get("seconds", 0.0) for row in rows)
-    if seconds > 60 * minutes + 60:
+    if seconds > 60 * minutes + 60:  # a run ends with the step in which its time is over
         sys.exit(f"--minutes {minutes:g}: {output_dir} has trained for {seconds / 60:.1f}; give another --output_dir.")
     return {
         "train_steps": rows[-1]["step"],
