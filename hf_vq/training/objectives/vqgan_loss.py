@@ -54,29 +54,36 @@ DISCRIMINATOR_LOSSES = {"hinge": hinge_discriminator_loss, "vanilla": vanilla_di
 GENERATOR_LOSSES = {"linear": linear_generator_loss, "non_saturating": non_saturating_generator_loss}
 
 
-def adaptive_weight(nll: torch.Tensor, g_loss: torch.Tensor, last_layer: torch.Tensor) -> torch.Tensor:
+def adaptive_weight(nll_gradient: torch.Tensor, g_gradient: torch.Tensor) -> torch.Tensor:
     """Weight that gives the adversarial loss the reconstruction loss's pull on the decoder's last layer.
 
-    λ = clamp(‖∇nll‖ / (‖∇g‖ + 1e-4), 0, 1e4), gradients with respect to `last_layer` (Esser et al. 2021,
-    https://arxiv.org/abs/2012.09841, eq. 7), those of the mean loss over all processes, which all call this.
+    λ = clamp(‖∇nll‖ / (‖∇g‖ + 1e-4), 0, 1e4) (Esser et al. 2021, https://arxiv.org/abs/2012.09841, eq. 7), with the
+    gradients of the mean loss over all processes, which all call this.
 
     Args:
-        nll: reconstruction (and perceptual) loss, a scalar that depends on `last_layer`.
-        g_loss: adversarial loss of the generator, a scalar that depends on `last_layer`.
-        last_layer: weight of the decoder's last layer. Its `.grad` is left alone; both graphs are kept.
+        nll_gradient: of the reconstruction (and perceptual) loss with respect to the weight of the last layer.
+        g_gradient: of the generator's adversarial loss, of the same shape.
 
     Returns:
         A detached float32 scalar.
-
-    Raises:
-        RuntimeError: by autograd, if a loss does not depend on `last_layer`.
     """
-    nll_grad = torch.autograd.grad(nll, last_layer, retain_graph=True)[0]
-    g_grad = torch.autograd.grad(g_loss, last_layer, retain_graph=True)[0]
-    grads = torch.stack([nll_grad, g_grad]).float()
-    nll_grad, g_grad = all_reduced(grads) / num_processes()
-    weight = nll_grad.norm() / (g_grad.norm() + 1e-4)
-    return weight.clamp(0.0, 1e4).detach()
+    gradients = torch.stack([nll_gradient, g_gradient]).detach().float()
+    nll_gradient, g_gradient = all_reduced(gradients) / num_processes()
+    return (nll_gradient.norm() / (g_gradient.norm() + 1e-4)).clamp(0.0, 1e4)
+
+
+class _LossWithGradient(torch.autograd.Function):
+    """A loss whose gradient with respect to a tensor has been computed: its graph is gone, and not run again."""
+
+    @staticmethod
+    def forward(ctx, tensor, loss, gradient):
+        ctx.save_for_backward(gradient)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        (gradient,) = ctx.saved_tensors
+        return upstream * gradient, None, None
 
 
 class VQGANLoss(nn.Module):
@@ -208,10 +215,10 @@ class VQGANLoss(nn.Module):
         """
         nll, metrics = self.nll_loss(inputs, reconstructions)
         quantizer_loss = quantizer_loss.mean()
-        loss = nll + self.quantizer_weight * quantizer_loss
         factor = self.generator_factor(step, total_steps)
         metrics["quantizer_loss"] = quantizer_loss.detach()
         metrics["disc_factor"] = torch.tensor(factor, device=inputs.device)
+        loss = nll
         if factor > 0:
             if discriminator is None:
                 raise ValueError(f"`discriminator` is needed at step {step}: it is on from `disc_start`.")
@@ -220,11 +227,26 @@ class VQGANLoss(nn.Module):
                     "`generator_loss` needs gradients for its adaptive weight; use `nll_loss` to validate."
                 )
             with _frozen(discriminator):
-                g_loss = GENERATOR_LOSSES[self.gen_loss](discriminator(reconstructions).float())
-            d_weight = adaptive_weight(nll, g_loss, last_layer) * self.disc_weight
-            loss = loss + d_weight * factor * g_loss
+                logits = discriminator(reconstructions).float()
+            g_loss = GENERATOR_LOSSES[self.gen_loss](logits)
+            # Of each network one backward pass, whose end is shared by the weight and the loss. The mean over the
+            # logits is taken in the end, lest a float16 discriminator's gradients vanish.
+            (nll_gradient,) = torch.autograd.grad(nll, reconstructions)
+            (g_gradient,) = torch.autograd.grad(g_loss * logits.numel(), reconstructions)
+            g_gradient = g_gradient / logits.numel()
+            of_last_layer = [
+                torch.autograd.grad(reconstructions, last_layer, gradient, retain_graph=True)[0]
+                for gradient in (nll_gradient, g_gradient)
+            ]
+            d_weight = adaptive_weight(*of_last_layer) * self.disc_weight
+            loss = _LossWithGradient.apply(
+                reconstructions,
+                nll.detach() + d_weight * factor * g_loss.detach(),
+                nll_gradient + d_weight * factor * g_gradient,
+            )
             metrics["g_loss"] = g_loss.detach()
             metrics["d_weight"] = d_weight
+        loss = loss + self.quantizer_weight * quantizer_loss
         return loss, {"loss": loss.detach(), **metrics}
 
     def discriminator_loss(
