@@ -8,7 +8,8 @@ from transformers import GenerationMixin, GPT2Model, PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.models.gpt2.modeling_gpt2 import GPT2PreTrainedModel
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import can_return_tuple
 
 from ..checked_loading import CheckedLoadingMixin
@@ -203,8 +204,12 @@ class GPTDecoder:
     A `VQGPTForCausalLM` that reads a sequence part by part, with all keys and values in memory of the final length:
     called with the ids `(B, L)` that follow those it has read, it returns the logits `(B, vocab_size)` of what comes
     next. The layers are called, so that adapters and quantized weights act; what stands between them in `GPT2Model` is
-    done once, or not at all.
+    done once, or not at all. After some codes, the feed-forward networks of a model on a CPU become
+    [`FeedForwardOfCodes`].
     """
+
+    codes_before_copies = 16
+    """A copy of the feed-forward weights takes as long as it saves in some ten codes."""
 
     def __init__(
         self, model: VQGPTForCausalLM, batch_size: int, length: int, positions: torch.LongTensor | None = None
@@ -217,6 +222,7 @@ class GPTDecoder:
         self.order = torch.arange(length, device=weight.device)
         self.positions = self.order if positions is None else continued(positions.to(weight.device), length)
         self.past, self.ids = 0, None
+        self.num_single, self.feed_forwards = 0, None
 
     def __call__(self, ids: torch.LongTensor) -> torch.FloatTensor:
         ids = ids if self.ids is None else torch.cat([self.ids, ids], dim=1)
@@ -226,11 +232,24 @@ class GPTDecoder:
         transformer, end = self.model.transformer, self.past + ids.shape[1]
         hidden_states = transformer.wte(ids) + transformer.wpe(self.positions[..., self.past : end])
         mask = self._mask(end) if ids.shape[1] > 1 else None
-        for block, memory in zip(transformer.h, self.memory, strict=True):
+        feed_forwards = self._feed_forwards_of(ids)
+        for block, memory, feed_forward in zip(transformer.h, self.memory, feed_forwards, strict=True):
             hidden_states = hidden_states + self._attend(block.attn, block.ln_1(hidden_states), memory, mask)
-            hidden_states = hidden_states + block.mlp(block.ln_2(hidden_states))
+            hidden_states = hidden_states + feed_forward(block.ln_2(hidden_states))
         self.past = 0 if is_open else end
         return self.model.lm_head(transformer.ln_f(hidden_states[:, -1]))
+
+    def _feed_forwards_of(self, ids: torch.LongTensor) -> list:
+        networks = [block.mlp for block in self.model.transformer.h]
+        if ids.shape[1] > 1:
+            return networks
+        self.num_single += 1
+        if self.num_single == self.codes_before_copies:
+            self.feed_forwards = [
+                FeedForwardOfCodes(network, len(ids)) if FeedForwardOfCodes.replaces(network) else network
+                for network in networks
+            ]
+        return self.feed_forwards or networks
 
     def _mask(self, end: int) -> torch.BoolTensor:
         """Which positions `(L, end)` the last L see: those up to their own, and all of an open prefix each other."""
@@ -249,4 +268,40 @@ class GPTDecoder:
         return attention.c_proj(attended.transpose(1, 2).reshape(batch_size, length, channels))
 
 
-__all__ = ["GPTDecoder", "VQGPTForCausalLM", "VQGPTPreTrainedModel"]
+class FeedForwardOfCodes:
+    """
+    What a `GPT2MLP` on a CPU computes for the `batch_size` rows of one position, `(B, 1, n_embd)`, with copies of its
+    weights in the order in which so few rows are multiplied fastest (measured in `benchmarks/README.md`).
+    """
+
+    def __init__(self, mlp: GPT2MLP, batch_size: int):
+        self.mlp, self.bias = mlp, mlp.c_proj.bias
+        self.contract = mlp.c_proj.weight.t().contiguous()
+        # of fewer rows, and of more, the first product is faster as it is
+        self.expand = mlp.c_fc.weight.t().contiguous() if 4 <= batch_size <= 8 else None
+
+    @staticmethod
+    def replaces(mlp: nn.Module) -> bool:
+        """Whether nothing else acts on the network or its layers: no adapter, hook, quantization or parallelism."""
+        if type(mlp) is not GPT2MLP:
+            return False
+        parts = (mlp, mlp.c_fc, mlp.c_proj)
+        if any(part._forward_hooks or part._forward_pre_hooks or hasattr(part, "_hf_hook") for part in parts):
+            return False
+        return all(
+            type(layer) is Conv1D
+            and type(layer.weight) is nn.Parameter
+            and (layer.weight.device.type, layer.weight.dtype) == ("cpu", torch.float32)
+            for layer in parts[1:]
+        )
+
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        rows = hidden_states[:, 0]
+        if self.expand is None:
+            hidden = self.mlp.act(self.mlp.c_fc(rows))
+            return torch.addmm(self.bias[:, None], self.contract, hidden.t()).t()[:, None]
+        hidden = self.mlp.act(torch.addmm(self.mlp.c_fc.bias[:, None], self.expand, rows.t()).t())
+        return nn.functional.linear(hidden, self.contract, self.bias)[:, None]
+
+
+__all__ = ["FeedForwardOfCodes", "GPTDecoder", "VQGPTForCausalLM", "VQGPTPreTrainedModel"]

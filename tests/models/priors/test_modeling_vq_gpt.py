@@ -7,8 +7,9 @@ import torch
 from transformers import GPT2Model, set_seed
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
+from hf_vq.models.linear_layers import as_linear
 from hf_vq.models.priors.configuration_vq_gpt import VQGPTConfig
-from hf_vq.models.priors.modeling_vq_gpt import VQGPTForCausalLM
+from hf_vq.models.priors.modeling_vq_gpt import FeedForwardOfCodes, GPTDecoder, VQGPTForCausalLM
 from tests.models.model_testing import ModelCase, ModelTests
 from tests.models.priors.code_prior_testing import check_lora, check_scores_of_generation
 from tests.models.priors.gpt_parts import KINDS, TINY, make, make_indices, null_prompt, sample_by_hand
@@ -139,6 +140,51 @@ def test_the_loop_for_codes_draws_what_transformers_draws(kind, filters, monkeyp
     set_seed(11)
     assert torch.equal(model.generate(prompt, **options), expected)
     assert len(calls) == 12
+
+
+def decode_one_by_one(model, batch_size):
+    """The decoder after a sequence read id by id, its last logits, and those of the whole sequence at once."""
+    ids = model.prepare_inputs(make_indices(model, batch_size), make_condition(model, batch_size))["input_ids"][:, :-1]
+    decoder = model.code_decoder(batch_size, ids.shape[1])
+    logits = [decoder(each) for each in ids.split(1, dim=1)][-1]
+    return decoder, logits, model(input_ids=ids, use_cache=False).logits[:, -1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch_size", [1, 4, 9])
+@pytest.mark.parametrize("kind", ["class", "n_unmasked", "open"])
+def test_copied_weights_give_the_logits_of_the_layers(kind, batch_size, monkeypatch):
+    monkeypatch.setattr(GPTDecoder, "codes_before_copies", 2)
+    model = make(kind)
+    for block in model.transformer.h:
+        block.mlp.c_fc.bias.normal_()
+        block.mlp.c_proj.bias.normal_()
+    decoder, logits, expected = decode_one_by_one(model, batch_size)
+    assert all(type(each) is FeedForwardOfCodes for each in decoder.feed_forwards)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def double_output(layer):
+    layer.register_forward_hook(lambda layer, inputs, output: 2 * output)
+
+
+CHANGES = {
+    "a hook on a layer": lambda model: [double_output(block.mlp.c_proj) for block in model.transformer.h],
+    "a hook on the network": lambda model: [double_output(block.mlp) for block in model.transformer.h],
+    "linear layers": as_linear,
+    "double precision": lambda model: model.double(),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_acts_on_a_layer_acts_on_each_code(change, monkeypatch):
+    monkeypatch.setattr(GPTDecoder, "codes_before_copies", 2)
+    model = make("class")
+    CHANGES[change](model)
+    decoder, logits, expected = decode_one_by_one(model, 2)
+    assert not any(type(each) is FeedForwardOfCodes for each in decoder.feed_forwards)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_stopping_criteria_and_processors_see_each_code():
