@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_vq.models.quantizers.build import build_quantizer
-from hf_vq.models.quantizers.codebook_search import draw_vectors, kmeans, nearest_codes
+from hf_vq.models.quantizers.codebook_search import draw_vectors, first_of_largest, kmeans, nearest_codes
 from hf_vq.models.quantizers.codebook_statistics import code_counts, codebook_statistics
 from hf_vq.models.quantizers.index_remap import IndexRemap, RemappedQuantizer
 from hf_vq.models.quantizers.quantizer import look_up
@@ -33,6 +33,17 @@ def test_ties_go_to_the_lowest_index(num_codes):
     codebook, vectors = (torch.randint(-4, 5, (n, 5), generator=generator).float() for n in (num_codes, 200))
     assert torch.equal(nearest_codes(vectors, codebook), brute_force(vectors, codebook))
     assert torch.equal(nearest_codes(vectors, codebook.repeat(7, 1)), brute_force(vectors, codebook))
+
+
+@pytest.mark.parametrize("count", [64, 4096, 4096 + 64, 5000])
+def test_the_first_of_the_largest(count):
+    scores = torch.randint(3, (50, count), generator=torch.Generator().manual_seed(0)).float()
+    scores[1], scores[2, 70::5], scores[3, 40] = -math.inf, math.inf, math.nan
+    scores[4, 9::1000] = math.nan
+    scores[5:] += randn(45, count)
+    largest = torch.where(scores.isnan(), math.inf, scores)  # what is not a number counts as the largest
+    expected = [row.index(max(row)) for row in largest.tolist()]
+    assert first_of_largest(scores).tolist() == expected
 
 
 def test_nearest_codes_stays_in_float32_under_autocast():
