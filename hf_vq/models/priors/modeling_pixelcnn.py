@@ -91,40 +91,44 @@ class LayerSteps:
         self, layer: GatedLayer, vertical: torch.Tensor, horizontal: torch.Tensor, class_ids: torch.Tensor | None
     ):
         half, taps = layer.half, layer.taps
-        self.layer, self.half, self.taps = layer, half, taps
-        # a weight under weight norm is computed whenever it is read, so once here
-        self.above_weight, self.above_bias = effective_weight(layer.vertical_conv), layer.vertical_conv.bias
-        self.across_weight = effective_weight(layer.vertical_to_horizontal)
+        self.half, self.taps, self.kernel_size = half, taps, 2 * half + 1
+        # a weight under weight norm is computed whenever it is read, so once here; as a matrix, row by row (or column
+        # by column) of the kernel
+        self.above_weight = effective_weight(layer.vertical_conv).permute(2, 3, 1, 0).flatten(0, 2)
+        self.above_bias = layer.vertical_conv.bias
+        self.across_weight = effective_weight(layer.vertical_to_horizontal).flatten(1).t()
         self.across_bias = layer.vertical_to_horizontal.bias + layer.horizontal_conv.bias
-        self.left_weight = effective_weight(layer.horizontal_conv)[:, :, 0].transpose(1, 2).flatten(1).t()
-        self.out_weight = effective_weight(layer.horizontal_out).flatten(1).t()
+        self.left_weight = effective_weight(layer.horizontal_conv)[:, :, 0].permute(2, 1, 0).flatten(0, 1)
+        self.out_weight = effective_weight(layer.horizontal_out).flatten(1).t().contiguous()
         self.out_bias = layer.horizontal_out.bias
-        self.class_horizontal = self.class_vertical = None
+        self.is_last, self.class_vertical = layer.is_last, None
         if class_ids is not None:
-            self.class_horizontal = layer.class_horizontal(class_ids)[:, None]
-            self.class_vertical = None if layer.is_last else layer.class_vertical(class_ids)[:, :, None]
+            self.across_bias = self.across_bias + layer.class_horizontal(class_ids)[:, None]
+            self.class_vertical = None if layer.is_last else layer.class_vertical(class_ids)[:, None]
         shift = -1 if layer.is_first else 0
-        self.rows = F.pad(vertical, (half, half, taps, shift))[:, :, -taps:].contiguous()  # not the whole map
+        rows = F.pad(vertical, (half, half, taps, shift))[:, :, -taps:]  # not the whole map
+        self.rows = rows.permute(0, 2, 3, 1).contiguous()
         self.columns = F.pad(horizontal[:, :, -1], (half, 0)).transpose(1, 2).contiguous()
         self._read_rows()
 
     def _read_rows(self) -> torch.Tensor:
         """What the horizontal stack gets from above in the current row; returns what was in the way of the gate."""
-        from_above = F.conv2d(self.rows, self.above_weight, self.above_bias)
-        across = F.conv2d(from_above, self.across_weight, self.across_bias)[:, :, 0].transpose(1, 2)
-        self.from_above = across.contiguous() if self.class_horizontal is None else across + self.class_horizontal
-        return from_above[:, :, 0]
+        # (B, taps, w, C, k): the columns around each
+        windows = self.rows.unfold(2, self.kernel_size, 1)
+        from_above = windows.permute(0, 2, 1, 4, 3).flatten(2) @ self.above_weight + self.above_bias
+        self.from_above = from_above @ self.across_weight + self.across_bias
+        return from_above
 
     def next_row(self, row: torch.Tensor) -> torch.Tensor | None:
-        """A new row of the vertical stack's input `(B, C, w)` (of the first layer's, the one above it), and its
+        """A new row of the vertical stack's input `(B, w, C)` (of the first layer's, the one above it), and its
         output.
         """
-        row = F.pad(row, (self.half, self.half))
-        self.rows = torch.cat([self.rows[:, :, 1:], row[:, :, None]], dim=2)
+        row = F.pad(row, (0, 0, self.half, self.half))
+        self.rows = torch.cat([self.rows[:, 1:], row[:, None]], dim=1)
         from_above = self._read_rows()
-        if self.layer.is_last:
+        if self.is_last:
             return None
-        return gate(from_above if self.class_vertical is None else from_above + self.class_vertical)
+        return gate(from_above if self.class_vertical is None else from_above + self.class_vertical, dim=-1)
 
     def put(self, column: int, features: torch.Tensor):
         """The horizontal stack's input `(B, C)` at a column of the current row."""
@@ -223,8 +227,8 @@ class PixelCNNForCausalLM(CodePriorForCausalLM):
     ):
         steps = []
         features = self._read_layers(codes, condition, states, steps)
-        last_row = self.code_embedding(codes[:, -1]).transpose(1, 2)
-        return features, IncrementalCache(positions, len(codes), condition, steps, row=last_row.detach())
+        last_row = self.code_embedding(codes[:, -1]).detach()
+        return features, IncrementalCache(positions, len(codes), condition, steps, row=last_row)
 
     def _read_layers(self, codes, condition, states, steps):
         embeddings = self.embed(codes)
@@ -246,7 +250,7 @@ class PixelCNNForCausalLM(CodePriorForCausalLM):
         width = self.config.grid_size[1]
         column = position % width
         embedding = self.code_embedding(code)
-        cache.row[:, :, (column - 1) % width] = embedding
+        cache.row[:, (column - 1) % width] = embedding
         first, *others = cache.layers
         if column:
             first.put(column - 1, embedding)
