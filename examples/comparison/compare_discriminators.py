@@ -35,7 +35,7 @@ SETTINGS = {
     "no discriminator": {"disc_weight": 0},
     "from the middle, eased in (the recipe)": {},
     "from the middle, at once": {"disc_warmup_steps": 0},
-    "from the middle, at once, 1.6 times the weight (the script's default)": {
+    "from the middle, at once, 1.6 times the weight (the original's)": {
         "disc_warmup_steps": 0,
         "disc_weight": 0.8,
     },
@@ -78,7 +78,7 @@ def plot(results: dict[str, dict], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 5), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, name, label in zip(
         figure.subplots(1, 2), ("psnr", "perceptual"), ("PSNR, dB", "perceptual distance"), strict=True
@@ -88,7 +88,7 @@ def plot(results: dict[str, dict], path: Path) -> None:
         axes.set(xlabel="steps", ylabel=label)
         if name == "perceptual":
             axes.set_yscale("log")
-            axes.legend(fontsize="small")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small")
     figure.savefig(path, dpi=100)
 
 
