@@ -4,12 +4,13 @@
         --about about.md --command "python examples/…" --sampling guidance_scale=2.0
 
 The weights are stored in half precision, and the program ends with an error where that changes a figure. Everything is
-measured on the packaged validation images, which no run trains on. `samples.png` has eight samples of each class, the
-first that were drawn, and `row.png` the first of each; `nearest.png` the first two of each class above the training
-images that are closest to them in the features of MobileNetV2; `reconstructions.png` unseen images above their
-reconstructions. A tokenizer that another checkpoint has already is copied from it (`--tokenizer-of emoji-32`). With
-`--classifier` (examples/demo/image_classifier.py) `rejection.png` has four samples of each class that it chose from
-four times as many.
+measured on the packaged validation images, which no run trains on; `--training-data` names the images that it did train
+on, where they are not the packaged ones. `samples.png` has eight samples of each class, the first that were drawn, and
+`row.png` the first of each; `nearest.png` the first two of each class above the training images that are closest to
+them in the features of MobileNetV2; `reconstructions.png` unseen images above their reconstructions. A tokenizer that
+another checkpoint has already is copied from it (`--tokenizer-of emoji-32`). With `--classifier`
+(examples/demo/image_classifier.py) `rejection.png` has four samples of each class that it chose from four times as
+many.
 """
 
 import argparse
@@ -38,10 +39,10 @@ from hf_vq.training.objectives.perceptual import build_perceptual
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 DATA = ROOT / "examples/data/emoji-64"
-DATASET = (
-    "emoji-64, the 3440 training pictures in `examples/data` at {size}×{size} pixels, with their nine categories. "
-    "Noto Emoji © Google (Apache-2.0) and Twemoji © Twitter, Inc. and contributors (CC BY 4.0)."
-)
+DATASET = "emoji-64, {count} training pictures at {size}×{size} pixels with their nine categories, {origin}"
+CREDIT = "Noto Emoji © Google (Apache-2.0), Twemoji © Twitter, Inc. and contributors (CC BY 4.0)"
+PACKAGED = f"those in `examples/data`. {CREDIT}."
+ALL = f"of all styles and skin tones (`examples/data/make_emoji.py`). {CREDIT}, Fluent Emoji © Microsoft (MIT)."
 FEATURE_LAYER = 13  # of MobileNetV2, 96 features: few pictures suffice
 PER_CLASS = 8
 COLUMNS = 12
@@ -157,6 +158,10 @@ def flat(figures: dict) -> dict[str, float]:
     return found
 
 
+def data_arguments(folder: Path, size: int, max_samples: int | None) -> DataArguments:
+    return DataArguments(str(folder), label_column="category", resolution=size, max_samples=max_samples)
+
+
 @torch.no_grad()
 def ship(args: argparse.Namespace) -> None:
     folder = HERE / args.name
@@ -171,8 +176,8 @@ def ship(args: argparse.Namespace) -> None:
         shutil.copy(args.pipeline / "vqvae/preprocessor_config.json", folder / "vqvae")
     pipeline = load(folder)
     size = pipeline.vqvae.config.resolution
-    data = DataArguments(str(DATA), label_column="category", resolution=size, max_samples=args.max_samples)
-    dataset, training = load_image_dataset(data, "validation"), load_image_dataset(data, "train")
+    dataset = load_image_dataset(data_arguments(DATA, size, args.max_samples), "validation")
+    training = load_image_dataset(data_arguments(args.training_data, size, args.max_samples), "train")
     perceptual = build_perceptual("mobilenet_v2")
     figures = likelihood_and_reconstruction(pipeline, dataset, perceptual)
     check_half(likelihood_and_reconstruction(full, dataset), figures)
@@ -187,11 +192,13 @@ def ship(args: argparse.Namespace) -> None:
 
 def write_card(folder: Path, pipeline, figures: dict, args: argparse.Namespace) -> None:
     """README.md in the checkpoint's folder, and the same among the model cards."""
+    size = pipeline.vqvae.config.resolution
+    count = len(load_image_dataset(data_arguments(args.training_data, size, None), "train"))
     card = model_card(
         pipeline,
         f"examples/checkpoints/{folder.name}",
         "cc-by-4.0",
-        DATASET.format(size=pipeline.vqvae.config.resolution),
+        DATASET.format(count=count, origin=PACKAGED if args.training_data == DATA else ALL, size=size),
         metrics=figures,
         description=args.about.read_text().strip(),
         command=args.command,
@@ -216,6 +223,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--sampling", nargs="*", type=sampling_pair, default=[], help="name=JSON, of the call")
     parser.add_argument("--tokenizer-of", help="the checkpoint whose tokenizer this one uses")
     parser.add_argument("--classifier", type=Path, help="chooses among samples, and is stored with the checkpoint")
+    parser.add_argument("--training-data", type=Path, default=DATA, help="folder of the images that it was trained on")
     parser.add_argument("--max-samples", type=int, help="measure on fewer images, for tests")
     parser.add_argument("--card-only", action="store_true", help="write the card anew, with the figures it has")
     args = parser.parse_args(argv)

@@ -2,6 +2,11 @@
 
 npm pack emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0 unicode-emoji-json@0.9.0
 python examples/data/make_emoji.py --packages . --output examples/data --size 64
+
+All that the packages hold, 10,934 pictures, of which the packaged ones are a part with the same split:
+
+npm pack @lobehub/fluent-emoji-3d@1.1.0
+python examples/data/make_emoji.py --packages . --output data --styles google twitter fluent3d --skin-tones
 """
 
 import argparse
@@ -27,8 +32,9 @@ CATEGORIES = [
     "Symbols",
     "Flags",
 ]
-STYLES = ["google", "twitter"]
-STYLE_NAMES = [*STYLES, "fluent3d"]  # the third one is reserved: no picture here has it
+STYLES = ["google", "twitter", "fluent3d"]
+PACKAGED_STYLES = STYLES[:2]
+TONES = {"1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark", "1F3FF": "dark"}
 
 
 def read_package(folder: Path, name: str, wanted) -> dict[str, bytes]:
@@ -72,39 +78,56 @@ def png_bytes(image: PILImage.Image) -> bytes:
     return buffer.getvalue()
 
 
-def make_rows(folder: Path, size: int) -> tuple[list[dict], list[str]]:
+def read_pictures(folder: Path, style: str) -> dict[str, bytes]:
+    """The picture files of a style, by their emoji's key."""
+    if style == "fluent3d":
+        files = read_package(folder, "lobehub-fluent-emoji-3d", lambda path: path.endswith(".webp"))
+    else:
+        files = read_package(folder, f"emoji-datasource-{style}", lambda path: path.startswith(f"img/{style}/64/"))
+    return {key(Path(path).stem): picture for path, picture in files.items()}
+
+
+def variants(emoji: dict, caption: str, skin_tones: bool) -> list[tuple[str, str]]:
+    """Code points and captions of an emoji, and of it in each skin tone."""
+    found = [(emoji["unified"], caption)]
+    for tones, variant in sorted(emoji.get("skin_variations", {}).items()) if skin_tones else []:
+        names = " and ".join(TONES[tone] for tone in tones.split("-"))
+        found.append((variant["unified"], f"{caption}, {names} skin tone"))
+    return found
+
+
+def make_rows(folder: Path, size: int, styles: list[str], skin_tones: bool) -> tuple[list[dict], list[str]]:
     names = json.loads(read_package(folder, "unicode-emoji-json", lambda p: p == "data-by-emoji.json").popitem()[1])
     captions = {key("-".join(f"{ord(c):x}" for c in emoji)): about["name"] for emoji, about in names.items()}
-    pictures = {}
-    for style in STYLES:
-        files = read_package(
-            folder, f"emoji-datasource-{style}", lambda p, s=style: p == "emoji.json" or p.startswith(f"img/{s}/64/")
-        )
-        emoji = json.loads(files.pop("emoji.json"))
-        pictures[style] = {key(Path(path).stem): png for path, png in files.items()}
+    pictures = {style: read_pictures(folder, style) for style in styles}
+    # both packages describe all emoji alike
+    emoji = json.loads(read_package(folder, "emoji-datasource-google", lambda p: p == "emoji.json").popitem()[1])
     emoji = [e for e in sorted(emoji, key=lambda e: e["sort_order"]) if e["category"] in CATEGORIES]
     subcategories = sorted({e["subcategory"] for e in emoji})
     rows = []
     for e in emoji:
         caption = captions.get(key(e["unified"])) or re.sub(r"\s+", " ", e["name"]).strip()
-        for style in STYLES:
-            if not e[f"has_img_{style}"] or key(e["unified"]) not in pictures[style]:
-                continue
-            image, opacity = square_picture(pictures[style][key(e["unified"])], size)
-            category = CATEGORIES.index(e["category"])
-            mask = opacity.point([0] * 128 + [category + 1] * 128)
-            rows.append(
-                {
-                    "image": {"bytes": png_bytes(image), "path": f"{style}-{e['unified'].lower()}.png"},
-                    "mask": {"bytes": png_bytes(mask), "path": None},
-                    "caption": caption.lower(),
-                    "category": category,
-                    "subcategory": subcategories.index(e["subcategory"]),
-                    "style": STYLE_NAMES.index(style),
-                    "skin_tone": False,
-                    "unified": e["unified"],
-                }
-            )
+        for code_points, of_variant in variants(e, caption, skin_tones):
+            for style in styles:
+                is_toned = code_points != e["unified"]
+                if key(code_points) not in pictures[style] or not (is_toned or e.get(f"has_img_{style}", True)):
+                    continue
+                image, opacity = square_picture(pictures[style][key(code_points)], size)
+                category = CATEGORIES.index(e["category"])
+                mask = opacity.point([0] * 128 + [category + 1] * 128)
+                rows.append(
+                    {
+                        "image": {"bytes": png_bytes(image), "path": f"{style}-{code_points.lower()}.png"},
+                        "mask": {"bytes": png_bytes(mask), "path": None},
+                        "caption": of_variant.lower(),
+                        "category": category,
+                        "subcategory": subcategories.index(e["subcategory"]),
+                        "style": STYLES.index(style),
+                        "skin_tone": is_toned,
+                        "unified": code_points,
+                        "split": split_of(e["unified"]),
+                    }
+                )
     return rows, subcategories
 
 
@@ -113,8 +136,10 @@ def main():
     parser.add_argument("--packages", type=Path, required=True, help="folder of the packed npm packages")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--size", type=int, default=64, help="side of the pictures; the sources have 64")
+    parser.add_argument("--styles", nargs="+", default=PACKAGED_STYLES, choices=STYLES)
+    parser.add_argument("--skin-tones", action="store_true", help="people in each tone too, which doubles the set")
     arguments = parser.parse_args()
-    rows, subcategories = make_rows(arguments.packages, arguments.size)
+    rows, subcategories = make_rows(arguments.packages, arguments.size, arguments.styles, arguments.skin_tones)
     features = Features(
         {
             "image": Image(),
@@ -122,7 +147,7 @@ def main():
             "caption": Value("string"),
             "category": ClassLabel(names=CATEGORIES),
             "subcategory": ClassLabel(names=subcategories),
-            "style": ClassLabel(names=STYLE_NAMES),
+            "style": ClassLabel(names=STYLES),
             "skin_tone": Value("bool"),
             "unified": Value("string"),
         }
@@ -130,7 +155,7 @@ def main():
     folder = arguments.output / f"emoji-{arguments.size}"
     folder.mkdir(parents=True, exist_ok=True)
     for split in ("train", "validation"):
-        chosen = [row for row in rows if split_of(row["unified"]) == split]
+        chosen = [{name: row[name] for name in features} for row in rows if row["split"] == split]
         Dataset.from_list(chosen, features=features).to_parquet(folder / f"{split}.parquet")
         print(f"{folder / split}.parquet: {len(chosen)} pictures")
 
