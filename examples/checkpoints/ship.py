@@ -4,8 +4,8 @@
         --about about.md --command "python examples/…" --sampling guidance_scale=2.0
 
 The weights are stored in half precision, and the program ends with an error where that changes a figure. Everything is
-measured on the packaged validation images, which no run trains on; `--training-data` names the images that it did train
-on, where they are not the packaged ones. `samples.png` has eight samples of each class, the first that were drawn, and
+measured on the packaged validation images, which no run trains on; `--training-data` names the images that it trained
+on, if they are not the packaged ones. `samples.png` has eight samples of each class, the first that were drawn, and
 `row.png` the first of each; `nearest.png` the first two of each class above the training images that are closest to
 them in the features of MobileNetV2; `reconstructions.png` unseen images above their reconstructions. A tokenizer that
 another checkpoint has already is copied from it (`--tokenizer-of emoji-32`). With `--classifier`
