@@ -2,7 +2,8 @@
 takes.
 """
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 
 import torch
@@ -32,6 +33,8 @@ class DiffusionLikelihood(nn.Module):
             is classes, int64 `(B,)`.
         num_timesteps (*optional*): evaluate the transformer at so many timesteps of each image in place of all T: one
             drawn from each of as many parts of 0…T-1, and weighted by the part's length. An unbiased estimate.
+        num_inference_steps (*optional*): the bound of the chain that is sampled with so many steps, in place of all T;
+            not together with `num_timesteps`.
         generator (*optional*): of these draws and of the noise, by default torch's global randomness; or a function of
             the batch size B, called once for a batch, that gives a list with one generator for each sample. A bound is
             the mean over this noise; each timestep has one draw of it.
@@ -44,9 +47,17 @@ class DiffusionLikelihood(nn.Module):
         prepare_condition: Callable[..., dict] | None = None,
         num_timesteps: int | None = None,
         generator: torch.Generator | Callable[[int], list[torch.Generator]] | None = None,
+        num_inference_steps: int | None = None,
     ):
         super().__init__()
         steps = scheduler.config.num_train_timesteps
+        self.chain = None
+        if num_inference_steps is not None:
+            if num_timesteps is not None:
+                raise ValueError("Only one of `num_timesteps` and `num_inference_steps` can be given.")
+            skipping = copy.copy(scheduler)
+            skipping.set_timesteps(num_inference_steps)
+            self.chain = [*skipping.timesteps.tolist(), -1]
         if num_timesteps is None:
             num_timesteps = steps
         num_timesteps = check_integer("num_timesteps", num_timesteps, minimum=1, maximum=steps)
@@ -88,13 +99,22 @@ class DiffusionLikelihood(nn.Module):
         inputs = {} if condition is None else self._inputs(condition)
         bound = torch.full((len(indices),), -self.scheduler.prior_kl() * indices[0].numel(), device=indices.device)
         generator = self.generator(len(indices)) if callable(self.generator) else self.generator
-        for first, end in zip(self.edges[:-1].tolist(), self.edges[1:].tolist(), strict=True):
-            timesteps = _draw_integers(first, end, len(indices), generator)
+        for timesteps, prev_timesteps, weight in self._transitions(len(indices), generator):
             noised = self.scheduler.add_noise(indices, timesteps, generator)
             logits = self.transformer(noised, timesteps.to(indices.device), **inputs).sample
-            terms = self.scheduler.vlb_terms(logits, indices, noised, timesteps)
-            bound -= (end - first) * terms.flatten(1).sum(dim=1)
+            terms = self.scheduler.vlb_terms(logits, indices, noised, timesteps, prev_timesteps)
+            bound -= weight * terms.flatten(1).sum(dim=1)
         return bound
+
+    def _transitions(self, count: int, generator) -> Iterator[tuple[torch.LongTensor, torch.LongTensor, int]]:
+        """The timesteps `(count,)` that are evaluated, those that follow in the chain, and how often they count."""
+        if self.chain is not None:
+            for now, following in zip(self.chain, self.chain[1:], strict=False):
+                yield torch.full((count,), now), torch.full((count,), following), 1
+            return
+        for first, end in zip(self.edges[:-1].tolist(), self.edges[1:].tolist(), strict=True):
+            timesteps = _draw_integers(first, end, count, generator)
+            yield timesteps, timesteps - 1, end - first
 
     def _inputs(self, condition) -> dict:
         return {"class_labels": condition} if self.prepare_condition is None else self.prepare_condition(condition)

@@ -365,6 +365,7 @@ class MaskReplaceScheduler(SchedulerMixin, ConfigMixin):
         original_samples: torch.LongTensor,
         sample: torch.LongTensor,
         timesteps: int | torch.LongTensor,
+        prev_timesteps: int | torch.LongTensor | None = None,
     ) -> torch.FloatTensor:
         """
         KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)); at t = 0, -log p(x_0 | x_t) (Gu et al. 2022, section 4.2).
@@ -374,6 +375,7 @@ class MaskReplaceScheduler(SchedulerMixin, ConfigMixin):
             original_samples (int64 `(B, *)`): x_0.
             sample (int64 `(B, *)`): x_t, drawn from q(x_t | x_0).
             timesteps: t, an int or int64 `(B,)`.
+            prev_timesteps (*optional*): in place of t - 1, for a chain of fewer steps; -1 is the data.
 
         Returns:
             float32 `(B, *)` in nats, differentiable. Summed over all t and positions, with `prior_kl` for each
@@ -382,7 +384,7 @@ class MaskReplaceScheduler(SchedulerMixin, ConfigMixin):
         check_predictions("model_output", model_output, sample, self.mask_index)
         check_indices("original_samples", original_samples, self.mask_index - 1, sample.shape)
         now = check_timesteps("timesteps", timesteps, len(sample), 0, self.config.num_train_timesteps - 1)
-        transition, _ = self._transition(sample, now, now - 1)
+        transition, _ = self._transition(sample, now, now - 1 if prev_timesteps is None else prev_timesteps)
         flat = sample.reshape(len(sample), -1)
         log_probs = model_output.log_softmax(dim=-1, dtype=torch.float32).reshape(*flat.shape, self.mask_index)
         check_distributions("model_output", log_probs, in_training=True)

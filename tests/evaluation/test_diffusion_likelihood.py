@@ -40,8 +40,6 @@ class Chain:
             matrix[:, K] = gamma[t]
             matrix[K] = torch.eye(K + 1)[K]
             self.cumulative.append(matrix)
-        pairs = zip(self.cumulative, self.cumulative[1:], strict=False)
-        self.steps = [torch.linalg.solve(before, after) for before, after in pairs]
         self.prior = self.cumulative[T][:K].mean(dim=0)
 
     def noised(self, x0, t):
@@ -49,9 +47,10 @@ class Chain:
         rows = [self.cumulative[t + 1][code] for code in x0]
         return torch.stack([math.prod(row[code] for row, code in zip(rows, xt, strict=True)) for xt in STATES])
 
-    def posterior(self, code, original, t):
-        """q(x_{t-1} | x_t, x_0) of one position, `(K + 1,)`."""
-        joint = self.cumulative[t][original] * self.steps[t][:, code]
+    def posterior(self, code, original, s, t):
+        """q(x_s | x_t, x_0) of one position, `(K + 1,)`."""
+        step = torch.linalg.solve(self.cumulative[s + 1], self.cumulative[t + 1])
+        joint = self.cumulative[s + 1][original] * step[:, code]
         return joint / joint.sum()
 
     def denoiser(self, t):
@@ -62,36 +61,39 @@ class Chain:
         marginals = torch.einsum("sd,dpk->spk", joint, one_hot)
         return marginals / marginals.sum(dim=-1, keepdim=True)
 
-    def reverse(self, t):
-        """p(x_{t-1} | x_t): `(states, states)`."""
+    def reverse(self, s, t):
+        """p(x_s | x_t): `(states, states)`."""
         rows = []
         for state, predicted in zip(STATES, self.denoiser(t), strict=True):
             positions = [
-                sum(p[k] * self.posterior(code, k, t) for k in range(K))
+                sum(p[k] * self.posterior(code, k, s, t) for k in range(K))
                 for code, p in zip(state, predicted, strict=True)
             ]
-            rows.append([math.prod(p[x] for p, x in zip(positions, s, strict=True)) for s in STATES])
+            rows.append([math.prod(p[x] for p, x in zip(positions, other, strict=True)) for other in STATES])
         return torch.tensor(rows, dtype=torch.float64)
 
-    def bounds(self):
-        """The bound of each of DATA, and its true log-likelihood."""
-        reverse = [self.reverse(t) for t in range(T)]
+    def bounds(self, timesteps=range(T)):
+        """The bound of each of DATA in the chain of these timesteps, and its true log-likelihood."""
+        steps = list(zip((-1, *timesteps), timesteps, strict=False))
+        reverse = {t: self.reverse(s, t) for s, t in steps}
         start = torch.tensor([math.prod(self.prior[x] for x in s) for s in STATES], dtype=torch.float64)
         marginal = start
-        for t in reversed(range(T)):
+        for t in reversed(timesteps):
             marginal = marginal @ reverse[t]
         bounds = []
         for x0 in DATA:
             last = self.noised(x0, T - 1)
             bound = -torch.xlogy(last, last / start).sum()
-            for t in range(T):
+            for s, t in steps:
                 weights = self.noised(x0, t)
                 for i, state in enumerate(STATES):
                     if weights[i] == 0:
                         continue
                     pairs = zip(state, x0, strict=True)
-                    positions = [self.posterior(code, original, t) for code, original in pairs]
-                    true = torch.stack([math.prod(p[x] for p, x in zip(positions, s, strict=True)) for s in STATES])
+                    positions = [self.posterior(code, original, s, t) for code, original in pairs]
+                    true = torch.stack(
+                        [math.prod(p[x] for p, x in zip(positions, other, strict=True)) for other in STATES]
+                    )
                     bound -= weights[i] * torch.where(true > 0, torch.xlogy(true, true / reverse[t][i]), 0.0).sum()
             bounds.append(bound)
         places = [STATES.index(x0) for x0 in DATA]
@@ -131,6 +133,23 @@ def test_the_mean_is_the_bound(chain, expected, num_timesteps):
         error = values.std() / copies**0.5
         assert error < 0.025  # of a bound of which the term at the last timestep alone is 0.25
         assert abs(values.mean() - bound) < 5 * error, (x0, values.mean(), bound)
+
+
+@pytest.mark.parametrize(("steps", "timesteps"), [(1, (3,)), (2, (1, 3)), (3, (0, 1, 3)), (4, (0, 1, 2, 3))])
+def test_the_bound_of_fewer_steps(chain, steps, timesteps):
+    likelihood = likelihood_of(chain, num_inference_steps=steps)
+    assert likelihood.chain == [*reversed(timesteps), -1]
+    bounds, true = chain.bounds(timesteps)
+    assert (bounds < true + 1e-9).all()
+    copies = 20000
+    for x0, bound in zip(DATA, bounds, strict=True):
+        values = likelihood.log_likelihood(torch.tensor(x0).repeat(copies, 1)).double()
+        assert abs(values.mean() - bound) < 5 * values.std() / copies**0.5, (x0, values.mean(), bound)
+
+
+def test_steps_and_timesteps_exclude_each_other(chain):
+    with pytest.raises(ValueError, match="Only one of `num_timesteps` and `num_inference_steps`"):
+        likelihood_of(chain, num_timesteps=2, num_inference_steps=2)
 
 
 def test_the_bound_lies_below_the_likelihood(chain, expected):
