@@ -82,6 +82,8 @@ class _LossWithGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
+        if torch.is_grad_enabled():
+            raise RuntimeError("`create_graph` must be False: the gradient of `generator_loss` has no gradient.")
         (gradient,) = ctx.saved_tensors
         return upstream * gradient, None, None
 
@@ -211,9 +213,12 @@ class VQGANLoss(nn.Module):
             discriminator is on `g_loss` and `d_weight`.
 
         Raises:
-            ValueError: if the discriminator is on and missing, or gradients are off (use `nll_loss` then).
+            ValueError: if the discriminator is on and missing, gradients are off (use `nll_loss` then), or
+                `reconstructions` do not depend on `last_layer`.
         """
-        nll, metrics = self.nll_loss(inputs, reconstructions)
+        # what reaches a single pixel would vanish in float16, before a gradient scaler can act on it
+        images = reconstructions.float() if reconstructions.dtype == torch.float16 else reconstructions
+        nll, metrics = self.nll_loss(inputs, images)
         quantizer_loss = quantizer_loss.mean()
         factor = self.generator_factor(step, total_steps)
         metrics["quantizer_loss"] = quantizer_loss.detach()
@@ -226,21 +231,20 @@ class VQGANLoss(nn.Module):
                 raise ValueError(
                     "`generator_loss` needs gradients for its adaptive weight; use `nll_loss` to validate."
                 )
+            if not reconstructions.requires_grad:
+                raise ValueError("`reconstructions` must have a gradient, got a tensor with requires_grad=False.")
             with _frozen(discriminator):
-                logits = discriminator(reconstructions).float()
+                logits = discriminator(images.to(reconstructions.dtype)).float()
             g_loss = GENERATOR_LOSSES[self.gen_loss](logits)
             # Of each network one backward pass, whose end is shared by the weight and the loss. The mean over the
             # logits is taken in the end, lest a float16 discriminator's gradients vanish.
-            (nll_gradient,) = torch.autograd.grad(nll, reconstructions)
-            (g_gradient,) = torch.autograd.grad(g_loss * logits.numel(), reconstructions)
+            (nll_gradient,) = torch.autograd.grad(nll, images)
+            (g_gradient,) = torch.autograd.grad(g_loss * logits.numel(), images)
             g_gradient = g_gradient / logits.numel()
-            of_last_layer = [
-                torch.autograd.grad(reconstructions, last_layer, gradient, retain_graph=True)[0]
-                for gradient in (nll_gradient, g_gradient)
-            ]
+            of_last_layer = [_of_last_layer(images, last_layer, each) for each in (nll_gradient, g_gradient)]
             d_weight = adaptive_weight(*of_last_layer) * self.disc_weight
             loss = _LossWithGradient.apply(
-                reconstructions,
+                images,
                 nll.detach() + d_weight * factor * g_loss.detach(),
                 nll_gradient + d_weight * factor * g_gradient,
             )
@@ -284,6 +288,18 @@ class VQGANLoss(nn.Module):
             "logits_fake": logits_fake.detach().mean(),
         }
         return loss, metrics
+
+
+def _of_last_layer(images: torch.Tensor, last_layer: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """The gradient of a loss with respect to the last layer, from that of the images; their graph is kept.
+
+    On its way it has a size at which a float16 layer neither loses single pixels nor overflows.
+    """
+    scale = (2.0**12 / gradient.float().abs().sum().clamp_min(1e-30)).log2().floor().exp2()  # without rounding
+    (found,) = torch.autograd.grad(images, last_layer, gradient * scale, retain_graph=True, allow_unused=True)
+    if found is None:
+        raise ValueError("`last_layer` must be a weight that `reconstructions` depend on.")
+    return found.float() / scale
 
 
 @contextmanager
