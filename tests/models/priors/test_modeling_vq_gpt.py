@@ -168,7 +168,13 @@ def double_output(layer):
     layer.register_forward_hook(lambda layer, inputs, output: 2 * output)
 
 
+def replace_forward(layer):
+    forward = layer.forward
+    layer.forward = lambda hidden_states: 2 * forward(hidden_states)
+
+
 CHANGES = {
+    "another forward": lambda model: [replace_forward(block.mlp.c_proj) for block in model.transformer.h],
     "a hook on a layer": lambda model: [double_output(block.mlp.c_proj) for block in model.transformer.h],
     "a hook on the network": lambda model: [double_output(block.mlp) for block in model.transformer.h],
     "linear layers": as_linear,
@@ -184,6 +190,30 @@ def test_what_acts_on_a_layer_acts_on_each_code(change, monkeypatch):
     CHANGES[change](model)
     decoder, logits, expected = decode_one_by_one(model, 2)
     assert not any(type(each) is FeedForwardOfCodes for each in decoder.feed_forwards)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_copied_weights_keep_the_dropout_and_its_hooks(monkeypatch):
+    monkeypatch.setattr(GPTDecoder, "codes_before_copies", 2)
+    model = make("class")
+    for block in model.transformer.h:
+        double_output(block.mlp.dropout)
+    decoder, logits, expected = decode_one_by_one(model, 2)
+    assert all(type(each) is FeedForwardOfCodes for each in decoder.feed_forwards)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_another_forward_of_a_block_is_called():
+    model = make("class")
+    for block in model.transformer.h:
+        replace_forward(block.attn.c_proj)
+        forward = block.forward
+        block.forward = lambda hidden_states, *args, forward=forward, **kwargs: (
+            2 * forward(hidden_states, *args, **kwargs)
+        )
+    _, logits, expected = decode_one_by_one(model, 2)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
