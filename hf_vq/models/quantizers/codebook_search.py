@@ -80,7 +80,7 @@ def first_of_largest(scores: torch.Tensor) -> torch.LongTensor:
     rows, count = scores.shape
     if scores.device.type != "cpu" or count < _BLOCK**2 or count % _BLOCK:
         return scores.argmax(dim=1)
-    blocks = scores.view(rows, -1, _BLOCK)
+    blocks = scores.unflatten(1, (-1, _BLOCK))
     block = blocks.amax(dim=2).argmax(dim=1)
     within = blocks[torch.arange(rows), block].argmax(dim=1)
     return block * _BLOCK + within

@@ -44,6 +44,7 @@ def test_the_first_of_the_largest(count):
     largest = torch.where(scores.isnan(), math.inf, scores)  # what is not a number counts as the largest
     expected = [row.index(max(row)) for row in largest.tolist()]
     assert first_of_largest(scores).tolist() == expected
+    assert first_of_largest(scores[:0]).shape == (0,)
 
 
 def test_nearest_codes_stays_in_float32_under_autocast():
