@@ -335,7 +335,7 @@ class MaskReplaceScheduler(SchedulerMixin, ConfigMixin):
         )
         check_generators(generator, len(sample))
         prev_timestep = self.previous_timestep(timestep) if prev_timestep is None else prev_timestep
-        transition, is_last = self._transition(sample, timestep, prev_timestep)
+        transition, is_last = self._transition(sample, timestep, prev_timestep, ("timestep", "prev_timestep"))
         known_indices, known_mask = self._known(known_indices, known_mask, sample)
 
         flat, free = sample.reshape(len(sample), -1), ~known_mask.reshape(len(sample), -1)
@@ -384,7 +384,8 @@ class MaskReplaceScheduler(SchedulerMixin, ConfigMixin):
         check_predictions("model_output", model_output, sample, self.mask_index)
         check_indices("original_samples", original_samples, self.mask_index - 1, sample.shape)
         now = check_timesteps("timesteps", timesteps, len(sample), 0, self.config.num_train_timesteps - 1)
-        transition, _ = self._transition(sample, now, now - 1 if prev_timesteps is None else prev_timesteps)
+        prev_timesteps = now - 1 if prev_timesteps is None else prev_timesteps
+        transition, _ = self._transition(sample, now, prev_timesteps)
         flat = sample.reshape(len(sample), -1)
         log_probs = model_output.log_softmax(dim=-1, dtype=torch.float32).reshape(*flat.shape, self.mask_index)
         check_distributions("model_output", log_probs, in_training=True)
@@ -428,14 +429,16 @@ class MaskReplaceScheduler(SchedulerMixin, ConfigMixin):
 
     # Arguments
 
-    def _transition(self, sample, timesteps, prev_timesteps) -> tuple[Transition, torch.BoolTensor]:
+    def _transition(
+        self, sample, timesteps, prev_timesteps, names=("timesteps", "prev_timesteps")
+    ) -> tuple[Transition, torch.BoolTensor]:
         """Between the two timesteps of each sample, and which samples `(B,)` go to the data."""
         check_indices("sample", sample, self.mask_index - (self.config.schedule == "uniform_only"))
         train = self.config.num_train_timesteps
-        now = check_timesteps("timestep", timesteps, len(sample), 0, train - 1)
-        prev = check_timesteps("prev_timestep", prev_timesteps, len(sample), -1, train - 1)
+        now = check_timesteps(names[0], timesteps, len(sample), 0, train - 1)
+        prev = check_timesteps(names[1], prev_timesteps, len(sample), -1, train - 1)
         if (prev >= now).any():
-            raise ValueError(f"`prev_timestep` must be below `timestep`, got {prev.tolist()} for {now.tolist()}.")
+            raise ValueError(f"`{names[1]}` must be below `{names[0]}`, got {prev.tolist()} for {now.tolist()}.")
         return Transition.between(self._tables, prev, now), prev == -1
 
     def _checked_sampling(self, truncation_rate, prior_rule, prior_weight, temperature, prior_count) -> tuple:

@@ -147,6 +147,13 @@ def test_the_bound_of_fewer_steps(chain, steps, timesteps):
         assert abs(values.mean() - bound) < 5 * values.std() / copies**0.5, (x0, values.mean(), bound)
 
 
+@pytest.mark.parametrize(("previous", "message"), [(2, "must be below `timesteps`"), (-2, "must lie in -1…3")])
+def test_a_previous_timestep_that_is_none(chain, previous, message):
+    codes = torch.zeros(1, 2, dtype=torch.int64)
+    with pytest.raises(ValueError, match=f"`prev_timesteps` {message}"):
+        likelihood_of(chain).scheduler.vlb_terms(torch.zeros(1, 2, K), codes, codes, 2, prev_timesteps=previous)
+
+
 def test_steps_and_timesteps_exclude_each_other(chain):
     with pytest.raises(ValueError, match="Only one of `num_timesteps` and `num_inference_steps`"):
         likelihood_of(chain, num_timesteps=2, num_inference_steps=2)
