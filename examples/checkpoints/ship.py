@@ -198,7 +198,7 @@ def write_card(folder: Path, pipeline, figures: dict, args: argparse.Namespace) 
         pipeline,
         f"examples/checkpoints/{folder.name}",
         "cc-by-4.0",
-        DATASET.format(count=count, origin=PACKAGED if args.training_data == DATA else ALL, size=size),
+        DATASET.format(count=count, origin=PACKAGED if args.training_data.resolve() == DATA else ALL, size=size),
         metrics=figures,
         description=args.about.read_text().strip(),
         command=args.command,
@@ -223,7 +223,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--sampling", nargs="*", type=sampling_pair, default=[], help="name=JSON, of the call")
     parser.add_argument("--tokenizer-of", help="the checkpoint whose tokenizer this one uses")
     parser.add_argument("--classifier", type=Path, help="chooses among samples, and is stored with the checkpoint")
-    parser.add_argument("--training-data", type=Path, default=DATA, help="folder of the images that it was trained on")
+    parser.add_argument(
+        "--training-data",
+        type=Path,
+        default=DATA,
+        help="folder of the images that it was trained on: the packaged one, or one that make_emoji.py has built "
+        "of all styles and skin tones",
+    )
     parser.add_argument("--max-samples", type=int, help="measure on fewer images, for tests")
     parser.add_argument("--card-only", action="store_true", help="write the card anew, with the figures it has")
     args = parser.parse_args(argv)

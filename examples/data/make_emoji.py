@@ -135,11 +135,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--packages", type=Path, required=True, help="folder of the packed npm packages")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--size", type=int, default=64, help="side of the pictures; the sources have 64")
+    parser.add_argument(
+        "--size", type=int, default=64, help="side of the pictures; the sources have 64, those of fluent3d 256"
+    )
     parser.add_argument("--styles", nargs="+", default=PACKAGED_STYLES, choices=STYLES)
     parser.add_argument("--skin-tones", action="store_true", help="people in each tone too, which doubles the set")
     arguments = parser.parse_args()
-    rows, subcategories = make_rows(arguments.packages, arguments.size, arguments.styles, arguments.skin_tones)
+    styles = [style for style in STYLES if style in arguments.styles]  # each once
+    rows, subcategories = make_rows(arguments.packages, arguments.size, styles, arguments.skin_tones)
     features = Features(
         {
             "image": Image(),
