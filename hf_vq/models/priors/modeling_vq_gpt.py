@@ -191,7 +191,8 @@ class VQGPTForCausalLM(CodeSequenceMixin, VQGPTPreTrainedModel, GenerationMixin)
         as_usual = as_usual and config._attn_implementation in ("sdpa", "eager")
         blocks = [part for block in self.transformer.h for part in (block, block.attn)]
         as_usual = as_usual and not any(map(_is_hooked, blocks)) and prompt_mask is None
-        if as_usual and len(set(getattr(self, "hf_device_map", {}).values())) < 2:
+        is_offloaded = self.transformer.wte.weight.is_meta or len(set(getattr(self, "hf_device_map", {}).values())) > 1
+        if as_usual and not is_offloaded:
             return GPTDecoder(self, batch_size, length, positions)
         return CodeDecoder(self, length, positions, prompt_mask, **inputs)
 

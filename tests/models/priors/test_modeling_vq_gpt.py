@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from accelerate import disk_offload
 from transformers import GPT2Model, set_seed
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
@@ -202,6 +203,14 @@ def test_copied_weights_keep_the_dropout_and_its_hooks(monkeypatch):
     decoder, logits, expected = decode_one_by_one(model, 2)
     assert all(type(each) is FeedForwardOfCodes for each in decoder.feed_forwards)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_on_the_disk_are_read_for_each_code(tmp_path):
+    model = make("class")
+    prompt = model.prepare_condition([0, 1])
+    expected = model.generate(prompt, do_sample=False)
+    disk_offload(model, str(tmp_path), torch.device("cpu"))
+    assert torch.equal(model.generate(prompt, do_sample=False), expected)
 
 
 @torch.no_grad()
