@@ -112,7 +112,7 @@ class LayerSteps:
         self._read_rows()
 
     def _read_rows(self) -> torch.Tensor:
-        """What the horizontal stack gets from above in the current row; returns what was in the way of the gate."""
+        """What the horizontal stack gets from above in the current row; returns what the vertical gate takes."""
         # (B, taps, w, C, k): the columns around each
         windows = self.rows.unfold(2, self.kernel_size, 1)
         from_above = windows.permute(0, 2, 1, 4, 3).flatten(2) @ self.above_weight + self.above_bias
