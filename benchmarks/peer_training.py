@@ -52,14 +52,15 @@ def vqgan_steps(quick: bool, batch: int) -> tuple[Callable, Callable]:
     critics = [PatchDiscriminator(num_layers=2 if quick else 3).train() for _ in range(2)]
     for pair in (models, critics):
         pair[1].load_state_dict(pair[0].state_dict())
-    models[0].to(memory_format=torch.channels_last)
-    optimizers = [[torch.optim.Adam(module.parameters(), lr=1e-5) for module in pair] for pair in (models, critics)]
     images = torch.rand(batch, 3, config.resolution, config.resolution) * 2 - 1
+    layout = torch.channels_last if images.is_cuda else torch.contiguous_format  # as the script has it
+    models[0].to(memory_format=layout)
+    optimizers = [[torch.optim.Adam(module.parameters(), lr=1e-5) for module in pair] for pair in (models, critics)]
     losses = VQGANLoss(None, disc_start=0)
 
     def ours():
         model, critic = models[0], critics[0]
-        pixels = images.contiguous(memory_format=torch.channels_last)
+        pixels = images.contiguous(memory_format=layout)
         output = model(pixels)
         loss, _ = losses.generator_loss(
             pixels, output.sample, output.quantizer_loss, model.get_last_layer(), 0, None, critic

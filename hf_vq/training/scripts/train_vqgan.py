@@ -265,7 +265,9 @@ def main(argv: list[str] | None = None) -> None:
     run = TrainingRun(run_args)
     processor = args.processor(data_args.resolution)
     build_reader(processor, data_args.conditioning_image_column, data_args.edge_sigma)  # or an error, before data
-    tokenizer = build_model(args, data_args.resolution).to(memory_format=torch.channels_last)
+    # on a CPU, the gradients of its convolutions take 1.2 to 1.9 times as long in channels_last
+    layout = torch.channels_last if run.device.type == "cuda" else torch.contiguous_format
+    tokenizer = build_model(args, data_args.resolution).to(memory_format=layout)
     data_args.check_multiple_of(tokenizer.config.downsample_factor)
     run_args.check_codebook(tokenizer.config.num_embeddings)
     critic = build_discriminator(args)
@@ -301,7 +303,7 @@ def main(argv: list[str] | None = None) -> None:
     total = run_args.max_train_steps
     for batch in run.batches(dataset):
         images = batch["pixel_values"] if processor is None else condition_values(batch["condition"], processor)
-        images = images.contiguous(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=layout)
         tokenizer.set_training_step(run.global_step, total)
         with run.accumulate(model, discriminator):
             output = model(images)
