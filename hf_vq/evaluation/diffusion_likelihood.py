@@ -33,11 +33,11 @@ class DiffusionLikelihood(nn.Module):
             is classes, int64 `(B,)`.
         num_timesteps (*optional*): evaluate the transformer at so many timesteps of each image in place of all T: one
             drawn from each of as many parts of 0…T-1, and weighted by the part's length. An unbiased estimate.
-        num_inference_steps (*optional*): the bound of the chain that is sampled with so many steps, in place of all T;
-            not together with `num_timesteps`.
         generator (*optional*): of these draws and of the noise, by default torch's global randomness; or a function of
             the batch size B, called once for a batch, that gives a list with one generator for each sample. A bound is
             the mean over this noise; each timestep has one draw of it.
+        num_inference_steps (*optional*): the bound of the chain that is sampled with so many steps, in place of all T;
+            not together with `num_timesteps`.
     """
 
     def __init__(

@@ -227,7 +227,7 @@ class GPTDecoder:
         self.order = torch.arange(length, device=weight.device)
         self.positions = self.order if positions is None else continued(positions.to(weight.device), length)
         self.past, self.ids = 0, None
-        self.num_single, self.feed_forwards = 0, None
+        self.num_single_codes, self.feed_forwards = 0, None
 
     def __call__(self, ids: torch.LongTensor) -> torch.FloatTensor:
         ids = ids if self.ids is None else torch.cat([self.ids, ids], dim=1)
@@ -245,11 +245,12 @@ class GPTDecoder:
         return self.model.lm_head(transformer.ln_f(hidden_states[:, -1]))
 
     def _feed_forwards_of(self, ids: torch.LongTensor) -> list:
+        """What reads `ids` behind each block's attention: the blocks' own networks, or copies for a single code."""
         networks = [block.mlp for block in self.model.transformer.h]
         if ids.shape[1] > 1:
             return networks
-        self.num_single += 1
-        if self.num_single == self.codes_before_copies:
+        self.num_single_codes += 1
+        if self.num_single_codes == self.codes_before_copies:
             self.feed_forwards = [
                 FeedForwardOfCodes(network, len(ids)) if FeedForwardOfCodes.replaces(network) else network
                 for network in networks
