@@ -14,11 +14,11 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 
 from hf_vq.argument_checks import check_integer
-from hf_vq.commands.sources import load, read_json
 from hf_vq.evaluation.inspection import index_map
 from hf_vq.evaluation.pictures import labelled_rows
 from hf_vq.evaluation.reconstruction import psnr
 from hf_vq.images import to_pil, to_rgb
+from hf_vq.loading import load, read_json
 from hf_vq.models.autoencoders.image_processing_vq import VQImageProcessor
 from hf_vq.pipelines.conditioning import to_mask
 

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .sources import announce, load
+from ..loading import load
+from .sources import announce
 
 
 # Source → what it is, and the licence of its code; weights have their own.

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from ..argument_checks import check_integer
 from ..evaluation.generation import PUBLISHED
-from .sources import check_call, check_output_file, device, load
+from ..loading import load
+from .sources import check_call, check_output_file, device
 
 
 def evaluate(options: argparse.Namespace) -> None:

@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .sources import is_indices, load
+from ..loading import load
+from .sources import is_indices
 
 
 def info(options: argparse.Namespace) -> None:

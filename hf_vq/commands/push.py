@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from .sources import announce, is_indices, load
+from ..loading import load
+from .sources import announce, is_indices
 
 
 def push(options: argparse.Namespace) -> None:

@@ -4,7 +4,8 @@ import argparse
 import secrets
 from typing import Any
 
-from .sources import announce, check_call, check_picture, device, load, read_images, write_image
+from ..loading import load
+from .sources import announce, check_call, check_picture, device, read_images, write_image
 
 
 def sample(options: argparse.Namespace) -> None:

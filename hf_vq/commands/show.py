@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from .sources import ImageBatches, announce, check_picture, device, load, load_tokenizer, write_image
+from ..loading import load
+from .sources import ImageBatches, announce, check_picture, device, load_tokenizer, write_image
 
 
 def show(options: argparse.Namespace) -> int:

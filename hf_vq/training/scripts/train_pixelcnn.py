@@ -26,6 +26,7 @@ from hf_vq.pipelines.code_sampling import LevelSampling, sample_level
 from hf_vq.training.data.code_splits import count_classes, load_code_splits, training_inputs
 from hf_vq.training.data.image_datasets import DataArguments, collate
 from hf_vq.training.data.indices_cache import IndicesDataset
+from hf_vq.training.fine_tuning import START_HELP, StartingPoint
 from hf_vq.training.run import RunArguments, TrainingRun
 from hf_vq.training.run_arguments import check_guidance, check_numbers, parse_arguments, parse_mapping
 from hf_vq.training.sharing import save_trained
@@ -44,6 +45,7 @@ class PriorArguments:
     """The prior and its level."""
 
     tokenizer: str = field(metadata={"help": "Folder or Hub id of the trained tokenizer."})
+    model_name_or_path: str | None = field(default=None, metadata={"help": START_HELP})
     prior: str = field(default="pixelcnn", metadata={"help": "Network.", "choices": list(PRIORS)})
     level: str = field(
         default="single",
@@ -119,30 +121,41 @@ class Level:
         return {} if self.above is None else {"condition_indices": batch[self.above]}
 
 
-def build_prior(args: PriorArguments, codebook_size: int, level: Level, num_classes: int, names: list[str] | None):
-    """The prior of one level, over `codebook_size` codes, for `num_classes` classes of these names."""
-    config_class, model_class = PRIORS[args.prior]
-    conditioning = {}
+def build_prior(
+    args: PriorArguments,
+    codebook_size: int,
+    level: Level,
+    num_classes: int,
+    names: list[str] | None,
+    start: StartingPoint | None = None,
+):
+    """The prior of one level, over `codebook_size` codes, for `num_classes` classes of these names: a new one, or one
+    with the sizes and the weights of `start`.
+    """
+    config_class, model_class = PRIORS[args.prior] if start is None else (None, type(start.model))
+    codes = {
+        "codebook_size": codebook_size,
+        "grid_size": level.grids[-1],
+        "condition_type": "class" if num_classes else "unconditional",
+    }
     if level.above is not None:
-        if args.prior != "pixelsnail":
+        if model_class is not PixelSNAILForCausalLM:
             raise ValueError(
                 f"prior={args.prior!r} takes no level above: level={args.level!r} needs prior=pixelsnail."
             )
-        conditioning = {"conditioning_codebook_size": codebook_size, "conditioning_grid_size": level.grids[-2]}
+        codes |= {"conditioning_codebook_size": codebook_size, "conditioning_grid_size": level.grids[-2]}
+    fields = {
+        **codes,
+        "condition_vocab_size": num_classes,
+        "condition_dropout": args.condition_dropout if num_classes else 0.0,
+        "dropout": args.dropout,
+        **({"id2label": dict(enumerate(names))} if names is not None else {}),
+    }
+    if start is not None:
+        start.check(codes)
+        return start.remake(fields, num_classes, names)
     return model_class(
-        config_class(
-            codebook_size=codebook_size,
-            grid_size=level.grids[-1],
-            condition_type="class" if num_classes else "unconditional",
-            condition_vocab_size=num_classes,
-            condition_dropout=args.condition_dropout if num_classes else 0.0,
-            hidden_size=args.hidden_size,
-            kernel_size=args.kernel_size,
-            dropout=args.dropout,
-            **conditioning,
-            **args.prior_kwargs,
-            **({"id2label": dict(enumerate(names))} if names is not None else {}),
-        )
+        config_class(**fields, hidden_size=args.hidden_size, kernel_size=args.kernel_size, **args.prior_kwargs)
     )
 
 
@@ -221,11 +234,16 @@ def main(argv: list[str] | None = None) -> None:
     """Trains, by the arguments of the command line or `argv`."""
     run_args, data_args, args = parse_arguments((RunArguments, DataArguments, PriorArguments), argv)
     run = TrainingRun(run_args)
+    start = args.model_name_or_path and StartingPoint(
+        args.model_name_or_path, "prior", (PixelCNNForCausalLM, PixelSNAILForCausalLM)
+    )
     tokenizer = AutoModel.from_pretrained(args.tokenizer, dtype=torch.float32).to(run.device).eval()
 
     def try_prior(grids):
         has_classes = int(data_args.label_column is not None)  # how many there are is known when the data are open
-        return build_prior(args, tokenizer.config.num_embeddings, Level.of(args.level, grids), has_classes, None)
+        return build_prior(
+            args, tokenizer.config.num_embeddings, Level.of(args.level, grids), has_classes, None, start
+        )
 
     codes, class_names = load_code_splits(
         run, data_args, tokenizer, args.random_flip_codes, several_levels=True, try_model=try_prior
@@ -233,7 +251,7 @@ def main(argv: list[str] | None = None) -> None:
     level = Level.of(args.level, codes["train"].grids)
 
     num_classes = count_classes(codes, class_names, data_args.label_column, data_args.missing_condition == "null")
-    prior = build_prior(args, tokenizer.config.num_embeddings, level, num_classes, class_names)
+    prior = build_prior(args, tokenizer.config.num_embeddings, level, num_classes, class_names, start)
     model = run.add_model("model", prior, ema=True)
     optimizer = run.add_optimizer("optimizer", torch.optim.Adam(model.parameters(), lr=run_args.learning_rate))
 

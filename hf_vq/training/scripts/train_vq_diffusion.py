@@ -24,6 +24,7 @@ from hf_vq.pipelines.conditioning import TextCondition, encode_text, text_length
 from hf_vq.training.data.code_splits import code_grids, count_classes, load_code_splits, make_on_meta
 from hf_vq.training.data.columns import NO_LABEL
 from hf_vq.training.data.image_datasets import CaptionedDataArguments, DataArguments, collate, load_image_dataset
+from hf_vq.training.fine_tuning import START_HELP, StartingPoint
 from hf_vq.training.objectives.mask_replace_objective import MaskReplaceObjective
 from hf_vq.training.objectives.timestep_sampler import ImportanceTimestepSampler
 from hf_vq.training.run import RunArguments, TrainingRun
@@ -37,6 +38,9 @@ class VQDiffusionArguments:
     """The denoiser, its noise, its condition, and its optimizer."""
 
     tokenizer: str = field(metadata={"help": "Folder or Hub id of the trained tokenizer."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": START_HELP + " So is the noise of its pipeline."}
+    )
     cache_indices: bool = field(default=True, metadata={"help": "Encode the images once; without, in every step."})
     random_flip_codes: bool = field(
         default=False, metadata={"help": "In half of the cases, train on the cached codes of the mirrored image."}
@@ -126,6 +130,7 @@ class Codes:
         args: VQDiffusionArguments,
         tokenizer: PreTrainedModel,
         text: dict[str, Any],
+        start: StartingPoint | None = None,
     ):
         self.run, self.tokenizer = run, tokenizer
         if len(tokenizer.config.downsample_factors) > 1 or tokenizer.config.quantizer == "residual":
@@ -133,7 +138,7 @@ class Codes:
 
         def try_transformer(grids):
             has_classes = int(data.label_column is not None)  # how many there are is known when the data are open
-            return build_transformer(args, tokenizer, grids["indices"], has_classes, text)
+            return build_transformer(args, tokenizer, grids["indices"], has_classes, text, start)
 
         if args.cache_indices:
             self.splits, self.class_names = load_code_splits(
@@ -254,8 +259,12 @@ def build_transformer(
     grid_size: Sequence[int],
     num_classes: int,
     text: dict[str, Any],
+    start: StartingPoint | None = None,
+    class_names: list[str] | None = None,
 ) -> VQDiffusionTransformer2DModel:
-    """An untrained one, for classes, for what `load_text` gives, or for neither."""
+    """One for classes, for what `load_text` gives, or for neither: a new one, or one with the sizes and the weights of
+    `start`.
+    """
     condition = {"condition_type": "unconditional"}
     if text:
         condition = {
@@ -266,9 +275,13 @@ def build_transformer(
         }
     elif num_classes:
         condition = {"condition_type": "class", "num_classes": num_classes, "null_class": True}
+    codes = {"num_embeddings": tokenizer.config.num_embeddings, "sample_size": tuple(grid_size)}
+    if start is not None:
+        fixed = ("condition_type", "cross_attention_dim", "learnable_null_embedding", "text_length")
+        start.check(codes | {name: condition[name] for name in fixed if name in condition})
+        return start.remake({**codes, **condition, "dropout": args.dropout}, num_classes, class_names)
     return VQDiffusionTransformer2DModel(
-        num_embeddings=tokenizer.config.num_embeddings,
-        sample_size=tuple(grid_size),
+        **codes,
         num_layers=args.num_layers,
         num_attention_heads=args.num_attention_heads,
         attention_head_dim=args.attention_head_dim,
@@ -280,18 +293,38 @@ def build_transformer(
     )
 
 
+def build_scheduler(args: VQDiffusionArguments, num_embeddings: int, start: StartingPoint | None):
+    """The noise of the pipeline that the run goes on with, or of the arguments."""
+    if start is not None and start.pipeline is not None:
+        return MaskReplaceScheduler.from_config(
+            start.pipeline.scheduler.config, auxiliary_loss_weight=args.auxiliary_weight
+        )
+    steps = args.num_train_timesteps
+    if start is not None:
+        start.check({"num_train_timesteps": steps})
+    return MaskReplaceScheduler(
+        num_embeddings=num_embeddings,
+        num_train_timesteps=steps,
+        schedule=args.schedule,
+        auxiliary_loss_weight=args.auxiliary_weight,
+    )
+
+
 def build_pipeline(
     args: VQDiffusionArguments,
     tokenizer: PreTrainedModel,
     codes: Codes,
     scheduler: MaskReplaceScheduler,
     text: dict[str, Any],
+    start: StartingPoint | None = None,
 ) -> VQDiffusionImagePipeline:
-    """With an untrained transformer."""
+    """With a transformer of `build_transformer`."""
     options = dict(text)
     if codes.num_classes and not text:
         options["id2label"] = None if codes.class_names is None else dict(enumerate(codes.class_names))
-    transformer = build_transformer(args, tokenizer, codes.grid_size, codes.num_classes, text)
+    transformer = build_transformer(
+        args, tokenizer, codes.grid_size, codes.num_classes, text, start, codes.class_names
+    )
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     pipe = VQDiffusionImagePipeline(tokenizer, transformer.to(codes.run.device), scheduler, **options)
@@ -341,15 +374,13 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("caption_column and text_encoder are given together: one is the other's input.")
     run = TrainingRun(run_args)
     tokenizer = AutoModel.from_pretrained(args.tokenizer, dtype=torch.float32).to(run.device).eval()
-    scheduler = MaskReplaceScheduler(
-        tokenizer.config.num_embeddings,
-        args.num_train_timesteps,
-        args.schedule,
-        auxiliary_loss_weight=args.auxiliary_weight,
+    start = args.model_name_or_path and StartingPoint(
+        args.model_name_or_path, "transformer", (VQDiffusionTransformer2DModel,)
     )
+    scheduler = build_scheduler(args, tokenizer.config.num_embeddings, start)
     text = load_text(args, run.device)
-    codes = Codes(run, data_args, args, tokenizer, text)
-    pipe = build_pipeline(args, tokenizer, codes, scheduler, text)
+    codes = Codes(run, data_args, args, tokenizer, text, start)
+    pipe = build_pipeline(args, tokenizer, codes, scheduler, text, start)
     transformer = pipe.transformer
     captions = all_captions(data_args, data_args.caption_column) if args.cache_captions else None
     condition = Condition(pipe, data_args.caption_column, captions)
@@ -361,7 +392,7 @@ def main(argv: list[str] | None = None) -> None:
         betas=(0.9, args.adam_beta2),
     )
     optimizer = run.add_optimizer("optimizer", weights)
-    sampler = run.add_state("timesteps", ImportanceTimestepSampler(args.num_train_timesteps))
+    sampler = run.add_state("timesteps", ImportanceTimestepSampler(scheduler.config.num_train_timesteps))
     objective = MaskReplaceObjective(pipe.scheduler)
 
     run.on_validation(lambda: validate(run, pipe, codes, condition, args))

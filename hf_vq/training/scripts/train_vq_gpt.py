@@ -28,6 +28,7 @@ from hf_vq.training.data.coordinate_crops import CropSettings
 from hf_vq.training.data.image_datasets import DataArguments
 from hf_vq.training.data.indices_cache import CONDITION_CODES, IndicesDataset
 from hf_vq.training.embedding_starts import begin_with_codebooks, begin_with_grid_positions
+from hf_vq.training.fine_tuning import START_HELP, StartingPoint
 from hf_vq.training.run import RunArguments, TrainingRun
 from hf_vq.training.run_arguments import check_guidance, check_numbers, parse_arguments
 from hf_vq.training.sharing import save_trained
@@ -39,6 +40,7 @@ class VQGPTArguments:
     """The prior and its optimizer."""
 
     tokenizer: str = field(metadata={"help": "Folder or Hub id of the trained tokenizer."})
+    model_name_or_path: str | None = field(default=None, metadata={"help": START_HELP})
     condition_tokenizer: str | None = field(
         default=None, metadata={"help": "Folder or Hub id of the tokenizer of the conditioning images."}
     )
@@ -116,6 +118,9 @@ class VQGPTArguments:
             at_least_0=("weight_decay", "guidance_scale"),
         )
         check_guidance(self.guidance_scale, self.condition_dropout)
+        for name in ("embeddings_from_codebooks", "positions_from_grid"):
+            if getattr(self, name) and self.model_name_or_path is not None:
+                raise ValueError(f"{name}=True: with model_name_or_path the embeddings are those of the prior.")
         self._check_condition()
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
@@ -164,9 +169,10 @@ def build_prior(
     class_names: list[str] | None,
     condition_tokenizer: PreTrainedModel | None = None,
     boxes: BoxSettings | None = None,
+    start: StartingPoint | None = None,
 ):
-    """A new prior over grids of codes, whose sizes are `grids["indices"]` and, of a condition,
-    `grids["condition_codes"]`.
+    """A prior over grids of codes, whose sizes are `grids["indices"]` and, of a condition, `grids["condition_codes"]`:
+    a new one, or one with the sizes and the weights of `start`.
     """
     condition = {"condition_type": "unconditional"}
     if num_classes > 0:
@@ -201,6 +207,14 @@ def build_prior(
         "embd_pdrop": args.dropout,
         **condition,
     }
+    if start is not None:
+        fixed = ("codebook_size", "grid_size", "condition_type", "condition_length")
+        start.check({name: common[name] for name in fixed if name in common})
+        attention = "attention_dropout" if isinstance(start.model, VQLlamaForCausalLM) else "attn_pdrop"
+        dropout = {attention: args.attention_dropout} | (
+            {"resid_pdrop": args.dropout} if attention == "attn_pdrop" else {}
+        )
+        return start.remake({**common, **dropout}, common.get("condition_vocab_size", 0), class_names)
     if args.architecture == "llama":
         config = VQLlamaConfig(
             num_hidden_layers=args.num_hidden_layers,
@@ -313,6 +327,9 @@ def main(argv: list[str] | None = None) -> None:
     condition = load_condition(args, data_args)
     boxes = load_boxes(args, data_args)
     run = TrainingRun(run_args)
+    start = args.model_name_or_path and StartingPoint(
+        args.model_name_or_path, "prior", (VQGPTForCausalLM, VQLlamaForCausalLM)
+    )
     tokenizer = AutoModel.from_pretrained(args.tokenizer, dtype=torch.float32).to(run.device).eval()
     condition_tokenizer = condition.get("condition_tokenizer")
     if condition_tokenizer is not None:
@@ -326,12 +343,16 @@ def main(argv: list[str] | None = None) -> None:
         args.random_flip_codes,
         crops=crops,
         boxes=boxes,
-        try_model=lambda grids: build_prior(args, tokenizer, grids, num_classes, None, condition_tokenizer, boxes),
+        try_model=lambda grids: build_prior(
+            args, tokenizer, grids, num_classes, None, condition_tokenizer, boxes, start
+        ),
         **condition,
     )
 
     num_classes = count_classes(codes, class_names, data_args.label_column, data_args.missing_condition == "null")
-    prior = build_prior(args, tokenizer, codes["train"].grids, num_classes, class_names, condition_tokenizer, boxes)
+    prior = build_prior(
+        args, tokenizer, codes["train"].grids, num_classes, class_names, condition_tokenizer, boxes, start
+    )
     if args.embeddings_from_codebooks:
         begin_with_codebooks(prior, tokenizer, condition_tokenizer)
     if args.positions_from_grid:

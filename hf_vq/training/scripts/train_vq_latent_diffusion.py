@@ -8,10 +8,11 @@ OUTPUT_DIR/pipeline.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DConditionModel, UNet2DModel
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
@@ -23,6 +24,7 @@ from hf_vq.training.data.code_splits import code_grids, count_classes, make_on_m
 from hf_vq.training.data.columns import NO_LABEL
 from hf_vq.training.data.image_datasets import CaptionedDataArguments, DataArguments, collate, load_image_dataset
 from hf_vq.training.data.latents_cache import LatentsDataset, encode_latents, write_latents
+from hf_vq.training.fine_tuning import START_HELP, StartingPoint
 from hf_vq.training.objectives.diffusion_objective import PREDICTION_TYPES, DiffusionObjective, LatentScale
 from hf_vq.training.run import RunArguments, TrainingRun
 from hf_vq.training.run_arguments import check_guidance, check_numbers, parse_arguments
@@ -36,6 +38,9 @@ class LatentDiffusionArguments:
     """The denoiser, what it predicts, and its optimizer."""
 
     tokenizer: str = field(metadata={"help": "Folder or Hub id of the trained tokenizer."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": START_HELP + " So are its pipeline's noise, prediction and scaling factor."}
+    )
     scaling_factor: float | None = field(
         default=None, metadata={"help": "What latents are multiplied by; not given: 1 over their standard deviation."}
     )
@@ -212,8 +217,19 @@ class Condition:
         return {}
 
 
-def build_unet(args: LatentDiffusionArguments, condition: Condition, channels: int, size: tuple[int, int]):
-    """The UNet of the arguments, for latents of `channels` on a grid of `size`, with what its condition needs."""
+def build_unet(
+    args: LatentDiffusionArguments,
+    condition: Condition,
+    channels: int,
+    size: tuple[int, int],
+    start: StartingPoint | None = None,
+    class_names: list[str] | None = None,
+):
+    """The UNet of the arguments, for latents of `channels` on a grid of `size`, with what its condition needs; or one
+    with the sizes and the weights of `start`.
+    """
+    if start is not None:
+        return continue_unet(args, condition, channels, size, start, class_names)
     levels = range(len(args.block_out_channels))
     halvings = 2 ** (len(levels) - 1)
     if condition.kind != "text" and any(side % halvings for side in size):
@@ -243,6 +259,49 @@ def build_unet(args: LatentDiffusionArguments, condition: Condition, channels: i
         unet = UNet2DModel(**config, num_class_embeds=classes, attention_head_dim=args.attention_head_dim)
         unet._no_split_modules = ["ResnetBlock2D", "Attention"]  # diffusers names those of the other one alone
     return unet.to(memory_format=torch.channels_last) if args.channels_last else unet
+
+
+def continue_unet(
+    args: LatentDiffusionArguments,
+    condition: Condition,
+    channels: int,
+    size: tuple[int, int],
+    start: StartingPoint,
+    class_names: list[str] | None,
+):
+    """The UNet of `start` for these latents and classes."""
+    wanted = {"in_channels": channels, "out_channels": channels}
+    if condition.kind == "text":
+        wanted["cross_attention_dim"] = condition.encoder.config.hidden_size
+    start.check(wanted)
+    is_text = isinstance(start.model, UNet2DConditionModel)
+    own = "text" if is_text else "class" if start.model.config.num_class_embeds else None
+    if own != condition.kind:
+        raise ValueError(
+            f"model_name_or_path={start.source!r}: its condition must be {condition.kind or 'none'}, as that of the "
+            f"data, got {own or 'none'}."
+        )
+    fields = {"sample_size": size[0] if size[0] == size[1] else tuple(size), "dropout": args.dropout}
+    if own == "class":
+        fields["num_class_embeds"] = condition.num_classes + 1
+    unet = start.remake(fields, condition.num_classes if own == "class" else 0, class_names)
+    return unet.to(memory_format=torch.channels_last) if args.channels_last else unet
+
+
+def noise_of(start: StartingPoint) -> dict[str, Any]:
+    """The arguments that say what the denoiser of a pipeline has been trained to predict."""
+    if start.pipeline is None:
+        return {}
+    config = start.pipeline.scheduler.config
+    steps = {"num_train_timesteps": config.num_train_timesteps}
+    if isinstance(start.pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
+        return {**steps, "prediction_type": "flow"}
+    if config.beta_schedule != "scaled_linear" or config.prediction_type not in PREDICTION_TYPES:
+        raise ValueError(
+            f"model_name_or_path={start.source!r}: its scheduler must have beta_schedule='scaled_linear' and predict "
+            f"one of {', '.join(PREDICTION_TYPES)}, got {config.beta_schedule!r} and {config.prediction_type!r}."
+        )
+    return {**steps, **{name: config[name] for name in ("prediction_type", "beta_start", "beta_end")}}
 
 
 def train_loss(
@@ -303,6 +362,12 @@ def main(argv: list[str] | None = None) -> None:
     if (data_args.caption_column is None) != (args.text_encoder is None):
         raise ValueError("caption_column and text_encoder are given together: one is the other's input.")
     run = TrainingRun(run_args)
+    start = None
+    if args.model_name_or_path is not None:
+        start = StartingPoint(args.model_name_or_path, "unet", (UNet2DModel, UNet2DConditionModel))
+        args = replace(args, **noise_of(start))
+        if start.pipeline is not None and args.scaling_factor is None:
+            args.scaling_factor = start.pipeline.vqvae.config.scaling_factor
     tokenizer = AutoModel.from_pretrained(args.tokenizer, dtype=torch.float32).to(run.device).eval()
     if len(tokenizer.config.downsample_factors) > 1:
         raise ValueError(f"tokenizer={args.tokenizer!r}: it must have one level of codes.")
@@ -310,7 +375,7 @@ def main(argv: list[str] | None = None) -> None:
     condition = Condition(args, data_args.caption_column, int(data_args.label_column is not None), run.device)
     data_args.check_multiple_of(tokenizer.config.downsample_factor)
     (size,) = code_grids(data_args.size, tokenizer).values()
-    make_on_meta(build_unet, args, condition, tokenizer.config.embed_dim, size)
+    make_on_meta(build_unet, args, condition, tokenizer.config.embed_dim, size, start)
     data = Data(run, data_args, args, tokenizer)
     condition.num_classes = count_classes(
         data.splits, data.class_names, data_args.label_column, data_args.missing_condition == "null"
@@ -328,7 +393,7 @@ def main(argv: list[str] | None = None) -> None:
     if scale.value is None:
         scale.measure(batches)
     size = data.latents(next(iter(data.even_batches("train", 1, 1)))).shape[-2:]
-    unet = build_unet(args, condition, tokenizer.config.embed_dim, size)
+    unet = build_unet(args, condition, tokenizer.config.embed_dim, size, start, data.class_names)
     model = run.add_model("unet", unet, ema=True)
     weights = torch.optim.AdamW(unet.parameters(), lr=run_args.learning_rate, weight_decay=args.weight_decay)
     optimizer = run.add_optimizer("optimizer", weights)
