@@ -98,12 +98,15 @@ class StartingPoint:
         if not isinstance(config, PreTrainedConfig):
             return self.fill(type(self.model).from_config({**config, **fields}), num_classes, class_names)
         own = config.to_dict()
+        followed = []  # fields that follow from others, which change
         if num_classes != self.num_classes or "id2label" in fields:
-            for name in ("id2label", "label2id"):
-                own.pop(name, None)
+            followed += ["id2label", "label2id"]
         if num_classes != self.num_classes and not own.get("share_condition_embedding"):
-            for name in ("input_vocab_size", "bos_token_id"):  # they follow from the number of classes
-                own.pop(name, None)
+            followed += ["input_vocab_size", "bos_token_id"]
+        if fields.get("condition_type", config.condition_type) != config.condition_type:
+            followed += ["id2label", "label2id", "condition_length", "n_positions", "coordinate_scale"]
+            followed += ["bounding_boxes", "n_unmasked"]
+        own = {name: value for name, value in own.items() if name not in followed}
         return self.fill(type(self.model)(type(config)(**{**own, **fields})), num_classes, class_names)
 
     @torch.no_grad()
@@ -111,7 +114,8 @@ class StartingPoint:
         """Gives `model` the prior's weights.
 
         A class keeps what was learnt of the class of the same name or, where one side has no names, of the same
-        number; other classes keep the weights that `model` has. So does a null class, where the prior has none.
+        number; other classes keep the weights that `model` has. So does a null class, where the prior has none, and
+        what a condition of another kind needs: its ids and, of a GPT, its positions.
 
         Args:
             model: of the prior's config, but for the classes.
@@ -125,13 +129,15 @@ class StartingPoint:
             ValueError: a weight that is no table of classes has another shape.
         """
         weights = self.model.state_dict()
-        rows = self._rows_of_classes(num_classes, class_names)
+        rows = self._rows_of_classes(model, num_classes, class_names)
         for name, weight in model.state_dict().items():
             module = re.sub(r"\.(weight|parametrizations\..*)$", "", name)
-            if module.endswith(self.CLASS_TABLES):
+            if module.endswith(self.CLASS_TABLES) and name in weights:
                 self._fill_table(weight, weights[name], 0, rows, num_classes)
             elif module in self.ID_TABLES and not getattr(model.config, "share_condition_embedding", False):
                 self._fill_table(weight, weights[name], model.config.codebook_size, rows, num_classes)
+            elif module == "transformer.wpe":
+                self._fill_positions(model.config, weight, weights[name])
             elif name in weights and weight.shape == weights[name].shape:
                 weight.copy_(weights[name])
             else:
@@ -160,8 +166,13 @@ class StartingPoint:
         is_default = all(name == f"LABEL_{number}" for number, name in names.items())
         return None if is_default else names
 
-    def _rows_of_classes(self, num_classes: int, class_names: list[str] | None) -> list[tuple[int, int]]:
+    def _rows_of_classes(
+        self, model: nn.Module, num_classes: int, class_names: list[str] | None
+    ) -> list[tuple[int, int]]:
         """Pairs of a class of the new model and the one of the prior whose weights it begins with."""
+        kinds = [getattr(one.config, "condition_type", None) for one in (model, self.model)]
+        if kinds[0] != kinds[1]:
+            return []
         own = self.class_names
         if own is None or class_names is None:
             return [(number, number) for number in range(min(num_classes, self.num_classes))]
@@ -178,6 +189,14 @@ class StartingPoint:
         null, own_null = first + num_classes, first + self.num_classes
         if null < len(weight) and own_null < len(own):
             weight[null] = own[own_null]
+
+    def _fill_positions(self, config: PreTrainedConfig, weight: torch.Tensor, own: torch.Tensor) -> None:
+        """The last position of a condition predicts the first code: from there on the tables are alike."""
+        first, own_first = config.condition_length - 1, self.model.config.condition_length - 1
+        if first == own_first:
+            weight.copy_(own)
+        else:
+            weight[first : first + config.image_seq_length] = own[own_first : own_first + config.image_seq_length]
 
 
 __all__ = ["PARTS", "StartingPoint", "train_part"]

@@ -99,6 +99,24 @@ def test_a_prior_alone_and_a_level(inputs, tmp_path):
         torch.testing.assert_close(again.state_dict()[name], weight, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("kind", ["unconditional", "class"])
+def test_a_prior_goes_on_with_a_map_as_its_condition(tmp_path, kind):
+    """Where no position attends to its condition, codes are predicted as before: attention is taken off here."""
+    shape = {"codebook_size": 8, "grid_size": (2, 2), "n_layer": 2, "n_embd": 4, "n_head": 1}
+    torch.manual_seed(0)
+    first = VQGPTForCausalLM(VQGPTConfig(condition_type=kind, num_classes=3 if kind == "class" else 0, **shape)).eval()
+    for block in first.transformer.h:
+        block.attn.c_proj.weight.data.zero_()
+    first.save_pretrained(tmp_path)
+    start = StartingPoint(str(tmp_path), "prior", (VQGPTForCausalLM,))
+    fields = {"condition_type": "codes", "condition_vocab_size": 5, "condition_length": 4, "n_unmasked": 4}
+    second = start.remake(fields, 5).eval()
+    codes = torch.randint(8, (3, 4))
+    before = first(torch.cat([first.prepare_condition(None, batch_size=3), codes[:, :3]], 1)).logits[:, 1:]
+    after = second(torch.cat([second.prepare_condition(torch.zeros(3, 2, 2).long()), codes[:, :3]], 1)).logits[:, 4:]
+    torch.testing.assert_close(after, before)
+
+
 def test_more_classes_than_a_converted_prior_has(tmp_path):
     """The original's priors of classes give class c the row of code c: no row is a class's own."""
     shape = {"codebook_size": 8, "grid_size": (2, 2), "n_layer": 1, "n_embd": 4, "n_head": 1}
@@ -114,7 +132,6 @@ def test_more_classes_than_a_converted_prior_has(tmp_path):
     "kind,options,message",
     [
         ("gpt", ["--resolution", "8"], r"its `grid_size` must be \(2, 2\)"),
-        ("gpt", [], "its `condition_type` must be unconditional"),
         ("gpt", ["--positions_from_grid", "true"], "positions_from_grid=True: with model_name_or_path"),
         ("pixelcnn", [], "must be a PixelCNNForCausalLM or PixelSNAILForCausalLM, .* got a VQAutoregressivePipeline"),
         ("vq_diffusion", [], "must be a VQDiffusionTransformer2DModel, .* got a VQAutoregressivePipeline without one"),

@@ -208,13 +208,15 @@ def build_prior(
         **condition,
     }
     if start is not None:
-        fixed = ("codebook_size", "grid_size", "condition_type", "condition_length")
-        start.check({name: common[name] for name in fixed if name in common})
-        attention = "attention_dropout" if isinstance(start.model, VQLlamaForCausalLM) else "attn_pdrop"
-        dropout = {attention: args.attention_dropout} | (
-            {"resid_pdrop": args.dropout} if attention == "attn_pdrop" else {}
-        )
-        return start.remake({**common, **dropout}, common.get("condition_vocab_size", 0), class_names)
+        start.check({name: common[name] for name in ("codebook_size", "grid_size")})
+        if start.model.config.condition_type == condition["condition_type"] == "codes":
+            start.check({"condition_length": condition["condition_length"]})
+        if isinstance(start.model, VQLlamaForCausalLM):
+            common["attention_dropout"] = args.attention_dropout
+        else:
+            common |= {"attn_pdrop": args.attention_dropout, "resid_pdrop": args.dropout}
+            common |= {"n_unmasked": args.n_unmasked} if args.n_unmasked else {}
+        return start.remake(common, common.get("condition_vocab_size", 0), class_names)
     if args.architecture == "llama":
         config = VQLlamaConfig(
             num_hidden_layers=args.num_hidden_layers,
