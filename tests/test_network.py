@@ -76,7 +76,7 @@ for system in systems:
     arguments += ["--train_batch_size", "4", "--max_train_steps", "1", "--lr_warmup_steps", "0"]
     arguments += ["--lr_scheduler", "constant", "--validation_steps", "0"]
     if system in systems[3:]:
-        arguments += ["--tokenizer", "examples/checkpoints/emoji-32/vqvae", "--sample_classes", "1"]
+        arguments += ["--tokenizer", "examples/checkpoints/emoji-32-vq-diffusion/vqvae", "--sample_classes", "1"]
     if "diffusion" in system:
         arguments += ["--sample_steps", "2"]
     assert main(arguments) in (0, None), system
@@ -95,7 +95,7 @@ COMMANDS = """
 from pathlib import Path
 from hf_vq.cli import main
 folder = Path({folder!r})
-model, image, data = "examples/checkpoints/emoji-32", "examples/data/thinking_face.png", "examples/data/emoji-64"
+model, image, data = "examples/checkpoints/emoji-64", "examples/data/thinking_face.png", "examples/data/emoji-64"
 golden = Path("tests/fixtures/golden/zalando_ema")
 (folder / "run").mkdir()
 (folder / "run" / "metrics.jsonl").write_text('{{"step": 1, "loss": 2.0}}\\n{{"step": 2, "loss": 1.0}}\\n')

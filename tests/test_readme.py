@@ -22,9 +22,9 @@ def test_example_runs(number, monkeypatch):
     names = {}
     exec(compile(SNIPPETS[number], f"README.md, example {number + 1}", "exec"), names)
     if "images" in names:
-        assert [image.size for image in names["images"]] == [(32, 32)] * 4
+        assert [image.size for image in names["images"]] == [(64, 64)] * 4
     if "reconstruction" in names:
-        assert names["indices"].shape == (1, 8, 8)
+        assert names["indices"].shape == (1, 16, 16)
         # a picture comes back as itself, and not as another one
         assert (names["reconstruction"] - names["pixel_values"]).abs().mean() < 0.15
     if "bits" in names:

@@ -19,7 +19,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
-from demo import DATA, QUICK, SHIPPED, print_table, train
+from demo import DATA, QUICK, TOKENIZER, print_table, train
 from PIL import Image
 from scipy.ndimage import binary_fill_holes
 from torch.utils.data import DataLoader
@@ -58,7 +58,7 @@ def train_all(output_dir: Path, quick: list[str]) -> dict[str, VQAutoregressiveP
         folder = output_dir / kind
         train("vqgan/train_vqgan.py", f"{kind}_cpu.yaml", folder / "tokenizer-run", *arguments, *quick)
         arguments += ["--condition_tokenizer", str(folder / "tokenizer-run/tokenizer")]
-        arguments += ["--tokenizer", str(SHIPPED / "vqvae")]
+        arguments += ["--tokenizer", str(TOKENIZER)]
         train("vq_gpt/train_vq_gpt.py", "conditional_gpt_cpu.yaml", folder / "prior", *arguments, *quick)
         pipelines[kind] = VQAutoregressivePipeline.from_pretrained(str(folder / "prior/pipeline"))
         pipelines[kind].set_progress_bar_config(disable=True)

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import torch
-from demo import DATA, QUICK, SHIPPED, print_table, train
+from demo import DATA, QUICK, TOKENIZER, print_table, train
 from torch.utils.data import DataLoader
 
 from hf_vq import VQDiffusionImagePipeline
@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
 
     folder = output_dir / "training"
-    places = ["--tokenizer", str(SHIPPED / "vqvae"), "--text_encoder", text_encoder]
+    places = ["--tokenizer", str(TOKENIZER), "--text_encoder", text_encoder]
     quick = [*QUICK, "--num_layers", "1"] if args.quick else []
     train("vq_diffusion/train_vq_diffusion.py", config, folder, *places, *quick)
     pipe = VQDiffusionImagePipeline.from_pretrained(str(folder / "pipeline")).to(device)

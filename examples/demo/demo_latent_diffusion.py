@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import torch
-from demo import DATA, QUICK, SAMPLES_PER_CLASS, SHIPPED, print_table, train
+from demo import DATA, QUICK, SAMPLES_PER_CLASS, TOKENIZER, print_table, train
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from torch.utils.data import DataLoader
 
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
         config,
         folder,
         "--tokenizer",
-        str(SHIPPED / "vqvae"),
+        str(TOKENIZER),
         *quick,
     )
     pipe = VQLatentDiffusionPipeline.from_pretrained(str(folder / "pipeline")).to(device)

@@ -37,16 +37,16 @@ def shelf():
 
 @pytest.fixture(scope="module")
 def model(shelf):
-    return shelf.get("emoji-32")
+    return shelf.get("emoji-64")
 
 
 def test_the_packaged_checkpoints_are_found(shelf):
-    assert {"emoji-32", "emoji-64"} <= set(shelf.sources)
+    assert {"emoji-64", "emoji-64-vqvae2"} <= set(shelf.sources)
     assert actions.find_checkpoints(["/nowhere"]) == {}
 
 
 def test_only_named_models_are_loaded_unless_any_is_allowed(shelf):
-    with pytest.raises(ValueError, match="`model` must be one of .*emoji-32.*, got '/etc'"):
+    with pytest.raises(ValueError, match="`model` must be one of .*emoji-64.*, got '/etc'"):
         shelf.get("/etc")
     with pytest.raises(ValueError, match="got nothing"):
         shelf.get(" ")
@@ -63,14 +63,14 @@ def test_the_shelf_holds_few_models(shelf, model, monkeypatch):
 
 
 def test_what_a_model_takes(model):
-    assert model.condition == "class" and model.grids == [(8, 8)]
+    assert model.condition == "class" and model.grids == [(16, 16)]
     assert len(model.class_names) == 9 and model.class_names[0] == SMILEYS
     assert model.options == ["guidance_scale", "temperature", "top_k", "top_p"]
-    assert "32×32 pixels to 8×8 codes of 512" in model.summary
+    assert "64×64 pixels to 16×16 codes of 1024" in model.summary
 
 
 def test_a_tokenizer_alone_draws_nothing():
-    model = actions.load_model("alone", str(ROOT / "examples/checkpoints/emoji-32/vqvae"))
+    model = actions.load_model("alone", str(ROOT / "examples/checkpoints/emoji-32-vq-diffusion/vqvae"))
     assert model.pipeline is None and model.condition is None and model.class_names == []
     assert actions.encode(model, PICTURE)[0].levels[0].shape == (8, 8)
     with pytest.raises(ValueError, match="tokenizer without a prior"):
@@ -113,22 +113,22 @@ def test_the_codes_are_those_of_the_tokenizer(model):
         picture = to_pil(model.tokenizer.decode_indices(expected.indices).sample)[0]
     assert (codes.levels[0] == expected.indices[0].numpy()).all()
     assert (np.asarray(actions.decode(model, codes.levels)) == np.asarray(picture)).all()
-    assert text.startswith("64 codes, 4") and "72 bytes" in text  # 64 codes of 9 bits
+    assert text.startswith("256 codes, 1") and "320 bytes" in text  # 256 codes of 10 bits
     error = (np.asarray(picture, float) - np.asarray(codes.shown, float)) / 255
     assert float(re.search("PSNR ([\\d.]+)", text)[1]) == pytest.approx(-10 * np.log10((error**2).mean()), abs=0.1)
 
 
 def test_edits_and_their_undoing(model):
     codes, _ = actions.encode(model, PICTURE)
-    one = actions.edit(codes, 0, 1, 2, 77, 512)
-    two = actions.edit(one, 0, 7, 7, 5, 512)
+    one = actions.edit(codes, 0, 1, 2, 77, 1024)
+    two = actions.edit(one, 0, 15, 15, 5, 1024)
     assert one.levels[0][1, 2] == 77 and (one.levels[0] != codes.levels[0]).sum() == 1
     assert (actions.undo(two).levels[0] == one.levels[0]).all() and len(actions.undo(two).history) == 1
     assert (actions.undo(two, everything=True).levels[0] == codes.levels[0]).all()
     assert actions.undo(codes) is codes
-    for wrong in ((0, 8, 0, 1), (0, 0, -1, 1), (0, 0, 0, 512), (1, 0, 0, 1)):
+    for wrong in ((0, 16, 0, 1), (0, 0, -1, 1), (0, 0, 0, 1024), (1, 0, 0, 1)):
         with pytest.raises(ValueError, match="must be"):
-            actions.edit(codes, *wrong, 512)
+            actions.edit(codes, *wrong, 1024)
 
 
 def test_clicks_fall_into_cells():
@@ -140,7 +140,7 @@ def test_clicks_fall_into_cells():
 
 def test_the_palette_shows_each_code(model):
     picture, (rows, columns) = actions.palette(model)
-    assert rows * columns >= 512 and picture.width % columns == 0
+    assert rows * columns >= 1024 and picture.width % columns == 0
     codes = torch.tensor([5, 300])
     with torch.no_grad():
         sample = model.tokenizer.decode_indices(codes.view(2, 1, 1).expand(2, 3, 3)).sample
@@ -153,7 +153,7 @@ def test_the_palette_shows_each_code(model):
 
 def test_too_large_a_codebook_is_not_shown(model, monkeypatch):
     monkeypatch.setattr(actions, "MAX_PALETTE_CODES", 500)
-    with pytest.raises(ValueError, match="at most 500 codes to be shown, got 512"):
+    with pytest.raises(ValueError, match="at most 500 codes to be shown, got 1024"):
         actions.palette(model)
 
 
@@ -172,7 +172,7 @@ def test_drawing_is_the_pipelines_own(model):
     assert [label for label, _ in drawn.rows] == [SMILEYS, "Flags"] and drawn.seconds > 0
     found = [np.asarray(picture) for _, row in drawn.rows for picture in row]
     assert all((a == np.asarray(b)).all() for a, b in zip(found, expected, strict=True))
-    assert shares == sorted(shares) and len(shares) == 64 and shares[-1] == 1
+    assert shares == sorted(shares) and len(shares) == 256 and shares[-1] == 1
     assert len(drawn.captioned) == 4 and drawn.captioned[3][1] == "Flags"
 
 
@@ -204,10 +204,10 @@ def test_a_painted_part_is_drawn_anew_and_the_rest_stays(model):
     mask = actions.mask_of_layers([layer], layer.size)
     drawn, given = actions.complete(model, pixel_values, mask, actions.Wishes([SMILEYS], count=2))
     original = np.asarray(to_pil(pixel_values)[0], int)
-    assert (np.asarray(given)[16:] == 128).all() and (np.asarray(given)[:16] == original[:16]).all()
+    assert (np.asarray(given)[32:] == 128).all() and (np.asarray(given)[:32] == original[:32]).all()
     for picture in drawn.rows[0][1]:
-        assert np.abs(np.asarray(picture, int)[:16] - original[:16]).max() <= 1
-        assert (np.asarray(picture, int)[16:] != original[16:]).mean() > 0.3
+        assert np.abs(np.asarray(picture, int)[:32] - original[:32]).max() <= 1
+        assert (np.asarray(picture, int)[32:] != original[32:]).mean() > 0.3
 
 
 def test_masks_that_complete_nothing(model):
@@ -225,7 +225,7 @@ def test_models_are_compared(shelf, model):
     other = actions.PageModel("twin", model.tokenizer, model.pipeline, model.processor)
     shares = []
     sheet, table = actions.compare([model, other], actions.Wishes(["Flags"], count=2), shares.append)
-    assert [row[0] for row in table] == ["emoji-32", "twin"] and [row[3] for row in table] == [2, 2]
+    assert [row[0] for row in table] == ["emoji-64", "twin"] and [row[3] for row in table] == [2, 2]
     assert table[0][2] == pytest.approx(2.75, abs=0.01)  # 1,025,539 + 1,722,400, as the model card says
     assert sheet.height >= 2 * 128 and shares == sorted(shares) and shares[-1] == 1
     upper, lower = (np.asarray(sheet)[row * 132 + 4 : row * 132 + 132, -264:] for row in (0, 1))
