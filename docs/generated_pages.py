@@ -91,7 +91,7 @@ def figures() -> None:
         table += [f"| {metric['type']} | {metric['value']:.4g} |" for metric in result["metrics"]]
         parts.append(f"### {card.parent.name}\n\nOn the {result['dataset']['split']} split.\n")
         parts.append("\n".join(table) + "\n")
-        sheet = card.parent / "samples.png"
+        sheet = card.parent / "samples.webp"
         if sheet.is_file():
             parts.append(f"![Samples]({picture(str(sheet.relative_to(ROOT)))})\n")
     comparison = readme("figures.md", "examples/comparison/README.md")
@@ -109,8 +109,9 @@ if not scale:
 write("scale.md", "# Scale out\n" + scale)
 for name in ("examples/vq_diffusion/prompts.png", "examples/comparison/samples.png"):
     picture(name)
-for sheet in sorted((ROOT / "examples/checkpoints").glob("*/*.png")):
-    picture(str(sheet.relative_to(ROOT)))
+for sheet in sorted((ROOT / "examples/checkpoints").glob("*/*.*")):
+    if sheet.suffix in (".png", ".webp"):
+        picture(str(sheet.relative_to(ROOT)))
 classes()
 command_line()
 figures()

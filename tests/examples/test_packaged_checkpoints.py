@@ -64,8 +64,8 @@ def test_model_card_is_that_of_the_folder(folder):
     card = (ROOT / "model_cards" / f"{folder.name}.md").read_text()
     assert card == (folder / "README.md").read_text().replace("](", f"](../examples/checkpoints/{folder.name}/")
     same = [other for other in FOLDERS if weights(other / "vqvae") == weights(folder / "vqvae")]
-    assert all((folder / name).is_file() for name in ["samples.png", "row.png"])
-    assert any((other / "reconstructions.png").is_file() for other in same)  # of one of those with its tokenizer
+    assert all((folder / name).is_file() for name in ["samples.webp", "row.png"])
+    assert any((other / "reconstructions.webp").is_file() for other in same)  # of one of those with its tokenizer
 
 
 def test_checkpoints_are_small_together():

@@ -50,7 +50,7 @@ def test_a_pipeline_becomes_a_checkpoint(tmp_path, monkeypatch):
     pipeline = VQAutoregressivePipeline(vqvae=tokenizer, prior=PixelCNNForCausalLM(config))
     pipeline.save_pretrained(tmp_path / "trained")
     VQImageProcessor(size=32).save_pretrained(tmp_path / "trained/vqvae")
-    (tmp_path / "about.md").write_text("Blobs.\n\n![Samples](samples.png)\n")
+    (tmp_path / "about.md").write_text("Blobs.\n\n![Samples](samples.webp)\n")
     options = ["--about", str(tmp_path / "about.md"), "--command", "python train.py", "--max-samples", "96"]
     program.main([str(tmp_path / "trained"), "--name", "first", *options])
     weights = {"weight": torch.zeros(9, 1281), "mean": torch.zeros(1280), "std": torch.ones(1280)}
@@ -59,8 +59,8 @@ def test_a_pipeline_becomes_a_checkpoint(tmp_path, monkeypatch):
     program.main([str(tmp_path / "trained"), "--name", "second", *options])
 
     folder = tmp_path / "examples/checkpoints/first"
-    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix in (".png", ".md")}
-    assert names == {"README.md", "samples.png", "row.png", "nearest.png", "reconstructions.png"}
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix in (".png", ".webp", ".md")}
+    assert names == {"README.md", "samples.webp", "row.png", "nearest.webp", "reconstructions.webp"}
     stored = load_file(folder / "prior/model.safetensors")
     assert {tensor.dtype for tensor in stored.values() if tensor.is_floating_point()} == {torch.float16}
     figures = {one.metric_type: one.metric_value for one in ModelCard.load(folder / "README.md").data.eval_results}
@@ -68,7 +68,7 @@ def test_a_pipeline_becomes_a_checkpoint(tmp_path, monkeypatch):
     assert figures["frechet_distance[mobilenet_v2.layer13] (96 against 96 images)"] > 1
     assert 0 <= figures["copied_share"] <= 1
     card = (tmp_path / "model_cards/first.md").read_text()
-    assert "![Samples](../examples/checkpoints/first/samples.png)" in card and "python train.py" in card
+    assert "![Samples](../examples/checkpoints/first/samples.webp)" in card and "python train.py" in card
 
     card = ModelCard.load(tmp_path / "examples/checkpoints/second/README.md")
     figures = {one.metric_type: one.metric_value for one in card.data.eval_results}
