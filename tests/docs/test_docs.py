@@ -56,10 +56,10 @@ CHECKS = {  # what the snippets of a page say they give
     "train": lambda names: (
         names["images"][1]["pixel_values"].shape == (3, 32, 32) and names["images"][1]["text"] == "a green square"
     ),
-    "evaluate": lambda names: 20 < names["figures"]["psnr"] < 26,  # of the card: 22.6 on all of the split
+    "evaluate": lambda names: 25 < names["figures"]["psnr"] < 31,  # of the card: 27.5 on all of the split
     "libraries": lambda names: type(names["merged"]).__name__ == "VQGPTForCausalLM" and Path("merged").is_dir(),
     "speed": lambda names: names["pipe"].vqvae.encoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last),
-    "share": lambda names: names["image"].size == (32, 32) and Path("to_share/README.md").is_file(),
+    "share": lambda names: names["image"].size == (64, 64) and Path("to_share/README.md").is_file(),
 }
 
 
@@ -166,7 +166,7 @@ def test_the_notebook_runs(fresh_folder):
     names = {}
     for number, cell in enumerate(cells, 1):
         exec(compile("".join(cell["source"]), f"{NOTEBOOK.name}, cell {number}", "exec"), names)
-    assert names["codes"].shape == (1, 8, 8) and (names["edited"] != names["codes"]).sum() == 4
+    assert names["codes"].shape == (1, 16, 16) and 12 <= (names["edited"] != names["codes"]).sum() <= 16
     assert len(names["drawn"]) == 4 and len(names["completed"]) == 4
 
 
