@@ -8,7 +8,9 @@ measured on the packaged validation images, which no run trains on; `--training-
 on, if they are not the packaged ones. `samples.webp` has eight samples of each class, the first that were drawn, and
 `row.png` the first of each; `nearest.webp` the first two of each class above the training images that are closest to
 them in the features of MobileNetV2; `reconstructions.webp` unseen images above their reconstructions. A tokenizer that
-another checkpoint has already is copied from it (`--tokenizer-of emoji-32`). With `--classifier`
+another checkpoint has already is copied from it (`--tokenizer-of emoji-32-vq-diffusion`). A pipeline with a condition
+tokenizer is measured with `--condition-column`; its `samples.webp` shows conditions, three samples of each, and the
+originals. With `--classifier`
 (examples/demo/image_classifier.py) `rejection.webp` has four samples of each class that it chose from four times as
 many.
 """
@@ -22,7 +24,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 import hf_vq
 from hf_vq.evaluation.evaluate_pipeline import DISTANCES, applicable_metrics, draw_images, evaluate_model
@@ -32,6 +34,7 @@ from hf_vq.evaluation.inspection import copied_share
 from hf_vq.evaluation.pictures import labelled_rows, reconstruction_grid, samples_by_class
 from hf_vq.hub import halve_weights
 from hf_vq.hub_cards import model_card
+from hf_vq.training.data.conditions import condition_values
 from hf_vq.training.data.image_datasets import DataArguments, collate, load_image_dataset
 from hf_vq.training.objectives.perceptual import build_perceptual
 
@@ -58,6 +61,11 @@ SHOWN = (
 TOLERANCES = {"psnr": 0.02, "bits_per_index": 0.005}
 
 
+def has_map(pipeline: DiffusionPipeline) -> bool:
+    """Whether a label map or the like is its condition."""
+    return getattr(pipeline, "condition_tokenizer", None) is not None
+
+
 def load(folder: Path) -> DiffusionPipeline:
     """The pipeline of a folder, of the class that its model_index.json names."""
     name = json.loads((folder / "model_index.json").read_text())["_class_name"]
@@ -67,7 +75,7 @@ def load(folder: Path) -> DiffusionPipeline:
 
 
 def likelihood_and_reconstruction(pipeline: DiffusionPipeline, dataset, perceptual=None) -> dict:
-    metrics = [name for name in applicable_metrics(pipeline) if name != "generation"]
+    metrics = [name for name in applicable_metrics(pipeline) if name not in ("generation", "agreement")]
     options = {"label_key": "label", "batch_size": 62, "num_timesteps": TIMESTEPS, "progress": False}
     return evaluate_model(pipeline, dataset, metrics, perceptual, **options)
 
@@ -92,9 +100,14 @@ def measure_samples(pipeline, dataset, training, folder: Path, sampling: dict) -
     classes = range(len(dataset.class_names))
     chosen = torch.cat([(labels == label).nonzero().flatten()[:PER_CLASS] for label in classes])
     scale = 2 if drawn.shape[-1] <= 32 else 1
-    sheet = samples_by_class(drawn[chosen], labels[chosen].tolist(), dataset.class_names, scale=scale)
+    row = [("", drawn[chosen[::PER_CLASS]])]
+    if has_map(pipeline):
+        sheet = labelled_rows(follow_maps(pipeline, dataset, sampling), scale=scale)
+        row = [("", maps_of(pipeline, [dataset[i] for i in chosen[::PER_CLASS].tolist()])), *row]
+    else:
+        sheet = samples_by_class(drawn[chosen], labels[chosen].tolist(), dataset.class_names, scale=scale)
     sheet.save(folder / "samples.webp", **SHEET)
-    labelled_rows([("", drawn[chosen[::PER_CLASS]])], scale=scale).save(folder / "row.png")
+    labelled_rows(row, scale=scale).save(folder / "row.png")
 
     own = features(drawn.split(62), extractor)
     held_out = features(DataLoader(dataset, batch_size=62, collate_fn=collate), extractor)
@@ -113,6 +126,31 @@ def measure_samples(pipeline, dataset, training, folder: Path, sampling: dict) -
     figures["frechet_distance of one half of the validation images to the other"] = measured[0].real_split
     figures["copied_share"] = copied_share(own, seen, held_out)
     return figures
+
+
+def maps_of(pipeline, samples: list[dict]) -> torch.Tensor:
+    """Pictures of the samples' conditions."""
+    processor = pipeline.condition_processor
+    return processor.postprocess(condition_values(collate(samples)["condition"], processor))
+
+
+def follow_maps(pipeline, dataset, sampling: dict) -> list[tuple[str, torch.Tensor]]:
+    """Rows of a sheet: conditions of the whole data set, three samples of each, and the originals."""
+    places = torch.linspace(0, len(dataset) - 1, COLUMNS).long().tolist()
+    samples = [dataset[i] for i in places]
+    rows = [("condition", maps_of(pipeline, samples))]
+    for seed in range(3):
+        (drawn,) = draw_images(pipeline, Subset(dataset, places), COLUMNS, COLUMNS, seed, progress=False, **sampling)
+        rows.append((f"sample {seed + 1}", drawn))
+    return [*rows, ("original", collate(samples)["pixel_values"])]
+
+
+def agreement_with_masks(pipeline) -> dict[str, float]:
+    """How well samples keep the silhouette of their label map, and of another's, as `make demo-conditional` tells it."""
+    sys.path.insert(0, str(ROOT / "examples/demo"))
+    from demo_conditional import MEASURED, agreement, load_pairs
+
+    return agreement(pipeline, load_pairs(pipeline, MEASURED, pipeline.vqvae.config.resolution))
 
 
 def reject(pipeline, path: Path, folder: Path, names: list[str], sampling: dict) -> dict[str, float]:
@@ -161,8 +199,16 @@ def flat(figures: dict) -> dict[str, float]:
     return found
 
 
-def data_arguments(folder: Path, size: int, max_samples: int | None) -> DataArguments:
-    return DataArguments(str(folder), label_column="category", resolution=size, max_samples=max_samples)
+def data_arguments(
+    folder: Path, size: int, max_samples: int | None, condition_column: str | None = None
+) -> DataArguments:
+    return DataArguments(
+        str(folder),
+        label_column="category",
+        resolution=size,
+        max_samples=max_samples,
+        conditioning_image_column=condition_column,
+    )
 
 
 @torch.no_grad()
@@ -179,7 +225,9 @@ def ship(args: argparse.Namespace) -> None:
         shutil.copy(args.pipeline / "vqvae/preprocessor_config.json", folder / "vqvae")
     pipeline = load(folder)
     size = pipeline.vqvae.config.resolution
-    dataset = load_image_dataset(data_arguments(DATA, size, args.max_samples), "validation")
+    arguments = data_arguments(DATA, size, args.max_samples, args.condition_column)
+    processor = pipeline.condition_processor if has_map(pipeline) else None
+    dataset = load_image_dataset(arguments, "validation", condition_processor=processor)
     training = load_image_dataset(data_arguments(args.training_data, size, args.max_samples), "train")
     perceptual = build_perceptual("mobilenet_v2")
     figures = likelihood_and_reconstruction(pipeline, dataset, perceptual)
@@ -187,6 +235,8 @@ def ship(args: argparse.Namespace) -> None:
     figures = flat(figures) | measure_samples(pipeline, dataset, training, folder, args.sampling)
     if not args.tokenizer_of:
         reconstruct(pipeline, dataset, folder / "reconstructions.webp")
+    if has_map(pipeline):
+        figures |= agreement_with_masks(pipeline)
     if args.classifier is not None:
         figures |= reject(pipeline, args.classifier, folder, dataset.class_names, args.sampling)
     write_card(folder, pipeline, figures, args)
@@ -233,6 +283,7 @@ def main(argv: list[str] | None = None) -> None:
         help="folder of the images that it was trained on: the packaged one, or one that make_emoji.py has built "
         "of all styles and skin tones",
     )
+    parser.add_argument("--condition-column", help="the label maps of a pipeline that follows them")
     parser.add_argument("--max-samples", type=int, help="measure on fewer images, for tests")
     parser.add_argument("--card-only", action="store_true", help="write the card anew, with the figures it has")
     args = parser.parse_args(argv)

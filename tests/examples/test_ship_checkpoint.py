@@ -59,7 +59,8 @@ def test_a_pipeline_becomes_a_checkpoint(tmp_path, monkeypatch):
     program.main([str(tmp_path / "trained"), "--name", "second", *options])
 
     folder = tmp_path / "examples/checkpoints/first"
-    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix in (".png", ".webp", ".md")}
+    shown = (path for path in folder.rglob("*") if path.suffix in (".png", ".webp", ".md"))
+    names = {path.relative_to(folder).as_posix() for path in shown}
     assert names == {"README.md", "samples.webp", "row.png", "nearest.webp", "reconstructions.webp"}
     stored = load_file(folder / "prior/model.safetensors")
     assert {tensor.dtype for tensor in stored.values() if tensor.is_floating_point()} == {torch.float16}
