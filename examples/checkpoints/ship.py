@@ -146,7 +146,7 @@ def follow_maps(pipeline, dataset, sampling: dict) -> list[tuple[str, torch.Tens
 
 
 def agreement_with_masks(pipeline) -> dict[str, float]:
-    """How well samples keep the silhouette of their label map, and of another's, as `make demo-conditional` tells it."""
+    """How well samples keep the silhouettes of their label maps, and of others', as `make demo-conditional` says."""
     sys.path.insert(0, str(ROOT / "examples/demo"))
     from demo_conditional import MEASURED, agreement, load_pairs
 
