@@ -58,15 +58,26 @@ def read_json(source: str, name: str, needed: bool = False) -> dict | None:
     """
     if Path(source).is_dir():
         path = Path(source) / name
+    elif Path(source).is_file():
+        raise ValueError(f"`{source}` must be a folder or the name of a repository, got a file.")
     else:
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+        from huggingface_hub.errors import (
+            EntryNotFoundError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+            RepositoryNotFoundError,
+        )
 
         try:
             path = Path(hf_hub_download(source, name))
         except HFValidationError as error:
             raise ValueError(
                 f"The folder `{source}` does not exist, and it is not the name of a repository."
+            ) from error
+        except RepositoryNotFoundError as error:
+            raise ValueError(
+                f"The folder `{source}` does not exist, and the Hub has no repository of this name that you may read."
             ) from error
         except LocalEntryNotFoundError as error:
             if needed:
