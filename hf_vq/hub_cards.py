@@ -138,7 +138,7 @@ def facts(model: PreTrainedModel | ModelMixin | SchedulerMixin) -> list[tuple[st
             ("width", str(config.hidden_size)),
             ("condition", config.condition_type),
         ]
-    elif isinstance(model, ModelMixin) and is_ours(model):
+    elif isinstance(model, ModelMixin) and "condition_type" in config:
         height, width = model.sample_size
         found += [
             ("codes", f"{height}×{width} of {config.num_embeddings}"),
