@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 
 from hf_vq.loading import load
 from hf_vq.models.autoencoders.modeling_tokenizer import VQTokenizerModel
+from hf_vq.models.priors.transformer_vq_diffusion import SinusoidalEmbedding, VQDiffusionTransformer2DModel
 
 
 PARTS = ("all", "decoder")
@@ -58,15 +59,25 @@ class StartingPoint:
         pipeline (`DiffusionPipeline` or `None`): what it came in.
 
     Raises:
-        ValueError: what is there is none of `kinds`.
+        ValueError: nothing can be loaded, or what is there is none of `kinds`.
     """
 
     # tables with a row for each class and one for the null class; those of ids begin with a row for each code
     CLASS_TABLES = ("class_embedding", "class_vertical", "class_horizontal", "norm3.emb")
     ID_TABLES = ("transformer.wte", "model.embed_tokens")
+    # of a GPT or Llama; these follow from others, and with another kind of condition all of them do
+    FOLLOWED = ("id2label", "label2id", "input_vocab_size", "bos_token_id", "share_condition_embedding")
+    OF_CONDITION = (
+        *("condition_vocab_size", "condition_length", "n_positions", "max_position_embeddings"),
+        *("coordinate_scale", "bounding_boxes", "n_unmasked"),
+    )
+    TEXT_OPTIONS = ("text_lower_case", "text_normalize", "text_mask", "text_pad_token_id")
 
     def __init__(self, source: str, part: str, kinds: tuple[type[nn.Module], ...]):
-        found = load(source, stock=True)
+        try:
+            found = load(source, stock=True)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"model_name_or_path={source!r} cannot be loaded: {error}") from error
         self.source = source
         self.pipeline = found if isinstance(found, DiffusionPipeline) else None
         self.model = found if self.pipeline is None else getattr(found, part, None)
@@ -80,34 +91,40 @@ class StartingPoint:
         self.model = self.model.float()
 
     def check(self, wanted: Mapping[str, Any]) -> None:
-        """A ValueError where the prior's config differs from what data and tokenizer ask for."""
+        """A ValueError where the prior's config differs from what this run asks for."""
         for name, value in wanted.items():
             found = getattr(self.model.config, name)
             as_tuple = tuple(found) if isinstance(found, list) else found
             if as_tuple != (tuple(value) if isinstance(value, list) else value):
                 raise ValueError(
-                    f"model_name_or_path={self.source!r}: its `{name}` must be {value}, as the tokenizer and the "
-                    f"data have it, got {found}."
+                    f"model_name_or_path={self.source!r}: its `{name}` must be {value}, as the tokenizer, the data "
+                    f"and the arguments of this run have it, got {found}."
                 )
+
+    @property
+    def kind(self) -> str | None:
+        """Its condition's: "boxes", or else `condition_type`; None without such a field."""
+        return _kind(self.model.config)
 
     def remake(
         self, fields: Mapping[str, Any], num_classes: int = 0, class_names: list[str] | None = None
     ) -> nn.Module:
-        """The prior with other `fields` of its config, and the weights that it has, as `fill` says."""
-        config = self.model.config
-        if not isinstance(config, PreTrainedConfig):
-            return self.fill(type(self.model).from_config({**config, **fields}), num_classes, class_names)
-        own = config.to_dict()
-        followed = []  # fields that follow from others, which change
-        if num_classes != self.num_classes or "id2label" in fields:
-            followed += ["id2label", "label2id"]
-        if num_classes != self.num_classes and not own.get("share_condition_embedding"):
-            followed += ["input_vocab_size", "bos_token_id"]
-        if fields.get("condition_type", config.condition_type) != config.condition_type:
-            followed += ["id2label", "label2id", "condition_length", "n_positions", "coordinate_scale"]
-            followed += ["bounding_boxes", "n_unmasked"]
-        own = {name: value for name, value in own.items() if name not in followed}
-        return self.fill(type(self.model)(type(config)(**{**own, **fields})), num_classes, class_names)
+        """The prior with other `fields` of its config, and the weights that it has, as `fill` says.
+
+        Classes that have no vectors of their own, those of the original's checkpoints, get them here: the codes' that
+        they shared, or the waves.
+        """
+        config, cls = self.model.config, type(self.model)
+        if self._is_of_transformers:
+            own = config.to_dict()
+            is_other = _kind({**own, "bounding_boxes": None, **fields}) != self.kind
+            followed = self.FOLLOWED + (self.OF_CONDITION if is_other else ())
+            own = {name: value for name, value in own.items() if name not in followed}
+            model = cls(type(config)(**{**own, **fields}))
+        else:
+            waves = {"class_embedding": "learned", "null_class_position": None} if "class_embedding" in config else {}
+            model = cls.from_config({**config, **waves, **fields})
+        return self.fill(model, num_classes, class_names)
 
     @torch.no_grad()
     def fill(self, model: nn.Module, num_classes: int = 0, class_names: list[str] | None = None) -> nn.Module:
@@ -120,22 +137,26 @@ class StartingPoint:
         Args:
             model: of the prior's config, but for the classes.
             num_classes: of `model`, the null class not counted.
-            class_names: their names, if they have names.
+            class_names: their names, or those of the objects in boxes, if they have names.
 
         Returns:
             `model`.
 
         Raises:
-            ValueError: a weight that is no table of classes has another shape.
+            ValueError: a weight that is no table of classes has another shape; a class of objects in boxes, whose ids
+                are those of places too, has another number.
         """
-        weights = self.model.state_dict()
+        weights = self.model.state_dict() | self._class_waves()
         rows = self._rows_of_classes(model, num_classes, class_names)
         for name, weight in model.state_dict().items():
             module = re.sub(r"\.(weight|parametrizations\..*)$", "", name)
             if module.endswith(self.CLASS_TABLES) and name in weights:
-                self._fill_table(weight, weights[name], 0, rows, num_classes)
-            elif module in self.ID_TABLES and not getattr(model.config, "share_condition_embedding", False):
-                self._fill_table(weight, weights[name], model.config.codebook_size, rows, num_classes)
+                self._fill_table(weight, weights[name], (0, 0), rows, num_classes)
+            elif module in self.ID_TABLES:
+                codes = model.config.codebook_size
+                weight[:codes] = weights[name][:codes]
+                firsts = (codes, self.model.config.condition_token_offset)
+                self._fill_table(weight, weights[name], firsts, rows, num_classes)
             elif module == "transformer.wpe":
                 self._fill_positions(model.config, weight, weights[name])
             elif name in weights and weight.shape == weights[name].shape:
@@ -149,13 +170,38 @@ class StartingPoint:
         return model
 
     @property
-    def num_classes(self) -> int:
-        """Of the prior, or its condition's ids, the null condition not counted."""
+    def _is_of_transformers(self) -> bool:
+        return isinstance(self.model.config, PreTrainedConfig)
+
+    @property
+    def null_class(self) -> int | None:
+        """The number of the prior's null class, or of its start token; None without one."""
+        config = self.model.config
+        if self._is_of_transformers:
+            is_free = config.condition_type == "unconditional"
+            token = config.bos_token_id if is_free else config.null_class_token_id
+            return None if token is None else token - config.condition_token_offset
+        if isinstance(self.model, VQDiffusionTransformer2DModel):
+            return self.model.null_class_id
+        if self.pipeline is not None:
+            return getattr(self.pipeline, "null_class_id", None)
+        return config.num_class_embeds - 1 if config.get("num_class_embeds") else None
+
+    @property
+    def class_numbers(self) -> list[int]:
+        """Of the prior's classes, or its condition's ids, without the null one."""
         config = self.model.config
         for name in ("condition_vocab_size", "num_classes"):
             if getattr(config, name, None) is not None:
-                return getattr(config, name)
-        return max((config.get("num_class_embeds") or 0) - 1, 0)
+                return list(range(getattr(config, name)))
+        return [number for number in range(config.get("num_class_embeds") or 0) if number != self.null_class]
+
+    @property
+    def text_options(self) -> dict[str, Any]:
+        """How its pipeline encodes captions; empty without one that does."""
+        if getattr(self.pipeline, "text_encoder", None) is None:
+            return {}
+        return {name: self.pipeline.config[name] for name in self.TEXT_OPTIONS if name in self.pipeline.config}
 
     @property
     def class_names(self) -> dict[int, str] | None:
@@ -166,37 +212,64 @@ class StartingPoint:
         is_default = all(name == f"LABEL_{number}" for number, name in names.items())
         return None if is_default else names
 
+    def _class_waves(self) -> dict[str, torch.Tensor]:
+        """The vectors of classes that are waves, by the names of the tables that stand for them."""
+        return {
+            f"{name}.weight": module(torch.arange(module.num_ids + (self.null_class is not None)))
+            for name, module in self.model.named_modules()
+            if isinstance(module, SinusoidalEmbedding) and name.endswith(self.CLASS_TABLES)
+        }
+
     def _rows_of_classes(
         self, model: nn.Module, num_classes: int, class_names: list[str] | None
     ) -> list[tuple[int, int]]:
         """Pairs of a class of the new model and the one of the prior whose weights it begins with."""
-        kinds = [getattr(one.config, "condition_type", None) for one in (model, self.model)]
-        if kinds[0] != kinds[1]:
+        kind, own = self.kind, self.class_names
+        if kind != _kind(model.config):
             return []
-        own = self.class_names
+        same_numbers = [(number, number) for number in self.class_numbers if number < num_classes]
         if own is None or class_names is None:
-            return [(number, number) for number in range(min(num_classes, self.num_classes))]
+            return same_numbers
         numbers = {name: number for number, name in own.items()}
-        return [(number, numbers[name]) for number, name in enumerate(class_names) if name in numbers]
+        rows = [(number, numbers[name]) for number, name in enumerate(class_names) if name in numbers]
+        if kind != "boxes":
+            return rows
+        for new, old in rows:
+            if new != old:
+                raise ValueError(
+                    f"model_name_or_path={self.source!r}: the class {class_names[new]!r} of objects must be number "
+                    f"{old}, as the prior has it, got {new}."
+                )
+        return same_numbers
 
     def _fill_table(
-        self, weight: torch.Tensor, own: torch.Tensor, first: int, rows: list[tuple[int, int]], num_classes: int
+        self,
+        weight: torch.Tensor,
+        own: torch.Tensor,
+        firsts: tuple[int, int],
+        rows: list[tuple[int, int]],
+        num_classes: int,
     ) -> None:
-        """`first`: the number of the first class's row, before which the tables are alike."""
-        weight[:first] = own[:first]
+        """`firsts`: the number of the first class's row, in `weight` and in `own`."""
+        first, own_first = firsts
         for new, old in rows:
-            weight[first + new] = own[first + old]
-        null, own_null = first + num_classes, first + self.num_classes
-        if null < len(weight) and own_null < len(own):
-            weight[null] = own[own_null]
+            weight[first + new] = own[own_first + old]
+        if self.null_class is not None and first + num_classes < len(weight):
+            weight[first + num_classes] = own[own_first + self.null_class]
 
     def _fill_positions(self, config: PreTrainedConfig, weight: torch.Tensor, own: torch.Tensor) -> None:
         """The last position of a condition predicts the first code: from there on the tables are alike."""
         first, own_first = config.condition_length - 1, self.model.config.condition_length - 1
-        if first == own_first:
+        if first == own_first and len(weight) == len(own):
             weight.copy_(own)
         else:
             weight[first : first + config.image_seq_length] = own[own_first : own_first + config.image_seq_length]
+
+
+def _kind(config: PreTrainedConfig | Mapping[str, Any]) -> str | None:
+    """Of the condition."""
+    fields = config.to_dict() if isinstance(config, PreTrainedConfig) else config
+    return "boxes" if fields.get("bounding_boxes") else fields.get("condition_type")
 
 
 __all__ = ["PARTS", "StartingPoint", "train_part"]

@@ -140,10 +140,11 @@ def build_prior(
     }
     if level.above is not None:
         if model_class is not PixelSNAILForCausalLM:
-            raise ValueError(
-                f"prior={args.prior!r} takes no level above: level={args.level!r} needs prior=pixelsnail."
-            )
+            got = f"prior={args.prior!r}" if start is None else f"the PixelCNN of model_name_or_path={start.source!r}"
+            raise ValueError(f"level={args.level!r} needs prior=pixelsnail: {got} takes no level above.")
         codes |= {"conditioning_codebook_size": codebook_size, "conditioning_grid_size": level.grids[-2]}
+    elif start is not None and model_class is PixelSNAILForCausalLM:
+        codes |= {"conditioning_codebook_size": None, "conditioning_grid_size": None}
     fields = {
         **codes,
         "condition_vocab_size": num_classes,
@@ -234,9 +235,10 @@ def main(argv: list[str] | None = None) -> None:
     """Trains, by the arguments of the command line or `argv`."""
     run_args, data_args, args = parse_arguments((RunArguments, DataArguments, PriorArguments), argv)
     run = TrainingRun(run_args)
-    start = args.model_name_or_path and StartingPoint(
-        args.model_name_or_path, "prior", (PixelCNNForCausalLM, PixelSNAILForCausalLM)
-    )
+    start = None
+    if args.model_name_or_path is not None:
+        part = "prior" if args.level == "single" else f"{args.level}_prior"
+        start = StartingPoint(args.model_name_or_path, part, (PixelCNNForCausalLM, PixelSNAILForCausalLM))
     tokenizer = AutoModel.from_pretrained(args.tokenizer, dtype=torch.float32).to(run.device).eval()
 
     def try_prior(grids):

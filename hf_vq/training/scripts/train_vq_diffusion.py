@@ -8,7 +8,7 @@ OUTPUT_DIR/pipeline.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -39,7 +39,8 @@ class VQDiffusionArguments:
 
     tokenizer: str = field(metadata={"help": "Folder or Hub id of the trained tokenizer."})
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": START_HELP + " So is the noise of its pipeline."}
+        default=None,
+        metadata={"help": START_HELP + " So are the noise of its pipeline, and how it reads captions."},
     )
     cache_indices: bool = field(default=True, metadata={"help": "Encode the images once; without, in every step."})
     random_flip_codes: bool = field(
@@ -207,7 +208,8 @@ class Condition:
         states, mask = text.embeddings, text.mask
         if null is not None:
             states, mask = torch.where(dropped[:, None, None], null, states), mask | dropped[:, None]
-        return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
+        read = {"encoder_attention_mask": mask} if self.pipe.config.text_mask else {}
+        return {"encoder_hidden_states": states, **read}
 
 
 class CaptionTable:
@@ -233,8 +235,9 @@ def all_captions(data: DataArguments, column: str) -> set[str]:
     return {caption for captions in lists for caption in captions if caption is not None}
 
 
-def load_text(args: VQDiffusionArguments, device: torch.device) -> dict[str, Any]:
-    """The text encoder and its options, by their names in the pipeline; empty without one.
+def load_text(args: VQDiffusionArguments, device: torch.device, start: StartingPoint | None = None) -> dict[str, Any]:
+    """The text encoder and its options, those of the pipeline of `start` if it has one, by their names in the
+    pipeline; empty without a text encoder.
 
     Raises:
         ValueError: texts cannot be encoded as the options say.
@@ -248,6 +251,7 @@ def load_text(args: VQDiffusionArguments, device: torch.device) -> dict[str, Any
         "text_max_length": args.text_max_length,
         "text_lower_case": args.text_lower_case,
         "text_normalize": args.text_normalize,
+        **({} if start is None else start.text_options),
     }
     encode_text(options["text_encoder"], options["tokenizer"], "", args.text_max_length)
     return options
@@ -374,11 +378,13 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("caption_column and text_encoder are given together: one is the other's input.")
     run = TrainingRun(run_args)
     tokenizer = AutoModel.from_pretrained(args.tokenizer, dtype=torch.float32).to(run.device).eval()
-    start = args.model_name_or_path and StartingPoint(
-        args.model_name_or_path, "transformer", (VQDiffusionTransformer2DModel,)
-    )
+    start = None
+    if args.model_name_or_path is not None:
+        start = StartingPoint(args.model_name_or_path, "transformer", (VQDiffusionTransformer2DModel,))
+        if start.pipeline is not None:  # checks the numbers of steps
+            args = replace(args, num_train_timesteps=start.pipeline.scheduler.config.num_train_timesteps)
     scheduler = build_scheduler(args, tokenizer.config.num_embeddings, start)
-    text = load_text(args, run.device)
+    text = load_text(args, run.device, start)
     codes = Codes(run, data_args, args, tokenizer, text, start)
     pipe = build_pipeline(args, tokenizer, codes, scheduler, text, start)
     transformer = pipe.transformer

@@ -15,6 +15,7 @@ The data set is encoded once, into OUTPUT_DIR/indices. The result is a pipeline 
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
@@ -208,15 +209,7 @@ def build_prior(
         **condition,
     }
     if start is not None:
-        start.check({name: common[name] for name in ("codebook_size", "grid_size")})
-        if start.model.config.condition_type == condition["condition_type"] == "codes":
-            start.check({"condition_length": condition["condition_length"]})
-        if isinstance(start.model, VQLlamaForCausalLM):
-            common["attention_dropout"] = args.attention_dropout
-        else:
-            common |= {"attn_pdrop": args.attention_dropout, "resid_pdrop": args.dropout}
-            common |= {"n_unmasked": args.n_unmasked} if args.n_unmasked else {}
-        return start.remake(common, common.get("condition_vocab_size", 0), class_names)
+        return continue_prior(args, common, start, class_names if boxes is None else boxes.class_names)
     if args.architecture == "llama":
         config = VQLlamaConfig(
             num_hidden_layers=args.num_hidden_layers,
@@ -236,6 +229,29 @@ def build_prior(
         **common,
     )
     return VQGPTForCausalLM(config)
+
+
+def continue_prior(
+    args: VQGPTArguments, fields: dict[str, Any], start: StartingPoint, class_names: Sequence[str] | None
+) -> PreTrainedModel:
+    """The prior of `start` with these fields of its config."""
+    start.check({name: fields[name] for name in ("codebook_size", "grid_size")})
+    kind = "boxes" if "bounding_boxes" in fields else fields["condition_type"]
+    if start.kind == kind and kind in ("codes", "coordinates", "boxes"):
+        meaning = {"coordinates": ["coordinate_scale"], "boxes": ["condition_vocab_size"]}.get(kind, [])
+        start.check({name: fields[name] for name in ["condition_length", *meaning]})
+    if isinstance(start.model, VQLlamaForCausalLM):
+        for name in ("condition", "condition_tokenizer", "n_unmasked"):
+            if getattr(args, name):
+                raise ValueError(
+                    f"{name}={getattr(args, name)!r}: it needs a GPT, got the Llama of "
+                    f"model_name_or_path={start.source!r}."
+                )
+        fields = {**fields, "attention_dropout": args.attention_dropout}
+    else:
+        fields = {**fields, "attn_pdrop": args.attention_dropout, "resid_pdrop": args.dropout}
+        fields |= {"n_unmasked": args.n_unmasked} if args.n_unmasked else {}
+    return start.remake(fields, fields.get("condition_vocab_size", 0), class_names)
 
 
 def weight_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
@@ -329,9 +345,9 @@ def main(argv: list[str] | None = None) -> None:
     condition = load_condition(args, data_args)
     boxes = load_boxes(args, data_args)
     run = TrainingRun(run_args)
-    start = args.model_name_or_path and StartingPoint(
-        args.model_name_or_path, "prior", (VQGPTForCausalLM, VQLlamaForCausalLM)
-    )
+    start = None
+    if args.model_name_or_path is not None:
+        start = StartingPoint(args.model_name_or_path, "prior", (VQGPTForCausalLM, VQLlamaForCausalLM))
     tokenizer = AutoModel.from_pretrained(args.tokenizer, dtype=torch.float32).to(run.device).eval()
     condition_tokenizer = condition.get("condition_tokenizer")
     if condition_tokenizer is not None:

@@ -7,7 +7,7 @@ The latents are computed once, into OUTPUT_DIR/latents, or on the fly. The resul
 OUTPUT_DIR/pipeline.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -39,7 +39,12 @@ class LatentDiffusionArguments:
 
     tokenizer: str = field(metadata={"help": "Folder or Hub id of the trained tokenizer."})
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": START_HELP + " So are its pipeline's noise, prediction and scaling factor."}
+        default=None,
+        metadata={
+            "help": START_HELP
+            + " So are the noise of its pipeline, what it predicts, how it reads captions and, where "
+            "none is given, its scaling factor."
+        },
     )
     scaling_factor: float | None = field(
         default=None, metadata={"help": "What latents are multiplied by; not given: 1 over their standard deviation."}
@@ -177,13 +182,21 @@ class Condition:
     """What the denoiser takes beside the noisy latents: nothing, a class, or a caption."""
 
     def __init__(
-        self, args: LatentDiffusionArguments, caption_column: str | None, num_classes: int, device: torch.device
+        self,
+        args: LatentDiffusionArguments,
+        caption_column: str | None,
+        num_classes: int,
+        device: torch.device,
+        text_options: dict[str, Any] | None = None,
     ):
         self.args, self.caption_column, self.num_classes, self.device = args, caption_column, num_classes, device
         self.encoder = self.tokenizer = None
+        usual = {"text_lower_case": False, "text_normalize": False, "text_mask": True, "text_pad_token_id": None}
+        # by their names in the pipeline
+        self.text_options = {"text_max_length": args.text_max_length, **usual, **(text_options or {})}
         if args.text_encoder is not None:
             self.encoder, self.tokenizer = load_text_encoder(args.text_encoder, device)
-            encode_text(self.encoder, self.tokenizer, "", max_length=args.text_max_length)  # or an error, now
+            self.encode([""])  # or an error, now
 
     @property
     def kind(self) -> str | None:
@@ -204,13 +217,28 @@ class Condition:
             return {"class_labels": torch.where(dropped | (labels == NO_LABEL), self.num_classes, labels)}
         texts = zip(batch[self.caption_column], dropped.tolist(), strict=True)
         captions = ["" if drop or caption is None else caption for caption, drop in texts]
-        text = encode_text(self.encoder, self.tokenizer, captions, max_length=self.args.text_max_length)
-        return {"encoder_hidden_states": text.embeddings, "encoder_attention_mask": text.mask}
+        return self.encode(captions)
+
+    def encode(self, captions: list[str]) -> dict[str, torch.Tensor]:
+        """The denoiser's keyword arguments for captions."""
+        options = self.text_options
+        text = encode_text(
+            self.encoder,
+            self.tokenizer,
+            captions,
+            max_length=options["text_max_length"],
+            lower_case=options["text_lower_case"],
+            normalize=options["text_normalize"],
+            mask_padding=options["text_mask"],
+            pad_token_id=options["text_pad_token_id"],
+        )
+        read = {"encoder_attention_mask": text.mask} if options["text_mask"] else {}
+        return {"encoder_hidden_states": text.embeddings, **read}
 
     def pipeline_arguments(self, class_names: list[str] | None) -> dict:
         if self.kind == "text":
             parts = {"text_encoder": self.encoder, "tokenizer": self.tokenizer}
-            return {**parts, "text_max_length": self.args.text_max_length}
+            return {**parts, **self.text_options}
         if self.kind == "class":
             names = None if class_names is None else dict(enumerate(class_names))
             return {"id2label": names, "null_class_id": self.num_classes}
@@ -231,12 +259,7 @@ def build_unet(
     if start is not None:
         return continue_unet(args, condition, channels, size, start, class_names)
     levels = range(len(args.block_out_channels))
-    halvings = 2 ** (len(levels) - 1)
-    if condition.kind != "text" and any(side % halvings for side in size):
-        raise ValueError(
-            f"block_out_channels={args.block_out_channels}: {len(levels)} levels halve {tuple(size)} latents "
-            f"{len(levels) - 1} times, which leaves no whole numbers."
-        )
+    check_halvings(args.block_out_channels, condition, size)
     cross = "CrossAttn" if condition.kind == "text" else "Attn"
     kinds = [cross if level in args.attention_levels else "" for level in levels]
     config = {
@@ -257,6 +280,22 @@ def build_unet(
     else:
         classes = condition.num_classes + 1 if condition.kind == "class" else None
         unet = UNet2DModel(**config, num_class_embeds=classes, attention_head_dim=args.attention_head_dim)
+    return laid_out(unet, args)
+
+
+def check_halvings(block_out_channels: Sequence[int], condition: Condition, size: tuple[int, int]) -> None:
+    """A ValueError for latents that the levels cannot halve; a denoiser with cross-attention halves any."""
+    count = len(block_out_channels) - 1
+    if condition.kind != "text" and any(side % 2**count for side in size):
+        raise ValueError(
+            f"block_out_channels={list(block_out_channels)}: {count + 1} levels halve {tuple(size)} latents "
+            f"{count} times, which leaves no whole numbers."
+        )
+
+
+def laid_out(unet: UNet2DModel | UNet2DConditionModel, args: LatentDiffusionArguments):
+    """The denoiser as it is trained: its blocks named, which fsdp asks for, and its weights in their layout."""
+    if isinstance(unet, UNet2DModel):
         unet._no_split_modules = ["ResnetBlock2D", "Attention"]  # diffusers names those of the other one alone
     return unet.to(memory_format=torch.channels_last) if args.channels_last else unet
 
@@ -270,22 +309,25 @@ def continue_unet(
     class_names: list[str] | None,
 ):
     """The UNet of `start` for these latents and classes."""
-    wanted = {"in_channels": channels, "out_channels": channels}
-    if condition.kind == "text":
-        wanted["cross_attention_dim"] = condition.encoder.config.hidden_size
-    start.check(wanted)
+    config = start.model.config
     is_text = isinstance(start.model, UNet2DConditionModel)
-    own = "text" if is_text else "class" if start.model.config.num_class_embeds else None
+    own = "text" if is_text else "class" if config.num_class_embeds else None
+    own = getattr(start.pipeline, "condition_kind", own)
     if own != condition.kind:
         raise ValueError(
             f"model_name_or_path={start.source!r}: its condition must be {condition.kind or 'none'}, as that of the "
             f"data, got {own or 'none'}."
         )
+    wanted = {"in_channels": channels, "out_channels": channels}
+    if own == "text":
+        width = "cross_attention_dim" if config.encoder_hid_dim is None else "encoder_hid_dim"
+        wanted[width] = condition.encoder.config.hidden_size
+    start.check(wanted)
+    check_halvings(config.block_out_channels, condition, size)
     fields = {"sample_size": size[0] if size[0] == size[1] else tuple(size), "dropout": args.dropout}
     if own == "class":
         fields["num_class_embeds"] = condition.num_classes + 1
-    unet = start.remake(fields, condition.num_classes if own == "class" else 0, class_names)
-    return unet.to(memory_format=torch.channels_last) if args.channels_last else unet
+    return laid_out(start.remake(fields, condition.num_classes if own == "class" else 0, class_names), args)
 
 
 def noise_of(start: StartingPoint) -> dict[str, Any]:
@@ -293,13 +335,16 @@ def noise_of(start: StartingPoint) -> dict[str, Any]:
     if start.pipeline is None:
         return {}
     config = start.pipeline.scheduler.config
-    steps = {"num_train_timesteps": config.num_train_timesteps}
+    steps = {"num_train_timesteps": config.get("num_train_timesteps")}
     if isinstance(start.pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
         return {**steps, "prediction_type": "flow"}
-    if config.beta_schedule != "scaled_linear" or config.prediction_type not in PREDICTION_TYPES:
+    schedule, prediction = config.get("beta_schedule"), config.get("prediction_type")
+    schedule = schedule if config.get("trained_betas") is None else "trained_betas"
+    if schedule != "scaled_linear" or config.get("rescale_betas_zero_snr") or prediction not in PREDICTION_TYPES:
         raise ValueError(
-            f"model_name_or_path={start.source!r}: its scheduler must have beta_schedule='scaled_linear' and predict "
-            f"one of {', '.join(PREDICTION_TYPES)}, got {config.beta_schedule!r} and {config.prediction_type!r}."
+            f"model_name_or_path={start.source!r}: its scheduler must have beta_schedule='scaled_linear', not "
+            f"rescaled, and predict one of {', '.join(PREDICTION_TYPES)}, got the {schedule!r} of a "
+            f"{type(start.pipeline.scheduler).__name__}, predicting {prediction!r}."
         )
     return {**steps, **{name: config[name] for name in ("prediction_type", "beta_start", "beta_end")}}
 
@@ -366,13 +411,15 @@ def main(argv: list[str] | None = None) -> None:
     if args.model_name_or_path is not None:
         start = StartingPoint(args.model_name_or_path, "unet", (UNet2DModel, UNet2DConditionModel))
         args = replace(args, **noise_of(start))
-        if start.pipeline is not None and args.scaling_factor is None:
+        if getattr(start.pipeline, "vqvae", None) is not None and args.scaling_factor is None:
             args.scaling_factor = start.pipeline.vqvae.config.scaling_factor
     tokenizer = AutoModel.from_pretrained(args.tokenizer, dtype=torch.float32).to(run.device).eval()
     if len(tokenizer.config.downsample_factors) > 1:
         raise ValueError(f"tokenizer={args.tokenizer!r}: it must have one level of codes.")
     # how many classes there are is known when the data are open
-    condition = Condition(args, data_args.caption_column, int(data_args.label_column is not None), run.device)
+    has_classes = int(data_args.label_column is not None)
+    text_options = {} if start is None else start.text_options
+    condition = Condition(args, data_args.caption_column, has_classes, run.device, text_options)
     data_args.check_multiple_of(tokenizer.config.downsample_factor)
     (size,) = code_grids(data_args.size, tokenizer).values()
     make_on_meta(build_unet, args, condition, tokenizer.config.embed_dim, size, start)
