@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from hf_vq.models.checked_loading import check_safetensors
+
 
 CLASS_KEYS = {  # the files that name a class, and where in them
     "model_index.json": "_class_name",
@@ -23,12 +25,14 @@ def load(source: str, stock: bool = False):
 
     name = class_name(source)
     if name is None:
-        raise ValueError(f"`{source}` must hold one of {', '.join(CLASS_KEYS)}.")
+        raise ValueError(f"`{source}` must hold one of {', '.join(CLASS_KEYS)}, with the name of its class.")
     if name in hf_vq.__all__:
         return getattr(hf_vq, name).from_pretrained(source)
     found = stock_class(name) if stock else None
     if found is None:
         raise ValueError(f"`{source}` must be a model or pipeline of hf_vq, or a part of one, got a {name}.")
+    for path in sorted(Path(source).glob("*.safetensors")):  # the classes of hf_vq check their own
+        check_safetensors(path)
     return found.from_pretrained(source)
 
 

@@ -239,14 +239,15 @@ class CheckedProcessorMixin:
 
 
 def check_pipeline_files(folder: str | os.PathLike, wanted: Iterable[str]) -> None:
-    """The configurations in a pipeline's folder, of the parts that check none themselves.
+    """The configurations in a pipeline's folder, of the parts that check none themselves, and whether its files of
+    weights are whole.
 
     Args:
         folder: of the pipeline.
         wanted: the names of the parts that the pipeline cannot do without.
 
     Raises:
-        OSError: a file is no JSON object.
+        OSError: a file is no JSON object, or no whole safetensors file.
         ValueError: the folder lacks a part, as that of another pipeline does; a file belongs to another class than
             `model_index.json` says.
     """
@@ -264,6 +265,9 @@ def check_pipeline_files(folder: str | os.PathLike, wanted: Iterable[str]) -> No
         is_of_diffusers = path.name == "scheduler_config.json" or "_class_name" in config
         if is_of_diffusers and isinstance(entry, list) and isinstance(entry[-1], str):
             _check_class_name(path, "_class_name", config.get("_class_name"), [entry[-1]])
+    for path in sorted(folder.glob("*/*.safetensors")):
+        if index.get(path.parent.name):
+            check_safetensors(path)
 
 
 def check_safetensors(path: str | os.PathLike) -> dict[str, dict]:
