@@ -290,7 +290,7 @@ def test_denoisers_that_cannot_go_on(inputs, tmp_path):
     refuses("latent_diffusion", inputs, tmp_path, "its condition must be text, .* got class", *start, *texts)
     odd = UNET | {"block_out_channels": (4,) * 4, "down_block_types": ("DownBlock2D",) * 4}
     start = latent_start(tmp_path / "odd", inputs, UNet2DModel(**odd | {"up_block_types": ("UpBlock2D",) * 4}))
-    refuses("latent_diffusion", inputs, tmp_path, r"block_out_channels=\[4, 4, 4, 4\]: 4 levels halve", *start)
+    refuses("latent_diffusion", inputs, tmp_path, r"^model_name.*block_out_channels=\[4, 4, 4, 4\]: 4 levels", *start)
     scheduler = DDIMScheduler(trained_betas=[0.1, 0.2], beta_schedule="scaled_linear")
     start = latent_start(tmp_path / "betas", inputs, UNet2DModel(**UNET), scheduler)
     refuses("latent_diffusion", inputs, tmp_path, "got the 'trained_betas' of a DDIMScheduler", *start)
@@ -410,6 +410,13 @@ def test_errors_of_a_start_name_the_argument(inputs, tmp_path, monkeypatch):
     }.items():
         with pytest.raises(ValueError, match=f"^model_name_or_path='{place}'.*{message}"):
             StartingPoint(str(place), "prior", (VQGPTForCausalLM,))
+
+    latent_start(tmp_path / "cut", inputs, UNet2DModel(**UNET))
+    weights = next((tmp_path / "cut/unet").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-9])
+    for place in ("cut", "cut/unet"):
+        with pytest.raises(ValueError, match=f"^model_name_or_path=.*`{weights}` must have .* got a truncated file"):
+            StartingPoint(str(tmp_path / place), "unet", (UNet2DModel,))
 
     def no_such_repository(*arguments, **options):
         raise RepositoryNotFoundError("401 Client Error.\nInvalid username or password.", response=Mock())

@@ -283,12 +283,15 @@ def build_unet(
     return laid_out(unet, args)
 
 
-def check_halvings(block_out_channels: Sequence[int], condition: Condition, size: tuple[int, int]) -> None:
+def check_halvings(
+    block_out_channels: Sequence[int], condition: Condition, size: tuple[int, int], start: StartingPoint | None = None
+) -> None:
     """A ValueError for latents that the levels cannot halve; a denoiser with cross-attention halves any."""
+    where = "" if start is None else f"model_name_or_path={start.source!r} with "
     count = len(block_out_channels) - 1
     if condition.kind != "text" and any(side % 2**count for side in size):
         raise ValueError(
-            f"block_out_channels={list(block_out_channels)}: {count + 1} levels halve {tuple(size)} latents "
+            f"{where}block_out_channels={list(block_out_channels)}: {count + 1} levels halve {tuple(size)} latents "
             f"{count} times, which leaves no whole numbers."
         )
 
@@ -323,7 +326,7 @@ def continue_unet(
         width = "cross_attention_dim" if config.encoder_hid_dim is None else "encoder_hid_dim"
         wanted[width] = condition.encoder.config.hidden_size
     start.check(wanted)
-    check_halvings(config.block_out_channels, condition, size)
+    check_halvings(config.block_out_channels, condition, size, start)
     fields = {"sample_size": size[0] if size[0] == size[1] else tuple(size), "dropout": args.dropout}
     if own == "class":
         fields["num_class_embeds"] = condition.num_classes + 1
