@@ -16,8 +16,8 @@ from hf_vq.models.priors.transformer_vq_diffusion import SinusoidalEmbedding, VQ
 
 PARTS = ("all", "decoder")
 START_HELP = (
-    "Go on with the prior of this pipeline, or with this prior; folder or Hub id. Its sizes are its own, and those "
-    "given here are not read."
+    "Go on with the prior of this pipeline, or with this prior; folder or Hub id. It keeps its sizes, whatever is "
+    "given here."
 )
 
 
