@@ -40,7 +40,7 @@ class VQDiffusionArguments:
     tokenizer: str = field(metadata={"help": "Folder or Hub id of the trained tokenizer."})
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": START_HELP + " So do the noise of its pipeline and its way of reading captions."},
+        metadata={"help": START_HELP + " Its pipeline's noise and way of reading captions stay too."},
     )
     cache_indices: bool = field(default=True, metadata={"help": "Encode the images once; without, in every step."})
     random_flip_codes: bool = field(

@@ -41,9 +41,8 @@ class LatentDiffusionArguments:
     model_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": START_HELP
-            + " So are the noise of its pipeline, what it predicts, how it reads captions and, where "
-            "none is given, its scaling factor."
+            "help": START_HELP + " Its pipeline's noise, kind of prediction and way of reading captions stay too, "
+            "and its scaling factor where none is given."
         },
     )
     scaling_factor: float | None = field(
