@@ -67,7 +67,8 @@ def others(inputs, tmp_path_factory):
 
 
 def train(kind, inputs, output, *options):
-    script(SCRIPTS.get(kind, kind)).main([*places_and_length(inputs, 1), "--output_dir", str(output), *options])
+    places = [*places_and_length(inputs, 1), "--output_dir", str(output), "--sample_classes", "1"]
+    script(SCRIPTS.get(kind, kind)).main([*places, *options])
     kinds = {"vq_diffusion": VQDiffusionImagePipeline, "latent_diffusion": VQLatentDiffusionPipeline}
     return kinds.get(kind, VQAutoregressivePipeline).from_pretrained(output / "pipeline")
 
@@ -312,7 +313,8 @@ def test_a_denoiser_of_another_class_names_its_blocks(inputs, tmp_path, monkeypa
 
 @pytest.mark.parametrize("kind", ["vq_diffusion", "latent_diffusion"])
 def test_captions_are_read_as_the_pipeline_reads_them(inputs, tmp_path, kind):
-    options = [*CAPTIONS, "--text_encoder", str(inputs / "text"), "--text_max_length", "6", *SIZES[kind]]
+    options = [*CAPTIONS, "--text_encoder", str(inputs / "text"), "--text_max_length", "6", "--sample_steps", "1"]
+    options += SIZES[kind]
     train(kind, inputs, tmp_path / "first", *options)
     pipe = tmp_path / "first/pipeline"
     index = json.loads((pipe / "model_index.json").read_text())
@@ -349,7 +351,7 @@ def test_levels_of_a_whole_hierarchy_go_on(inputs, tmp_path):
     VQVAE2Pipeline(tokenizer, **priors).save_pretrained(tmp_path / "pipeline")
     start = ["--model_name_or_path", str(tmp_path / "pipeline"), "--tokenizer", str(tmp_path / "tokenizer"), *STILL]
     for level, other in (("top", "bottom"), ("bottom", "top")):
-        places = [*places_and_length(inputs, 1), *start, "--level", level]
+        places = [*places_and_length(inputs, 1), *start, "--level", level, "--sample_classes", "1"]
         script("pixelcnn").main([*places, "--output_dir", str(tmp_path / level)])
         after = PixelSNAILForCausalLM.from_pretrained(tmp_path / level / "prior").state_dict()
         for name, weight in priors[f"{level}_prior"].state_dict().items():
