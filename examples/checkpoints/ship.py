@@ -3,14 +3,14 @@
     python examples/checkpoints/ship.py outputs/pixelcnn-emoji-32/pipeline --name emoji-32-pixelcnn \
         --about about.md --command "python examples/…" --sampling guidance_scale=2.0
 
-The weights are stored in half precision, and the program ends with an error where that changes a figure. Everything is
-measured on the packaged validation images, which no run trains on; `--training-data` names the images that it trained
-on, if they are not the packaged ones. `samples.webp` has eight samples of each class, the first that were drawn, and
-`row.png` the first of each; `nearest.webp` the first two of each class above the training images that are closest to
-them in the features of MobileNetV2; `reconstructions.webp` unseen images above their reconstructions. A tokenizer that
-another checkpoint has already is copied from it (`--tokenizer-of emoji-32-vq-diffusion`). A pipeline with a condition
-tokenizer is measured with `--condition-column`; its `samples.webp` shows conditions, three samples of each, and the
-originals. With `--classifier`
+The weights are stored in half precision, and the program ends with an error where that changes a figure. Everything
+is measured on the packaged validation images, which no run trains on; `--all-styles` names the folder of the images
+that it trained on, if they are those of all styles and skin tones. `samples.webp` has eight samples of each class,
+the first that were drawn, and `row.png` the first of each; `nearest.webp` the first two of each class above the
+training images that are closest to them in the features of MobileNetV2; `reconstructions.webp` unseen images above
+their reconstructions. A tokenizer that another checkpoint has already is copied from it (`--tokenizer-of
+emoji-32-vq-diffusion`). A pipeline with a condition tokenizer is measured with `--condition-column`; its
+`samples.webp` shows conditions, three samples of each, and the originals. With `--classifier`
 (examples/demo/image_classifier.py) `rejection.webp` has four samples of each class that it chose from four times as
 many.
 """
@@ -228,7 +228,7 @@ def ship(args: argparse.Namespace) -> None:
     arguments = data_arguments(DATA, size, args.max_samples, args.condition_column)
     processor = pipeline.condition_processor if has_map(pipeline) else None
     dataset = load_image_dataset(arguments, "validation", condition_processor=processor)
-    training = load_image_dataset(data_arguments(args.training_data, size, args.max_samples), "train")
+    training = load_image_dataset(data_arguments(args.all_styles or DATA, size, args.max_samples), "train")
     perceptual = build_perceptual("mobilenet_v2")
     figures = likelihood_and_reconstruction(pipeline, dataset, perceptual)
     check_half(likelihood_and_reconstruction(full, dataset), figures)
@@ -246,12 +246,12 @@ def ship(args: argparse.Namespace) -> None:
 def write_card(folder: Path, pipeline, figures: dict, args: argparse.Namespace) -> None:
     """README.md in the checkpoint's folder, and the same among the model cards."""
     size = pipeline.vqvae.config.resolution
-    count = len(load_image_dataset(data_arguments(args.training_data, size, None), "train"))
+    count = len(load_image_dataset(data_arguments(args.all_styles or DATA, size, None), "train"))
     card = model_card(
         pipeline,
         f"examples/checkpoints/{folder.name}",
         "cc-by-4.0",
-        DATASET.format(count=count, origin=PACKAGED if args.training_data.resolve() == DATA else ALL, size=size),
+        DATASET.format(count=count, origin=ALL if args.all_styles else PACKAGED, size=size),
         metrics=figures,
         description=args.about.read_text().strip(),
         command=args.command,
@@ -277,11 +277,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokenizer-of", help="the checkpoint whose tokenizer this one uses")
     parser.add_argument("--classifier", type=Path, help="chooses among samples, and is stored with the checkpoint")
     parser.add_argument(
-        "--training-data",
+        "--all-styles",
         type=Path,
-        default=DATA,
-        help="folder of the images that it was trained on: the packaged one, or one that make_emoji.py has built "
-        "of all styles and skin tones",
+        help="the folder that make_emoji.py has built of all styles and skin tones, if it was trained on that",
     )
     parser.add_argument("--condition-column", help="the label maps of a pipeline that follows them")
     parser.add_argument("--max-samples", type=int, help="measure on fewer images, for tests")
