@@ -8,7 +8,7 @@ is measured on the packaged validation images, which no run trains on; `--all-st
 that it trained on, if they are those of all styles and skin tones. `samples.webp` has eight samples of each class,
 the first that were drawn, and `row.png` the first of each; `nearest.webp` the first two of each class above the
 training images that are closest to them in the features of MobileNetV2; `reconstructions.webp` unseen images above
-their reconstructions. A tokenizer that another checkpoint has already is copied from it (`--tokenizer-of
+their reconstructions. Those of a tokenizer that another checkpoint has are in its folder (`--tokenizer-of
 emoji-32-vq-diffusion`). A pipeline with a condition tokenizer is measured with `--condition-column`; its
 `samples.webp` shows conditions, three samples of each, and the originals. With `--classifier`
 (examples/demo/image_classifier.py) `rejection.webp` has four samples of each class that it chose from four times as
@@ -78,6 +78,16 @@ def likelihood_and_reconstruction(pipeline: DiffusionPipeline, dataset, perceptu
     metrics = [name for name in applicable_metrics(pipeline) if name not in ("generation", "agreement")]
     options = {"label_key": "label", "batch_size": 62, "num_timesteps": TIMESTEPS, "progress": False}
     return evaluate_model(pipeline, dataset, metrics, perceptual, **options)
+
+
+def check_tokenizer(folder: Path, name: str) -> None:
+    """Raises unless the tokenizer has the weights of that of the checkpoint `name`, and its reconstructions.
+
+    Its configuration is its own: a latent diffusion's has the factor that its latents are scaled by.
+    """
+    own, other = (place / "vqvae/model.safetensors" for place in (folder, HERE / name))
+    if own.read_bytes() != other.read_bytes():
+        raise ValueError(f"--tokenizer-of {name}: {own} must have the weights of {other}.")
 
 
 def check_half(full: dict, half: dict) -> None:
@@ -218,11 +228,9 @@ def ship(args: argparse.Namespace) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     full.save_pretrained(folder)
     halve_weights(folder)
+    shutil.copy(args.pipeline / "vqvae/preprocessor_config.json", folder / "vqvae")
     if args.tokenizer_of:
-        shutil.rmtree(folder / "vqvae")
-        shutil.copytree(HERE / args.tokenizer_of / "vqvae", folder / "vqvae")  # no link: Windows and zips have none
-    else:
-        shutil.copy(args.pipeline / "vqvae/preprocessor_config.json", folder / "vqvae")
+        check_tokenizer(folder, args.tokenizer_of)
     pipeline = load(folder)
     size = pipeline.vqvae.config.resolution
     arguments = data_arguments(DATA, size, args.max_samples, args.condition_column)
@@ -274,7 +282,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--about", type=Path, required=True, help="Markdown: what is particular, and the limits")
     parser.add_argument("--command", required=True, help="what trained it")
     parser.add_argument("--sampling", nargs="*", type=sampling_pair, default=[], help="name=JSON, of the call")
-    parser.add_argument("--tokenizer-of", help="the checkpoint whose tokenizer this one uses")
+    parser.add_argument("--tokenizer-of", help="the checkpoint that shows what this tokenizer reconstructs")
     parser.add_argument("--classifier", type=Path, help="chooses among samples, and is stored with the checkpoint")
     parser.add_argument(
         "--all-styles",

@@ -55,6 +55,8 @@ def test_a_pipeline_becomes_a_checkpoint(tmp_path, monkeypatch):
     program.main([str(tmp_path / "trained"), "--name", "first", *options])
     weights = {"weight": torch.zeros(9, 1281), "mean": torch.zeros(1280), "std": torch.ones(1280)}
     save_file({name: tensor.half() for name, tensor in weights.items()}, tmp_path / "classifier.safetensors")
+    pipeline.vqvae.config.scaling_factor = 0.5  # as a latent diffusion has it, beside the same weights
+    pipeline.save_pretrained(tmp_path / "trained")
     options += ["--tokenizer-of", "first", "--classifier", str(tmp_path / "classifier.safetensors")]
     program.main([str(tmp_path / "trained"), "--name", "second", *options])
 
@@ -75,5 +77,9 @@ def test_a_pipeline_becomes_a_checkpoint(tmp_path, monkeypatch):
     figures = {one.metric_type: one.metric_value for one in card.data.eval_results}
     assert figures["class probability of samples accepted at 0.25"] == pytest.approx(1 / 9, abs=1e-4)
     copied = tmp_path / "examples/checkpoints/second/vqvae"
-    assert not copied.is_symlink() and not filecmp.dircmp(folder / "vqvae", copied).diff_files
-    assert program.load(copied.parent).vqvae.num_parameters() > 0
+    assert not copied.is_symlink() and filecmp.dircmp(folder / "vqvae", copied).diff_files == ["config.json"]
+    assert program.load(copied.parent).vqvae.config.scaling_factor == 0.5
+    pipeline.vqvae.decoder.conv_out.bias.data.add_(1)
+    pipeline.save_pretrained(tmp_path / "trained")
+    with pytest.raises(ValueError, match="--tokenizer-of first: .* must have the weights"):
+        program.main([str(tmp_path / "trained"), "--name", "third", *options])
