@@ -272,4 +272,4 @@ def _kind(config: PreTrainedConfig | Mapping[str, Any]) -> str | None:
     return "boxes" if fields.get("bounding_boxes") else fields.get("condition_type")
 
 
-__all__ = ["PARTS", "StartingPoint", "train_part"]
+__all__ = ["PARTS", "START_HELP", "StartingPoint", "train_part"]

@@ -38,6 +38,9 @@ def test_checkpoint(folder):
         samples = pipeline.vqvae.decode(pipeline.vqvae.encode(images).latents).sample.clamp(-1, 1)
     stated = {r.metric_type: r.metric_value for r in ModelCard.load(folder / "README.md").data.eval_results}
     assert float(psnr(samples, images).mean()) == pytest.approx(stated["psnr"], abs=1.5)
+    if hasattr(pipeline, "unet"):  # its denoiser knows latents of unit variance
+        latents = pipeline.vqvae.encode(images).latents * pipeline.vqvae.config.scaling_factor
+        assert float(latents.std()) == pytest.approx(1, abs=0.02)
     given = {"class_labels": "Flags"}
     if getattr(pipeline, "condition_tokenizer", None) is not None:
         given = {"condition_image": np.pad(np.full((16, 16), 9), 8)}  # a square that is a flag
