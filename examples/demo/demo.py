@@ -3,7 +3,7 @@
     python examples/demo/demo.py [--output_dir outputs/demo] [--quick]
 
 Runs the training scripts of ../vqgan and ../vq_gpt with the configurations beside this file (the larger ones on a GPU)
-and writes to the output folder: shipped_samples.png (from the checkpoint that comes with the project),
+and writes to the output folder: shipped_samples.png (from ../checkpoints/emoji-64),
 reconstructions.png, samples.png, codebook_usage.png, pipeline/ and metrics.json. A second run continues where the
 first stopped, or says what it skips.
 """
@@ -57,7 +57,8 @@ def sample_sheet(pipe: VQAutoregressivePipeline, path: Path) -> float:
     ).images
     seconds = time.perf_counter() - start
     labels = [label for label in classes for _ in range(SAMPLES_PER_CLASS)]
-    samples_by_class(images, labels, [names[label] for label in classes], scale=2).save(path)
+    scale = 2 if images[0].width <= 32 else 1
+    samples_by_class(images, labels, [names[label] for label in classes], scale=scale).save(path)
     print(f"{path}: {len(images)} samples in {seconds:.1f} s")
     return len(images) / seconds
 
