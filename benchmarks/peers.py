@@ -404,8 +404,8 @@ def read_images(quick: bool, batch: int) -> Case:
 
 
 def first_picture(quick: bool, batch: int) -> Case:
-    """From the start of Python to a picture of the packaged checkpoint, beside importing what it is built on."""
-    folder = Path(__file__).resolve().parent.parent / "examples" / "checkpoints" / "emoji-64"
+    """From the start of Python to a picture of 8×8 codes by a packaged checkpoint, beside importing what it is built on."""
+    folder = Path(__file__).resolve().parent.parent / "examples" / "checkpoints" / "emoji-32-segmentation"
     ours = f"import hf_vq; hf_vq.VQAutoregressivePipeline.from_pretrained({str(folder)!r})(batch_size=1)"
     # the bases: the classes that the pipeline's parts inherit
     peer = "import torch; from transformers import GPT2LMHeadModel; from diffusers import DiffusionPipeline"
