@@ -404,7 +404,7 @@ def read_images(quick: bool, batch: int) -> Case:
 
 
 def first_picture(quick: bool, batch: int) -> Case:
-    """From the start of Python to a picture of 8×8 codes by a packaged checkpoint, beside importing what it is built on."""
+    """From the start of Python to a picture of 8×8 codes by a packaged checkpoint, beside importing the bases."""
     folder = Path(__file__).resolve().parent.parent / "examples" / "checkpoints" / "emoji-32-segmentation"
     ours = f"import hf_vq; hf_vq.VQAutoregressivePipeline.from_pretrained({str(folder)!r})(batch_size=1)"
     # the bases: the classes that the pipeline's parts inherit
