@@ -225,6 +225,9 @@ def data_arguments(
 def ship(args: argparse.Namespace) -> None:
     folder = HERE / args.name
     full = load(args.pipeline)
+    if has_map(full) != (args.condition_column is not None):
+        needed = "must" if has_map(full) else "cannot"
+        raise ValueError(f"--condition-column {needed} be given for {args.pipeline}, got {args.condition_column}.")
     shutil.rmtree(folder, ignore_errors=True)
     full.save_pretrained(folder)
     halve_weights(folder)

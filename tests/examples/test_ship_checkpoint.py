@@ -81,5 +81,8 @@ def test_a_pipeline_becomes_a_checkpoint(tmp_path, monkeypatch):
     assert program.load(copied.parent).vqvae.config.scaling_factor == 0.5
     pipeline.vqvae.decoder.conv_out.bias.data.add_(1)
     pipeline.save_pretrained(tmp_path / "trained")
+    with pytest.raises(ValueError, match="--condition-column cannot be given"):
+        program.main([str(tmp_path / "trained"), "--name", "second", "--condition-column", "mask", *options])
+    assert program.load(copied.parent)  # what was there stays
     with pytest.raises(ValueError, match="--tokenizer-of first: .* must have the weights"):
         program.main([str(tmp_path / "trained"), "--name", "third", *options])
