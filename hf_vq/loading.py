@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-from hf_vq.models.checked_loading import check_safetensors
-
 
 CLASS_KEYS = {  # the files that name a class, and where in them
     "model_index.json": "_class_name",
@@ -31,6 +29,8 @@ def load(source: str, stock: bool = False):
     found = stock_class(name) if stock else None
     if found is None:
         raise ValueError(f"`{source}` must be a model or pipeline of hf_vq, or a part of one, got a {name}.")
+    from .models.checked_loading import check_safetensors  # here: it imports torch, which the errors above do without
+
     for path in sorted(Path(source).glob("*.safetensors")):  # the classes of hf_vq check their own
         check_safetensors(path)
     return found.from_pretrained(source)
