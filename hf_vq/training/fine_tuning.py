@@ -109,10 +109,21 @@ class StartingPoint:
     def remake(
         self, fields: Mapping[str, Any], num_classes: int = 0, class_names: list[str] | None = None
     ) -> nn.Module:
-        """The prior with other `fields` of its config, and the weights that it has, as `fill` says.
+        """The prior with other `fields` of its config, and the weights that it has.
 
-        Classes that have no vectors of their own, those of the original's checkpoints, get them here: the codes' that
-        they shared, or the waves.
+        A class keeps what was learnt of the class of the same name or, where one side has no names, of the same
+        number; other classes begin anew. So does a null class, where the prior has none, and what a condition of
+        another kind needs: its ids and, of a GPT, its positions. Classes that have no vectors of their own, those of
+        the original's checkpoints, get them here: the codes' that they shared, or the waves.
+
+        Args:
+            fields: of the config; those of the weights' shapes are its own, but for the classes.
+            num_classes: of the result, the null class not counted.
+            class_names: their names, or those of the objects in boxes, if they have names.
+
+        Raises:
+            ValueError: a weight that is no table of classes has another shape; a class of objects in boxes, whose ids
+                are those of places too, has another number.
         """
         config, cls = self.model.config, type(self.model)
         if self._is_of_transformers:
@@ -124,28 +135,12 @@ class StartingPoint:
         else:
             waves = {"class_embedding": "learned", "null_class_position": None} if "class_embedding" in config else {}
             model = cls.from_config({**config, **waves, **fields})
-        return self.fill(model, num_classes, class_names)
+        self._fill(model, num_classes, class_names)
+        return model
 
     @torch.no_grad()
-    def fill(self, model: nn.Module, num_classes: int = 0, class_names: list[str] | None = None) -> nn.Module:
-        """Gives `model` the prior's weights.
-
-        A class keeps what was learnt of the class of the same name or, where one side has no names, of the same
-        number; other classes keep the weights that `model` has. So does a null class, where the prior has none, and
-        what a condition of another kind needs: its ids and, of a GPT, its positions.
-
-        Args:
-            model: of the prior's config, but for the classes.
-            num_classes: of `model`, the null class not counted.
-            class_names: their names, or those of the objects in boxes, if they have names.
-
-        Returns:
-            `model`.
-
-        Raises:
-            ValueError: a weight that is no table of classes has another shape; a class of objects in boxes, whose ids
-                are those of places too, has another number.
-        """
+    def _fill(self, model: nn.Module, num_classes: int, class_names: list[str] | None) -> None:
+        """Gives `model` the prior's weights."""
         weights = self.model.state_dict() | self._class_waves()
         rows = self._rows_of_classes(model, num_classes, class_names)
         for name, weight in model.state_dict().items():
@@ -167,7 +162,6 @@ class StartingPoint:
                     f"model_name_or_path={self.source!r}: its `{name}` must have the shape {tuple(weight.shape)}, "
                     f"got {found}."
                 )
-        return model
 
     @property
     def _is_of_transformers(self) -> bool:

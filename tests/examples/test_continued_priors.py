@@ -109,7 +109,7 @@ def test_weights_go_on_and_classes_are_told_by_their_names(inputs, others, tmp_p
         assert other.vqvae.config.scaling_factor == first.vqvae.config.scaling_factor
 
 
-def test_a_prior_alone_and_a_level(inputs, tmp_path):
+def test_a_prior_alone(inputs, tmp_path):
     train("gpt", inputs, tmp_path / "first", *SIZES["gpt"])
     start = ["--model_name_or_path", str(tmp_path / "first/pipeline/prior")]
     again = train("gpt", inputs, tmp_path / "again", *start, *STILL, "--dropout", "0.3").prior
