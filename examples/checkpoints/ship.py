@@ -42,6 +42,7 @@ from hf_vq.training.objectives.perceptual import build_perceptual
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 DATA = ROOT / "examples/data/emoji-64"
+sys.path.insert(0, str(ROOT / "examples/demo"))  # whose measures are imported where they are asked for
 DATASET = "emoji-64, {count} training pictures at {size}×{size} pixels with their nine categories, {origin}"
 CREDIT = "Noto Emoji © Google (Apache-2.0), Twemoji © Twitter, Inc. and contributors (CC BY 4.0)"
 PACKAGED = f"those in `examples/data`. {CREDIT}."
@@ -157,7 +158,6 @@ def follow_maps(pipeline, dataset, sampling: dict) -> list[tuple[str, torch.Tens
 
 def agreement_with_masks(pipeline) -> dict[str, float]:
     """How well samples keep the silhouettes of their label maps, and of others', as `make demo-conditional` says."""
-    sys.path.insert(0, str(ROOT / "examples/demo"))
     from demo_conditional import MEASURED, agreement, load_pairs
 
     return agreement(pipeline, load_pairs(pipeline, MEASURED, pipeline.vqvae.config.resolution))
@@ -165,7 +165,6 @@ def agreement_with_masks(pipeline) -> dict[str, float]:
 
 def reject(pipeline, path: Path, folder: Path, names: list[str], sampling: dict) -> dict[str, float]:
     """Stores a classifier with its checkpoint, and what it chooses; the probability that it gives to the classes."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
     from image_classifier import LinearClassifier
 
     (folder / "classifier").mkdir()
