@@ -55,7 +55,9 @@ def _run(rank: int, count: int, rendezvous: Path, pipe, function: Callable, argu
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29999")  # for who asks; the processes meet in a file
     try:
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=count)
+        dist.barrier()  # whoever leaves while another still connects takes that one down
         pipe.send_bytes(pickle.dumps((function(*arguments), None)))  # `send` shares a tensor's memory
-        dist.destroy_process_group()
+        if dist.is_initialized():  # a command ends the group itself
+            dist.destroy_process_group()
     except BaseException:
         pipe.send_bytes(pickle.dumps((None, traceback.format_exc())))
