@@ -7,12 +7,14 @@ float32 `(1 or 3, h, w)` in [-1, 1].
 
 from collections.abc import Callable
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from ...images import pixels_to_tensor
 from ...models.autoencoders.image_processing_vq_condition import VQConditionProcessor, picture_values
@@ -182,17 +184,20 @@ def condition_values(condition: torch.Tensor, processor: VQConditionProcessor) -
 
 
 def load_condition_processor(folder: str | PathLike) -> VQConditionProcessor:
-    """The processor that lies beside a condition tokenizer, in a folder or a repository of the Hub.
+    """The processor of a condition tokenizer: with it, in a folder or a repository of the Hub, or in the folder
+    `condition_processor` of the pipeline whose part the tokenizer is.
 
     Raises:
-        ValueError: another processor lies there.
+        ValueError: none, or another processor, lies there.
     """
+    of_pipeline = Path(folder).parent / "condition_processor"
+    alone = Path(folder).is_dir() and not (Path(folder) / IMAGE_PROCESSOR_NAME).exists()
     try:
-        return VQConditionProcessor.from_pretrained(str(folder))
-    except ValueError as error:
+        return VQConditionProcessor.from_pretrained(str(of_pipeline if alone and of_pipeline.is_dir() else folder))
+    except (ValueError, OSError) as error:
         raise ValueError(
-            f"`condition_tokenizer` must have a {VQConditionProcessor.__name__} beside it, as train_vqgan.py "
-            f"--condition … saves one: {error}"
+            f"`condition_tokenizer`={str(folder)!r} must have a {VQConditionProcessor.__name__} beside it, as "
+            f"train_vqgan.py --condition … saves one: {error}"
         ) from error
 
 

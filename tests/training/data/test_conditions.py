@@ -137,3 +137,12 @@ def test_what_is_refused(data, tmp_path, caplog):
     VQImageProcessor(size=8).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="must have a VQConditionProcessor beside it.*got 'VQImageProcessor'"):
         load_condition_processor(tmp_path)
+
+
+def test_processor_of_a_pipelines_condition_tokenizer(tmp_path):
+    """A pipeline has it in a folder of its own."""
+    (tmp_path / "condition_tokenizer").mkdir()
+    with pytest.raises(ValueError, match="`condition_tokenizer`='.*' must have a VQConditionProcessor beside it"):
+        load_condition_processor(tmp_path / "condition_tokenizer")
+    VQConditionProcessor("segmentation", num_labels=7).save_pretrained(tmp_path / "condition_processor")
+    assert load_condition_processor(tmp_path / "condition_tokenizer").num_labels == 7
