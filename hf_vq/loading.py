@@ -2,6 +2,15 @@
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from torch import nn
+    from transformers import PreTrainedConfig
+
+    from .models.autoencoders.image_processing_vq import VQImageProcessor
 
 
 CLASS_KEYS = {  # the files that name a class, and where in them
@@ -34,6 +43,50 @@ def load(source: str, stock: bool = False):
     for path in sorted(Path(source).glob("*.safetensors")):  # the classes of hf_vq check their own
         check_safetensors(path)
     return found.from_pretrained(source)
+
+
+def load_part(
+    argument: str, source: str, part: str, kinds: tuple[type, ...]
+) -> tuple["nn.Module", "DiffusionPipeline | None"]:
+    """A model, and the pipeline that it came in, if it did.
+
+    Args:
+        argument: the name by which the user gave `source`, for errors.
+        source: a folder or Hub repository, of the model or of a pipeline that has it.
+        part: the model's name in a pipeline.
+        kinds: the classes that it may have.
+
+    Raises:
+        ValueError: nothing can be loaded, or what is there is none of `kinds`.
+    """
+    from diffusers import DiffusionPipeline
+
+    try:
+        found = load(source, stock=True)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{argument}={source!r} cannot be loaded: {error}") from error
+    pipeline = found if isinstance(found, DiffusionPipeline) else None
+    model = found if pipeline is None else getattr(found, part, None)
+    if not isinstance(model, kinds):
+        names = " or ".join(kind.__name__ for kind in kinds)
+        held = type(found).__name__ if pipeline is None else f"{type(found).__name__} without one"
+        raise ValueError(
+            f"{argument}={source!r}: it must be a {names}, or a pipeline that has one as its `{part}`, got a {held}."
+        )
+    return model, pipeline
+
+
+def image_processor_of(source: str, config: "PreTrainedConfig") -> "VQImageProcessor":
+    """That of the tokenizer, or of the pipeline, in a folder or Hub repository; where none was saved, the one of the
+    resolution and the channels in the tokenizer's `config`.
+    """
+    from .models.autoencoders.image_processing_vq import VQImageProcessor
+
+    for name in ("preprocessor_config.json", "vqvae/preprocessor_config.json"):  # of a tokenizer, of a pipeline
+        saved = read_json(source, name)
+        if saved is not None:
+            return VQImageProcessor.from_dict(saved)
+    return VQImageProcessor(size=config.resolution, num_channels=config.in_channels)
 
 
 def stock_class(name: str) -> type | None:
@@ -102,4 +155,4 @@ def read_json(source: str, name: str, needed: bool = False) -> dict | None:
     return content
 
 
-__all__ = ["class_name", "load", "read_json", "stock_class"]
+__all__ = ["class_name", "image_processor_of", "load", "load_part", "read_json", "stock_class"]

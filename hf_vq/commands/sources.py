@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..folders import files_below
-from ..loading import load, read_json
+from ..loading import image_processor_of, load
 
 
 if TYPE_CHECKING:
@@ -141,11 +141,7 @@ class ImageBatches:
     """
 
     def __init__(self, options: argparse.Namespace, model: "PreTrainedModel"):
-        from ..models.autoencoders.image_processing_vq import VQImageProcessor
-
-        names = ("preprocessor_config.json", "vqvae/preprocessor_config.json")  # of a tokenizer, of a pipeline
-        saved = next(filter(None, (read_json(options.model, name) for name in names)), None)
-        self.processor = VQImageProcessor.from_dict(saved) if saved else VQImageProcessor(size=model.config.resolution)
+        self.processor = image_processor_of(options.model, model.config)
         self.size = {} if options.size is None else {"size": options.size}
         self.files, self.batch_size, self.model = image_files(options.images), options.batch_size, model
         self.skipped = 0

@@ -5,11 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import nn
 from transformers import PreTrainedConfig
 
-from hf_vq.loading import load
+from hf_vq.loading import load_part
 from hf_vq.models.autoencoders.modeling_tokenizer import VQTokenizerModel
 from hf_vq.models.priors.transformer_vq_diffusion import SinusoidalEmbedding, VQDiffusionTransformer2DModel
 
@@ -74,21 +73,9 @@ class StartingPoint:
     TEXT_OPTIONS = ("text_lower_case", "text_normalize", "text_mask", "text_pad_token_id")
 
     def __init__(self, source: str, part: str, kinds: tuple[type[nn.Module], ...]):
-        try:
-            found = load(source, stock=True)
-        except (ValueError, OSError) as error:
-            raise ValueError(f"model_name_or_path={source!r} cannot be loaded: {error}") from error
         self.source = source
-        self.pipeline = found if isinstance(found, DiffusionPipeline) else None
-        self.model = found if self.pipeline is None else getattr(found, part, None)
-        if not isinstance(self.model, kinds):
-            names = " or ".join(kind.__name__ for kind in kinds)
-            held = type(found).__name__ if self.pipeline is None else f"{type(found).__name__} without one"
-            raise ValueError(
-                f"model_name_or_path={source!r}: it must be a {names}, or a pipeline that has one as its `{part}`, "
-                f"got a {held}."
-            )
-        self.model = self.model.float()
+        model, self.pipeline = load_part("model_name_or_path", source, part, kinds)
+        self.model = model.float()
 
     def check(self, wanted: Mapping[str, Any]) -> None:
         """A ValueError where the prior's config differs from what this run asks for."""

@@ -12,7 +12,7 @@ level of a hierarchical tokenizer the prior alone, OUTPUT_DIR/prior; the priors 
 from dataclasses import dataclass, field, fields
 
 import torch
-from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hf_vq import (
     PixelCNNConfig,
@@ -30,6 +30,7 @@ from hf_vq.training.fine_tuning import START_HELP, StartingPoint
 from hf_vq.training.run import RunArguments, TrainingRun
 from hf_vq.training.run_arguments import check_guidance, check_numbers, parse_arguments, parse_mapping
 from hf_vq.training.sharing import save_trained
+from hf_vq.training.trained_tokenizers import TOKENIZER_HELP, load_tokenizer
 from hf_vq.training.validation import validation_loader
 
 
@@ -44,7 +45,7 @@ LEVELS = {1: ("single",), 2: ("top", "bottom"), 3: ("top", "middle", "bottom")}
 class PriorArguments:
     """The prior and its level."""
 
-    tokenizer: str = field(metadata={"help": "Folder or Hub id of the trained tokenizer."})
+    tokenizer: str = field(metadata={"help": TOKENIZER_HELP})
     model_name_or_path: str | None = field(default=None, metadata={"help": START_HELP})
     prior: str = field(default="pixelcnn", metadata={"help": "Network.", "choices": list(PRIORS)})
     level: str = field(
@@ -239,7 +240,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.model_name_or_path is not None:
         part = "prior" if args.level == "single" else f"{args.level}_prior"
         start = StartingPoint(args.model_name_or_path, part, (PixelCNNForCausalLM, PixelSNAILForCausalLM))
-    tokenizer = AutoModel.from_pretrained(args.tokenizer, dtype=torch.float32).to(run.device).eval()
+    tokenizer, processor = load_tokenizer(args.tokenizer)
+    tokenizer.to(run.device)
 
     def try_prior(grids):
         has_classes = int(data_args.label_column is not None)  # how many there are is known when the data are open
@@ -271,7 +273,7 @@ def main(argv: list[str] | None = None) -> None:
     with run.trained_model("model") as trained:
         if run.is_main_process and level.is_whole:
             pipe = VQAutoregressivePipeline(vqvae=tokenizer, prior=trained)
-            save_trained(run, pipe, "pipeline", data_args, AutoImageProcessor.from_pretrained(args.tokenizer))
+            save_trained(run, pipe, "pipeline", data_args, processor)
         elif run.is_main_process:
             save_trained(run, trained, "prior", data_args)
     run.finish()

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Subset
-from transformers import AutoImageProcessor, AutoModel, AutoModelForTextEncoding, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForTextEncoding, AutoTokenizer, PreTrainedModel
 
 from hf_vq import MaskReplaceScheduler, VQDiffusionImagePipeline, VQDiffusionTransformer2DModel
 from hf_vq.distributed import share_of_process
@@ -31,13 +31,14 @@ from hf_vq.training.run import RunArguments, TrainingRun
 from hf_vq.training.run_arguments import check_guidance, check_numbers, parse_arguments
 from hf_vq.training.sample_generators import rand_of_samples, sample_generators
 from hf_vq.training.sharing import save_trained
+from hf_vq.training.trained_tokenizers import TOKENIZER_HELP, load_tokenizer
 
 
 @dataclass
 class VQDiffusionArguments:
     """The denoiser, its noise, its condition, and its optimizer."""
 
-    tokenizer: str = field(metadata={"help": "Folder or Hub id of the trained tokenizer."})
+    tokenizer: str = field(metadata={"help": TOKENIZER_HELP})
     model_name_or_path: str | None = field(
         default=None,
         metadata={"help": START_HELP + " Its pipeline's noise and way of reading captions stay too."},
@@ -377,7 +378,8 @@ def main(argv: list[str] | None = None) -> None:
     if (data_args.caption_column is None) != (args.text_encoder is None):
         raise ValueError("caption_column and text_encoder are given together: one is the other's input.")
     run = TrainingRun(run_args)
-    tokenizer = AutoModel.from_pretrained(args.tokenizer, dtype=torch.float32).to(run.device).eval()
+    tokenizer, processor = load_tokenizer(args.tokenizer)
+    tokenizer.to(run.device)
     start = None
     if args.model_name_or_path is not None:
         start = StartingPoint(args.model_name_or_path, "transformer", (VQDiffusionTransformer2DModel,))
@@ -420,7 +422,7 @@ def main(argv: list[str] | None = None) -> None:
     with run.trained_model("transformer") as trained:
         if run.is_main_process:
             pipe.register_modules(transformer=trained)
-            save_trained(run, pipe, "pipeline", data_args, AutoImageProcessor.from_pretrained(args.tokenizer))
+            save_trained(run, pipe, "pipeline", data_args, processor)
     run.finish()
 
 

@@ -18,13 +18,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hf_vq import VQAutoregressivePipeline, VQGPTConfig, VQGPTForCausalLM, VQLlamaConfig, VQLlamaForCausalLM
 from hf_vq.evaluation.evaluate import evaluate_prior
 from hf_vq.training.data.box_conditions import BOX_FORMATS, BoxSettings, box_settings
 from hf_vq.training.data.code_splits import count_classes, load_code_splits, training_inputs
-from hf_vq.training.data.conditions import load_condition_processor
 from hf_vq.training.data.coordinate_crops import CropSettings
 from hf_vq.training.data.image_datasets import DataArguments
 from hf_vq.training.data.indices_cache import CONDITION_CODES, IndicesDataset
@@ -33,6 +32,7 @@ from hf_vq.training.fine_tuning import START_HELP, StartingPoint
 from hf_vq.training.run import RunArguments, TrainingRun
 from hf_vq.training.run_arguments import check_guidance, check_numbers, parse_arguments
 from hf_vq.training.sharing import save_trained
+from hf_vq.training.trained_tokenizers import TOKENIZER_HELP, load_condition_tokenizer, load_tokenizer
 from hf_vq.training.validation import validation_loader
 
 
@@ -40,10 +40,10 @@ from hf_vq.training.validation import validation_loader
 class VQGPTArguments:
     """The prior and its optimizer."""
 
-    tokenizer: str = field(metadata={"help": "Folder or Hub id of the trained tokenizer."})
+    tokenizer: str = field(metadata={"help": TOKENIZER_HELP})
     model_name_or_path: str | None = field(default=None, metadata={"help": START_HELP})
     condition_tokenizer: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of the tokenizer of the conditioning images."}
+        default=None, metadata={"help": "Of the conditioning images; as `tokenizer`."}
     )
     condition: str | None = field(
         default=None,
@@ -305,10 +305,8 @@ def load_condition(args: VQGPTArguments, data_args: DataArguments) -> dict:
         return {}
     if data_args.label_column is not None:
         raise ValueError("label_column and condition_tokenizer: give the one that is the condition.")
-    return {
-        "condition_tokenizer": AutoModel.from_pretrained(args.condition_tokenizer, dtype=torch.float32).eval(),
-        "condition_processor": load_condition_processor(args.condition_tokenizer),
-    }
+    tokenizer, processor = load_condition_tokenizer(args.condition_tokenizer)
+    return {"condition_tokenizer": tokenizer, "condition_processor": processor}
 
 
 def load_boxes(args: VQGPTArguments, data_args: DataArguments) -> BoxSettings | None:
@@ -348,7 +346,8 @@ def main(argv: list[str] | None = None) -> None:
     start = None
     if args.model_name_or_path is not None:
         start = StartingPoint(args.model_name_or_path, "prior", (VQGPTForCausalLM, VQLlamaForCausalLM))
-    tokenizer = AutoModel.from_pretrained(args.tokenizer, dtype=torch.float32).to(run.device).eval()
+    tokenizer, processor = load_tokenizer(args.tokenizer)
+    tokenizer.to(run.device)
     condition_tokenizer = condition.get("condition_tokenizer")
     if condition_tokenizer is not None:
         condition_tokenizer.to(run.device)
@@ -403,7 +402,7 @@ def main(argv: list[str] | None = None) -> None:
     with run.trained_model("model") as trained:
         if run.is_main_process:
             pipe = VQAutoregressivePipeline(vqvae=tokenizer, prior=trained, **condition)
-            save_trained(run, pipe, "pipeline", data_args, AutoImageProcessor.from_pretrained(args.tokenizer))
+            save_trained(run, pipe, "pipeline", data_args, processor)
     run.finish()
 
 

@@ -15,7 +15,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DConditionModel, UNet2DModel
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
-from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hf_vq import VQLatentDiffusionPipeline
 from hf_vq.distributed import all_reduced, share_of_process
@@ -31,13 +31,14 @@ from hf_vq.training.run_arguments import check_guidance, check_numbers, parse_ar
 from hf_vq.training.sample_generators import rand_of_samples, randn_of_samples, sample_generators
 from hf_vq.training.sharing import save_trained
 from hf_vq.training.text_encoder import load_text_encoder
+from hf_vq.training.trained_tokenizers import TOKENIZER_HELP, load_tokenizer
 
 
 @dataclass
 class LatentDiffusionArguments:
     """The denoiser, what it predicts, and its optimizer."""
 
-    tokenizer: str = field(metadata={"help": "Folder or Hub id of the trained tokenizer."})
+    tokenizer: str = field(metadata={"help": TOKENIZER_HELP})
     model_name_or_path: str | None = field(
         default=None,
         metadata={
@@ -415,7 +416,8 @@ def main(argv: list[str] | None = None) -> None:
         args = replace(args, **noise_of(start))
         if getattr(start.pipeline, "vqvae", None) is not None and args.scaling_factor is None:
             args.scaling_factor = start.pipeline.vqvae.config.scaling_factor
-    tokenizer = AutoModel.from_pretrained(args.tokenizer, dtype=torch.float32).to(run.device).eval()
+    tokenizer, processor = load_tokenizer(args.tokenizer)
+    tokenizer.to(run.device)
     if len(tokenizer.config.downsample_factors) > 1:
         raise ValueError(f"tokenizer={args.tokenizer!r}: it must have one level of codes.")
     # how many classes there are is known when the data are open
@@ -470,7 +472,7 @@ def main(argv: list[str] | None = None) -> None:
     with run.trained_model("unet") as trained:
         if run.is_main_process:
             pipe.register_modules(unet=trained)
-            save_trained(run, pipe, "pipeline", data_args, AutoImageProcessor.from_pretrained(args.tokenizer))
+            save_trained(run, pipe, "pipeline", data_args, processor)
     run.finish()
 
 
