@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from torch import nn
-    from transformers import PreTrainedConfig
-
-    from .models.autoencoders.image_processing_vq import VQImageProcessor
+    from transformers import BaseImageProcessor, PreTrainedConfig
 
 
 CLASS_KEYS = {  # the files that name a class, and where in them
@@ -76,16 +74,25 @@ def load_part(
     return model, pipeline
 
 
-def image_processor_of(source: str, config: "PreTrainedConfig") -> "VQImageProcessor":
-    """That of the tokenizer, or of the pipeline, in a folder or Hub repository; where none was saved, the one of the
-    resolution and the channels in the tokenizer's `config`.
+def image_processor_of(source: str, config: "PreTrainedConfig") -> "BaseImageProcessor":
+    """That of the tokenizer, or of the pipeline, in a folder or Hub repository: a `VQImageProcessor`, or the
+    `VQConditionProcessor` of conditioning images; where none was saved, the one of the resolution and the channels in
+    the tokenizer's `config`.
+
+    Raises:
+        ValueError: a processor of another class was saved.
     """
     from .models.autoencoders.image_processing_vq import VQImageProcessor
+    from .models.autoencoders.image_processing_vq_condition import VQConditionProcessor
 
+    kinds = {kind.__name__: kind for kind in (VQImageProcessor, VQConditionProcessor)}
     for name in ("preprocessor_config.json", "vqvae/preprocessor_config.json"):  # of a tokenizer, of a pipeline
         saved = read_json(source, name)
         if saved is not None:
-            return VQImageProcessor.from_dict(saved)
+            kind = saved.get(CLASS_KEYS["preprocessor_config.json"])
+            if kind not in kinds:
+                raise ValueError(f"`{name}` of `{source}` must be that of a {' or '.join(kinds)}, got {kind!r}.")
+            return kinds[kind].from_dict(saved)
     return VQImageProcessor(size=config.resolution, num_channels=config.in_channels)
 
 

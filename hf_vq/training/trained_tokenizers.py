@@ -1,7 +1,8 @@
 """The trained tokenizers that a prior is trained on, by the arguments of the training scripts."""
 
+from transformers import BaseImageProcessor
+
 from hf_vq.loading import image_processor_of, load_part
-from hf_vq.models.autoencoders.image_processing_vq import VQImageProcessor
 from hf_vq.models.autoencoders.image_processing_vq_condition import VQConditionProcessor
 from hf_vq.models.autoencoders.modeling_tokenizer import VQTokenizerModel
 
@@ -11,7 +12,7 @@ from .data.conditions import load_condition_processor
 TOKENIZER_HELP = "Folder or Hub id of the trained tokenizer, or of a pipeline that has it."
 
 
-def load_tokenizer(source: str) -> tuple[VQTokenizerModel, VQImageProcessor]:
+def load_tokenizer(source: str) -> tuple[VQTokenizerModel, BaseImageProcessor]:
     """`--tokenizer`, in float32 and evaluation mode, and the processor that is saved beside it.
 
     Args:

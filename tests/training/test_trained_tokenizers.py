@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_vq import VQGPTConfig, VQGPTForCausalLM, VQImageProcessor, VQVAEConfig, VQVAEModel
+from hf_vq import VQConditionProcessor, VQGPTConfig, VQGPTForCausalLM, VQImageProcessor, VQVAEConfig, VQVAEModel
 from hf_vq.training.trained_tokenizers import load_condition_tokenizer, load_tokenizer
 
 
@@ -23,6 +23,11 @@ def test_tokenizer_without_and_with_a_processor(tmp_path):
     assert processor.num_channels == 1 and processor.crop_size.height == processor.crop_size.width == 16
     VQImageProcessor(size=24, num_channels=1).save_pretrained(tmp_path)
     assert load_tokenizer(str(tmp_path))[1].crop_size.width == 24
+    VQConditionProcessor("depth", size=24).save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path))[1].condition == "depth"
+    (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "ViTImageProcessor"}')
+    with pytest.raises(ValueError, match="of `.*` must be that of a VQImageProcessor or .*, got 'ViTImageProcessor'"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_the_tokenizers_of_a_pipeline():
