@@ -7,7 +7,13 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchHeunDiscreteScheduler, UNet2DModel
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    UNet2DModel,
+)
 from huggingface_hub.errors import RepositoryNotFoundError
 from PIL import Image
 
@@ -297,6 +303,19 @@ def test_denoisers_that_cannot_go_on(inputs, tmp_path):
     refuses("latent_diffusion", inputs, tmp_path, "got the 'trained_betas' of a DDIMScheduler", *start)
     start = latent_start(tmp_path / "heun", inputs, UNet2DModel(**UNET), FlowMatchHeunDiscreteScheduler())
     refuses("latent_diffusion", inputs, tmp_path, "got the None of a FlowMatchHeunDiscreteScheduler", *start)
+
+
+def test_the_scheduler_of_a_pipeline_stays(inputs, tmp_path):
+    schedulers = [
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        DDPMScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction", clip_sample_range=3.0),
+    ]
+    for number, scheduler in enumerate(schedulers):
+        start = latent_start(tmp_path / f"start-{number}", inputs, UNet2DModel(**UNET), scheduler)
+        after = train("latent_diffusion", inputs, tmp_path / f"on-{number}", *start, *STILL, "--sample_steps", "2")
+        assert type(after.scheduler) is type(scheduler)
+        own = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+        assert {name: after.scheduler.config[name] for name in own} == own
 
 
 def test_a_denoiser_of_another_class_names_its_blocks(inputs, tmp_path, monkeypatch):

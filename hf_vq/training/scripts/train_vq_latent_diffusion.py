@@ -42,7 +42,7 @@ class LatentDiffusionArguments:
     model_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": START_HELP + " Its pipeline's noise, kind of prediction and way of reading captions stay too, "
+            "help": START_HELP + " Its pipeline's scheduler, kind of prediction and way of reading captions stay too, "
             "and its scaling factor where none is given."
         },
     )
@@ -448,9 +448,9 @@ def main(argv: list[str] | None = None) -> None:
     model = run.add_model("unet", unet, ema=True)
     weights = torch.optim.AdamW(unet.parameters(), lr=run_args.learning_rate, weight_decay=args.weight_decay)
     optimizer = run.add_optimizer("optimizer", weights)
-    pipe = VQLatentDiffusionPipeline(
-        tokenizer, unet, objective.scheduler, **condition.pipeline_arguments(data.class_names)
-    )
+    # that of a start has the same noise; how it draws is its own
+    scheduler = getattr(getattr(start, "pipeline", None), "scheduler", objective.scheduler)
+    pipe = VQLatentDiffusionPipeline(tokenizer, unet, scheduler, **condition.pipeline_arguments(data.class_names))
     pipe.set_progress_bar_config(disable=True)
 
     run.on_validation(lambda: validate(run, pipe, data, condition, objective, args))
