@@ -76,7 +76,7 @@ for system in systems:
     arguments += ["--train_batch_size", "4", "--max_train_steps", "1", "--lr_warmup_steps", "0"]
     arguments += ["--lr_scheduler", "constant", "--validation_steps", "0"]
     if system in systems[3:]:
-        arguments += ["--tokenizer", "examples/checkpoints/emoji-32-vq-diffusion/vqvae", "--sample_classes", "1"]
+        arguments += ["--tokenizer", "examples/checkpoints/emoji-32-segmentation/vqvae", "--sample_classes", "1"]
     if "diffusion" in system:
         arguments += ["--sample_steps", "2"]
     assert main(arguments) in (0, None), system

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, SchedulerMixin
-from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 
 from ..argument_checks import check_integer, check_real
+from ..config_registration import register_by_name
 from .categorical_draws import nucleus, uniform, uniform_positions
 from .posterior import posterior_kl, posterior_probs
 from .reverse_steps import posterior_step, purity_step
@@ -64,7 +64,7 @@ class MaskReplaceScheduler(SchedulerMixin, ConfigMixin):
 
     order = 1
 
-    @register_to_config
+    @register_by_name
     def __init__(
         self,
         num_embeddings: int,

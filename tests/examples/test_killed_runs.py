@@ -13,7 +13,7 @@ VQGAN = [
 ]  # fmt: skip
 GPT = [
     "examples/vq_gpt/train_vq_gpt.py", "examples/vq_gpt/emoji_32.yaml", *COMMON,
-    "--tokenizer", "examples/checkpoints/emoji-32-vq-diffusion/vqvae", "--pkeep", "0.9",
+    "--tokenizer", "examples/checkpoints/emoji-32-segmentation/vqvae", "--pkeep", "0.9",
     "--gradient_accumulation_steps", "2",
 ]  # fmt: skip
 

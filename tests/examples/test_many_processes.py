@@ -18,7 +18,7 @@ from tests.process_groups import in_processes
 
 pytestmark = pytest.mark.slow
 
-TOKENIZER = ["--tokenizer", "examples/checkpoints/emoji-32-vq-diffusion/vqvae"]
+TOKENIZER = ["--tokenizer", "examples/checkpoints/emoji-32-segmentation/vqvae"]
 COMMON = [
     "--dataset_name_or_path", "examples/data/emoji-64", "--max_samples", "64", "--cpu", "true", "--seed", "3",
     "--train_batch_size", "8", "--logging_steps", "1", "--validation_steps", "0", "--checkpointing_steps", "1000",

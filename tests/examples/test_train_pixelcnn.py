@@ -149,7 +149,7 @@ def test_what_is_refused(inputs, tmp_path, options, settings, message):
 
 KILLED = [
     "examples/pixelcnn/train_pixelcnn.py", "examples/pixelcnn/emoji_32.yaml", *COMMON,
-    "--tokenizer", "examples/checkpoints/emoji-32-vq-diffusion/vqvae",
+    "--tokenizer", "examples/checkpoints/emoji-32-segmentation/vqvae",
 ]  # fmt: skip
 
 

@@ -232,7 +232,7 @@ def test_pushed_and_loaded_by_a_stranger(hub, inputs, tmp_path):
 def test_three_kills_change_nothing(tmp_path):
     command = [
         SCRIPT, "examples/vq_diffusion/emoji_32.yaml", *COMMON,
-        "--tokenizer", "examples/checkpoints/emoji-32-vq-diffusion/vqvae",
+        "--tokenizer", "examples/checkpoints/emoji-32-segmentation/vqvae",
         "--num_layers", "2", "--num_attention_heads", "2", "--random_flip_codes", "true", "--sample_steps", "2",
         "--gradient_accumulation_steps", "2", "--num_train_timesteps", "4", "--validation_timesteps", "2",
     ]  # fmt: skip

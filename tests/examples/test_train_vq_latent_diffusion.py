@@ -196,7 +196,7 @@ def test_pushed_and_loaded_by_a_stranger(hub, inputs, tmp_path):
 def test_three_kills_change_nothing(tmp_path):
     command = [
         "examples/vq_latent_diffusion/train_vq_latent_diffusion.py", "examples/vq_latent_diffusion/emoji_32.yaml",
-        *COMMON, "--tokenizer", "examples/checkpoints/emoji-32-vq-diffusion/vqvae", "--block_out_channels", "32", "32",
+        *COMMON, "--tokenizer", "examples/checkpoints/emoji-32-segmentation/vqvae", "--block_out_channels", "32", "32",
         "--random_flip", "true", "--gradient_accumulation_steps", "2", "--sample_steps", "2",
     ]  # fmt: skip
     finish(command, tmp_path / "unbroken")

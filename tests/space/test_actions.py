@@ -70,7 +70,7 @@ def test_what_a_model_takes(model):
 
 
 def test_a_tokenizer_alone_draws_nothing():
-    model = actions.load_model("alone", str(ROOT / "examples/checkpoints/emoji-32-vq-diffusion/vqvae"))
+    model = actions.load_model("alone", str(ROOT / "examples/checkpoints/emoji-32-segmentation/vqvae"))
     assert model.pipeline is None and model.condition is None and model.class_names == []
     assert actions.encode(model, PICTURE)[0].levels[0].shape == (8, 8)
     with pytest.raises(ValueError, match="tokenizer without a prior"):

@@ -358,7 +358,7 @@ def test_the_model_is_changed_to_one_of_another_folder(page):
     page.locator("#model input").fill("/nowhere/at/all")
     page.keyboard.press("Enter")
     page.get_by_text("does not exist").first.wait_for()
-    page.locator("#model input").fill(str(ROOT / "examples/checkpoints/emoji-32-vq-diffusion/vqvae"))
+    page.locator("#model input").fill(str(ROOT / "examples/checkpoints/emoji-32-segmentation/vqvae"))
     page.keyboard.press("Enter")
     page.get_by_text("1.0 M parameters").wait_for()
     open_tab(page, "Generate")

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -16,6 +15,7 @@ from diffusers.utils import BaseOutput
 from torch import nn
 
 from ...argument_checks import check_integer, check_real
+from ...config_registration import register_by_name
 from ..checked_loading import CheckedLoadingMixin
 
 
@@ -305,7 +305,7 @@ class VQDiffusionTransformer2DModel(CheckedLoadingMixin, ModelMixin, AttentionMi
     _no_split_modules = ["VQDiffusionTransformerBlock"]
     _repeated_blocks = ["VQDiffusionTransformerBlock"]
 
-    @register_to_config
+    @register_by_name
     def __init__(
         self,
         num_embeddings: int,

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
-from diffusers.configuration_utils import register_to_config
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D, CrossAttnUpBlock2D
@@ -14,6 +13,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from ...argument_checks import check_integer
+from ...config_registration import register_by_name
 from ..checked_loading import CheckedLoadingMixin
 
 
@@ -35,7 +35,7 @@ class LatentUNet2DModel(CheckedLoadingMixin, UNet2DModel):
         ValueError: a width that is no multiple of the number of heads.
     """
 
-    @register_to_config
+    @register_by_name
     def __init__(
         self,
         sample_size: int | tuple[int, int] | None = None,
@@ -101,7 +101,7 @@ class LatentUNet2DConditionModel(CheckedLoadingMixin, UNet2DConditionModel):
         ValueError: another `resample_type`.
     """
 
-    @register_to_config
+    @register_by_name
     def __init__(
         self,
         sample_size: int | tuple[int, int] | None = None,
