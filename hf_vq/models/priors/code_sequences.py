@@ -69,6 +69,16 @@ class CodeSequenceMixin:
     `n_positions` (the longest input; the last code is never one) and, for names of classes, `id2label`.
     """
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes; its weights may wait elsewhere between the calls of their layers."""
+        device = super().device
+        if device.type != "meta":
+            return device
+        hooks = (getattr(module, "_hf_hook", None) for module in self.modules())
+        places = (getattr(hook, "execution_device", None) for hook in hooks)
+        return torch.device(next((place for place in places if place is not None), device))
+
     def prepare_condition(
         self,
         condition: int | str | Sequence[int] | Sequence[str] | torch.Tensor | None = None,

@@ -202,6 +202,7 @@ class CodePriorForCausalLM(CodeSequenceMixin, CheckedLoadingMixin, PreTrainedMod
         codes = nn.functional.pad(codes, missing).unflatten(1, (rows, width))
         condition = self.encode_condition(prefix, condition_indices)
         if use_cache:
+            self._check_is_whole(codes)
             features, cache = self.read_grid_and_cache(codes, condition, positions, states)
         else:
             features, cache = self.read_grid(codes, condition, states), None
@@ -223,6 +224,14 @@ class CodePriorForCausalLM(CodeSequenceMixin, CheckedLoadingMixin, PreTrainedMod
         return torch.stack(features, dim=1)
 
     # ------------------------------------------------------------------------------------------------ checks
+
+    def _check_is_whole(self, codes: torch.Tensor) -> None:
+        """A ValueError where weights wait for their layers' calls, which steps with a cache pass by."""
+        if not codes.is_meta and any(weight.is_meta for weight in self.parameters()):
+            raise ValueError(
+                f"`use_cache=True` needs all weights of {type(self).__name__} in memory, got offloaded ones: pass "
+                "`use_cache=False`, or offload whole models (`pipeline.enable_model_cpu_offload()`)."
+            )
 
     def _check_inputs(
         self, input_ids, inputs_embeds, labels, attention_mask, position_ids, past_key_values, use_cache

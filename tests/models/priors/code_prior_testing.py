@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from accelerate import disk_offload
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import WatermarkingConfig, set_seed
@@ -102,6 +103,20 @@ class CodePriorTests(ModelTests):
         del inputs["labels"]
         prompt = inputs.pop("input_ids")[:, :1]
         with pytest.raises(ValueError, match="`inputs` must not be empty"):
+            model.generate(prompt, **inputs)
+
+    @torch.no_grad()
+    def test_weights_on_the_disk_are_read_without_a_cache(self, case, tmp_path):
+        model, inputs = case.make(), case.inputs()
+        loss = model(**inputs).loss
+        del inputs["labels"]
+        prompt = inputs.pop("input_ids")[:, :4]
+        expected = model.generate(prompt, do_sample=False, **inputs)
+        disk_offload(model, str(tmp_path), torch.device("cpu"))
+        assert model.device == torch.device("cpu")
+        torch.testing.assert_close(model(**case.inputs()).loss, loss)
+        assert torch.equal(model.generate(prompt, do_sample=False, use_cache=False, **inputs), expected)
+        with pytest.raises(ValueError, match="`use_cache=True` needs all weights of .* got offloaded ones"):
             model.generate(prompt, **inputs)
 
     def test_generation_from_a_cache_by_its_usual_name(self, case):

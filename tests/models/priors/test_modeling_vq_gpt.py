@@ -209,8 +209,11 @@ def test_weights_on_the_disk_are_read_for_each_code(tmp_path):
     model = make("class")
     prompt = model.prepare_condition([0, 1])
     expected = model.generate(prompt, do_sample=False)
+    indices, condition = make_indices(model), make_condition(model)
+    likelihood = model.log_likelihood(indices, condition)
     disk_offload(model, str(tmp_path), torch.device("cpu"))
     assert torch.equal(model.generate(prompt, do_sample=False), expected)
+    torch.testing.assert_close(model.log_likelihood(indices, condition), likelihood)
 
 
 @torch.no_grad()
