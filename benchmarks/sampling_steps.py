@@ -32,11 +32,11 @@ def run(quick: bool, threads: int) -> list[dict]:
     torch.set_num_threads(threads)
     count = 32 if quick else None
     data = DataArguments(
-        str(EXAMPLES / "data/emoji-64"), label_column="category", resolution=32, max_samples=count, cache_images=True
+        str(EXAMPLES / "data/emoji-64"), label_column="category", resolution=64, max_samples=count, cache_images=True
     )
     rows = load_image_dataset(data, "validation")
     real = torch.stack([row["pixel_values"] for row in rows])
-    pipe = VQDiffusionImagePipeline.from_pretrained(str(EXAMPLES / "checkpoints/emoji-32-vq-diffusion"))
+    pipe = VQDiffusionImagePipeline.from_pretrained(str(EXAMPLES / "checkpoints/emoji-64-vq-diffusion"))
     extractor = PooledLayer(build_perceptual("mobilenet_v2"), 13)
 
     def draw(steps: int, seed: int) -> torch.Tensor:

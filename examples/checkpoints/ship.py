@@ -8,11 +8,10 @@ is measured on the packaged validation images, which no run trains on; `--all-st
 that it trained on, if they are those of all styles and skin tones. `samples.webp` has eight samples of each class,
 the first that were drawn, and `row.png` the first of each; `nearest.webp` the first two of each class above the
 training images that are closest to them in the features of MobileNetV2; `reconstructions.webp` unseen images above
-their reconstructions. Those of a tokenizer that another checkpoint has are in its folder (`--tokenizer-of
-emoji-32-vq-diffusion`). A pipeline with a condition tokenizer is measured with `--condition-column`; its
-`samples.webp` shows conditions, three samples of each, and the originals. With `--classifier`
-(examples/demo/image_classifier.py) `rejection.webp` has four samples of each class that it chose from four times as
-many.
+their reconstructions. Those of a tokenizer that another checkpoint has are in its folder (`--tokenizer-of emoji-64`).
+A pipeline with a condition tokenizer is measured with `--condition-column`; its `samples.webp` shows conditions, three
+samples of each, and the originals. With `--classifier` (examples/demo/image_classifier.py) `rejection.webp` has four
+samples of each class that it chose from four times as many.
 """
 
 import argparse

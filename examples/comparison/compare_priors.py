@@ -34,7 +34,7 @@ from hf_vq.training.sharing import validation_figures
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "examples/data/emoji-64"
-TOKENIZER = ROOT / "examples/checkpoints/emoji-32-vq-diffusion/vqvae"
+TOKENIZER = ROOT / "examples/checkpoints/emoji-32-segmentation/vqvae"
 BATCH_SIZE = 62  # of sampling
 FEATURE_LAYER = 13  # of MobileNetV2, 96 features: few pictures suffice
 GUIDANCE_SCALE = 2.0

@@ -30,7 +30,7 @@ from hf_vq.training.objectives.perceptual import build_perceptual
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "examples/data/emoji-64"
 SHIPPED = ROOT / "examples/checkpoints/emoji-64"
-TOKENIZER = ROOT / "examples/checkpoints/emoji-32-vq-diffusion/vqvae"  # of the other demonstrations
+TOKENIZER = ROOT / "examples/checkpoints/emoji-32-segmentation/vqvae"  # of the other demonstrations
 SAMPLES_PER_CLASS = 8
 GUIDANCE_SCALE = 2.0
 # the same code path in about a minute, for the tests; its pictures mean nothing
