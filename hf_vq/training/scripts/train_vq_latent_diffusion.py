@@ -449,7 +449,8 @@ def main(argv: list[str] | None = None) -> None:
     weights = torch.optim.AdamW(unet.parameters(), lr=run_args.learning_rate, weight_decay=args.weight_decay)
     optimizer = run.add_optimizer("optimizer", weights)
     # that of a start has the same noise; how it draws is its own
-    scheduler = getattr(getattr(start, "pipeline", None), "scheduler", objective.scheduler)
+    is_of_pipeline = start is not None and start.pipeline is not None
+    scheduler = start.pipeline.scheduler if is_of_pipeline else objective.scheduler
     pipe = VQLatentDiffusionPipeline(tokenizer, unet, scheduler, **condition.pipeline_arguments(data.class_names))
     pipe.set_progress_bar_config(disable=True)
 
