@@ -12,11 +12,16 @@ from . import __version__
 # of `hf-vq sample`: arguments of the pipelines' calls that not all of them have, and whether levels may differ in them
 SAMPLING_OPTIONS = {
     "guidance_scale": (float, True),
+    "guidance_start": (float, False),
+    "guidance_end": (float, False),
     "temperature": (float, True),
     "top_k": (int, True),
     "top_p": (float, True),
     "num_inference_steps": (int, False),
+    "eta": (float, False),
     "truncation_rate": (float, False),
+    "prior_rule": (int, False),
+    "prior_weight": (float, False),
     "height": (int, False),
     "width": (int, False),
     "annotator": (str, False),

@@ -384,13 +384,23 @@ def test_sample_by_diffusion(diffusion, tmp_path):
     for name, arguments, call in (
         (
             "codes",
-            ("--prompt", "a red cat", "dog", "--truncation-rate", "0.8", "--num-inference-steps", "4"),
-            {"prompt": ["a red cat", "dog"], "truncation_rate": 0.8, "num_inference_steps": 4},
+            (
+                *("--prompt", "a red cat", "dog", "--truncation-rate", "0.8", "--num-inference-steps", "4"),
+                *("--prior-rule", "2", "--prior-weight", "1", "--guidance-start", "0.25"),
+            ),
+            {
+                "prompt": ["a red cat", "dog"],
+                "truncation_rate": 0.8,
+                "num_inference_steps": 4,
+                "prior_rule": 2,
+                "prior_weight": 1.0,
+                "guidance_start": 0.25,
+            },
         ),
         (
             "latents",
-            ("--class-label", "cat", "1", "--num-inference-steps", "2"),
-            {"class_labels": ["cat", 1], "num_inference_steps": 2},
+            ("--class-label", "cat", "1", "--num-inference-steps", "2", "--eta", "1", "--guidance-end", "0.5"),
+            {"class_labels": ["cat", 1], "num_inference_steps": 2, "eta": 1.0, "guidance_end": 0.5},
         ),
     ):
         output = tmp_path / f"{name}.png"

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from diffusers import ModelMixin, SchedulerMixin
 
+from ..argument_checks import check_real
 from .conditioning import TextCondition, class_ids, repeat_to
 from .text_condition import encode_prompt, text_states
 from .vq_pipeline import VQPipeline
@@ -183,6 +184,26 @@ class DenoisingPipeline(VQPipeline):
         return inputs
 
 
+def guided_steps(count: int, start: float, end: float) -> list[bool]:
+    """
+    Which of `count` steps are guided: those that lie within the share of the steps from `start` to `end` (a limited
+    interval of noise levels, Kynkäänniemi et al. 2024).
+
+    Raises:
+        ValueError: no share in [0, 1], an end that is not after the start, or an interval that holds no step.
+    """
+    start = check_real("guidance_start", start, 0, 1)
+    end = check_real("guidance_end", end, 0, 1)
+    if end <= start:
+        raise ValueError(f"`guidance_end` must be above `guidance_start`, got {end} and {start}.")
+    guided = [i >= start * count - 1e-6 and i + 1 <= end * count + 1e-6 for i in range(count)]  # 1e-6 of rounding
+    if not any(guided):
+        raise ValueError(
+            f"`guidance_start` and `guidance_end` must hold at least one of the {count} steps, got {start} and {end}."
+        )
+    return guided
+
+
 def last_steps(count: int, strength: float) -> int:
     """How many of `count` steps the share `strength` in (0, 1] is, rounded down; a ValueError if that is none."""
     taken = int(count * strength + 1e-6)  # 0.29 of 100 would be 28: the product is 28.999999999999996
@@ -191,4 +212,4 @@ def last_steps(count: int, strength: float) -> int:
     return taken
 
 
-__all__ = ["DenoisingPipeline", "last_steps"]
+__all__ = ["DenoisingPipeline", "guided_steps", "last_steps"]

@@ -15,7 +15,7 @@ from ..images import images_as
 from ..models.autoencoders.tiling import tile_starts
 from .completion import Given, check_painted, check_whole_size, grids_of, kept_codes, paste, random_mask, read_given
 from .conditioning import TextCondition, class_names, count_inputs, repeat_inputs, repeat_to
-from .denoising_pipeline import DenoisingPipeline, last_steps
+from .denoising_pipeline import DenoisingPipeline, guided_steps, last_steps
 from .pipeline_output import VQPipelineOutput
 from .text_condition import check_text_parts
 from .vq_pipeline import (
@@ -310,6 +310,8 @@ class VQDiffusionImagePipeline(DenoisingPipeline):
         num_inference_steps: int | None = None,
         timesteps: list[int] | None = None,
         guidance_scale: float = 1.0,
+        guidance_start: float = 0.0,
+        guidance_end: float = 1.0,
         truncation_rate: float = 1.0,
         prior_rule: int = 0,
         prior_weight: float = 0.0,
@@ -349,6 +351,8 @@ class VQDiffusionImagePipeline(DenoisingPipeline):
                 0.7.
             num_inference_steps, timesteps: how many steps, all T of training by default, or which ones.
             guidance_scale: see `predict`; 1 is off.
+            guidance_start, guidance_end: the share of the steps that is guided; the others see the condition alone,
+                and cost half (Kynkäänniemi et al. 2024, for continuous diffusion).
             truncation_rate: the probability mass of the codes that are drawn from, in (0, 1]; 1 draws from all.
             prior_rule, prior_weight: the purity prior, see [`MaskReplaceScheduler.step`].
             temperature: divides the logits.
@@ -406,6 +410,7 @@ class VQDiffusionImagePipeline(DenoisingPipeline):
         check_painted(given)
         scheduler = self.own_scheduler()
         steps = self.set_timesteps(scheduler, num_inference_steps, timesteps, strength)
+        guided = guided_steps(len(steps), guidance_start, guidance_end)
         step_arguments = {
             "generator": generator,
             "truncation_rate": truncation_rate,
@@ -420,8 +425,8 @@ class VQDiffusionImagePipeline(DenoisingPipeline):
             stride,
             steps,
             strength,
-            lambda x, t, rows: self.predict(
-                x, t, *(rows_of(own, rows) for own in (inputs, null_inputs)), guidance_scale
+            lambda x, t, i, rows: self.predict(
+                x, t, rows_of(inputs, rows), rows_of(null_inputs, rows) if guided[i] else None, guidance_scale
             ),
             step_arguments,
             callback_on_step_end,
@@ -497,7 +502,7 @@ class VQDiffusionImagePipeline(DenoisingPipeline):
                         scheduler,
                         sample,
                         steps,
-                        lambda x, t, rows=rows: predict(x, t, rows),
+                        lambda x, t, i, rows=rows: predict(x, t, i, rows),
                         own,
                         callback,
                         names,
@@ -513,7 +518,7 @@ class VQDiffusionImagePipeline(DenoisingPipeline):
     ):
         """One window from noise to codes; `first` steps of a call have been taken before."""
         for i, t in enumerate(steps):
-            sample = scheduler.step(predict(sample, t), t, sample, **step_arguments).prev_sample
+            sample = scheduler.step(predict(sample, t, i), t, sample, **step_arguments).prev_sample
             if callback is not None:
                 changed = self.call_back(callback, names, first + i, t, "indices", sample)
                 highest = scheduler.mask_index - (i == len(steps) - 1)  # no mask after the last step

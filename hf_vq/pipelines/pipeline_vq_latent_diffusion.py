@@ -20,7 +20,7 @@ from ..argument_checks import check_integer, check_real, check_sequence
 from ..images import images_as
 from .completion import Given, check_painted, check_whole_size, grids_of, kept_codes, paste, random_mask, read_given
 from .conditioning import class_names, count_inputs, repeat_inputs, repeat_to, resize_map, to_map
-from .denoising_pipeline import DenoisingPipeline, last_steps
+from .denoising_pipeline import DenoisingPipeline, guided_steps, last_steps
 from .text_condition import check_text_parts
 from .vq_pipeline import (
     check_decoded,
@@ -379,6 +379,8 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
         timesteps: list[int] | None = None,
         sigmas: list[float] | None = None,
         guidance_scale: float = 1.0,
+        guidance_start: float = 0.0,
+        guidance_end: float = 1.0,
         eta: float = 0.0,
         quantize_denoised: bool = False,
         num_images_per_prompt: int = 1,
@@ -415,6 +417,9 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
             strength: for `image` without mask, the share of the steps that is taken.
             num_inference_steps, timesteps, sigmas: the scheduler's steps.
             guidance_scale: see `predict`; 1 is off.
+            guidance_start, guidance_end: the share of the steps that is guided; the others see the condition alone,
+                and cost half. Guidance at the noisiest steps costs variety, and at the last ones it changes little
+                (Kynkäänniemi et al. 2024).
             eta: DDIM's η.
             quantize_denoised: quantize the predicted clean latents in each step; DDIM only.
             num_images_per_prompt: images for each class, prompt or condition; those of one are adjacent.
@@ -478,6 +483,7 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
         if pixels is not None and not takes_image:
             image_latents = self.encode_image(pixels) * self.vqvae.config.scaling_factor
             steps = steps if mask is not None else self._last_steps(scheduler, steps, strength)
+        guided = guided_steps(len(steps), guidance_start, guidance_end)
         shape = (count * times, self.vqvae.config.embed_dim, *size)
         noise = self.prepare_noise(shape, generator, latents)
         known = None
@@ -490,7 +496,7 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
             scheduler,
             latents,
             steps,
-            lambda x, t: self.predict(x, t, inputs, null_inputs, maps, guidance_scale),
+            lambda x, t, i: self.predict(x, t, inputs, null_inputs if guided[i] else None, maps, guidance_scale),
             step_arguments,
             quantize_denoised,
             callback_on_step_end,
@@ -554,7 +560,7 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
                 scaled = latents
                 if hasattr(scheduler, "scale_model_input"):
                     scaled = scheduler.scale_model_input(latents, t)
-                output = scheduler.step(predict(scaled, t), t, latents, **step_arguments)
+                output = scheduler.step(predict(scaled, t, i), t, latents, **step_arguments)
                 latents = self.quantize_step(scheduler, output, int(t)) if quantize_denoised else output.prev_sample
                 if known is not None:
                     latents = known.put_into(latents, scheduler, steps[i + 1 : i + 2])

@@ -226,6 +226,28 @@ def test_half_precision():
     assert output.images.dtype == torch.float32 and output.indices.shape == (2, 4, 4)
 
 
+def test_guidance_in_an_interval_by_hand():
+    """The steps outside are those of the condition alone, and draw what an unguided chain draws there."""
+    pipeline = make_pipeline("text")
+    scheduler, generator = MaskReplaceScheduler(CODES, STEPS), seeded()
+    scheduler.set_timesteps(5)
+    sample = torch.full((1, 4, 4), MASK)
+    conditional, null = pipeline.prepare_condition(1, "a red cat", guided=True)
+    with torch.no_grad():
+        for t, guides in zip((9, 7, 5, 3, 1), (False, True, True, True, False), strict=True):
+            logits = pipeline.transformer(sample, torch.tensor(t), **conditional).sample
+            if guides:
+                away = pipeline.transformer(sample, torch.tensor(t), **null).sample
+                logits = away + 4.0 * (logits - away)
+            sample = scheduler.step(logits, t, sample, generator=generator).prev_sample
+    options = {"guidance_scale": 4.0, "guidance_start": 0.2, "guidance_end": 0.8, "num_inference_steps": 5}
+    assert torch.equal(indices_of(pipeline, prompt="a red cat", generator=seeded(), **options), sample)
+    everywhere = indices_of(
+        pipeline, prompt="a red cat", generator=seeded(), guidance_scale=4.0, num_inference_steps=5
+    )
+    assert not torch.equal(everywhere, sample)
+
+
 # --------------------------------------------------------------------------------------------- errors
 
 
@@ -244,6 +266,10 @@ def test_half_precision():
         ("class", {"guidance_scale": 2.0}, "`guidance_scale` other than 1 needs `class_labels`"),
         ("class", {"class_labels": 0, "guidance_scale": -1}, "`guidance_scale` must be"),
         ("text", {"guidance_scale": 2.0}, "`guidance_scale` other than 1 needs a `prompt`"),
+        ("class", {"class_labels": 0, "guidance_start": -0.1}, r"`guidance_start` must be a number in \[0, 1\]"),
+        ("class", {"class_labels": 0, "guidance_end": 1.1}, r"`guidance_end` must be a number in \[0, 1\]"),
+        ("class", {"class_labels": 0, "guidance_start": 0.5, "guidance_end": 0.5}, "`guidance_end` must be above"),
+        ("class", {"class_labels": 0, "guidance_start": 0.51, "guidance_end": 0.59}, "at least one of the 10 steps"),
         ("class", {"class_labels": 0, "guidance_scale": float("nan")}, "`guidance_scale` must be"),
         ("class", {"class_labels": 0, "guidance_scale": float("inf")}, "`guidance_scale` must be"),
         ("class", {"class_labels": True}, "`class_labels` must be ids from 0 to 1"),

@@ -84,6 +84,31 @@ def test_a_chain_by_hand(kind):
     torch.testing.assert_close(output.images, (pixels / 2 + 0.5).clamp(0, 1), atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("share", "guided"),
+    [((0.0, 1.0), 4 * [True]), ((0.25, 0.75), [False, True, True, False]), ((0.3, 0.9), [0, 0, 1, 0])],
+)
+def test_guidance_in_an_interval_by_hand(share, guided):
+    """A step is guided if it lies within the interval as a whole; the others cost no null rows."""
+    pipeline = make_pipeline("class")
+    x = noise = torch.randn(1, D, 4, 4, generator=seeded())
+    alphas = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)
+    with torch.no_grad():
+        for t, guides in zip((750, 500, 250, 0), guided, strict=True):
+            eps = pipeline.unet(x, t, torch.tensor([1])).sample
+            if guides:
+                null = pipeline.unet(x, t, torch.tensor([2])).sample
+                eps = null + 3.0 * (eps - null)
+            a, b = alphas[t], alphas[t - 250] if t >= 250 else torch.tensor(1.0)
+            x = b.sqrt() * (x - (1 - a).sqrt() * eps) / a.sqrt() + (1 - b).sqrt() * eps
+    rows = []
+    pipeline.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    options = {"guidance_scale": 3.0, "guidance_start": share[0], "guidance_end": share[1]}
+    found = latents_of(pipeline, class_labels=1, latents=noise, num_inference_steps=4, **options)
+    torch.testing.assert_close(found, x / 2.5, atol=2e-4, rtol=1e-4)
+    assert rows == [2 if guides else 1 for guides in guided]
+
+
 def test_a_flow_by_hand():
     pipeline = make_pipeline("unconditional", "flow")
     x = noise = torch.randn(1, D, 4, 4, generator=seeded())
