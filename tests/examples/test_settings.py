@@ -40,6 +40,8 @@ WRONG = {
         {"quantizer": "fsq", "embed_dim": "4"},
         {"downsample_factor": "3"},
         {"validation_perceptual": "vgg"},
+        {"perceptual": "vgg"},
+        {"perceptual": "mobilenet_v2", "perceptual_weight": "-1"},
         {"min_codebook_perplexity": "9"},
         {"model_name_or_path": "VQGAN"},
     ],

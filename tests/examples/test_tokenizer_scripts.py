@@ -11,7 +11,8 @@ from hf_vq import VQGANModel, VQVAE2Config, VQVAE2Model, VQVAEModel
 from hf_vq.evaluation.inspection import codebook_atlas
 from hf_vq.training.fine_tuning import train_part
 from hf_vq.training.objectives.discriminator import PatchDiscriminator
-from tests.examples.runs import script
+from hf_vq.training.objectives.perceptual import build_perceptual
+from tests.examples.runs import rows, script
 
 
 SMALL = {
@@ -70,6 +71,42 @@ def test_the_card_shows_what_each_code_stands_for(images, tmp_path, name):
         assert min(np.abs(part - atlas).max() for part in inside) <= 1
 
 
+@pytest.mark.parametrize("name", ["vqvae", "vqvae2"])
+def test_a_perceptual_distance_in_the_loss(images, tmp_path, name):
+    """The first step's figure is the network's own, of a reconstruction that is all but grey, and is weighed."""
+    options = ("--max_train_steps", "1", "--logging_steps", "1", "--learning_rate", "1e-9", "--seed", "5")
+    train(name, images, tmp_path / "plain", *options)
+    folder = train(
+        name, images, tmp_path / "own", *options, "--perceptual", "mobilenet_v2", "--perceptual_weight", "3"
+    )
+    plain, own = (rows(tmp_path / kind)[0] for kind in ("plain", "own"))
+    assert "perceptual_loss" not in plain
+    terms = 3 * own["perceptual_loss"] + own["reconstruction_loss"] + own["quantizer_loss"]
+    assert own["loss"] == pytest.approx(terms, rel=1e-5)
+    assert own["reconstruction_loss"] == pytest.approx(plain["reconstruction_loss"], rel=1e-5)
+    # validation measures with the same network, here what training has not changed, on some of the same images
+    tokenizer = AutoModel.from_pretrained(folder).eval()
+    pixels = AutoImageProcessor.from_pretrained(folder)(
+        [row["image"] for row in datasets.load_from_disk(images)["train"]], return_tensors="pt"
+    ).pixel_values
+    with torch.no_grad():
+        found = build_perceptual("mobilenet_v2")(tokenizer(pixels).sample, pixels)
+    assert found.min() <= own["perceptual_loss"] <= found.max()
+    measured = rows(tmp_path / "own")[-1]["validation/perceptual"]
+    assert measured == pytest.approx(found[:2].mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["vqvae", "vqvae2"])
+def test_a_perceptual_distance_reaches_the_weights(images, tmp_path, name):
+    options = ("--max_train_steps", "8", "--logging_steps", "8", "--seed", "5", "--learning_rate", "0.003")
+    far = {}
+    for weight in ("0", "30"):
+        output = tmp_path / weight
+        train(name, images, output, *options, "--perceptual", "mobilenet_v2", "--perceptual_weight", weight)
+        far[weight] = rows(output)[-1]["validation/perceptual"]
+    assert far["30"] < 0.9 * far["0"]
+
+
 def test_arrays_of_five_channels(images, tmp_path):
     folder = train("vqgan", images, tmp_path, "--in_channels", "5", "--image_column", "bands")
     assert VQGANModel.from_pretrained(folder).config.in_channels == 5
@@ -78,6 +115,8 @@ def test_arrays_of_five_channels(images, tmp_path):
 def test_what_does_not_fit_is_refused_at_the_start(images, tmp_path):
     for name, options, message in (
         ("vqvae", ["--resolution", "16", "22"], r"resolution.*multiple"),
+        ("vqvae", ["--perceptual_weight", "-1"], "`perceptual_weight` must be"),
+        ("vqvae2", ["--perceptual", "squeezenet"], "squeezenet"),
         ("vqgan", ["--disc_layers", "3"], "disc_layers=3 needs at least 24 pixels"),
         ("vqgan", ["--commitment_cost", "nan"], "`commitment_cost` must be"),
         ("vqgan", ["--adam_beta1", "1"], "`adam_beta1` must be"),

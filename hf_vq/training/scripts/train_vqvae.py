@@ -11,10 +11,11 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_vq import VQImageProcessor, VQVAEModel
+from hf_vq.models.modeling_outputs import VQModelOutput
 from hf_vq.models.quantizers.build import QUANTIZERS
 from hf_vq.training.data.image_datasets import DataArguments, load_image_dataset, pixel_variance
 from hf_vq.training.fine_tuning import PARTS, train_part
-from hf_vq.training.objectives.perceptual import build_perceptual
+from hf_vq.training.objectives.perceptual import PerceptualNetwork, build_perceptual
 from hf_vq.training.run import RunArguments, TrainingRun
 from hf_vq.training.run_arguments import check_agrees, check_numbers, parse_arguments, parse_mapping
 from hf_vq.training.sharing import save_trained
@@ -46,16 +47,21 @@ class VQVAEArguments:
     data_variance: float | None = field(
         default=None, metadata={"help": "Variance of the pixels; measured on the first 1000 images if not given."}
     )
-    validation_perceptual: str = field(
+    perceptual: str = field(
         default="none",
-        metadata={"help": "Network for the perceptual figure of validation: lpips, mobilenet_v2, none."},
+        metadata={"help": "Distance beside the squared error: none (the paper), lpips, mobilenet_v2, or a file."},
+    )
+    perceptual_weight: float = 1.0
+    validation_perceptual: str | None = field(
+        default=None,
+        metadata={"help": "Network for the perceptual figure of validation; by default that of the loss."},
     )
 
     def __post_init__(self):
         self.quantizer_kwargs = parse_mapping("quantizer_kwargs", self.quantizer_kwargs)
         check_numbers(
             self,
-            at_least_0=("commitment_cost",),
+            at_least_0=("commitment_cost", "perceptual_weight"),
             positive=("data_variance",),
             at_least_1_integer=(
                 *("in_channels", "hidden_size", "residual_hidden_size", "embed_dim", "num_embeddings"),
@@ -98,6 +104,41 @@ def build_model(
     return model_class(config)
 
 
+def build_distances(
+    args: VQVAEArguments, size: tuple[int, int], device: torch.device
+) -> tuple[PerceptualNetwork | None, PerceptualNetwork | None]:
+    """The perceptual networks of the loss and of validation.
+
+    Raises:
+        ValueError: images that are too small for one of them, before the first is read.
+    """
+    names = {"perceptual": args.perceptual}
+    names["validation_perceptual"] = (
+        args.perceptual if args.validation_perceptual is None else args.validation_perceptual
+    )
+    found = {}
+    for argument, name in names.items():
+        network = build_perceptual(name)
+        if network is not None and min(size) < network.min_size:
+            raise ValueError(
+                f"resolution={size}: {argument}={name} needs at least {network.min_size} pixels in each direction."
+            )
+        found[argument] = None if network is None else network.to(device)
+    return found["perceptual"], found["validation_perceptual"]
+
+
+def training_loss(
+    output: VQModelOutput, pixel_values: torch.Tensor, perceptual: PerceptualNetwork | None, weight: float
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The model's loss with `weight` times the perceptual distance, and the terms for the log."""
+    loss = output.loss
+    terms = {"reconstruction_loss": output.reconstruction_loss, "quantizer_loss": output.quantizer_loss}
+    if perceptual is not None and weight > 0:
+        terms["perceptual_loss"] = perceptual(output.sample.float(), pixel_values.float()).mean()
+        loss = loss + weight * terms["perceptual_loss"]
+    return loss, {name: term.detach() for name, term in {"loss": loss, **terms}.items()}
+
+
 def main(argv: list[str] | None = None) -> None:
     """Trains, by the arguments of the command line or `argv`."""
     run_args, data_args, args = parse_arguments((RunArguments, DataArguments, VQVAEArguments), argv)
@@ -105,9 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = build_model(args, data_args.resolution).to(memory_format=torch.channels_last)
     data_args.check_multiple_of(max(tokenizer.config.downsample_factors))
     run_args.check_codebook(tokenizer.config.num_embeddings)
-    perceptual = build_perceptual(args.validation_perceptual)
-    if perceptual is not None:
-        perceptual.to(run.device)
+    perceptual, judge = build_distances(args, data_args.size, run.device)
 
     dataset = load_image_dataset(data_args, "train", augment=True, seed=run_args.seed, channels=args.in_channels)
     validation = load_image_dataset(
@@ -121,21 +160,17 @@ def main(argv: list[str] | None = None) -> None:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = run.add_optimizer("optimizer", torch.optim.Adam(parameters, lr=run_args.learning_rate))
 
-    run.on_validation(lambda: validate_tokenizer(run, tokenizer, validation, perceptual))
+    run.on_validation(lambda: validate_tokenizer(run, tokenizer, validation, judge))
     run.start()
     for batch in run.batches(dataset):
         tokenizer.set_training_step(run.global_step, run_args.max_train_steps)
         with run.accumulate(model):
-            output = model(batch["pixel_values"].contiguous(memory_format=torch.channels_last))
-            run.backward(output.loss)
+            images = batch["pixel_values"].contiguous(memory_format=torch.channels_last)
+            output = model(images)
+            loss, metrics = training_loss(output, images, perceptual, args.perceptual_weight)
+            run.backward(loss)
             run.step(optimizer)
-            run.log(
-                {
-                    "loss": output.loss.detach(),
-                    "reconstruction_loss": output.reconstruction_loss.detach(),
-                    "quantizer_loss": output.quantizer_loss.detach(),
-                }
-            )
+            run.log(metrics)
             run.log_codes(output.indices, tokenizer.config.num_embeddings)
         run.finish_step()
 

@@ -13,10 +13,10 @@ from hf_vq import VQImageProcessor, VQVAE2Model
 from hf_vq.evaluation.hierarchy import reconstruct_by_levels
 from hf_vq.training.data.image_datasets import DataArguments, load_image_dataset, pixel_variance
 from hf_vq.training.fine_tuning import train_part
-from hf_vq.training.objectives.perceptual import PerceptualNetwork, build_perceptual
+from hf_vq.training.objectives.perceptual import PerceptualNetwork
 from hf_vq.training.run import RunArguments, TrainingRun
 from hf_vq.training.run_arguments import check_numbers, parse_arguments
-from hf_vq.training.scripts.train_vqvae import VQVAEArguments, build_model
+from hf_vq.training.scripts.train_vqvae import VQVAEArguments, build_distances, build_model, training_loss
 from hf_vq.training.sharing import save_trained
 from hf_vq.training.validation import draw_atlas, validate_tokenizer
 
@@ -56,9 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = build_model(args, data_args.resolution, VQVAE2Model, **levels).to(memory_format=torch.channels_last)
     data_args.check_multiple_of(max(tokenizer.config.downsample_factors))
     run_args.check_codebook(tokenizer.config.num_embeddings)
-    perceptual = build_perceptual(args.validation_perceptual)
-    if perceptual is not None:
-        perceptual.to(run.device)
+    perceptual, judge = build_distances(args, data_args.size, run.device)
 
     dataset = load_image_dataset(data_args, "train", augment=True, seed=run_args.seed, channels=args.in_channels)
     validation = load_image_dataset(
@@ -72,21 +70,17 @@ def main(argv: list[str] | None = None) -> None:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = run.add_optimizer("optimizer", torch.optim.Adam(parameters, lr=run_args.learning_rate))
 
-    run.on_validation(lambda: validate(run, tokenizer, validation, perceptual))
+    run.on_validation(lambda: validate(run, tokenizer, validation, judge))
     run.start()
     for batch in run.batches(dataset):
         tokenizer.set_training_step(run.global_step, run_args.max_train_steps)
         with run.accumulate(model):
-            output = model(batch["pixel_values"].contiguous(memory_format=torch.channels_last))
-            run.backward(output.loss)
+            images = batch["pixel_values"].contiguous(memory_format=torch.channels_last)
+            output = model(images)
+            loss, metrics = training_loss(output, images, perceptual, args.perceptual_weight)
+            run.backward(loss)
             run.step(optimizer)
-            run.log(
-                {
-                    "loss": output.loss.detach(),
-                    "reconstruction_loss": output.reconstruction_loss.detach(),
-                    "quantizer_loss": output.quantizer_loss.detach(),
-                }
-            )
+            run.log(metrics)
             run.log_codes(output.indices, tokenizer.config.num_embeddings)
         run.finish_step()
 
