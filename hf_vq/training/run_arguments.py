@@ -295,6 +295,12 @@ def check_guidance(guidance_scale: float, condition_dropout: float) -> None:
         )
 
 
+def check_smallest_side(name: str, value: Any, size: Sequence[int], least: int) -> None:
+    """Refuses images of `size` (H, W) that are too small for what the argument `name` chooses."""
+    if min(size) < least:
+        raise ValueError(f"resolution={size}: {name}={value} needs at least {least} pixels in each direction.")
+
+
 def check_agrees(name: str, value: Any, found: Any, source: str | Path) -> None:
     """Refuses an argument that contradicts the model it starts from."""
     if value != found:

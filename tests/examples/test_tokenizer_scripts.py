@@ -11,7 +11,7 @@ from hf_vq import VQGANModel, VQVAE2Config, VQVAE2Model, VQVAEModel
 from hf_vq.evaluation.inspection import codebook_atlas
 from hf_vq.training.fine_tuning import train_part
 from hf_vq.training.objectives.discriminator import PatchDiscriminator
-from hf_vq.training.objectives.perceptual import build_perceptual
+from hf_vq.training.objectives.perceptual import LPIPS, build_perceptual
 from tests.examples.runs import rows, script
 
 
@@ -110,6 +110,15 @@ def test_a_perceptual_distance_reaches_the_weights(images, tmp_path, name):
 def test_arrays_of_five_channels(images, tmp_path):
     folder = train("vqgan", images, tmp_path, "--in_channels", "5", "--image_column", "bands")
     assert VQGANModel.from_pretrained(folder).config.in_channels == 5
+
+
+def test_images_too_small_for_a_perceptual_network(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "hf_vq.training.scripts.train_vqvae.build_perceptual", lambda name: LPIPS() if name == "lpips" else None
+    )
+    for option in ("--perceptual", "--validation_perceptual"):
+        with pytest.raises(ValueError, match=f"{option[2:]}=lpips needs at least 16 pixels"):
+            train("vqvae", images, tmp_path, option, "lpips", "--resolution", "8", "16")
 
 
 def test_what_does_not_fit_is_refused_at_the_start(images, tmp_path):

@@ -27,7 +27,13 @@ from hf_vq.training.objectives.perceptual import PerceptualNetwork, build_percep
 from hf_vq.training.objectives.segmentation_loss import LOSSES, segmentation_loss
 from hf_vq.training.objectives.vqgan_loss import DISCRIMINATOR_LOSSES, RECONSTRUCTION_LOSSES, VQGANLoss
 from hf_vq.training.run import RunArguments, TrainingRun
-from hf_vq.training.run_arguments import check_agrees, check_numbers, parse_arguments, parse_mapping
+from hf_vq.training.run_arguments import (
+    check_agrees,
+    check_numbers,
+    check_smallest_side,
+    parse_arguments,
+    parse_mapping,
+)
 from hf_vq.training.sharing import save_trained
 from hf_vq.training.validation import ConditionsAlone, draw_atlas, validate_segmentation, validate_tokenizer
 
@@ -230,11 +236,7 @@ def check_sizes(
     parts = {"perceptual": perceptual} if perceptual is not None and args.perceptual_weight > 0 else {}
     parts |= {"disc_layers": critic} if args.disc_weight > 0 else {}
     for name, part in parts.items():
-        if min(size) < part.min_size:
-            raise ValueError(
-                f"resolution={size}: {name}={getattr(args, name)} needs at least {part.min_size} "
-                f"pixels in each direction."
-            )
+        check_smallest_side(name, getattr(args, name), size, part.min_size)
 
 
 def load_splits(data_args: DataArguments, args: VQGANArguments, seed: int, processor: VQConditionProcessor | None):

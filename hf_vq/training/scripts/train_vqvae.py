@@ -17,7 +17,13 @@ from hf_vq.training.data.image_datasets import DataArguments, load_image_dataset
 from hf_vq.training.fine_tuning import PARTS, train_part
 from hf_vq.training.objectives.perceptual import PerceptualNetwork, build_perceptual
 from hf_vq.training.run import RunArguments, TrainingRun
-from hf_vq.training.run_arguments import check_agrees, check_numbers, parse_arguments, parse_mapping
+from hf_vq.training.run_arguments import (
+    check_agrees,
+    check_numbers,
+    check_smallest_side,
+    parse_arguments,
+    parse_mapping,
+)
 from hf_vq.training.sharing import save_trained
 from hf_vq.training.validation import draw_atlas, validate_tokenizer
 
@@ -112,19 +118,15 @@ def build_distances(
     Raises:
         ValueError: images that are too small for one of them, before the first is read.
     """
-    names = {"perceptual": args.perceptual}
-    names["validation_perceptual"] = (
-        args.perceptual if args.validation_perceptual is None else args.validation_perceptual
-    )
-    found = {}
-    for argument, name in names.items():
-        network = build_perceptual(name)
-        if network is not None and min(size) < network.min_size:
-            raise ValueError(
-                f"resolution={size}: {argument}={name} needs at least {network.min_size} pixels in each direction."
-            )
-        found[argument] = None if network is None else network.to(device)
-    return found["perceptual"], found["validation_perceptual"]
+    choices = {"perceptual": args.perceptual, "validation_perceptual": args.validation_perceptual or args.perceptual}
+    found = []
+    for argument, choice in choices.items():
+        network = build_perceptual(choice)
+        if network is not None:
+            check_smallest_side(argument, choice, size, network.min_size)
+            network.to(device)
+        found.append(network)
+    return tuple(found)
 
 
 def training_loss(
