@@ -186,8 +186,10 @@ class DenoisingPipeline(VQPipeline):
 
 def guided_steps(count: int, start: float, end: float) -> list[bool]:
     """
-    Which of `count` steps are guided: those that lie within the share of the steps from `start` to `end` (a limited
-    interval of noise levels, Kynkäänniemi et al. 2024).
+    Which of `count` steps are guided: those that lie within the share of the steps from `start` to `end`.
+
+    A limited interval of noise levels (Kynkäänniemi et al. 2024, https://arxiv.org/abs/2404.07724), told as the guiders
+    of diffusers do.
 
     Raises:
         ValueError: no share in [0, 1], an end that is not after the start, or an interval that holds no step.
