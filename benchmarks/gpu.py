@@ -110,6 +110,8 @@ TRAININGS = {
             "lr_scheduler": "constant_with_warmup",
             "learning_rate": 6e-4,
             "ema_decay": 0.998,
+            "perceptual": "mobilenet_v2",
+            "perceptual_weight": 0.5,
             **LARGER_LEVEL,
         },
         quick={"hidden_size": 16, "residual_hidden_size": 8, "embed_dim": 8},
