@@ -1,6 +1,8 @@
 """The base of the diffusion pipelines: what their denoiser takes for a class or a text, and for none of them."""
 
 import copy
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -184,26 +186,47 @@ class DenoisingPipeline(VQPipeline):
         return inputs
 
 
-def guided_steps(count: int, start: float, end: float) -> list[bool]:
+@dataclass
+class GuidanceInterval:
     """
-    Which of `count` steps are guided: those that lie within the share of the steps from `start` to `end`.
+    The share of a schedule's steps that is guided: those from `floor(start · n)` up to `floor(end · n)` of n steps, as
+    the guiders of diffusers count them (a limited interval of noise levels, Kynkäänniemi et al. 2024,
+    https://arxiv.org/abs/2404.07724).
 
-    A limited interval of noise levels (Kynkäänniemi et al. 2024, https://arxiv.org/abs/2404.07724), told as the guiders
-    of diffusers do.
+    Args:
+        start, end: shares in [0, 1].
 
     Raises:
-        ValueError: no share in [0, 1], an end that is not after the start, or an interval that holds no step.
+        ValueError: other numbers, or an end that is not after the start.
     """
-    start = check_real("guidance_start", start, 0, 1)
-    end = check_real("guidance_end", end, 0, 1)
-    if end <= start:
-        raise ValueError(f"`guidance_end` must be above `guidance_start`, got {end} and {start}.")
-    guided = [i >= start * count - 1e-6 and i + 1 <= end * count + 1e-6 for i in range(count)]  # 1e-6 of rounding
-    if not any(guided):
-        raise ValueError(
-            f"`guidance_start` and `guidance_end` must hold at least one of the {count} steps, got {start} and {end}."
-        )
-    return guided
+
+    start: float = 0.0
+    end: float = 1.0
+
+    def __post_init__(self):
+        self.start = check_real("guidance_start", self.start, 0, 1)
+        self.end = check_real("guidance_end", self.end, 0, 1)
+        if self.end <= self.start:
+            raise ValueError(f"`guidance_end` must be above `guidance_start`, got {self.end} and {self.start}.")
+
+    def guided(self, evaluations: int, order: int = 1) -> list[bool]:
+        """
+        Which evaluations of the denoiser are guided in a schedule of so many.
+
+        Args:
+            order: evaluations of a step, of which the last step has a single one.
+
+        Raises:
+            ValueError: an interval that holds no step.
+        """
+        count = -(-evaluations // order)
+        first, after = (math.floor(share * count + 1e-4) for share in (self.start, self.end))  # shares in float32 too
+        if first == after:
+            raise ValueError(
+                f"`guidance_start` and `guidance_end` must hold at least one of the {count} steps, got {self.start} "
+                f"and {self.end}."
+            )
+        return [first <= evaluation // order < after for evaluation in range(evaluations)]
 
 
 def last_steps(count: int, strength: float) -> int:
@@ -214,4 +237,4 @@ def last_steps(count: int, strength: float) -> int:
     return taken
 
 
-__all__ = ["DenoisingPipeline", "guided_steps", "last_steps"]
+__all__ = ["DenoisingPipeline", "GuidanceInterval", "last_steps"]

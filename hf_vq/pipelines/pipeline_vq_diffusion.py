@@ -15,7 +15,7 @@ from ..images import images_as
 from ..models.autoencoders.tiling import tile_starts
 from .completion import Given, check_painted, check_whole_size, grids_of, kept_codes, paste, random_mask, read_given
 from .conditioning import TextCondition, class_names, count_inputs, repeat_inputs, repeat_to
-from .denoising_pipeline import DenoisingPipeline, guided_steps, last_steps
+from .denoising_pipeline import DenoisingPipeline, GuidanceInterval, last_steps
 from .pipeline_output import VQPipelineOutput
 from .text_condition import check_text_parts
 from .vq_pipeline import (
@@ -351,8 +351,9 @@ class VQDiffusionImagePipeline(DenoisingPipeline):
                 0.7.
             num_inference_steps, timesteps: how many steps, all T of training by default, or which ones.
             guidance_scale: see `predict`; 1 is off.
-            guidance_start, guidance_end: the share of the steps that is guided; the others see the condition alone,
-                and cost half (Kynkäänniemi et al. 2024, for continuous diffusion).
+            guidance_start, guidance_end: the share of the schedule's steps that is guided, whatever `strength` leaves
+                of them; the others see the condition alone, and cost half (Kynkäänniemi et al. 2024, for continuous
+                diffusion).
             truncation_rate: the probability mass of the codes that are drawn from, in (0, 1]; 1 draws from all.
             prior_rule, prior_weight: the purity prior, see [`MaskReplaceScheduler.step`].
             temperature: divides the logits.
@@ -382,6 +383,7 @@ class VQDiffusionImagePipeline(DenoisingPipeline):
             )
         times, decode_batch_size = self.check_output(num_images_per_prompt, output_type, decode_batch_size)
         guidance_scale, temperature = check_guidance_scale(guidance_scale), check_temperature(temperature)
+        interval = GuidanceInterval(guidance_start, guidance_end)
         callback_names = self.check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         keep_fraction = None if keep_fraction is None else check_real("keep_fraction", keep_fraction, 0, 1)
         class_labels = None if class_labels is None else self.class_ids(class_labels)
@@ -410,7 +412,7 @@ class VQDiffusionImagePipeline(DenoisingPipeline):
         check_painted(given)
         scheduler = self.own_scheduler()
         steps = self.set_timesteps(scheduler, num_inference_steps, timesteps, strength)
-        guided = guided_steps(len(steps), guidance_start, guidance_end)
+        guided = None if null_inputs is None else interval.guided(len(scheduler.timesteps))
         step_arguments = {
             "generator": generator,
             "truncation_rate": truncation_rate,
@@ -426,7 +428,11 @@ class VQDiffusionImagePipeline(DenoisingPipeline):
             steps,
             strength,
             lambda x, t, i, rows: self.predict(
-                x, t, rows_of(inputs, rows), rows_of(null_inputs, rows) if guided[i] else None, guidance_scale
+                x,
+                t,
+                rows_of(inputs, rows),
+                rows_of(null_inputs, rows) if guided and guided[i - len(steps)] else None,
+                guidance_scale,
             ),
             step_arguments,
             callback_on_step_end,

@@ -20,7 +20,7 @@ from ..argument_checks import check_integer, check_real, check_sequence
 from ..images import images_as
 from .completion import Given, check_painted, check_whole_size, grids_of, kept_codes, paste, random_mask, read_given
 from .conditioning import class_names, count_inputs, repeat_inputs, repeat_to, resize_map, to_map
-from .denoising_pipeline import DenoisingPipeline, guided_steps, last_steps
+from .denoising_pipeline import DenoisingPipeline, GuidanceInterval, last_steps
 from .text_condition import check_text_parts
 from .vq_pipeline import (
     check_decoded,
@@ -417,9 +417,9 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
             strength: for `image` without mask, the share of the steps that is taken.
             num_inference_steps, timesteps, sigmas: the scheduler's steps.
             guidance_scale: see `predict`; 1 is off.
-            guidance_start, guidance_end: the share of the steps that is guided; the others see the condition alone,
-                and cost half. Guidance at the noisiest steps costs variety, and at the last ones it changes little
-                (Kynkäänniemi et al. 2024).
+            guidance_start, guidance_end: the share of the schedule's steps that is guided, whatever `strength` leaves
+                of them; the others see the condition alone, and cost half. Guidance at the noisiest steps costs variety,
+                and at the last ones it changes little (Kynkäänniemi et al. 2024).
             eta: DDIM's η.
             quantize_denoised: quantize the predicted clean latents in each step; DDIM only.
             num_images_per_prompt: images for each class, prompt or condition; those of one are adjacent.
@@ -443,6 +443,7 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
             num_images_per_prompt, output_type, decode_batch_size, LATENT_OUTPUT_TYPES
         )
         guidance_scale = check_guidance_scale(guidance_scale)
+        interval = GuidanceInterval(guidance_start, guidance_end)
         strength = check_real("strength", strength, 0, 1, above=0)
         keep_fraction = None if keep_fraction is None else check_real("keep_fraction", keep_fraction, 0, 1)
         completes = any(value is not None for value in (mask_image, keep_fraction, outpaint))
@@ -479,11 +480,11 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
         scheduler = self.own_scheduler()
         step_arguments = self.step_arguments(scheduler, generator, eta)
         steps = self.set_timesteps(scheduler, num_inference_steps, timesteps, sigmas, tokens=size[0] * size[1])
+        guided = None if null_inputs is None else interval.guided(len(steps), scheduler.order)
         image_latents = None
         if pixels is not None and not takes_image:
             image_latents = self.encode_image(pixels) * self.vqvae.config.scaling_factor
             steps = steps if mask is not None else self._last_steps(scheduler, steps, strength)
-        guided = guided_steps(len(steps), guidance_start, guidance_end)
         shape = (count * times, self.vqvae.config.embed_dim, *size)
         noise = self.prepare_noise(shape, generator, latents)
         known = None
@@ -496,7 +497,9 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
             scheduler,
             latents,
             steps,
-            lambda x, t, i: self.predict(x, t, inputs, null_inputs if guided[i] else None, maps, guidance_scale),
+            lambda x, t, i: self.predict(
+                x, t, inputs, null_inputs if guided and guided[i - len(steps)] else None, maps, guidance_scale
+            ),
             step_arguments,
             quantize_denoised,
             callback_on_step_end,

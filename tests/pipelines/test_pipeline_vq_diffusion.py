@@ -269,7 +269,11 @@ def test_guidance_in_an_interval_by_hand():
         ("class", {"class_labels": 0, "guidance_start": -0.1}, r"`guidance_start` must be a number in \[0, 1\]"),
         ("class", {"class_labels": 0, "guidance_end": 1.1}, r"`guidance_end` must be a number in \[0, 1\]"),
         ("class", {"class_labels": 0, "guidance_start": 0.5, "guidance_end": 0.5}, "`guidance_end` must be above"),
-        ("class", {"class_labels": 0, "guidance_start": 0.51, "guidance_end": 0.59}, "at least one of the 10 steps"),
+        (
+            "class",
+            {"class_labels": 0, "guidance_scale": 2.0, "guidance_start": 0.51, "guidance_end": 0.59},
+            "at least one of the 10 steps",
+        ),
         ("class", {"class_labels": 0, "guidance_scale": float("nan")}, "`guidance_scale` must be"),
         ("class", {"class_labels": 0, "guidance_scale": float("inf")}, "`guidance_scale` must be"),
         ("class", {"class_labels": True}, "`class_labels` must be ids from 0 to 1"),

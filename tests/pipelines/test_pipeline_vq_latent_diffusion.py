@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import (
+    ClassifierFreeGuidance,
     DiffusionPipeline,
     IPNDMScheduler,
     LDMPipeline,
@@ -20,6 +21,7 @@ from hf_vq import VQGANModel, VQLatentDiffusionPipeline, VQVAE2Config, VQVAE2Mod
 from hf_vq.hub import save_with_code
 from hf_vq.hub_cards import model_card
 from hf_vq.models.autoencoders.image_processing_vq import VQImageProcessor
+from hf_vq.pipelines.denoising_pipeline import GuidanceInterval
 from tests.pipelines.latent_diffusion_parts import (
     CONDITIONS,
     SCHEDULERS,
@@ -86,7 +88,7 @@ def test_a_chain_by_hand(kind):
 
 @pytest.mark.parametrize(
     ("share", "guided"),
-    [((0.0, 1.0), 4 * [True]), ((0.25, 0.75), [False, True, True, False]), ((0.3, 0.9), [0, 0, 1, 0])],
+    [((0.0, 1.0), 4 * [True]), ((0.25, 0.75), [False, True, True, False]), ((0.3, 0.9), [False, True, True, False])],
 )
 def test_guidance_in_an_interval_by_hand(share, guided):
     """A step is guided if it lies within the interval as a whole; the others cost no null rows."""
@@ -107,6 +109,47 @@ def test_guidance_in_an_interval_by_hand(share, guided):
     found = latents_of(pipeline, class_labels=1, latents=noise, num_inference_steps=4, **options)
     torch.testing.assert_close(found, x / 2.5, atol=2e-4, rtol=1e-4)
     assert rows == [2 if guides else 1 for guides in guided]
+
+
+INTERVALS = [(0, 1), (0.25, 0.75), (0.3, 0.9), (0, 0.5), (0.29, 0.58), (0.7, 1), (0.4, 0.41)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 10, 30, 50, 100])
+def test_the_steps_of_an_interval_are_those_of_diffusers(count):
+    for start, end in INTERVALS:
+        # 0.58 · 50 is 28.999999999999996, which diffusers cuts to 28
+        guider = ClassifierFreeGuidance(guidance_scale=2.0, start=start + 1e-9, stop=min(end + 1e-9, 1.0))
+        expected = []
+        for step in range(count):
+            guider.set_state(step=step, num_inference_steps=count, timestep=None)
+            expected.append(guider.num_conditions == 2)
+        if any(expected):
+            assert GuidanceInterval(start, end).guided(count) == expected, (start, end)
+            assert GuidanceInterval(np.float32(start), np.float32(end)).guided(count) == expected, (start, end)
+        else:
+            with pytest.raises(ValueError, match=f"at least one of the {count} steps"):
+                GuidanceInterval(start, end).guided(count)
+
+
+def test_a_step_of_second_order_is_guided_as_a_whole():
+    pipeline = make_pipeline("class", "heun")
+    calls = []
+    pipeline.unet.register_forward_pre_hook(lambda module, args: calls.append((int(args[1]), len(args[0]))))
+    options = {"guidance_scale": 3.0, "num_inference_steps": 4, "guidance_start": 0.25, "guidance_end": 0.75}
+    latents_of(pipeline, class_labels=1, **options)
+    assert calls == [(999, 1), (666, 1), (666, 2), (333, 2), (333, 2), (0, 2), (0, 1)]
+    with pytest.raises(ValueError, match="at least one of the 4 steps"):
+        latents_of(pipeline, class_labels=1, **{**options, "guidance_start": 0.76, "guidance_end": 0.99})
+    latents_of(pipeline, class_labels=1, num_inference_steps=1, guidance_end=0.5)  # nothing to guide
+
+
+def test_strength_leaves_the_interval_at_its_noise_levels():
+    pipeline = make_pipeline("class")
+    calls = []
+    pipeline.unet.register_forward_pre_hook(lambda module, args: calls.append((int(args[1]), len(args[0]))))
+    options = {"guidance_scale": 3.0, "num_inference_steps": 4, "guidance_start": 0.25, "guidance_end": 0.75}
+    latents_of(pipeline, class_labels=1, image=image(), strength=0.5, **options)
+    assert calls == [(250, 2), (0, 1)]
 
 
 def test_a_flow_by_hand():
