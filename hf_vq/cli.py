@@ -26,6 +26,15 @@ SAMPLING_OPTIONS = {
     "width": (int, False),
     "annotator": (str, False),
 }
+SAMPLING_HELP = {
+    "annotator": "makes conditions of photos: segmentation, depth, edges or pose",
+    "guidance_start": "the share of a diffusion's steps, 0 to 1, before which it is not guided (default: 0)",
+    "guidance_end": "and after which it is not (default: 1)",
+    "eta": "of DDIM: 0 adds no noise between steps, 1 as much as DDPM (default: 0)",
+    "prior_rule": "of VQ-Diffusion, how many codes a step draws, and which: 0 by the chain, 1 as many in each step, 2 "
+    "the surest ones first (default: 0)",
+    "prior_weight": "with --prior-rule 2, how much sure predictions are sharpened (default: 0)",
+}
 EXTRAS = {  # which of the package's extras has what a subcommand may miss
     "datasets": "train",
     "pyarrow": "train",
@@ -186,8 +195,7 @@ def add_sample(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("--num-images", type=positive, default=8, help="in a row (default: %(default)s)")
     own = "(default: the pipeline's)"
     for name, (kind, several) in SAMPLING_OPTIONS.items():
-        help = {"annotator": "makes conditions of photos: segmentation, depth, edges or pose"}.get(name)
-        help = help or ("one for all levels, or one for each " if several else "") + own
+        help = SAMPLING_HELP.get(name) or ("one for all levels, or one for each " if several else "") + own
         command.add_argument(f"--{name.replace('_', '-')}", type=kind, nargs="+" if several else None, help=help)
     command.add_argument("--seed", type=seed, help="(default: a new one each time)")
     add_output(command, "samples.png", "the sheet")

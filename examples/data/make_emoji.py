@@ -41,7 +41,8 @@ def read_package(folder: Path, name: str, wanted) -> dict[str, bytes]:
     """The files of a packed npm package whose path `wanted` accepts."""
     archives = sorted(folder.glob(f"{name}-[0-9]*.tgz"))
     if not archives:
-        raise ValueError(f"`--packages`: no {name}-*.tgz in {folder}; get it with `npm pack {name}`.")
+        package = name.replace("lobehub-", "@lobehub/")  # as npm writes the scope into the name of the file
+        raise ValueError(f"`--packages`: no {name}-*.tgz in {folder}; get it with `npm pack {package}`.")
     with tarfile.open(archives[-1], "r:gz") as archive:
         files = ((member.name.split("/", 1)[-1], member) for member in archive if member.isfile())
         return {path: archive.extractfile(member).read() for path, member in files if wanted(path)}

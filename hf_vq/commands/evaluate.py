@@ -49,7 +49,7 @@ def evaluate(options: argparse.Namespace) -> None:
         data, options.split, channels=tokenizer.config.in_channels, condition_processor=processor
     )
     annotator = None if options.annotator is None else load_annotator(options.annotator, device=where)
-    perceptual = build_perceptual(options.perceptual)
+    perceptual = build_perceptual(options.perceptual, argument="--perceptual")
     extractor, classifier = feature_networks(options, where)
     missing = {"agreement"} if annotator is None else set()
     missing |= {"generation"} if extractor is None and classifier is None else set()  # `--features none`
@@ -129,7 +129,7 @@ def feature_networks(options: argparse.Namespace, where: str) -> tuple:
         except ImportError as error:
             raise ValueError(f"`--inception`: {error}") from error
         return network, InceptionLogits(network)
-    network = build_perceptual(options.features)
+    network = build_perceptual(options.features, argument="--features")
     if network is None:
         return None, None
     if not isinstance(network, MobileNetV2Features):

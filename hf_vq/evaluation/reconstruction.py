@@ -15,6 +15,7 @@ from ..images import check_pixel_range
 
 
 DATA_RANGE = 2.0  # the width of [-1, 1]
+SSIM_WINDOW = 11  # pixels, as published
 
 
 def psnr(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
@@ -38,7 +39,9 @@ def l1(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
     return (_floating(images) - _floating(references)).abs().flatten(1).mean(1)
 
 
-def ssim(images: torch.Tensor, references: torch.Tensor, window_size: int = 11, sigma: float = 1.5) -> torch.Tensor:
+def ssim(
+    images: torch.Tensor, references: torch.Tensor, window_size: int = SSIM_WINDOW, sigma: float = 1.5
+) -> torch.Tensor:
     """Structural similarity (Wang et al. 2004, equation 13) of each image, the mean over positions and channels.
 
     Means, variances and covariance are weighted by a Gaussian window, at the positions where the window lies wholly
@@ -128,4 +131,4 @@ def _floating(images: torch.Tensor) -> torch.Tensor:
     return images if images.dtype == torch.float64 else images.float()
 
 
-__all__ = ["DATA_RANGE", "MeanOverImages", "l1", "psnr", "ssim"]
+__all__ = ["DATA_RANGE", "SSIM_WINDOW", "MeanOverImages", "l1", "psnr", "ssim"]

@@ -273,7 +273,11 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
             first, last = config.base_image_seq_len, config.max_image_seq_len
             slope = (config.max_shift - config.base_shift) / (last - first)
             own["mu"] = config.base_shift + slope * (tokens - first)
-        scheduler.set_timesteps(**own, device=self._execution_device)
+        try:
+            scheduler.set_timesteps(**own, device=self._execution_device)
+        except (ValueError, IndexError) as error:  # too few for a method of several steps, or not those it can take
+            given = ", ".join(f"{name}={value}" for name, value in own.items())
+            raise ValueError(f"`{next(iter(own))}`: a {type(scheduler).__name__} takes no {given}: {error}") from error
         return scheduler.timesteps
 
     def prepare_noise(
@@ -418,8 +422,8 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
             num_inference_steps, timesteps, sigmas: the scheduler's steps.
             guidance_scale: see `predict`; 1 is off.
             guidance_start, guidance_end: the share of the schedule's steps that is guided, whatever `strength` leaves
-                of them; the others see the condition alone, and cost half. Guidance at the noisiest steps costs variety,
-                and at the last ones it changes little (Kynkäänniemi et al. 2024).
+                of them; the others see the condition alone, and cost half. Guidance at the noisiest steps costs
+                variety, and at the last ones it changes little (Kynkäänniemi et al. 2024).
             eta: DDIM's η.
             quantize_denoised: quantize the predicted clean latents in each step; DDIM only.
             num_images_per_prompt: images for each class, prompt or condition; those of one are adjacent.

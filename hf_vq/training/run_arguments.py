@@ -295,10 +295,10 @@ def check_guidance(guidance_scale: float, condition_dropout: float) -> None:
         )
 
 
-def check_smallest_side(name: str, value: Any, size: Sequence[int], least: int) -> None:
-    """Refuses images of `size` (H, W) that are too small for what the argument `name` chooses."""
+def check_smallest_side(what: str, size: Sequence[int], least: int) -> None:
+    """Refuses images of `size` (H, W) that are too small for `what`."""
     if min(size) < least:
-        raise ValueError(f"resolution={size}: {name}={value} needs at least {least} pixels in each direction.")
+        raise ValueError(f"resolution={size}: {what} needs at least {least} pixels in each direction.")
 
 
 def check_agrees(name: str, value: Any, found: Any, source: str | Path) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 import hf_vq
 from hf_vq.cli import EXTRAS, main
+from hf_vq.training.metrics import TrainingStoppedError
 from tests.commands.command_line import SUBCOMMANDS, run
 
 
@@ -144,6 +145,15 @@ def test_the_extras_hold_what_they_are_named_for():
     for package, extra in EXTRAS.items():
         (line,) = [line for line in text.splitlines() if line.startswith(f"{extra} = [")]
         assert f'"{package}>=' in line
+
+
+def test_a_training_that_stops_says_why(capsys, monkeypatch):
+    def stop(arguments):
+        raise TrainingStoppedError("the loss is not finite at step 3: lower `learning_rate`")
+
+    monkeypatch.setattr("hf_vq.training.scripts.train_vqvae.main", stop)
+    assert run("train", "vqvae", "--cpu", "true") == 1
+    assert capsys.readouterr().err == "hf-vq train: the loss is not finite at step 3: lower `learning_rate`\n"
 
 
 def test_wrong_usage_exits_with_2(capsys):

@@ -8,7 +8,7 @@ from hf_vq import VQConditionProcessor, VQGANConfig, VQGANModel, VQVAE2Config, V
 from tests.pipelines.latent_diffusion_parts import make_text_parts
 
 
-COMMON = {"dataset_name_or_path": "images", "cpu": "true", "resolution": "8"}
+COMMON = {"dataset_name_or_path": "images", "cpu": "true", "resolution": "16"}
 VQGAN = {"base_channels": "32", "channel_multiplier": "1 1", "attn_resolutions": "4", "perceptual": "none"}
 VQGAN |= {"disc_weight": "0"}
 VQGAN |= {"embed_dim": "4", "latent_channels": "4", "num_embeddings": "8"}
@@ -91,7 +91,7 @@ WRONG = {
         {"validation_timesteps": "101"},
     ],
     "vq_latent_diffusion": [
-        {"block_out_channels": "8 8 8 8", "attention_levels": "0"},
+        {"block_out_channels": "8 8 8 8 8", "attention_levels": "0"},
         {"condition_dropout": "0", "guidance_scale": "2"},
         {"text_encoder": "TEXT"},
         {**TEXT, "text_max_length": "7"},

@@ -114,18 +114,25 @@ def test_arrays_of_five_channels(images, tmp_path):
 
 def test_images_too_small_for_a_perceptual_network(images, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "hf_vq.training.scripts.train_vqvae.build_perceptual", lambda name: LPIPS() if name == "lpips" else None
+        "hf_vq.training.scripts.train_vqvae.build_perceptual", lambda name, **_: LPIPS() if name == "lpips" else None
     )
     for option in ("--perceptual", "--validation_perceptual"):
         with pytest.raises(ValueError, match=f"{option[2:]}=lpips needs at least 16 pixels"):
-            train("vqvae", images, tmp_path, option, "lpips", "--resolution", "8", "16")
+            train("vqvae", images, tmp_path, option, "lpips", "--resolution", "12", "16")
 
 
 def test_what_does_not_fit_is_refused_at_the_start(images, tmp_path):
     for name, options, message in (
         ("vqvae", ["--resolution", "16", "22"], r"resolution.*multiple"),
         ("vqvae", ["--perceptual_weight", "-1"], "`perceptual_weight` must be"),
-        ("vqvae2", ["--perceptual", "squeezenet"], "squeezenet"),
+        (
+            "vqvae",
+            ["--resolution", "8", "16"],
+            r"resolution=\(8, 16\): the SSIM of validation needs at least 11 pixels",
+        ),
+        ("vqgan", ["--resolution", "8"], "the SSIM of validation needs at least 11 pixels"),
+        ("vqvae2", ["--perceptual", "squeezenet"], "`perceptual` must be one of .* got 'squeezenet'"),
+        ("vqvae2", ["--validation_perceptual", "squeezenet"], "`validation_perceptual` must be one of"),
         ("vqgan", ["--disc_layers", "3"], "disc_layers=3 needs at least 24 pixels"),
         ("vqgan", ["--commitment_cost", "nan"], "`commitment_cost` must be"),
         ("vqgan", ["--adam_beta1", "1"], "`adam_beta1` must be"),

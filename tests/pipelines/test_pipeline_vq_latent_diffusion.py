@@ -143,6 +143,13 @@ def test_a_step_of_second_order_is_guided_as_a_whole():
     latents_of(pipeline, class_labels=1, num_inference_steps=1, guidance_end=0.5)  # nothing to guide
 
 
+def test_steps_that_a_scheduler_cannot_take():
+    pipeline = make_pipeline(scheduler="ddim")
+    pipeline.scheduler = PNDMScheduler()
+    with pytest.raises(ValueError, match="`num_inference_steps`: a PNDMScheduler takes no num_inference_steps=1: "):
+        latents_of(pipeline, num_inference_steps=1)
+
+
 def test_strength_leaves_the_interval_at_its_noise_levels():
     pipeline = make_pipeline("class")
     calls = []

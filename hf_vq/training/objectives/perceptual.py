@@ -10,18 +10,18 @@ from pathlib import Path
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
-from safetensors import safe_open
 from torch import nn
 
 from ...argument_checks import check_integer
+from ...conversion.reading import load_state_dict
 
 
 NAMES = ("lpips", "mobilenet_v2", "none")
 # torchvision's VGG16, without the heads of LPIPS
 VGG16_REPO = "timm/vgg16.tv_in1k"
 OTHER_CHOICES = (
-    "Other choices: `build_perceptual('/path/to/weights')` for LPIPS from a local file, "
-    "'mobilenet_v2' for an uncalibrated distance on small weights, or 'none'."
+    "Other choices: the path of a local file with LPIPS's weights, 'mobilenet_v2' for an uncalibrated distance on "
+    "small weights, or 'none'."
 )
 
 
@@ -170,6 +170,8 @@ class LPIPS(PerceptualNetwork):
             ValueError: if weights are missing or of a wrong shape.
         """
         weights = _lpips_weights(path)
+        if not any(key.startswith("net.") for key in weights):
+            raise ValueError(f"`{path}` does not hold LPIPS's weights: no layer of VGG16 is in it.")
         if heads is not None:
             weights.update({key: value for key, value in _lpips_weights(heads).items() if key.startswith("heads.")})
         elif not any(key.startswith("heads.") for key in weights):
@@ -321,12 +323,15 @@ class _InvertedResidual(nn.Module):
         return hidden + self.conv(hidden) if self.residual else self.conv(hidden)
 
 
-def build_perceptual(name_or_path: str | Path, heads: str | Path | None = None) -> PerceptualNetwork | None:
+def build_perceptual(
+    name_or_path: str | Path, heads: str | Path | None = None, argument: str = "name_or_path"
+) -> PerceptualNetwork | None:
     """The perceptual network that was asked for, and no other.
 
     Args:
         name_or_path: `"lpips"` (VGG16 from the Hub), `"mobilenet_v2"`, `"none"`, or a file for `LPIPS.from_file`.
         heads: file with LPIPS's linear heads, if they are apart.
+        argument: what errors call `name_or_path`.
 
     Returns:
         A `PerceptualNetwork`, or `None` for `"none"`.
@@ -344,7 +349,7 @@ def build_perceptual(name_or_path: str | Path, heads: str | Path | None = None) 
     if name_or_path == "lpips":
         return LPIPS.from_hub(heads=heads)
     if not Path(name_or_path).is_file():
-        raise ValueError(f"`name_or_path` must be one of {NAMES} or an existing file, got {str(name_or_path)!r}.")
+        raise ValueError(f"`{argument}` must be one of {NAMES} or an existing file, got {str(name_or_path)!r}.")
     return LPIPS.from_file(name_or_path, heads)
 
 
@@ -358,11 +363,9 @@ def _unit_difference(features_a: torch.Tensor, features_b: torch.Tensor) -> torc
 
 def _read_weights(path: str | Path, pattern: str = "") -> dict[str, torch.Tensor]:
     """Tensors of a `.safetensors` file or a pickle whose names contain the regular expression `pattern`."""
-    if str(path).endswith(".safetensors"):
-        with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys() if re.search(pattern, key)}
-    weights = torch.load(path, map_location="cpu", weights_only=True)
-    weights = weights.get("state_dict", weights)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"The weights `{path}` do not exist.")
+    weights = load_state_dict(path, "weights")
     return {key: value for key, value in weights.items() if re.search(pattern, key)}
 
 

@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import Dataset
 
 from hf_vq import VQConditionProcessor, VQGANConfig, VQGANModel, VQImageProcessor
+from hf_vq.evaluation.reconstruction import SSIM_WINDOW
 from hf_vq.models.autoencoders.image_processing_vq_condition import CONDITIONS
 from hf_vq.models.quantizers.build import QUANTIZERS
 from hf_vq.training.data.conditions import build_reader, condition_values
@@ -233,10 +234,12 @@ def check_sizes(
     size: tuple[int, int], args: VQGANArguments, critic: PatchDiscriminator, perceptual: PerceptualNetwork | None
 ) -> None:
     """Refuses images that are too small for a loss, before the first of them is read."""
-    parts = {"perceptual": perceptual} if perceptual is not None and args.perceptual_weight > 0 else {}
+    if args.condition != "segmentation":
+        check_smallest_side("the SSIM of validation", size, SSIM_WINDOW)
+    parts = {"perceptual": perceptual} if perceptual is not None else {}
     parts |= {"disc_layers": critic} if args.disc_weight > 0 else {}
     for name, part in parts.items():
-        check_smallest_side(name, getattr(args, name), size, part.min_size)
+        check_smallest_side(f"{name}={getattr(args, name)}", size, part.min_size)
 
 
 def load_splits(data_args: DataArguments, args: VQGANArguments, seed: int, processor: VQConditionProcessor | None):
@@ -273,7 +276,7 @@ def main(argv: list[str] | None = None) -> None:
     data_args.check_multiple_of(tokenizer.config.downsample_factor)
     run_args.check_codebook(tokenizer.config.num_embeddings)
     critic = build_discriminator(args)
-    perceptual = build_perceptual(args.perceptual)
+    perceptual = build_perceptual(args.perceptual, argument="perceptual")
     if perceptual is not None:
         perceptual.to(run.device)
     check_sizes(data_args.size, args, critic, perceptual)

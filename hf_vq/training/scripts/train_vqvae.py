@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_vq import VQImageProcessor, VQVAEModel
+from hf_vq.evaluation.reconstruction import SSIM_WINDOW
 from hf_vq.models.modeling_outputs import VQModelOutput
 from hf_vq.models.quantizers.build import QUANTIZERS
 from hf_vq.training.data.image_datasets import DataArguments, load_image_dataset, pixel_variance
@@ -116,17 +117,21 @@ def build_distances(
     """The perceptual networks of the loss and of validation.
 
     Raises:
-        ValueError: images that are too small for one of them, before the first is read.
+        ValueError: images that are too small for one of them or for SSIM, before the first is read.
     """
-    choices = {"perceptual": args.perceptual, "validation_perceptual": args.validation_perceptual or args.perceptual}
-    found = []
-    for argument, choice in choices.items():
-        network = build_perceptual(choice)
+    check_smallest_side("the SSIM of validation", size, SSIM_WINDOW)
+    networks = []
+    for argument in ("perceptual", "validation_perceptual"):
+        choice = getattr(args, argument)
+        if networks and choice in (None, args.perceptual):
+            networks += networks
+            break
+        network = build_perceptual(choice, argument=argument)
         if network is not None:
-            check_smallest_side(argument, choice, size, network.min_size)
+            check_smallest_side(f"{argument}={choice}", size, network.min_size)
             network.to(device)
-        found.append(network)
-    return tuple(found)
+        networks.append(network)
+    return tuple(networks)
 
 
 def training_loss(

@@ -201,7 +201,7 @@ def test_lpips_refuses_other_weights(vgg16, heads, tmp_path):
 
 def test_lpips_refuses_a_pickle_with_code(tmp_path):
     torch.save({"features.0.weight": images}, tmp_path / "code.pth")  # a function
-    with pytest.raises(Exception, match="[Ww]eights.only"):
+    with pytest.raises(ValueError, match="code.pth holds an object of the class .*safe to read"):
         LPIPS.from_file(tmp_path / "code.pth")
 
 
@@ -436,6 +436,26 @@ def test_names(network, mobilenet):
 def test_unknown_name():
     with pytest.raises(ValueError, match=r"one of \('lpips', 'mobilenet_v2', 'none'\) or an existing file, got 'vgg'"):
         build_perceptual("vgg")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.png", b"\x89PNG\r\n\x1a\n", "a file of an unknown format"),
+        ("a.pth", b"", "is empty"),
+        ("a.safetensors", b"junk and more junk", "is not a whole safetensors file"),
+    ],
+)
+def test_a_file_that_holds_no_weights(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name} .*{message}"):
+        build_perceptual(tmp_path / name)
+
+
+def test_weights_of_another_network(tmp_path):
+    save_file({"conv.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"other.safetensors` does not hold LPIPS's weights: no layer of VGG16"):
+        build_perceptual(tmp_path / "other.safetensors")
 
 
 def test_heads_belong_to_lpips():
