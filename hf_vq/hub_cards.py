@@ -193,12 +193,21 @@ def _remote_snippet(model: Any, repo_id: str) -> str | None:
     return f"{code}prior = {auto_class}.{load}\n{_generate(model)}"
 
 
+CONDITION_PICTURES = {
+    "segmentation": "an id in each pixel, one channel",
+    "depth": "a depth map, one channel",
+    "edges": "an edge map, one channel",
+    "pose": "a drawn pose",
+}
+
+
 def _draw(pipeline: DiffusionPipeline) -> str:
     """Python that draws an image from `pipeline`."""
     call = getattr(pipeline, "example_call", "")  # a pipeline of diffusers takes no argument
     before = ""
     if "condition_image=" in call:
-        before = 'from PIL import Image\n\npicture = Image.open("condition.png")\n'
+        what = CONDITION_PICTURES[pipeline.condition_processor.condition]
+        before = f'from PIL import Image\n\npicture = Image.open("condition.png")  # {what}\n'
     elif "condition=" in call:
         length = pipeline.priors[0].config.condition_length
         before = f"import torch\n\ncodes = torch.zeros(1, {length}, dtype=torch.long)  # of a condition\n"
