@@ -44,8 +44,8 @@ def test_writes_pictures_a_pipeline_and_metrics(demo):
     assert metrics["images_per_second"] > 0
     for name in metrics:
         assert name in printed
-    indices = VQAutoregressivePipeline.from_pretrained(str(output_dir / "pipeline"))(0, output_type="indices").indices
-    assert indices.shape == (1, 8, 8)
+    pipeline = VQAutoregressivePipeline.from_pretrained(str(output_dir / "pipeline"))
+    assert pipeline(class_labels=0, output_type="indices").indices.shape == (1, 8, 8)
 
 
 def test_a_second_run_skips_what_is_done(demo):
