@@ -72,7 +72,7 @@ class CodeSequenceMixin:
     @property
     def device(self) -> torch.device:
         """Where the model computes; its weights may wait elsewhere between the calls of their layers."""
-        device = super().device
+        device = next(self.parameters()).device  # a `super().device` would end the graph of torch.compile
         if device.type != "meta":
             return device
         hooks = (getattr(module, "_hf_hook", None) for module in self.modules())
