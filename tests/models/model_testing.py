@@ -162,6 +162,8 @@ class ModelTests:
     @pytest.mark.slow
     @pytest.mark.parametrize("mode", ["eval", "train"])
     def test_compiles_to_one_graph(self, case, mode):
+        if mode == "train" and any(getattr(case.config, name, 0) for name in ("dropout", "resid_pdrop")):
+            pytest.skip("compiled dropout draws its masks in another way")
         model, other = case.make(), case.make()
         torch._dynamo.reset()
         compiled = torch.compile(other, fullgraph=True, backend="aot_eager")

@@ -104,7 +104,10 @@ class IndexRemap(nn.Module):
         check_indices(indices, self.num_embeddings)
         mapped = self.table[indices.long()]
         missing = mapped < 0
-        if self.unknown == "error" and missing.any():
+        if self.unknown == "error" and torch.compiler.is_compiling():  # a graph has no branch on a value
+            message = f"`indices` must hold the {self.num_used} used codes alone."
+            torch._assert_async(~missing.any(), message)
+        elif self.unknown == "error" and missing.any():
             codes = indices[missing].unique()[:5].tolist()
             raise ValueError(
                 f"`indices` hold codes that are not among the {self.num_used} used ones, such as {codes}."

@@ -200,6 +200,14 @@ def test_remap_there_and_back():
         remap.to_used(torch.tensor([[5, 4]]))
 
 
+def test_a_compiled_remap_refuses_unknown_codes_too():
+    remap = IndexRemap(torch.tensor([3, 5, 9]), 12)
+    compiled = torch.compile(remap.to_used, fullgraph=True, backend="eager")
+    assert compiled(torch.tensor([9, 3])).tolist() == [2, 0]
+    with pytest.raises(RuntimeError, match="must hold the 3 used codes alone"):
+        compiled(torch.tensor([9, 4]))
+
+
 def test_remap_of_unknown_codes():
     used, every = torch.tensor([5, 0, 9]), torch.arange(10)
     missing = torch.tensor([code not in (0, 5, 9) for code in range(10)])
