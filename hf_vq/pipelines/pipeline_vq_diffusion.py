@@ -412,7 +412,9 @@ class VQDiffusionImagePipeline(DenoisingPipeline):
         check_painted(given)
         scheduler = self.own_scheduler()
         steps = self.set_timesteps(scheduler, num_inference_steps, timesteps, strength)
-        guided = None if null_inputs is None else interval.guided(len(scheduler.timesteps))
+        guided = [False] * len(steps)
+        if null_inputs is not None:
+            guided = interval.guided(len(scheduler.timesteps))[-len(steps) :]
         step_arguments = {
             "generator": generator,
             "truncation_rate": truncation_rate,
@@ -428,11 +430,7 @@ class VQDiffusionImagePipeline(DenoisingPipeline):
             steps,
             strength,
             lambda x, t, i, rows: self.predict(
-                x,
-                t,
-                rows_of(inputs, rows),
-                rows_of(null_inputs, rows) if guided and guided[i - len(steps)] else None,
-                guidance_scale,
+                x, t, rows_of(inputs, rows), rows_of(null_inputs, rows) if guided[i] else None, guidance_scale
             ),
             step_arguments,
             callback_on_step_end,

@@ -484,11 +484,13 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
         scheduler = self.own_scheduler()
         step_arguments = self.step_arguments(scheduler, generator, eta)
         steps = self.set_timesteps(scheduler, num_inference_steps, timesteps, sigmas, tokens=size[0] * size[1])
-        guided = None if null_inputs is None else interval.guided(len(steps), scheduler.order)
         image_latents = None
         if pixels is not None and not takes_image:
             image_latents = self.encode_image(pixels) * self.vqvae.config.scaling_factor
             steps = steps if mask is not None else self._last_steps(scheduler, steps, strength)
+        guided = [False] * len(steps)
+        if null_inputs is not None:
+            guided = interval.guided(len(scheduler.timesteps), scheduler.order)[-len(steps) :]
         shape = (count * times, self.vqvae.config.embed_dim, *size)
         noise = self.prepare_noise(shape, generator, latents)
         known = None
@@ -501,9 +503,7 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
             scheduler,
             latents,
             steps,
-            lambda x, t, i: self.predict(
-                x, t, inputs, null_inputs if guided and guided[i - len(steps)] else None, maps, guidance_scale
-            ),
+            lambda x, t, i: self.predict(x, t, inputs, null_inputs if guided[i] else None, maps, guidance_scale),
             step_arguments,
             quantize_denoised,
             callback_on_step_end,

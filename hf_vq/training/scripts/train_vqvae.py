@@ -111,27 +111,30 @@ def build_model(
     return model_class(config)
 
 
+def build_distance(
+    argument: str, choice: str, size: tuple[int, int], device: torch.device
+) -> PerceptualNetwork | None:
+    """The perceptual network that an argument names, or a ValueError if the images are too small for it."""
+    network = build_perceptual(choice, argument=argument)
+    if network is None:
+        return None
+    check_smallest_side(f"{argument}={choice}", size, network.min_size)
+    return network.to(device)
+
+
 def build_distances(
     args: VQVAEArguments, size: tuple[int, int], device: torch.device
 ) -> tuple[PerceptualNetwork | None, PerceptualNetwork | None]:
-    """The perceptual networks of the loss and of validation.
+    """The perceptual networks of the loss and of validation, one if they are the same.
 
     Raises:
         ValueError: images that are too small for one of them or for SSIM, before the first is read.
     """
     check_smallest_side("the SSIM of validation", size, SSIM_WINDOW)
-    networks = []
-    for argument in ("perceptual", "validation_perceptual"):
-        choice = getattr(args, argument)
-        if networks and choice in (None, args.perceptual):
-            networks += networks
-            break
-        network = build_perceptual(choice, argument=argument)
-        if network is not None:
-            check_smallest_side(f"{argument}={choice}", size, network.min_size)
-            network.to(device)
-        networks.append(network)
-    return tuple(networks)
+    perceptual = build_distance("perceptual", args.perceptual, size, device)
+    if args.validation_perceptual in (None, args.perceptual):
+        return perceptual, perceptual
+    return perceptual, build_distance("validation_perceptual", args.validation_perceptual, size, device)
 
 
 def training_loss(
