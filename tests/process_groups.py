@@ -1,9 +1,12 @@
 """A function in several real processes: forks of this one, joined by gloo."""
 
+import faulthandler
 import multiprocessing
 import os
 import pickle
+import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -20,13 +23,13 @@ def in_processes(count: int, folder: Path, function: Callable, *arguments) -> li
     """What `function(*arguments)` returns in each of `count` processes, by rank; each may read its rank from torch.
 
     Raises:
-        AssertionError: a process raised, or did not end in time.
+        AssertionError: a process raised, or did not end in time: with what each of its threads does.
     """
     context = multiprocessing.get_context("fork")
     rendezvous = folder / f"rendezvous-{len(list(folder.iterdir()))}"
     pipes = [context.Pipe(duplex=False) for _ in range(count)]
     processes = [
-        context.Process(target=_run, args=(rank, count, rendezvous, pipe[1], function, arguments))
+        context.Process(target=_run, args=(rank, count, folder, rendezvous, pipe[1], function, arguments))
         for rank, pipe in enumerate(pipes)
     ]
     for process in processes:
@@ -34,7 +37,7 @@ def in_processes(count: int, folder: Path, function: Callable, *arguments) -> li
     results = []
     try:
         for receiver, _ in pipes:
-            assert receiver.poll(SECONDS), f"a process gave no answer in {SECONDS} seconds"
+            assert receiver.poll(SECONDS), _where_they_are(processes, folder)
             value, error = pickle.loads(receiver.recv_bytes())
             assert error is None, error
             results.append(value)
@@ -45,8 +48,22 @@ def in_processes(count: int, folder: Path, function: Callable, *arguments) -> li
     return results
 
 
-def _run(rank: int, count: int, rendezvous: Path, pipe, function: Callable, arguments: tuple) -> None:
+def _where_they_are(processes: list, folder: Path) -> str:
+    alive = [process for process in processes if process.is_alive()]
+    for process in alive:
+        os.kill(process.pid, signal.SIGUSR2)
+    time.sleep(1)
+    stacks = [f"{process.name}\n{_stacks_of(folder, process.pid).read_text()}" for process in alive]
+    return "\n\n".join([f"no answer in {SECONDS} seconds", *stacks])
+
+
+def _stacks_of(folder: Path, pid: int) -> Path:
+    return folder / f"stacks-{pid}.txt"
+
+
+def _run(rank: int, count: int, folder: Path, rendezvous: Path, pipe, function: Callable, arguments: tuple) -> None:
     torch.set_num_threads(1)
+    faulthandler.register(signal.SIGUSR2, _stacks_of(folder, os.getpid()).open("w"))
     if "accelerate" in sys.modules:  # its singletons know the parent's one process
         AcceleratorState, GradientState = (getattr(sys.modules["accelerate.state"], name) for name in _SINGLETONS)
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -83,6 +83,18 @@ def prepare_model(accelerator: "Accelerator", model: nn.Module) -> nn.Module:
     return prepared
 
 
+def end_processes(accelerator: "Accelerator", prepared: list[nn.Module]) -> None:
+    """Closes the trackers and the group of processes; the prepared models can no more be called, those in them can.
+
+    Whatever `DistributedDataParallel` holds of the group is let go before: its reducer, as the last owner, would wait
+    for a thread of gloo while it holds Python's lock, for which that thread may wait to free what it exchanged last.
+    """
+    for model in prepared:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model.reducer = model.logger = model.process_group = None
+    accelerator.end_training()
+
+
 def seed_process(accelerator: "Accelerator", seed: int) -> None:
     """Seeds the generators of Python, numpy and torch, differently in every process."""
     from accelerate.utils import set_seed

@@ -74,7 +74,7 @@ from .interruption import (
 )
 from .metrics import CodeCounts, MetricGuard, MetricsFile, MetricWindow, Stopwatch, TrainingStoppedError
 from .output_lock import FolderInUseError, lock_folder, unlock_folder
-from .processes import build_accelerator, prepare_model, seed_process
+from .processes import build_accelerator, end_processes, prepare_model, seed_process
 from .run_arguments import RunArguments, learning_rate_factor
 from .run_checkpoints import RunCheckpoints
 from .run_parts import RunParts
@@ -122,6 +122,7 @@ class TrainingRun:
 
         self.parts = RunParts()
         self.models, self.optimizers, self.emas = self.parts.models, self.parts.optimizers, self.parts.emas
+        self._prepared: list[nn.Module] = []
         self._checkpoints = RunCheckpoints(
             self.output_dir, self.accelerator, self.parts, arguments.checkpoints_total_limit
         )
@@ -180,6 +181,7 @@ class TrainingRun:
             shard_model(model, self.device, self.arguments.mixed_precision)
         else:
             prepared = prepare_model(self.accelerator, model)
+        self._prepared.append(prepared)
         if ema and self.arguments.ema_decay:
             self.emas[name] = WeightEMA(model, self.arguments.ema_decay)
         return prepared
@@ -476,7 +478,7 @@ class TrainingRun:
         before.
         """
         self._interruption.restore()
-        self.accelerator.end_training()
+        end_processes(self.accelerator, self._prepared)
         unlock_folder(self.output_dir)
 
     def _lock_output_dir(self) -> None:
