@@ -254,8 +254,8 @@ def _floats(image: np.ndarray, mode: str) -> np.ndarray:
 def check_pixel_range(name: str, images: torch.Tensor) -> None:
     """Whether `images`, of any shape, are pixel values in [-1, 1], which figures of images are defined on.
 
-    Values that all lie in [0, 1], the range of most files and of `output_type="pt"`, may be right for bright images
-    and are warned about.
+    Values that all lie in [0, 1], the range of most files and of `output_type="pt"`, and fill more than half of it
+    may be right for bright images and are warned about. Those of a decoder that has learnt little fill less.
 
     Raises:
         ValueError: integers, values that are not finite, or values beyond [-1, 1]; the message says how to convert.
@@ -272,7 +272,7 @@ def check_pixel_range(name: str, images: torch.Tensor) -> None:
         raise ValueError(
             f"`{name}` must lie in [-1, 1], got {low:g} to {high:g}: clamp, or convert, before measuring."
         )
-    if low >= 0 and high > 0:
+    if low >= 0 and high - low > 0.5:
         warnings.warn(
             f"`{name}` is expected in [-1, 1], and no value lies below 0 ({low:g} to {high:g}): convert images in "
             "[0, 1] by `2 * images - 1`.",

@@ -350,6 +350,12 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
     def step_arguments(self, scheduler: SchedulerMixin, generator: Any, eta: float) -> dict:
         """What `scheduler.step` takes beside its inputs."""
         accepted = inspect.signature(scheduler.step).parameters
+        needed = [name for name, parameter in accepted.items() if parameter.default is inspect.Parameter.empty]
+        if unknown := set(needed) - {"model_output", "timestep", "sample"}:
+            raise ValueError(
+                f"`scheduler`: the step of a {type(scheduler).__name__} needs {sorted(unknown)}, which this pipeline "
+                "has not; give one that steps as a DDIMScheduler does."
+            )
         eta = check_real("eta", eta, 0, 1)
         if eta != 0 and "eta" not in accepted:
             raise ValueError(f"`eta` has no meaning for a {type(scheduler).__name__}; leave it at 0.")

@@ -1,3 +1,5 @@
+import warnings
+
 import numpy as np
 import pytest
 import pytorch_msssim
@@ -128,6 +130,12 @@ def test_images_of_another_range_are_refused(function, side, wrong, message):
 def test_images_without_a_value_below_0_are_warned_about(function):
     with pytest.warns(UserWarning, match=r"`references` is expected in \[-1, 1\]"):
         function(images(), images(seed=1) / 2 + 0.5)
+
+
+def test_flat_images_are_not_warned_about():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        psnr(images().abs() / 4 + 0.1, images(seed=1))
 
 
 def test_ssim_arguments_are_checked():

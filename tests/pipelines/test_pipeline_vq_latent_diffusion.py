@@ -10,6 +10,7 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import (
     ClassifierFreeGuidance,
+    CogVideoXDPMScheduler,
     DiffusionPipeline,
     IPNDMScheduler,
     LDMPipeline,
@@ -148,6 +149,13 @@ def test_steps_that_a_scheduler_cannot_take():
     pipeline.scheduler = PNDMScheduler()
     with pytest.raises(ValueError, match="`num_inference_steps`: a PNDMScheduler takes no num_inference_steps=1: "):
         latents_of(pipeline, num_inference_steps=1)
+
+
+def test_a_scheduler_whose_step_takes_more_is_refused():
+    pipeline = make_pipeline(scheduler="ddim")
+    pipeline.scheduler = CogVideoXDPMScheduler()
+    with pytest.raises(ValueError, match=r"`scheduler`: .*CogVideoXDPMScheduler needs .*'timestep_back'\]"):
+        latents_of(pipeline)
 
 
 def test_strength_leaves_the_interval_at_its_noise_levels():
