@@ -4,14 +4,14 @@ hf-vq train vqvae CONFIG.yaml [--argument value ...]
 accelerate launch -m hf_vq.training.scripts.train_vqvae CONFIG.yaml [--argument value ...]
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from transformers import PreTrainedModel
 
 from hf_vq import VQImageProcessor, VQVAEModel
 from hf_vq.evaluation.reconstruction import SSIM_WINDOW
+from hf_vq.models.autoencoders.modeling_tokenizer import VQTokenizerModel
 from hf_vq.models.modeling_outputs import VQModelOutput
 from hf_vq.models.quantizers.build import QUANTIZERS
 from hf_vq.training.data.image_datasets import DataArguments, load_image_dataset, pixel_variance
@@ -81,9 +81,9 @@ class VQVAEArguments:
 def build_model(
     args: VQVAEArguments,
     resolution: int | Sequence[int],
-    model_class: type[PreTrainedModel] = VQVAEModel,
+    model_class: type[VQTokenizerModel] = VQVAEModel,
     **options: int | float,
-) -> PreTrainedModel:
+) -> VQTokenizerModel:
     """The tokenizer that the arguments name, or a new one of their sizes.
 
     Args:
@@ -149,11 +149,23 @@ def training_loss(
     return loss, {name: term.detach() for name, term in {"loss": loss, **terms}.items()}
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Trains, by the arguments of the command line or `argv`."""
-    run_args, data_args, args = parse_arguments((RunArguments, DataArguments, VQVAEArguments), argv)
-    run = TrainingRun(run_args)
-    tokenizer = build_model(args, data_args.resolution).to(memory_format=torch.channels_last)
+def train_tokenizer(
+    run: TrainingRun,
+    data_args: DataArguments,
+    args: VQVAEArguments,
+    tokenizer: VQTokenizerModel,
+    validate: Callable[..., dict[str, float]] = validate_tokenizer,
+) -> None:
+    """The whole run of a tokenizer of this family, from the data to the saved model.
+
+    Args:
+        run: new, without models.
+        data_args, args: of the command line.
+        tokenizer: see [`build_model`].
+        validate: called as [`validate_tokenizer`] is.
+    """
+    run_args = run.arguments
+    tokenizer.to(memory_format=torch.channels_last)
     data_args.check_multiple_of(max(tokenizer.config.downsample_factors))
     run_args.check_codebook(tokenizer.config.num_embeddings)
     perceptual, judge = build_distances(args, data_args.size, run.device)
@@ -162,15 +174,13 @@ def main(argv: list[str] | None = None) -> None:
     validation = load_image_dataset(
         data_args, "validation", class_names=dataset.class_names, channels=args.in_channels
     )
-
     if args.model_name_or_path is None and args.data_variance is None:
         tokenizer.config.data_variance = pixel_variance(validation)
-    train_part(tokenizer, args.train)
+    trained = train_part(tokenizer, args.train)
     model = run.add_model("model", tokenizer, ema=True)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = run.add_optimizer("optimizer", torch.optim.Adam(parameters, lr=run_args.learning_rate))
+    optimizer = run.add_optimizer("optimizer", torch.optim.Adam(trained, lr=run_args.learning_rate))
 
-    run.on_validation(lambda: validate_tokenizer(run, tokenizer, validation, judge))
+    run.on_validation(lambda: validate(run, tokenizer, validation, judge))
     run.start()
     for batch in run.batches(dataset):
         tokenizer.set_training_step(run.global_step, run_args.max_train_steps)
@@ -190,6 +200,13 @@ def main(argv: list[str] | None = None) -> None:
             draw_atlas(run, trained, validation)
             save_trained(run, trained, "tokenizer", data_args, processor)
     run.finish()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Trains, by the arguments of the command line or `argv`."""
+    run_args, data_args, args = parse_arguments((RunArguments, DataArguments, VQVAEArguments), argv)
+    run = TrainingRun(run_args)
+    train_tokenizer(run, data_args, args, build_model(args, data_args.resolution))
 
 
 if __name__ == "__main__":
