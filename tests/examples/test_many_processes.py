@@ -44,7 +44,7 @@ SCRIPTS = {
 UNDISTURBED = {  # what each process draws for itself
     "vqvae2": ["--level_dropout", "0"],
     "vq_gpt": ["--dropout", "0", "--attention_dropout", "0", "--condition_dropout", "0"],
-    "pixelcnn": ["--dropout", "0", "--condition_dropout", "0"],
+    "pixelcnn": ["--dropout", "0", "--condition_dropout", "0", "--guidance_scale", "1"],
     "vq_diffusion": ["--dropout", "0"],
     "vq_latent_diffusion": ["--dropout", "0"],
 }
