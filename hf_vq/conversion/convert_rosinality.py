@@ -256,11 +256,15 @@ def convert_pixelsnail(state_dict: dict, dropout: float = 0.1) -> tuple[PixelSNA
     Raises:
         ValueError: for a key that is missing or unknown.
     """
-    weights, dropped = drop_keys(state_dict, {"background": "the positions on the grid, which are computed"})
+    unused = {"background": "the positions on the grid, which are computed"}
+    is_conditional = "cond_resnet.blocks.0.conv.weight_v" in state_dict
+    if not is_conditional:
+        unused |= {key: "of a level above, which this prior has not" for key in state_dict if ".condition." in key}
+    weights, dropped = drop_keys(state_dict, unused)
     grid_size = tuple(_shape(state_dict, "background")[2:])
     hidden_size, codebook_size, _, kernel_size = _shape(state_dict, "horizontal.conv.conv.weight_v")
     above = {}
-    if "cond_resnet.blocks.0.conv.weight_v" in state_dict:
+    if is_conditional:
         channels, codes, _, conditioning_kernel_size = _shape(state_dict, "cond_resnet.blocks.0.conv.weight_v")
         above = {
             "conditioning_codebook_size": codes,
@@ -276,7 +280,7 @@ def convert_pixelsnail(state_dict: dict, dropout: float = 0.1) -> tuple[PixelSNA
         kernel_size=kernel_size,
         num_blocks=_count(state_dict, r"blocks\.(\d+)\."),
         num_res_blocks=_count(state_dict, r"blocks\.0\.resblocks\.(\d+)\."),
-        res_channels=_shape(state_dict, "blocks.0.resblocks.0.conv1.conv.conv.weight_v")[0],
+        res_channels=_res_channels(state_dict),
         attention="blocks.0.causal_attention.query.weight_v" in state_dict,
         num_output_res_blocks=_count(state_dict, r"out\.(\d+)\.conv1\."),
         dropout=dropout,
@@ -293,6 +297,12 @@ def convert_pixelsnail(state_dict: dict, dropout: float = 0.1) -> tuple[PixelSNA
         new |= convert_pixelsnail_module(module, of_module)
     load_exactly(model, new)
     return model.eval(), dropped
+
+
+def _res_channels(state_dict: dict) -> int:
+    """Those within a gated block; a PixelSNAIL without such blocks has none, and any number fits."""
+    firsts = ("blocks.0.resblocks.0.conv1.conv.conv.weight_v", "out.0.conv1.conv.weight_v")
+    return next((state_dict[key].shape[0] for key in firsts if key in state_dict), 1)
 
 
 # ------------------------------------------------------------------------------------------------ all together
@@ -326,14 +336,17 @@ OF_CONDITION = ("n_cond_res_block", "cond_res_channel", "cond_res_kernel")
 
 def _check_arguments(options: Options, config: PreTrainedConfig, fields: dict) -> None:
     """A `ValueError` for an argument that contradicts the weights, or that the original does not have."""
+    of_nothing = []  # they name what the network has not
     if "n_res_channel" in fields and not config.num_residual_layers:
-        options.training_only("n_res_channel")
+        of_nothing.append("n_res_channel")
     if "cond_res_channel" in fields and config.conditioning_codebook_size is None:
         options.only("n_cond_res_block", 0, default=0)
-        options.training_only(*OF_CONDITION)
-        fields = {name: field for name, field in fields.items() if name not in OF_CONDITION}
+        of_nothing += OF_CONDITION
+    if "res_channel" in fields and not config.num_res_blocks + config.num_output_res_blocks:
+        of_nothing.append("res_channel")
+    options.training_only(*of_nothing)
     for name, field in fields.items():
-        if name in options.values:
+        if name in options.values and name not in of_nothing:
             given = options.take(name)
             check_agrees(name, list(given) if isinstance(given, tuple) else given, field(config))
     options.training_only("decay")  # which the original's code does not hand on

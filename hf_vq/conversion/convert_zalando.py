@@ -163,6 +163,8 @@ def convert(
     with written_folder(output) as folder, errors_name(checkpoint=checkpoint, config=config):
         training, agreeing = model_arguments(config)
         model = convert_model(load_state_dict(checkpoint), **training, data_variance=data_variance)
+        if not model.config.num_residual_layers:
+            agreeing.pop("num_residual_hiddens", None)  # a width of nothing
         for name, value in agreeing.items():
             check_agrees(name, value, getattr(model.config, ARGUMENT_FIELDS[name]))
         if "decay" in training and (training["decay"] > 0) != (model.config.quantizer == "ema"):

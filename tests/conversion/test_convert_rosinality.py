@@ -1,6 +1,8 @@
 """The tokenizer and the priors of rosinality's VQ-VAE-2."""
 
 import argparse
+import json
+import shutil
 
 import pytest
 import torch
@@ -279,6 +281,37 @@ def test_size_of_the_conditioning_kernels(size):
         changed[:, 0, 0] = (changed[:, 0, 0] + 1) % 32
         others = model.encode_condition(torch.zeros(2, dtype=torch.int64) + model.config.codebook_size, changed)
         assert (features != others).any(-1).sum() == 2
+
+
+def test_arguments_of_blocks_that_are_not_there(tmp_path):
+    """A width of no blocks is nothing that the weights could show."""
+    vqvae, _ = load(CHECKPOINTS["vqvae"])
+    vqvae = {key: value for key, value in vqvae.items() if ".conv." not in key}
+    for level, old, new in (("dec_t", 4, 2), ("dec", 4, 2), ("dec", 6, 4)):
+        for name in ("weight", "bias"):
+            vqvae[f"{level}.blocks.{new}.{name}"] = vqvae.pop(f"{level}.blocks.{old}.{name}")
+    prior, _ = load(CHECKPOINTS["pixelsnail_top"])
+    prior = {key: value for key, value in prior.items() if ".resblocks." not in key and not key.startswith("out.0.")}
+    prior = {key.replace("out.2.", "out.1."): value for key, value in prior.items()}
+    cases = {"n_res_block": 0, "n_res_channel": 64}, {"n_res_block": 0, "n_out_res_block": 0, "res_channel": 64}
+    for weights, arguments in zip((vqvae, prior), cases, strict=True):
+        torch.save(weights, tmp_path / "weights.pt")
+        (tmp_path / "config.json").write_text(json.dumps(arguments))
+        convert(tmp_path / "weights.pt", tmp_path / "output", config=tmp_path / "config.json")
+        shutil.rmtree(tmp_path / "output")
+
+
+@torch.no_grad()
+def test_a_prior_that_could_be_conditioned_but_is_not():
+    """The original makes these weights for `cond_res_channel`, and uses them where a level above is given."""
+    prior, _ = load(CHECKPOINTS["pixelsnail_bottom"])
+    prior = {key: value for key, value in prior.items() if not key.startswith("cond_resnet.")}
+    model, dropped = convert_pixelsnail(prior)
+    of_condition = {key for key in prior if ".condition." in key}
+    assert of_condition and dropped.keys() == {"background", *of_condition}
+    plain, _ = convert_pixelsnail({key: value for key, value in prior.items() if key not in of_condition})
+    ids = model.prepare_inputs(torch.randint(32, (1, *model.config.grid_size)))["input_ids"]
+    assert torch.equal(model(ids).logits, plain(ids).logits)
 
 
 class Other:

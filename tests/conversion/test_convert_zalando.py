@@ -131,7 +131,11 @@ def test_any_number_of_channels(channels, tmp_path):
         assert AutoImageProcessor.from_pretrained(tmp_path / "output").num_channels == 1
 
 
-def test_no_residual_blocks():
+def test_no_residual_blocks(tmp_path):
+    """Nor is there a width of theirs that the arguments could contradict."""
     state_dict = load_state_dict(GOLDEN / "zalando_noema" / "checkpoint.pt")
-    model = convert_model({key: value for key, value in state_dict.items() if "_layers" not in key})
-    assert model.config.num_residual_layers == 0
+    state_dict = {key: value for key, value in state_dict.items() if "_layers" not in key}
+    assert convert_model(state_dict).config.num_residual_layers == 0
+    torch.save(state_dict, tmp_path / "model.pt")
+    (tmp_path / "config.json").write_text(json.dumps({"num_residual_layers": 0, "num_residual_hiddens": 8}))
+    convert(tmp_path / "model.pt", tmp_path / "output", tmp_path / "config.json")

@@ -248,7 +248,8 @@ class VQTokenizerModel(CheckedLoadingMixin, PreTrainedModel):
         Args:
             pixel_values: `(B, in_channels, H, W)` in [-1, 1].
             target_pixel_values: what the reconstruction is compared with, `(B, out_channels, H, W)`; by default
-                `pixel_values`. A tokenizer whose `out_channels` differ from its `in_channels` needs it.
+                `pixel_values`. A tokenizer whose `out_channels` differ from its `in_channels` needs it in training,
+                and has no loss without it in evaluation mode.
             return_loss: False leaves out the losses that compare images. `transformers.Trainer` reads this argument: a
                 model that has it gives an `eval_loss`.
             return_dict: whether to return a `VQModelOutput`; None for `config.return_dict`.
@@ -256,8 +257,9 @@ class VQTokenizerModel(CheckedLoadingMixin, PreTrainedModel):
         latents, quantizer_output = self._encode_and_quantize(pixel_values)
         sample = self._decode_quantized(quantizer_output.quantized)
         loss = reconstruction_loss = None
-        if return_loss:
-            target = pixel_values if target_pixel_values is None else target_pixel_values
+        target = pixel_values if target_pixel_values is None else target_pixel_values
+        is_comparable = self.training or target_pixel_values is not None or sample.shape == target.shape
+        if return_loss and is_comparable:
             reconstruction_loss = self._reconstruction_loss(sample, target)
             loss = reconstruction_loss + quantizer_output.loss
         output = VQModelOutput(

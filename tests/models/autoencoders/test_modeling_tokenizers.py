@@ -334,19 +334,22 @@ def test_tanh_out_and_give_pre_end():
     assert_equal = torch.testing.assert_close
     expected = plain(pixels()).sample
     assert_equal(bounded(pixels()).sample, expected.tanh())
-    before = features(pixels(), return_loss=False).sample
+    output = features(pixels())
+    before = output.sample
     assert before.shape == (2, 8, 8, 8)
     assert_equal(plain.decoder.conv_out(nn.functional.silu(plain.decoder.norm_out(before))), expected)
+    assert output.loss is None and output.quantizer_loss is not None
     with pytest.raises(ValueError, match=r"`target_pixel_values` .* shape of the reconstruction, \(2, 8, 8, 8\)"):
-        features(pixels())
+        features.train()(pixels())
 
 
 @torch.no_grad()
 def test_a_decoder_of_other_widths_and_channels():
     model, depth = vqgan(out_channels=1, decoder_channel_multiplier=(2, 3)), pixels()[:, :1]
     assert model.decoder.conv_in.out_channels == 24 and model.encoder.conv_out.in_channels == 16
+    assert model(pixels()).loss is None
     with pytest.raises(ValueError, match=r"`target_pixel_values` .* \(2, 1, 8, 8\), got \(2, 3, 8, 8\)"):
-        model(pixels())
+        model(pixels(), target_pixel_values=pixels())
     output = model(pixels(), target_pixel_values=depth)
     assert output.sample.shape == depth.shape
     assert output.reconstruction_loss.item() == pytest.approx((output.sample - depth).square().mean().item(), rel=1e-5)
