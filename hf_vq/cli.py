@@ -241,7 +241,10 @@ def add_evaluate(add: Callable[..., argparse.ArgumentParser]) -> None:
     add_tokenizer(command)
     command.add_argument("--tokenizer", metavar="MODEL", help="of a prior alone: its tokenizer")
     command.add_argument("--data", required=True, help="data set of the Hub, or a folder of images")
-    command.add_argument("--split", default="validation", help="(default: %(default)s)")
+    command.add_argument("--split", help="(default: validation; with --validation-share: train)")
+    command.add_argument(
+        "--validation-share", type=float, metavar="SHARE", help="what a training with this validation_share held out"
+    )
     command.add_argument("--image-column", default="image", help="(default: %(default)s)")
     command.add_argument("--label-column", help="the classes, for conditional priors")
     command.add_argument("--caption-column", help="the prompts, for conditional priors")

@@ -32,9 +32,10 @@ def evaluate(options: argparse.Namespace) -> None:
     sampling = dict(_pair(pair) for pair in options.sampling)
     check_call(model, sampling, "`--sampling {}`", own=("generator", "output_type", "num_images_per_prompt"))
     tokenizer = getattr(model, "vqvae", model)
-    resolution = options.size or tokenizer.config.resolution
+    resolution = options.size or list(getattr(model, "image_size", None) or tokenizer.config.image_size)
     data = DataArguments(
         options.data,
+        **_split_arguments(options),
         image_column=options.image_column,
         label_column=options.label_column,
         extra_columns=[options.caption_column] if options.caption_column else [],
@@ -46,8 +47,12 @@ def evaluate(options: argparse.Namespace) -> None:
     if processor is not None and processor.condition != "edges" and options.conditioning_image_column is None:
         processor = None  # what needs conditions will say so
     dataset = load_image_dataset(
-        data, options.split, channels=tokenizer.config.in_channels, condition_processor=processor
-    )
+        data,
+        "validation",
+        class_names=class_names_of(model),
+        channels=tokenizer.config.in_channels,
+        condition_processor=processor,
+    ).readable()
     annotator = None if options.annotator is None else load_annotator(options.annotator, device=where)
     perceptual = build_perceptual(options.perceptual, argument="--perceptual")
     extractor, classifier = feature_networks(options, where)
@@ -77,10 +82,12 @@ def evaluate(options: argparse.Namespace) -> None:
         torch.distributed.destroy_process_group()
     if not is_main:
         return
+    source = Path(options.data).name if Path(options.data).exists() else options.data
+    size = "x".join(map(str, dict.fromkeys(data.size)))
     figures = {
         "model": options.model,
-        "data": f"{Path(options.data).name if Path(options.data).exists() else options.data}, split {options.split}",
-        "image_size": f"{resolution}, the shorter side by bicubic resizing with antialiasing, centre crop",
+        "data": f"{source}, split {data.validation_name}",
+        "image_size": f"{size}, the shorter side by bicubic resizing with antialiasing, centre crop",
         **({} if options.reference is None else {"reference": Path(options.reference).name}),
         **figures,
     }
@@ -90,7 +97,7 @@ def evaluate(options: argparse.Namespace) -> None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if options.update_card:
-        update_card(Path(options.model), flat_figures(figures), options)
+        update_card(Path(options.model), flat_figures(figures), options.data, data.validation_name)
     print(json.dumps(figures, indent=2, ensure_ascii=False) if options.json else table(figures))
 
 
@@ -115,6 +122,19 @@ def load_measured(options: argparse.Namespace):
     if not hasattr(tokenizer, "decode_indices"):
         raise ValueError(f"`--tokenizer` must be an image tokenizer, got a {type(tokenizer).__name__}.")
     return VQAutoregressivePipeline(vqvae=tokenizer, prior=model)
+
+
+def _split_arguments(options: argparse.Namespace) -> dict:
+    """Which images of the data set are measured, as the validation of `DataArguments`."""
+    if options.validation_share is None:
+        return {"validation_split": options.split or "validation"}
+    return {"train_split": options.split or "train", "validation_share": options.validation_share}
+
+
+def class_names_of(model) -> list[str] | None:
+    """Those of a pipeline's prior, in the order of its numbers; None without them."""
+    names = getattr(model, "id2label", None) or {}
+    return [names[number] for number in range(len(names))] if sorted(names) == list(range(len(names))) else None
 
 
 def feature_networks(options: argparse.Namespace, where: str) -> tuple:
@@ -202,8 +222,9 @@ def table(figures: dict) -> str:
     return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
 
 
-def update_card(folder: Path, figures: dict[str, float], options: argparse.Namespace) -> None:
-    """Writes the figures into the `model-index` of the folder's README.md, and a benchmark's into `.eval_results/`.
+def update_card(folder: Path, figures: dict[str, float], source: str, split: str) -> None:
+    """Writes the figures of a split of the data set `source` into the `model-index` of the folder's README.md, and a
+    benchmark's into `.eval_results/`.
 
     Raises:
         ValueError: the folder has no card.
@@ -214,14 +235,14 @@ def update_card(folder: Path, figures: dict[str, float], options: argparse.Names
     if not path.is_file():
         raise ValueError(f"`--update-card` needs a local folder with a README.md, got {str(folder)!r}.")
     card = ModelCard.load(path)
-    is_hub_id = not Path(options.data).exists()
-    name = options.data if is_hub_id else Path(options.data).name
+    is_hub_id = not Path(source).exists()
+    name = source if is_hub_id else Path(source).name
     new = [
         EvalResult(
             task_type=card.data.pipeline_tag or "image-feature-extraction",
-            dataset_type=options.data if is_hub_id else "custom",
+            dataset_type=source if is_hub_id else "custom",
             dataset_name=name,
-            dataset_split=options.split,
+            dataset_split=split,
             metric_type=metric,
             metric_value=value,
         )
@@ -233,19 +254,19 @@ def update_card(folder: Path, figures: dict[str, float], options: argparse.Names
     card.data.model_name = card.data.model_name or folder.name
     card.save(path)
     if is_hub_id:
-        _write_eval_results(folder, figures, options)
+        _write_eval_results(folder, figures, source, split)
     print(f"{path}: {len(new)} figures", file=sys.stderr)
 
 
-def _write_eval_results(folder: Path, figures: dict[str, float], options) -> None:
+def _write_eval_results(folder: Path, figures: dict[str, float], source: str, split: str) -> None:
     """The Hub's newer form: entries that link to a data set of the Hub, one file a data set."""
     import yaml
     from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 
     entries = [
-        EvalResultEntry(dataset_id=options.data, task_id=metric, value=value, notes=f"split {options.split}")
+        EvalResultEntry(dataset_id=source, task_id=metric, value=value, notes=f"split {split}")
         for metric, value in figures.items()
     ]
-    path = folder / ".eval_results" / f"{options.data.replace('/', '--')}.yaml"
+    path = folder / ".eval_results" / f"{source.replace('/', '--')}.yaml"
     path.parent.mkdir(exist_ok=True)
     path.write_text(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False), encoding="utf-8")

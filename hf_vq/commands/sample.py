@@ -58,7 +58,7 @@ def fitted(pipeline: Any, given: dict) -> dict:
     from ..models.autoencoders.image_processing_vq import VQImageProcessor
 
     config = pipeline.vqvae.config
-    own = getattr(pipeline, "own_size", config.image_size)  # of an autoregressive prior's grid
+    own = getattr(pipeline, "image_size", None) or config.image_size
     size = tuple(given.get(name) or side for name, side in zip(("height", "width"), own, strict=True))
     processor = VQImageProcessor(size=size, num_channels=config.in_channels)
     found = {"image": processor(given["image"], return_tensors="pt").pixel_values}

@@ -1,6 +1,5 @@
 """Whether drawn images follow their spatial condition: overlap of labels, error of depth, and edges found again."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -53,12 +52,12 @@ class ConditionAgreement:
         self.total += torch.tensor([scores.sum(), len(scores)], dtype=torch.float64)
 
     def compute(self) -> dict[str, float | list]:
-        """`condition_mean_iou`, …, `condition_depth_error` or `condition_edge_f1`."""
+        """`condition_mean_iou`, …, `condition_depth_error` or `condition_edge_f1`; without depths, nothing."""
         if self.labels is not None:
             return {f"condition_{name}": value for name, value in self.labels.compute().items()}
         total, count = all_reduced(self.total).tolist()
         name = {"edges": "condition_edge_f1", "depth": "condition_depth_error"}[self.processor.condition]
-        return {name: total / count if count else math.nan}
+        return {name: total / count} if count else {}
 
 
 class LabelAgreement:

@@ -43,19 +43,17 @@ class CodeLikelihood:
         )
 
     def compute(self) -> dict[str, float]:
-        """`bits_per_index`, `bits_per_image` with its standard error over images, `num_images`, and
+        """`bits_per_index`, `bits_per_image`, of several images with its standard error, `num_images`, and
         `bits_per_pixel_dim` where `pixel_dims` is known."""
         images, indices, bits, squared_bits = all_reduced(self.totals).tolist()
         if images == 0:
             raise ValueError("no likelihood has been added: call `update(...)` before `compute()`")
         mean = bits / images
         variance = max(squared_bits / images - mean * mean, 0.0) * images / max(images - 1, 1)
-        result = {
-            "bits_per_index": bits / indices,
-            "bits_per_image": mean,
-            "bits_per_image_standard_error": math.sqrt(variance / images) if images > 1 else math.nan,
-            "num_images": int(images),
-        }
+        result = {"bits_per_index": bits / indices, "bits_per_image": mean}
+        if images > 1:
+            result["bits_per_image_standard_error"] = math.sqrt(variance / images)
+        result["num_images"] = int(images)
         if self.pixel_dims is not None:
             result["bits_per_pixel_dim"] = mean / self.pixel_dims
         return result

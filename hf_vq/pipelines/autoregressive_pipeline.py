@@ -5,7 +5,7 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..argument_checks import check_integer, check_real
 from ..images import images_as, to_pixel_values
@@ -54,6 +54,19 @@ class AutoregressivePipeline(VQPipeline):
         calls = {"class": "class_labels=0", "codes": "condition=codes", "text": "prompt_embeds=states"}
         return calls.get(self.priors[0].config.condition_type, "")
 
+    @property
+    def id2label(self) -> dict[int, str] | None:
+        """Names of the classes, by their ids; None without classes or names."""
+        config = self._class_config
+        names = {} if config is None else config.id2label or {}
+        return {i: name for i, name in names.items() if name != f"LABEL_{i}"} or None
+
+    @property
+    def _class_config(self) -> PreTrainedConfig | None:
+        """Of the first prior with classes."""
+        configs = (prior.config for prior in self.priors)
+        return next((config for config in configs if config.condition_type == "class"), None)
+
     def prepare_prompts(self, class_labels: Any = None, condition: Any = None) -> tuple[torch.LongTensor, ...]:
         """Each prior's prefix for each class or condition, `(B, condition_length)`, or 1 row where it takes none.
 
@@ -68,11 +81,8 @@ class AutoregressivePipeline(VQPipeline):
             if given[wanted[0]] is not None and not set(wanted) & set(kinds):
                 meant = " or ".join(map(repr, wanted))
                 raise ValueError(f"`{name}` needs a prior whose condition_type is {meant}, got {kinds[0]!r}.")
-        for config in (prior.config for prior in self.priors):
-            if class_labels is not None and config.condition_type == "class":
-                names = {i: name for i, name in (config.id2label or {}).items() if name != f"LABEL_{i}"}
-                given["class"] = class_ids(class_labels, config.condition_vocab_size, names)
-                break
+        if class_labels is not None and self._class_config is not None:
+            given["class"] = class_ids(class_labels, self._class_config.condition_vocab_size, self.id2label)
         return tuple(
             prior.prepare_condition(given.get(kind)).to(self._execution_device)
             for prior, kind in zip(self.priors, kinds, strict=True)
@@ -119,7 +129,7 @@ class AutoregressivePipeline(VQPipeline):
     # The call
 
     @property
-    def own_size(self) -> tuple[int, int]:
+    def image_size(self) -> tuple[int, int]:
         """Height and width in pixels of the images that the priors' grids decode to."""
         factor = self.vqvae.config.downsample_factors[0]
         return tuple(side * factor for side in self.priors[0].config.grid_size)
@@ -139,7 +149,7 @@ class AutoregressivePipeline(VQPipeline):
         strides_of_levels(stride, self.priors, window)
         if height is None and width is None:
             return None
-        own = self.own_size
+        own = self.image_size
         pairs = (("height", height, own[0]), ("width", width, own[1]))
         size = tuple(default if value is None else check_integer(name, value, 1) for name, value, default in pairs)
         grid, least = grids_of(size, self.vqvae.config.downsample_factors)[0], self.priors[0].config.grid_size
@@ -196,7 +206,7 @@ class AutoregressivePipeline(VQPipeline):
         times, decode_batch_size = self.check_output(num_images_per_prompt, output_type, decode_batch_size)
         keep_fraction = None if keep_fraction is None else check_real("keep_fraction", keep_fraction, 0, 1)
         given = self._read_given(image, indices, mask_image, keep_fraction, outpaint)
-        whole = check_whole_size(given, size, self.own_size, "image" if indices is None else "indices")
+        whole = check_whole_size(given, size, self.image_size, "image" if indices is None else "indices")
         check_painted(given)
         sizes = grids_of(whole, self.vqvae.config.downsample_factors)
         ((name, prefixes),) = prompts.items()

@@ -270,7 +270,8 @@ class VQAutoregressivePipeline(AutoregressivePipeline):
         if size is None and (image is not None or indices is not None):
             pixels = None if image is None else to_pixel_values(image, self.vqvae.config.in_channels)
             size = size_of_given(pixels, indices, self.vqvae.config.downsample_factor, outpaint)
-        return size if size is not None and all(size) else self.own_size  # what is no grid is refused when it is read
+        is_grid = size is not None and all(size)  # what is none is refused when it is read
+        return size if is_grid else self.image_size
 
     def prepare_coordinates(self, height: int | None = None, width: int | None = None) -> torch.LongTensor:
         """
@@ -285,10 +286,10 @@ class VQAutoregressivePipeline(AutoregressivePipeline):
         config = self.prior.config
         if config.condition_type != "coordinates":
             raise ValueError(f"`prior` must have the condition_type 'coordinates', got {config.condition_type!r}.")
-        size = self.wanted_size(height, width) or self.own_size
+        size = self.wanted_size(height, width) or self.image_size
         cells = [
             Fraction(length * side, own)
-            for length, side, own in zip(size, coordinate_grid(config), self.own_size, strict=True)
+            for length, side, own in zip(size, coordinate_grid(config), self.image_size, strict=True)
         ]
         if any(count.denominator != 1 for count in cells):
             raise ValueError(f"`height` and `width` must hold whole cells of the coordinates, got {tuple(size)}.")

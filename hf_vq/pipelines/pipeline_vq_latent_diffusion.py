@@ -521,16 +521,20 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
         self.maybe_free_model_hooks()
         return VQLatentDiffusionPipelineOutput(images, latents) if return_dict else (images, latents)
 
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """Height and width in pixels of the images that the denoiser's `sample_size` decodes to; None without one."""
+        sides = self.unet.config.sample_size
+        sides = (sides, sides) if isinstance(sides, int) else sides
+        return None if sides is None else tuple(side * self.vqvae.config.downsample_factor for side in sides)
+
     def _latent_size(self, height, width, given: Given | None) -> tuple[int, int]:
         factor = self.vqvae.config.downsample_factor
-        default = self.unet.config.sample_size
-        default = (default, default) if isinstance(default, int) else default
-        if given is not None:
-            default = tuple(side // factor for side in given.size)
+        default = self.image_size if given is None else tuple(side // factor * factor for side in given.size)
         if default is None and (height is None or width is None):
             raise ValueError("`height` and `width` must be given: the denoiser has no sample_size.")
         pairs = zip(("height", "width"), (height, width), default or (None, None), strict=True)
-        size = tuple(own * factor if value is None else check_integer(name, value, 1) for name, value, own in pairs)
+        size = tuple(own if value is None else check_integer(name, value, 1) for name, value, own in pairs)
         check_whole_size(given, size, (1, 1))
         grid = grids_of(size, [factor])[0]
         halvings = 2 ** (len(self.unet.config.block_out_channels) - 1)

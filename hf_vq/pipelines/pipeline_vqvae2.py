@@ -196,7 +196,7 @@ class VQVAE2Pipeline(AutoregressivePipeline):
                 f"`top_indices` must hold the codes of 1 to {len(self.priors) - 1} levels, got {len(levels)}."
             )
         # fewer levels than priors: those from the top on
-        sizes = grids_of(self.own_size if size is None else size, self.vqvae.config.downsample_factors)
+        sizes = grids_of(self.image_size if size is None else size, self.vqvae.config.downsample_factors)
         grids = [
             check_codes("top_indices", codes, grid, self.vqvae.config.num_embeddings)
             for codes, grid in zip(levels, sizes, strict=False)

@@ -1,6 +1,7 @@
 """The end of a run: the trained model in a folder of its own, with a card that states its figures, and on the Hub."""
 
 import json
+import math
 import shlex
 import shutil
 import sys
@@ -49,7 +50,7 @@ def training_card(
     figures = {
         name: value
         for name, value in validation_figures(run.output_dir).items()
-        if not name.startswith(("num_", "images_per", "seconds"))
+        if not name.startswith(("num_", "images_per", "seconds")) and math.isfinite(value)
     }
     description = f"Trained for {run.global_step} steps of {run.arguments.train_batch_size} samples."
     is_hub_id = not Path(source).exists()
@@ -60,7 +61,7 @@ def training_card(
         dataset=source if is_hub_id else f"the folder `{Path(source).name}`",
         dataset_id=source if is_hub_id else None,
         metrics=figures,
-        split=data.validation_split,
+        split=data.validation_name,
         description=description,
         command=command,
         with_code=False,

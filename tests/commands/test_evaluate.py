@@ -3,10 +3,12 @@
 import contextlib
 import io
 import json
+import math
 import shutil
 
 import datasets
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 
@@ -60,6 +62,65 @@ def test_evaluate(folder, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["bits_per_index"] == pytest.approx(figures["bits_per_index"], rel=1e-5)
     assert run(*prior, folder / "prior") == 1
     assert "`--tokenizer` must be an image tokenizer, got a VQGPTForCausalLM" in capsys.readouterr().err
+
+
+@pytest.fixture
+def owls(tmp_path):
+    """Pictures in a folder for each class, and one file that is none."""
+    for number, kind in enumerate(["owl", "cat", "owl", "dog"]):
+        path = tmp_path / "photos" / kind / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.radial_gradient("L").rotate(30 * number).resize((8, 8)).save(path)
+    (tmp_path / "photos" / "owl" / "broken.png").write_bytes(b"no picture")
+    return tmp_path / "photos"
+
+
+QUICK = ("--perceptual", "none", "--features", "none", "--json")
+
+
+def test_classes_are_told_by_their_names(folder, owls, capsys):
+    """`datasets` numbers folders by the alphabet: these as the pipeline does, the others otherwise."""
+    arguments = (
+        "evaluate",
+        folder / "pipeline",
+        "--split",
+        "train",
+        "--label-column",
+        "label",
+        "--metrics",
+        "likelihood",
+        *QUICK,
+    )
+    figures = {}
+    for name in ("photos", "two"):
+        if name == "two":
+            shutil.rmtree(owls / "cat")
+            owls.rename(owls.parent / "two")
+        assert run(*arguments, "--data", owls.parent / name) == 0
+        figures[name] = json.loads(capsys.readouterr().out)
+    pipeline = hf_vq.VQAutoregressivePipeline.from_pretrained(folder / "pipeline")
+    expected = []
+    for file, label in (("dog/3.png", 1), ("owl/0.png", 2), ("owl/2.png", 2)):
+        pixels = hf_vq.VQImageProcessor(size=8)(Image.open(owls.parent / "two" / file), return_tensors="pt")
+        indices = pipeline.vqvae.encode(pixels.pixel_values).indices
+        expected.append(-pipeline.prior.log_likelihood(indices, torch.tensor([label])).item() / math.log(2))
+    assert figures["two"]["bits_per_image"] == pytest.approx(sum(expected) / 3, rel=1e-4)
+    assert (figures["photos"]["num_images"], figures["two"]["num_images"]) == (4, 3)  # the broken one is none
+    (owls.parent / "two" / "dog").rename(owls.parent / "two" / "cow")
+    assert run(*arguments, "--data", owls.parent / "two") == 1
+    assert "label_column='label' holds ['cow']: the classes are ['cat', 'dog', 'owl']" in capsys.readouterr().err
+
+
+def test_images_are_measured_at_the_size_of_the_prior(tmp_path, owls, capsys):
+    """Not at that of its tokenizer, and on the images that its training held out."""
+    prior = make_tiny_prior(grid_size=(6, 8))
+    pipeline = hf_vq.VQAutoregressivePipeline(make_tiny_tokenizer(), prior)
+    pipeline.save_pretrained(tmp_path / "wide")
+    assert run("evaluate", tmp_path / "wide", "--data", owls, "--validation-share", 0.4, *QUICK) == 0
+    figures = json.loads(capsys.readouterr().out)
+    height, width = pipeline.image_size
+    assert height != width and figures["image_size"].startswith(f"{height}x{width}, ")
+    assert figures["data"] == "photos, split 40 % of train, at random" and figures["num_images"] in (1, 2)
 
 
 def evaluate_in_this_process(arguments):

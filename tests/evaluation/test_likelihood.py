@@ -31,6 +31,16 @@ def test_agrees_with_the_statistics_of_the_standard_library():
     assert "bits_per_pixel_dim" not in result
 
 
+def test_one_image_has_no_standard_error():
+    likelihood = CodeLikelihood()
+    likelihood.update(torch.tensor([-2.0]), num_indices=4)
+    assert likelihood.compute() == {
+        "bits_per_index": 0.5 / math.log(2),
+        "bits_per_image": 2 / math.log(2),
+        "num_images": 1,
+    }
+
+
 def test_wrong_input_is_refused():
     likelihood = CodeLikelihood()
     with pytest.raises(ValueError, match="shape"):

@@ -136,6 +136,18 @@ def test_a_prior_without_labels(inputs):
     assert train_prior(inputs).condition_type == "unconditional"
 
 
+def test_a_prior_sees_images_of_its_tokenizers_size(inputs):
+    """Where no `--resolution` is given; and one validation image is enough."""
+    shape = "--num_hidden_layers 1 --hidden_size 8 --num_attention_heads 1 --sample_classes 1 --max_train_steps 1"
+    places = [f"--{key}={inputs / value}" for key, value in PLACES.items()]
+    options = ["--train_batch_size", "4", "--cpu", "true", "--validation_share", "0.1"]
+    script("vq_gpt").main([*places, *shape.split(), *options])
+    pipeline = VQAutoregressivePipeline.from_pretrained(inputs / "prior/pipeline")
+    assert pipeline.image_size == (8, 8)
+    card = (inputs / "prior/pipeline/README.md").read_text()
+    assert "10 % of train, at random" in card and "standard_error" not in card
+
+
 def test_a_llama_trains_and_its_pipeline_samples(inputs):
     places = [f"--{key}={inputs / value}" for key, value in PLACES.items()]
     shape = "--architecture llama --num_hidden_layers 1 --hidden_size 16 --num_attention_heads 2 --sample_classes 1"

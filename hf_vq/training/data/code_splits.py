@@ -1,5 +1,6 @@
 """The codes of a training and a validation set, and the names of their classes."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ from .indices_cache import CONDITION_CODES, IndicesDataset, load_indices, write_
 
 if TYPE_CHECKING:
     from ..run import TrainingRun
+
+logger = logging.getLogger(__name__)
 
 
 def load_code_splits(
@@ -184,7 +187,22 @@ def count_classes(
             raise ValueError(
                 f"label_column: the {split} labels are {values.min()} to {values.max()}, not within 0 to {count - 1}."
             )
+    _warn_of_untrained_classes(labels, class_names)
     return count
+
+
+def _warn_of_untrained_classes(labels: dict, class_names: list[str] | None) -> None:
+    if any(values is None for values in labels.values()):
+        return
+    seen = set(labels["train"].tolist())
+    unseen = sorted({number for values in labels.values() for number in values.tolist()} - seen)
+    if unseen:
+        names = [number if class_names is None else class_names[number] for number in unseen]
+        logger.warning(
+            "No image of the classes %s is trained on, but validation has some: a slice of data that are sorted by "
+            "their classes holds few of them. validation_share draws the validation images at random.",
+            names,
+        )
 
 
 def training_inputs(

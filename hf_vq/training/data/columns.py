@@ -180,12 +180,10 @@ def _differs(value, excluded: set[str], names: list[str] | None) -> bool:
 def _integer_labels(rows, column: str, feature, class_names: list[str] | None):
     import datasets
 
-    if isinstance(feature, datasets.ClassLabel):
-        if class_names is not None and feature.names != class_names:
-            raise ValueError(
-                f"label_column={column!r} has the classes {feature.names}: they must be {class_names}, in this order."
-            )
+    if isinstance(feature, datasets.ClassLabel) and class_names in (None, feature.names):
         return rows, list(feature.names)
+    if isinstance(feature, datasets.ClassLabel):
+        return _renumbered(rows, column, feature.names, class_names), class_names
     dtype = str(getattr(feature, "dtype", None))
     if dtype == "bool" or dtype.startswith(("int", "uint")):
         return rows, class_names
@@ -205,6 +203,25 @@ def _integer_labels(rows, column: str, feature, class_names: list[str] | None):
         return rows.cast_column(column, labels), class_names
     encode = partial(_encode_label, column=column, numbers={name: i for i, name in enumerate(class_names)})
     return rows.map(encode, features=datasets.Features({**rows.features, column: labels})), class_names
+
+
+def _renumbered(rows, column: str, names: list[str], class_names: list[str]):
+    """The classes of `rows`, numbered among `names`, with the numbers that they have among `class_names`."""
+    import datasets
+
+    is_stream = isinstance(rows, datasets.IterableDataset)
+    occurring = range(len(names)) if is_stream else set(rows.unique(column)) - {None, NO_LABEL}
+    unknown = sorted(names[number] for number in occurring if names[number] not in class_names)
+    if unknown:
+        raise ValueError(f"label_column={column!r} holds {unknown}: the classes are {class_names}.")
+    numbers = {i: class_names.index(name) for i, name in enumerate(names) if name in class_names}
+    renumber = partial(_renumber, column=column, numbers=numbers)
+    features = datasets.Features({**rows.features, column: datasets.ClassLabel(names=class_names)})
+    return rows.map(renumber, features=features)
+
+
+def _renumber(row: dict, column: str, numbers: dict[int, int]) -> dict:
+    return {column: numbers.get(row[column], row[column])}
 
 
 def _distinct(rows, column: str) -> set[str]:

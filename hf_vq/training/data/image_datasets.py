@@ -10,6 +10,7 @@ dataset.sample(0, epoch=3)  # with the augmentation of epoch 3: a function of (s
 An image that cannot be read is replaced by the next one that can, named in a warning, and listed in `dataset.broken`.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ...argument_checks import check_real
+from ...distributed import share_of_process, union_over_processes
 from ...models.autoencoders.image_processing_vq_condition import VQConditionProcessor
 from .columns import CONDITION, NO_LABEL, draw_caption, prepare_columns, without_gaps
 from .conditions import ConditionReader, build_reader, check_mirrored, decode_pair, seen_through
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     import datasets
 
 _STREAMED_VALIDATION_ROWS = 1000
+_DEFAULT_RESOLUTION = 64
 
 
 @dataclass
@@ -58,6 +61,13 @@ class DataArguments:
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     train_split: str = field(default="train", metadata={"help": 'Split to train on; slices as in "train[5%:]" too.'})
     validation_split: str = field(default="validation", metadata={"help": 'Split to validate on, or "train[:5%]".'})
+    validation_share: float | None = field(
+        default=None,
+        metadata={
+            "help": "In place of a validation split: hold out this share of the training split, such as 0.05, drawn "
+            "at random, the same in every run."
+        },
+    )
     image_column: str = field(default="image", metadata={"help": "Column that holds the images."})
     conditioning_image_column: str | None = field(
         default=None, metadata={"help": "Column of the images' label maps, depth maps, edges or drawings."}
@@ -87,9 +97,12 @@ class DataArguments:
             "choices": ["error", "null"],
         },
     )
-    resolution: list[int] = field(
-        default_factory=lambda: [64],
-        metadata={"help": "Side of the square images that the model sees, or HEIGHT WIDTH."},
+    resolution: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Side of the square images that the model sees, or HEIGHT WIDTH; 64, and for a prior that of its "
+            "tokenizer, if not given."
+        },
     )
     crop: str = field(default="center", metadata={"help": "Crop of training images.", "choices": ["center", "random"]})
     random_flip: bool = field(default=False, metadata={"help": "Mirror half of the training images."})
@@ -111,6 +124,13 @@ class DataArguments:
         if self.missing_condition not in ("error", "null"):
             raise ValueError(f'missing_condition={self.missing_condition!r}: it must be "error" or "null".')
         self.edge_sigma = check_real("edge_sigma", self.edge_sigma, above=0)
+        if self.validation_share is not None:
+            check_real("validation_share", self.validation_share, above=0, below=1)
+            if self.streaming:
+                raise ValueError(
+                    f"validation_share={self.validation_share}: a stream is read in one order, and nothing can be "
+                    "drawn from it; give a validation_split."
+                )
         if self.conditioning_image_column is not None and self.conditioning_image_column == self.image_column:
             raise ValueError(
                 f"conditioning_image_column={self.conditioning_image_column!r}: it must differ from image_column."
@@ -119,14 +139,30 @@ class DataArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: it must be at least 1.")
-        self.size = as_size(self.resolution)
-        self.resolution = self.size[0] if self.size[0] == self.size[1] else self.size
+        self._has_resolution = self.resolution is not None
+        self._set_resolution(self.resolution if self._has_resolution else _DEFAULT_RESOLUTION)
         if self.class_names is not None and len(set(self.class_names)) < len(self.class_names):
             raise ValueError(f"class_names={self.class_names}: the names must differ.")
         if self.streaming and self.cache_images:
             raise ValueError(
                 "cache_images=True keeps the data set in memory, which streaming=True avoids: choose one."
             )
+
+    def _set_resolution(self, resolution: int | Sequence[int]) -> None:
+        self.size = as_size(resolution)
+        self.resolution = self.size[0] if self.size[0] == self.size[1] else self.size
+
+    def default_resolution(self, resolution: int | Sequence[int]) -> None:
+        """Takes a model's `resolution` where none was given."""
+        if not self._has_resolution:
+            self._set_resolution(resolution)
+
+    @property
+    def validation_name(self) -> str:
+        """What a card calls the validation images."""
+        if self.validation_share is None:
+            return self.validation_split
+        return f"{100 * self.validation_share:g} % of {self.train_split}, at random"
 
     @property
     def carried_columns(self) -> list[str]:
@@ -189,8 +225,14 @@ def load_image_dataset(
     if augment and arguments.random_flip:
         check_mirrored(condition_processor, "random_flip")
     reader = build_reader(condition_processor, arguments.conditioning_image_column, arguments.edge_sigma)
-    name = {"train": arguments.train_split, "validation": arguments.validation_split}.get(split, split)
-    rows = open_rows(arguments, name)
+    if arguments.validation_share is not None and split in ("train", "validation"):
+        rows = open_rows(arguments, arguments.train_split)
+        if class_names is None:  # a class may be drawn whole
+            _, class_names = prepare_columns(rows, arguments)
+        rows = divided(rows, arguments.validation_share)[split]
+    else:
+        name = {"train": arguments.train_split, "validation": arguments.validation_split}.get(split, split)
+        rows = open_rows(arguments, name)
     rows, class_names = prepare_columns(rows, arguments, class_names, keep_gaps=split == "train")
     options = {
         "resolution": arguments.size,
@@ -223,6 +265,19 @@ def load_image_dataset(
     if arguments.max_samples is not None:
         rows = rows.select(range(min(arguments.max_samples, len(rows))))
     return ImageDataset(rows, cache_images=arguments.cache_images, **options)
+
+
+def divided(rows: "datasets.Dataset", share: float) -> dict[str, "datasets.Dataset"]:
+    """The rows that are trained on, and the `share` that is drawn, the same for the same number of rows, to validate.
+
+    Raises:
+        ValueError: nothing is left for one of the two.
+    """
+    count = round(share * len(rows))
+    if not 0 < count < len(rows):
+        raise ValueError(f"validation_share={share}: of {len(rows)} images it leaves {count} to validate on.")
+    order = np.random.default_rng(0).permutation(len(rows))
+    return {"validation": rows.select(np.sort(order[:count])), "train": rows.select(np.sort(order[count:]))}
 
 
 class ImageDataset(Dataset):
@@ -318,6 +373,22 @@ class ImageDataset(Dataset):
         if passed:
             sample["broken_images"] = tuple(passed)
         return sample
+
+    def readable(self) -> "ImageDataset":
+        """The images that can be read and no other, found by reading all; several processes share the work."""
+        own = {index for index in share_of_process(range(len(self))) if self._pair(index) is None}
+        broken = union_over_processes(own)
+        if not broken:
+            return self
+        kept = [index for index in range(len(self)) if index not in broken]
+        if not kept:
+            raise ValueError(f"none of the {len(self)} images of the data set can be read.")
+        found = copy.copy(self)
+        found.rows = self.rows.select(kept)
+        found.labels = None if self.labels is None else self.labels[kept]
+        found._extra = None if self._extra is None else self._extra.select(kept)
+        found._cache = None if self._cache is None else [self._cache[index] for index in kept]
+        return found
 
     def read(self, index: int, choose: Callable[[Any], Window] | None = None) -> dict | None:
         """One image with its other fields, all its captions too, or `None` if it is broken.

@@ -241,6 +241,7 @@ def main(argv: list[str] | None = None) -> None:
         part = "prior" if args.level == "single" else f"{args.level}_prior"
         start = StartingPoint(args.model_name_or_path, part, (PixelCNNForCausalLM, PixelSNAILForCausalLM))
     tokenizer, processor = load_tokenizer(args.tokenizer)
+    data_args.default_resolution(tokenizer.config.resolution)
     tokenizer.to(run.device)
 
     def try_prior(grids):

@@ -379,6 +379,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("caption_column and text_encoder are given together: one is the other's input.")
     run = TrainingRun(run_args)
     tokenizer, processor = load_tokenizer(args.tokenizer)
+    data_args.default_resolution(tokenizer.config.resolution)
     tokenizer.to(run.device)
     start = None
     if args.model_name_or_path is not None:

@@ -347,6 +347,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.model_name_or_path is not None:
         start = StartingPoint(args.model_name_or_path, "prior", (VQGPTForCausalLM, VQLlamaForCausalLM))
     tokenizer, processor = load_tokenizer(args.tokenizer)
+    data_args.default_resolution(tokenizer.config.resolution)
     tokenizer.to(run.device)
     condition_tokenizer = condition.get("condition_tokenizer")
     if condition_tokenizer is not None:

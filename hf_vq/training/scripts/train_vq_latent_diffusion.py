@@ -417,6 +417,7 @@ def main(argv: list[str] | None = None) -> None:
         if getattr(start.pipeline, "vqvae", None) is not None and args.scaling_factor is None:
             args.scaling_factor = start.pipeline.vqvae.config.scaling_factor
     tokenizer, processor = load_tokenizer(args.tokenizer)
+    data_args.default_resolution(tokenizer.config.resolution)
     tokenizer.to(run.device)
     if len(tokenizer.config.downsample_factors) > 1:
         raise ValueError(f"tokenizer={args.tokenizer!r}: it must have one level of codes.")

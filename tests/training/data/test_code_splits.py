@@ -72,6 +72,13 @@ def test_as_many_as_names_or_as_labels():
     assert count_classes(splits(None, None), None, None) == 0
 
 
+def test_classes_that_are_validated_and_not_trained_are_named(caplog):
+    count_classes(splits([0, 1], [1, 0]), ["a", "b", "c"], "name")
+    assert not caplog.records
+    count_classes(splits([0, 0], [1, 2]), ["a", "b", "c"], "name")
+    assert "No image of the classes ['b', 'c'] is trained on" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("labels", "names", "message"),
     [

@@ -144,8 +144,48 @@ def test_validation_has_the_classes_of_the_training_data(tmp_path):
     assert validation.class_names == names and validation.labels.tolist() == [2, 1]
     with pytest.raises(ValueError, match=r"label_column='text' holds \['text 0'\]: .*\['text 1', 'text 2'\]"):
         load_image_dataset(options, "other", class_names=names[1:])
-    with pytest.raises(ValueError, match="'cat', 'dog'.*'dog', 'cat'"):
-        load_image_dataset(arguments(options.dataset_name_or_path, label_column="animal"), class_names=["dog", "cat"])
+    of_animals = arguments(options.dataset_name_or_path, label_column="animal")
+    other = load_image_dataset(of_animals, class_names=["owl", "dog", "cat"])
+    assert other.class_names == ["owl", "dog", "cat"] and other.labels.tolist() == [2, 1] * 5
+    streamed = load_image_dataset(
+        arguments(options.dataset_name_or_path, label_column="animal", streaming=True), class_names=["dog", "cat"]
+    )
+    assert [sample["label"] for sample in streamed][:4] == [1, 0, 1, 0]
+    with pytest.raises(ValueError, match=r"label_column='animal' holds \['dog'\]: the classes are \['cat'\]"):
+        load_image_dataset(of_animals, class_names=["cat"])
+
+
+@pytest.mark.parametrize("label_column", ["animal", "text"])
+def test_a_share_of_the_training_data_is_held_out(parquet, label_column):
+    options = arguments(parquet, validation_share=0.3, label_column=label_column, extra_columns=["number"])
+    training = load_image_dataset(options)
+    validation = load_image_dataset(options, "validation", class_names=training.class_names)
+    numbers = [[sample["number"] for sample in part] for part in (training, validation)]
+    assert len(numbers[1]) == 3 and sorted(numbers[0] + numbers[1]) == list(range(10))
+    assert numbers[1] != [0, 1, 2]  # at random
+    again = load_image_dataset(options, "validation")
+    assert [sample["number"] for sample in again] == numbers[1] and again.class_names == training.class_names
+    assert options.validation_name == "30 % of train, at random"
+    with pytest.raises(ValueError, match="validation_share=0.01: of 10 images it leaves 0"):
+        load_image_dataset(arguments(parquet, validation_share=0.01))
+    with pytest.raises(ValueError, match=r"`validation_share` must be a number in \(0, 1\)"):
+        arguments(parquet, validation_share=1)
+    with pytest.raises(ValueError, match="validation_share=0.3: a stream"):
+        arguments(parquet, validation_share=0.3, streaming=True)
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_the_images_that_can_be_read(tmp_path, cache):
+    make_rows(6, broken=(2, 3, 5)).to_parquet(tmp_path / "train.parquet")
+    options = arguments(str(tmp_path), label_column="animal", cache_images=cache, extra_columns=["number"])
+    found = load_image_dataset(options).readable()
+    samples = list(found)
+    assert [sample["number"] for sample in samples] == [0, 1, 4] and found.labels.tolist() == [0, 1, 0]
+    torch.testing.assert_close(samples[2]["pixel_values"], expected_pixels(4))
+    assert not any("broken_images" in sample for sample in samples) and found.readable() is found
+    make_rows(2, broken=(0, 1)).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match="none of the 2 images"):
+        load_image_dataset(arguments(str(tmp_path))).readable()
 
 
 @pytest.mark.parametrize("cache", [False, True])
