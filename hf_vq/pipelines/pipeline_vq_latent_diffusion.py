@@ -356,6 +356,12 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
                 f"`scheduler`: the step of a {type(scheduler).__name__} needs {sorted(unknown)}, which this pipeline "
                 "has not; give one that steps as a DDIMScheduler does."
             )
+        prediction = scheduler.config.get("prediction_type")  # of the scheduler that it was made from
+        if type(scheduler).__name__.startswith("FlowMatch") and prediction in ("epsilon", "v_prediction", "sample"):
+            raise ValueError(
+                f"`scheduler`: a {type(scheduler).__name__} takes a velocity from data to noise, which this denoiser, "
+                f"of prediction_type={prediction!r}, does not predict."
+            )
         eta = check_real("eta", eta, 0, 1)
         if eta != 0 and "eta" not in accepted:
             raise ValueError(f"`eta` has no meaning for a {type(scheduler).__name__}; leave it at 0.")

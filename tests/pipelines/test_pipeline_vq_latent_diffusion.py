@@ -11,7 +11,9 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import (
     ClassifierFreeGuidance,
     CogVideoXDPMScheduler,
+    DDIMScheduler,
     DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
     IPNDMScheduler,
     LDMPipeline,
     LDMSuperResolutionPipeline,
@@ -156,6 +158,18 @@ def test_a_scheduler_whose_step_takes_more_is_refused():
     pipeline.scheduler = CogVideoXDPMScheduler()
     with pytest.raises(ValueError, match=r"`scheduler`: .*CogVideoXDPMScheduler needs .*'timestep_back'\]"):
         latents_of(pipeline)
+
+
+def test_a_scheduler_of_flows_needs_a_denoiser_of_flows():
+    pipeline = make_pipeline()
+    pipeline.scheduler = DDIMScheduler(prediction_type="v_prediction")
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    with pytest.raises(
+        ValueError, match="`scheduler`: a FlowMatchEuler.* of prediction_type='v_prediction', does not"
+    ):
+        latents_of(pipeline)
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler()
+    latents_of(pipeline)
 
 
 def test_strength_leaves_the_interval_at_its_noise_levels():
