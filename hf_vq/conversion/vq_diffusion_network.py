@@ -237,11 +237,10 @@ def transformer_config(diffusion: dict) -> dict:
             f"`config` must have timestep_type=adalayernorm or adalayernorm_abs, got {params['timestep_type']!r}: the "
             "original has no other."
         )
-    size = content["spatial_size"]
     return {
         "num_embeddings": content["num_embed"],
-        "sample_size": _grid(params),
-        "position_embedding_size": (size, size) if isinstance(size, int) else tuple(size),
+        "sample_size": _grid(params, content),
+        "position_embedding_size": _pair(content["spatial_size"]),
         "num_layers": params["n_layer"],
         "num_attention_heads": params["n_head"],
         "attention_head_dim": params["n_embd"] // params["n_head"],
@@ -279,23 +278,36 @@ def _network_params(diffusion: dict) -> tuple[str, dict]:
         )
     if "content_seq_len" not in given:
         raise ValueError("`config` must have content_seq_len in transformer_config.")
-    if "content_spatial_size" not in given and math.prod(params["content_spatial_size"]) != params["content_seq_len"]:
-        params["content_spatial_size"] = None  # the class's own default, which the original does not read
+    if "content_spatial_size" not in given:
+        params["content_spatial_size"] = None  # the class's own default says nothing of this model
     return condition_type, params
 
 
-def _grid(params: dict) -> tuple[int, int]:
-    """The codes' grid, which the original reads off their number where it needs one."""
-    size, length = params["content_spatial_size"], params["content_seq_len"]
-    side = math.isqrt(length)
-    size = (side, side) if size is None else (size, size) if isinstance(size, int) else tuple(size)
-    if math.prod(size) != length:
+def _grid(params: dict, content: dict) -> tuple[int, int]:
+    """
+    The codes' grid: of content_spatial_size, of the embedding's spatial_size, and of as many rows as the original's
+    convolutions give it, the first with all the codes. The original reads none of the sizes: an old one does not hurt.
+    """
+    length = params["content_seq_len"]
+    rows = math.isqrt(length)
+    by_number = (rows, length // rows)
+    sizes = [_pair(size) for size in (params["content_spatial_size"], content["spatial_size"]) if size is not None]
+    size = next((size for size in (*sizes, by_number) if math.prod(size) == length), None)
+    if size is None:
         raise ValueError(
-            f"`config` must have as many positions in content_spatial_size as content_seq_len={length}, got {size}."
+            f"`config` must have as many positions in content_spatial_size or spatial_size as "
+            f"content_seq_len={length}, got {' and '.join(map(str, sizes))}."
         )
-    if params["mlp_type"] == "conv_mlp" and size != (side, side):
-        raise ValueError(f"`config` must have a square content_spatial_size with mlp_type=conv_mlp, got {size}.")
+    if params["mlp_type"] == "conv_mlp" and size != by_number:
+        raise ValueError(
+            f"`config` must have a grid of {rows} rows with mlp_type=conv_mlp, as the convolutions have for "
+            f"content_seq_len={length}, got {size}."
+        )
     return size
+
+
+def _pair(size: int | list[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def convert_transformer(

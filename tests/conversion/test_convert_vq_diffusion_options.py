@@ -69,8 +69,7 @@ def original_logits(weights, params, content, x, t, label=None, text=None):
     def mlp(name, h):
         if f"{name}.0.weight" in weights:
             return linear(f"{name}.2", act(linear(f"{name}.0", h)))
-        side = math.isqrt(h.shape[1])
-        grid = h.mT.unflatten(2, (side, side))
+        grid = h.mT.unflatten(2, (math.isqrt(h.shape[1]), -1))
         grid = act(F.conv2d(grid, weights[f"{name}.conv1.weight"], weights[f"{name}.conv1.bias"], padding=1))
         grid = F.conv2d(grid, weights[f"{name}.conv2.weight"], weights[f"{name}.conv2.bias"], padding=1)
         return grid.flatten(2).mT
@@ -173,6 +172,67 @@ def test_options_of_the_class_model(name):
         actual = pipe.transformer(x.view(3, 4, 4), t, class_labels=torch.full((3,), null)).sample.flatten(1, 2)
         expected = original_logits(weights, params, content, x, t, torch.full((3,), 1000))
         torch.testing.assert_close(actual, expected, atol=10 * tolerance, rtol=2e-5)
+
+
+def position_tables(height, width):
+    def change(weights):
+        generator = torch.Generator().manual_seed(0)
+        sides = {"content_emb.height_emb.weight": height, "content_emb.width_emb.weight": width}
+        return weights | {key: torch.randn(side, WIDTH, generator=generator) for key, side in sides.items()}
+
+    return change
+
+
+# content_seq_len, content_spatial_size, spatial_size, mlp_type, and the grid
+GRIDS = [
+    (16, [2, 8], (6, 8), "fc", (2, 8)),
+    (16, None, (2, 8), "fc", (2, 8)),
+    (16, [32, 32], (2, 8), "fc", (2, 8)),  # an old size
+    (16, [32, 32], (6, 8), "fc", (4, 4)),
+    (12, [3, 4], (6, 8), "conv_mlp", (3, 4)),
+    (12, "its default", (6, 8), "conv_mlp", (3, 4)),
+    (256, "its default", (8, 32), "fc", (8, 32)),  # which is (16, 16)
+]
+
+
+@pytest.mark.parametrize(("length", "size", "table", "mlp_type", "grid"), GRIDS)
+@torch.no_grad()
+def test_the_grid(length, size, table, mlp_type, grid):
+    """The original's denoiser is over a sequence, whatever it is told of the grid; convolutions see isqrt(L) rows."""
+    pieces = pieces_of("vqdiff_uncond")
+    model, checkpoint = pieces["model"]["params"], pieces["checkpoint"]["model"]
+    del model["content_codec_config"]
+    for key in [key for key in checkpoint if key.startswith("content_codec.")]:
+        del checkpoint[key]
+    _, params, content = sections(pieces)
+    content["spatial_size"] = table
+    params |= {"content_seq_len": length, "content_spatial_size": size, "mlp_type": mlp_type}
+    if size == "its default":
+        del params["content_spatial_size"]
+
+    def change(weights):
+        if mlp_type == "fc":  # the middle taps
+            names = {f"mlp.conv{i}": f"mlp.{2 * i - 2}" for i in (1, 2)}
+            for old, new in names.items():
+                weights = {key.replace(old, new): value for key, value in weights.items()}
+            weights = {k: v[:, :, 1, 1].contiguous() if v.ndim == 4 else v for k, v in weights.items()}
+        return position_tables(*table)(weights)
+
+    weights = changed_network(pieces, change)
+    pipe, _ = convert_model(**pieces)
+    assert pipe.transformer.sample_size == grid
+    generator = torch.Generator().manual_seed(1)
+    x, t = torch.randint(17, (2, length), generator=generator), torch.tensor([0, 99])
+    actual = pipe.transformer(x.view(2, *grid), t).sample.flatten(1, 2)
+    torch.testing.assert_close(actual, original_logits(weights, params, content, x, t), atol=2e-5, rtol=2e-5)
+
+
+def test_grids_that_the_convolutions_do_not_have():
+    pieces = pieces_of("vqdiff_uncond")
+    params = sections(pieces)[1]
+    params["content_spatial_size"] = [2, 8]
+    with pytest.raises(ValueError, match=r"a grid of 4 rows with mlp_type=conv_mlp, .* got \(2, 8\)"):
+        convert_model(**pieces)
 
 
 @torch.no_grad()

@@ -160,7 +160,7 @@ WEIGHTS = "checkpoint/model"
         (
             f"{NETWORK}/content_seq_len",
             17,
-            r"as many positions in content_spatial_size as content_seq_len=17, got \(4, 4",
+            r"positions in content_spatial_size or spatial_size as content_seq_len=17, got \(4, 4\) and \(4, 4",
         ),
         (f"{NETWORK}/class_number", 13, "has 12 classes in .*ln2.emb.weight, but `config` says class_number=13"),
         (f"{NETWORK}/n_head", 3, "must have n_embd a multiple of n_head=3, got 16"),
