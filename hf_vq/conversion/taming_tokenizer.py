@@ -32,6 +32,8 @@ TRAINING_PARAMS = (
     "sane_index_shape",
     "scheduler_config",
 )
+# VQ-Diffusion has a copy of the code.
+TAMING_MODULES = ("taming.", "image_synthesis.taming.")
 TARGETS = ("VQModel", "VQModelInterface", "VQNoDiscModel", "VQSegmentationModel", "EMAVQ", "GumbelVQ")
 DISCRIMINATOR = "loss.discriminator."
 DROPPED_KEYS = {
@@ -69,7 +71,7 @@ def tokenizer_config(model: dict, num_used: int | None = None, argument: str = "
     if params.values.get("lossconfig") is not None:
         params.node("lossconfig")
     embed_dim, num_embeddings = params.count("embed_dim"), params.count("n_embed")
-    fields = network_fields(params.section("ddconfig"), is_taming=path.startswith("taming."))
+    fields = network_fields(params.section("ddconfig"), is_taming=path.startswith(TAMING_MODULES))
     if target == "VQSegmentationModel":
         params.training_only("n_labels")
     if path.startswith("ldm."):

@@ -63,6 +63,7 @@ def same(actual, expected):
         ("taming.models.vqgan", {"resamp_with_conv": False}),
         # that code of taming's has no such option, and ignores it as every other name
         ("taming.models.vqgan", {"tanh_out": True}),
+        ("image_synthesis.taming.models.vqgan", {"tanh_out": True, "attn_type": "none"}),
     ],
 )
 @torch.no_grad()
