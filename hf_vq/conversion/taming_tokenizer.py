@@ -175,7 +175,10 @@ def convert_tokenizer(model: dict, state_dict: dict, use_ema: bool = True) -> tu
         weights = {EMA_CODEBOOK.get(key, key): value for key, value in weights.items()}
         weights["quantize.num_updates"] = torch.zeros((), dtype=torch.int64)  # only zero-debiased codebooks read it
     if used is not None:
-        weights = _restricted(weights, used) if config.quantizer == "gumbel" else _remapped(weights, used, config)
+        if config.quantizer == "gumbel":
+            weights = _restricted(weights, used)
+        else:
+            weights = remapped(weights, used, _indices_of(used, config.remapped_from))
     with torch.device("meta"):
         tokenizer = VQGANModel(config)
     load_exactly(tokenizer, weights)
@@ -207,15 +210,26 @@ def _restricted(weights: dict, used: torch.Tensor) -> dict:
     return {name: value[used] if name in names else value for name, value in weights.items()}
 
 
-def _remapped(weights: dict, used: torch.Tensor, config: VQGANConfig) -> dict:
-    """The table of the codes in use beside the quantizer; -1 stands for a code that is not in it."""
-    table = torch.full((config.remapped_from,), -1, dtype=torch.int64)
+def _indices_of(used: torch.Tensor, num_codes: int) -> torch.LongTensor:
+    """The index of each code; -1 stands for one that is not in use."""
+    table = torch.full((num_codes,), -1, dtype=torch.int64)
     table[used] = torch.arange(len(used))
+    return table
+
+
+def remapped(weights: dict, used: torch.Tensor, table: torch.Tensor) -> dict:
+    """The weights of a tokenizer with `remapped_from`: all codes, and the tables that renumber them.
+
+    Args:
+        weights: of the tokenizer without the tables.
+        used: int64 `(num_used,)`, the code of each index.
+        table: int64 `(num_codes,)`, the index of each code.
+    """
     new = {
-        name.replace("quantize.", "quantize.quantizer.") if name.startswith("quantize.") else name: value
+        name.replace("quantize.", "quantize.quantizer.", 1) if name.startswith("quantize.") else name: value
         for name, value in weights.items()
     }
-    return {**new, "quantize.remap.used": used.long(), "quantize.remap.table": table}
+    return {**new, "quantize.remap.used": used.long(), "quantize.remap.table": table.long()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

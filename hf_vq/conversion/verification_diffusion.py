@@ -96,20 +96,12 @@ def _ddim(pipe: VQLatentDiffusionPipeline, tensors, suffix: str) -> Tensors:
 
 
 def of_codec(model: VQGANModel, tensors: Any) -> Tensors:
-    """Of `img` in 0 … 255.
-
-    The original draws a Gumbel codec's tokens, so the most likely ones are compared. Where only some codes are in use,
-    those that it numbers 0, as it does all others, are left out.
-    """
+    """Of `img` in 0 … 255. The original draws a Gumbel codec's tokens, so the most likely ones are compared."""
     names = ("codec_tokens_argmax", "codec_tokens")
     name = next((name for name in names if name in tensors), names[1])
     latents = model.encode(tensors["img"] / 127.5 - 1).latents
     indices = model.quantize(latents).indices.flatten(1)
-    computed = {"patch.h": latents, "patch.index": indices}
-    if name in tensors:
-        expected = tensors[name]
-        is_cut = bool((expected == 0).any()) and not torch.equal(indices, expected)
-        computed[name] = torch.where(expected == 0, 0, indices) if is_cut else indices
+    computed = {"patch.h": latents, "patch.index": indices, name: indices}
     side = model.config.image_size[0] // model.config.downsample_factor
     for source, target in (("codec_tokens", "codec_decoded"), ("gen.tokens", "gen.content")):
         if source in tensors and tensors[source].shape[1] == side**2:

@@ -1,4 +1,4 @@
-"""The image codecs of the original VQ-Diffusion code as tokenizers that have only the codes in use."""
+"""The image codecs of the original VQ-Diffusion code as tokenizers, whose indices are the diffusion model's."""
 
 import torch
 
@@ -6,7 +6,7 @@ from ..models.autoencoders.configuration_vqgan import VQGANConfig
 from ..models.autoencoders.modeling_vqgan import VQGANModel
 from .checkpoints import load_exactly, split_by_prefix
 from .reading import Options, is_count
-from .taming_tokenizer import tokenizer_config
+from .taming_tokenizer import remapped, tokenizer_config
 
 
 TRAINING_PARAMS = ("ckpt_path", "data_info", "ignore_keys", "lossconfig", "token_shape", "trainable")
@@ -158,9 +158,8 @@ def convert_codec(
     """
     A codec, whose checkpoint holds its quantizer twice.
 
-    With a mapping, the tokenizer has only the codes in use, in its order, so that its indices are those of the
-    diffusion model. The original looks among all codes and turns one that is not in use into index 0, whatever it
-    looks like; here the nearest code in use is found.
+    With a mapping, the tokenizer looks among all its codes as the original does, and its indices are the diffusion
+    model's: a code that is not in use has index 0, whatever it looks like.
 
     Args:
         model: see `codec_config`.
@@ -186,9 +185,8 @@ def convert_codec(
         # read only where the averages' start is corrected
         weights["quantize.num_updates"] = torch.zeros((), dtype=torch.int64)
     if mapping is not None:
-        codes = first_codes(mapping, config.num_embeddings, num_used)
-        weights |= {key: value[codes] for key, value in weights.items() if key.startswith("quantize.") and value.ndim}
-        config.num_embeddings = num_used
+        weights = remapped(weights, first_codes(mapping, config.num_embeddings, num_used), mapping)
+        config.remapped_from, config.num_embeddings, config.unknown_code = config.num_embeddings, num_used, 0
     with torch.device("meta"):
         tokenizer = VQGANModel(config)
     load_exactly(tokenizer, weights)

@@ -5,7 +5,6 @@ import torch
 
 from hf_vq.conversion.convert_vq_diffusion import convert, convert_model, main, read_model
 from hf_vq.conversion.reading import load_checkpoint
-from hf_vq.conversion.vq_diffusion_codec import convert_codec
 from hf_vq.pipelines.pipeline_vq_diffusion import VQDiffusionImagePipeline
 from tests.conversion.golden import Golden
 
@@ -134,29 +133,25 @@ def test_text_encoder(golden, pipe):
 
 @torch.no_grad()
 def test_codec(golden, pipe, pieces):
-    """Codes in use keep their numbers; the original numbers every other code 0, here the nearest one in use is
-    found.
-    """
+    """The tokens that the original diffuses: those of its search among all codes, renumbered by its table."""
     pixels, tokens = golden["img"] / 127.5 - 1, golden["codec_tokens"].view(2, 4, 4)
-    weights = {key: value for key, value in pieces["checkpoint"]["model"].items() if key.startswith("content_codec.")}
-    weights = {key.removeprefix("content_codec."): value for key, value in weights.items()}
-    whole, _ = convert_codec(pieces["codec"], weights)
-    latents = whole.encode(pixels).latents
+    encoded, num_codes = pipe.vqvae.encode(pixels), pipe.vqvae.config.remapped_from
+    quantizer = pipe.vqvae.quantize
     if "text_clip" in golden.name:
-        golden.compare("codec_logits", whole.quantize.proj(latents))
-        golden.compare("codec_argmax_full", whole.encode(pixels).indices)
-        found = whole.quantize(latents, noise=golden["codec_gumbel_noise"]).indices
-        golden.compare("codec_tokens_argmax", pieces["mapping"][golden["codec_argmax_full"]])
+        golden.compare("codec_logits", quantizer.quantizer.proj(encoded.latents))
+        golden.compare("codec_argmax_full", quantizer.quantizer(encoded.latents).indices)
+        golden.compare("codec_tokens_argmax", encoded.indices)
+        golden.compare("codec_tokens", quantizer(encoded.latents, noise=golden["codec_gumbel_noise"]).indices)
     else:
-        found = whole.encode(pixels).indices
-    mapping = torch.arange(16) if pieces["mapping"] is None else pieces["mapping"]
-    golden.compare("codec_tokens", mapping[found])
-
-    first = [mapping.tolist().index(i) for i in range(16)]
-    in_use = torch.isin(whole.encode(pixels).indices, torch.tensor(first))
-    assert in_use.any() and in_use.all() == (pieces["mapping"] is None)
-    assert torch.equal(pipe.vqvae.encode(pixels).indices[in_use], mapping[whole.encode(pixels).indices][in_use])
-    assert torch.equal(pipe.vqvae.quantize.codebook, whole.quantize.codebook[first])
+        golden.compare("codec_tokens", encoded.indices)
+    assert pipe.vqvae.config.num_embeddings == len(quantizer.codebook) == 16
+    mapping = pieces["mapping"]
+    assert num_codes == (None if mapping is None else 40)
+    if mapping is not None:
+        weights = pieces["checkpoint"]["model"]
+        name = "embed" if "text_clip" in golden.name else "embedding"
+        first = [mapping.tolist().index(i) for i in range(16)]
+        assert torch.equal(quantizer.codebook, weights[f"content_codec.enc.quantize.{name}.weight"][first])
 
     golden.compare("codec_decoded", to_bytes(pipe.vqvae.decode_indices(tokens).sample))
     golden.compare("gen.content", to_bytes(pipe.vqvae.decode_indices(golden["gen.tokens"].view(2, 4, 4)).sample))

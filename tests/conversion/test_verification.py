@@ -25,6 +25,7 @@ CASES = {
     "taming_gpt_segmentation": ({"all_logits", "c_indices", "cond_rec", "greedy_half", "img_greedy"}, []),
     "ldm_vq_uncond": ({"fs.xrec", "eps_ema", "post_mean", "post_logvar", "lvlb_weights", "ddim_eta0_ema"}, []),
     "vqdiff_class": ({"logits.a", "log_x_start.b", "codec_tokens", "gen.content", "tab.log_cumprod_bt"}, []),
+    "vqdiff_text_clip": ({"codec_tokens_argmax", "codec_decoded", "log_x_start.a"}, []),
     "rosinality_pixelsnail_bottom": ({"logits", "loss"}, []),
     "rosinality_vqvae": ({"id_t", "id_b", "dec", "train_loss", "codes_dec"}, []),
     "zalando_noema": ({"indices", "x_recon", "vq_loss", "perplexity"}, []),
@@ -67,7 +68,7 @@ def test_golden_cases(case, tmp_path, capsys):
         if entry["role"] != "input"
     }
     # nothing is left out without a word, but for what others are computed from
-    assert outputs <= errors.keys() | set(others) | {"eps", "gen.tokens"}
+    assert outputs <= errors.keys() | set(others) | {"eps", "gen.tokens", "codec_tokens", "cond_emb"}
 
 
 def test_live_weights(tmp_path, capsys):
