@@ -33,7 +33,7 @@ from .vq_diffusion_network import (
     transformer_config,
     with_defaults,
 )
-from .vq_diffusion_text import convert_text_encoder, text_options
+from .vq_diffusion_text import convert_text_encoder, text_options, with_single_states
 
 
 PARTS = ("tokenizer", "transformer", "text_encoder", "pipeline")
@@ -231,9 +231,11 @@ def convert_model(
     network, text = split_by_prefix(weights, ("transformer.", "condition_emb.")).values()
 
     scheduler = convert_schedule(diffusion, tables)
-    learned_null = "condition_codec_config" in params and bool(params["learnable_cf"] or diffusion["learnable_cf"])
-    transformer, network_reasons = convert_transformer(diffusion, {**network, **null_embedding}, learned_null)
     options, text_reasons = convert_text(params, diffusion, text, tokenizer)
+    learned_null = "condition_codec_config" in params and bool(params["learnable_cf"] or diffusion["learnable_cf"])
+    if text:
+        diffusion, network = with_single_states(diffusion, network, text, learned_null)
+    transformer, network_reasons = convert_transformer(diffusion, {**network, **null_embedding}, learned_null)
     if codec_weights and params["content_codec_config"] is None:
         raise ValueError("`config` lacks the section content_codec_config, of which `checkpoint` has weights.")
     content_codec = None

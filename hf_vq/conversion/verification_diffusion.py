@@ -152,8 +152,20 @@ def _condition(transformer: VQDiffusionTransformer2DModel, tensors: Any) -> dict
     kind = transformer.config.condition_type
     if kind == "unconditional":
         return {}
-    name, argument = {"class": ("label", "class_labels"), "text": ("cond_emb", "encoder_hidden_states")}[kind]
-    return {argument: tensors[name]} if name in tensors else None
+    if kind == "class":
+        return {"class_labels": tensors["label"]} if "label" in tensors else None
+    if "cond_emb" not in tensors:
+        return None
+    return {"encoder_hidden_states": _single_states(tensors["cond_emb"], transformer.config.cross_attention_dim)}
+
+
+def _single_states(states: torch.Tensor, width: int) -> torch.Tensor:
+    """States of `width` channels, of the original's, which may have each of them twice."""
+    if states.shape[-1] != 2 * width:
+        return states
+    lengths = states.float().norm(dim=-1)
+    is_normalized = torch.allclose(lengths, torch.ones_like(lengths), atol=1e-2)
+    return states[..., :width] * (2**0.5 if is_normalized else 1)
 
 
 __all__ = ["of_codec", "of_latent_diffusion", "of_mask_replace_diffusion", "of_mask_replace_schedule"]

@@ -1,12 +1,13 @@
 """The text encoder inside checkpoints of the original VQ-Diffusion code: CLIP's, as transformers has it."""
 
+import math
 import re
 
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from .checkpoints import drop_keys, load_exactly
-from .vq_diffusion_network import with_defaults
+from .vq_diffusion_network import NETWORKS, with_defaults
 
 
 OUTER_KEYS = {
@@ -86,12 +87,6 @@ def text_options(condition_codec: dict | None, condition_emb: dict | None) -> di
                 )
         found.append(params)
     codec, encoder = found
-    if encoder["embed_dim"] == 1024:
-        raise ValueError(
-            "`config` must have an embed_dim other than 1024, its default, in condition_emb_config: "
-            "1024 stands for each "
-            "state twice, which has no equivalent here."
-        )
     return {
         "text_max_length": codec["context_length"],
         "text_lower_case": True,
@@ -99,6 +94,56 @@ def text_options(condition_codec: dict | None, condition_emb: dict | None) -> di
         "text_mask": False,
         "text_pad_token_id": codec["pad_value"],
     }
+
+
+def with_single_states(diffusion: dict, network: dict, text: dict, learned_null: bool = False) -> tuple[dict, dict]:
+    """
+    The options and the weights of a denoiser that reads each state of a text once.
+
+    Where the original reckons with states of 1024 channels, it gives each one twice, [s, s], and the cross-attention's
+    W₁ s + W₂ s is (W₁ + W₂) s. The length that it then divides by is √2 |s|.
+
+    Args:
+        diffusion: `params` of the YAML's `diffusion_config`.
+        network: the keys under `transformer.`, of the denoiser.
+        text: the keys under `condition_emb.`.
+        learned_null: see `convert_transformer`.
+
+    Raises:
+        ValueError: for a denoiser of other states, or a null text beside states that are given twice.
+    """
+    options = with_defaults(
+        diffusion["condition_emb_config"].get("params") or {}, ENCODER_DEFAULTS, "condition_emb_config"
+    )
+    for key in ("text_projection", "ln_final.weight"):
+        if key not in text:
+            raise ValueError(f"`checkpoint` lacks the key transformer.condition_emb.{key}.")
+    projected, width = text["text_projection"].shape[1], len(text["ln_final.weight"])
+    # 512 channels of the projection make 1024 by the default embed_dim, and 1024 channels do by any other
+    is_twice = projected * (2 if options["embed_dim"] == 1024 else 1) == 1024
+    section = diffusion["transformer_config"]
+    params = {**NETWORKS["Text2ImageTransformer"][1], **section["params"]}
+    wanted = width * (1 + is_twice)
+    if params["condition_dim"] != wanted:
+        raise ValueError(
+            f"`config` must have condition_dim={wanted} in transformer_config, as many channels as the text encoder's "
+            f"states{' twice' * is_twice}, got {params['condition_dim']}."
+        )
+    if not is_twice:
+        return diffusion, network
+    if learned_null:
+        raise ValueError(
+            "`config` must have learnable_cf=False where the text encoder's states have 1024 channels, got True: the "
+            "original's learned null text has 512."
+        )
+    scale = math.sqrt(0.5) if options["normalize"] else 1.0
+    folded = {
+        key: (value[:, :width] + value[:, width:]) * scale
+        for key, value in network.items()
+        if re.fullmatch(r"blocks\.\d+\.attn2\.(key|value)\.weight", key) and value.shape[1:] == (2 * width,)
+    }
+    section = {**section, "params": {**section["params"], "condition_dim": width}}
+    return {**diffusion, "transformer_config": section}, {**network, **folded}
 
 
 def convert_text_encoder(state_dict: dict) -> tuple[CLIPTextModel, dict[str, str]]:

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from hf_vq.conversion.convert_vq_diffusion import convert, convert_model, read_model
 from hf_vq.conversion.reading import load_checkpoint
+from hf_vq.conversion.verification import verify
 from hf_vq.models.priors.transformer_vq_diffusion import VQDiffusionTransformer2DModel
 from hf_vq.schedulers.scheduling_mask_replace import MaskReplaceScheduler
 from tests.conversion.golden import Golden
@@ -225,6 +226,63 @@ def test_the_grid(length, size, table, mlp_type, grid):
     x, t = torch.randint(17, (2, length), generator=generator), torch.tensor([0, 99])
     actual = pipe.transformer(x.view(2, *grid), t).sample.flatten(1, 2)
     torch.testing.assert_close(actual, original_logits(weights, params, content, x, t), atol=2e-5, rtol=2e-5)
+
+
+def text_pieces(embed_dim, projected, times, normalize=True):
+    """A text model whose denoiser reads states of 64 channels `times` times, and its denoiser's weights."""
+    pieces = pieces_of("vqdiff_text_clip")
+    diffusion, params, _ = sections(pieces)
+    diffusion["condition_emb_config"]["params"] |= {"embed_dim": embed_dim, "normalize": normalize}
+    params["condition_dim"] = 64 * times
+    generator = torch.Generator().manual_seed(3)
+    pieces["checkpoint"]["model"]["transformer.condition_emb.text_projection"] = torch.zeros(64, projected)
+
+    names, scale = ("attn2.key.weight", "attn2.value.weight"), 1 if normalize else 0.125
+
+    def change(weights):
+        return {
+            key: scale * torch.randn(32, 64 * times, generator=generator) if key.endswith(names) else value
+            for key, value in weights.items()
+        }
+
+    return pieces, changed_network(pieces, change)
+
+
+@pytest.mark.parametrize(
+    ("embed_dim", "projected", "times", "normalize"),
+    [(1024, 512, 2, True), (1024, 512, 2, False), (512, 1024, 2, True), (1024, 640, 1, True), (512, 512, 1, True)],
+)
+@torch.no_grad()
+def test_states_of_1024_channels_are_given_twice(embed_dim, projected, times, normalize, tmp_path):
+    """The original puts a state beside itself where that, or the projection's other width, makes 1024 channels."""
+    pieces, weights = text_pieces(embed_dim, projected, times, normalize)
+    _, params, content = sections(pieces)
+    pipe, _ = convert_model(**pieces)
+    golden = Golden("vqdiff_text_clip")
+    states = pipe.text_encoder(golden["condition_token"]).last_hidden_state
+    doubled = torch.cat([states] * times, dim=-1)
+    if normalize:
+        states, doubled = states / states.norm(dim=-1, keepdim=True), doubled / doubled.norm(dim=-1, keepdim=True)
+    assert pipe.config.text_normalize == normalize and pipe.transformer.config.cross_attention_dim == 64
+    x, t = golden["x_t.a"], golden["t.a"]
+    actual = pipe.transformer(x.view(2, 4, 4), t, encoder_hidden_states=states).sample.flatten(1, 2)
+    expected = original_logits(weights, params, content, x, t, text=doubled)
+    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=2e-5)
+    save_file({"x_t.a": x, "t.a": t, "cond_emb": doubled, "logits.a": expected.mT.contiguous()}, tmp_path / "io")
+    assert verify(pipe, tmp_path / "io")[0]["logits.a"] < 2e-5
+
+
+def test_states_that_the_denoiser_does_not_read():
+    pieces, _ = text_pieces(1024, 512, 1)
+    with pytest.raises(ValueError, match="condition_dim=128 .* as the text encoder's states twice, got 64"):
+        convert_model(**pieces)
+    pieces, _ = text_pieces(1024, 640, 2)
+    with pytest.raises(ValueError, match="condition_dim=64 .* as the text encoder's states, got 128"):
+        convert_model(**pieces)
+    pieces, _ = text_pieces(1024, 512, 2)
+    sections(pieces)[0]["learnable_cf"] = True
+    with pytest.raises(ValueError, match="must have learnable_cf=False where .* 1024 channels"):
+        convert_model(**pieces)
 
 
 def test_grids_that_the_convolutions_do_not_have():
