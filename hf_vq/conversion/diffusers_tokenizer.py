@@ -187,8 +187,9 @@ def vqmodel_config(config: VQGANConfig) -> dict:
         value = getattr(config, name, known[0])
         if value not in known:
             raise ValueError(f"A VQGANModel with {name}={value!r} has no equivalent in diffusers; known: {known}.")
-    if config.decoder_channel_multiplier != config.channel_multiplier:
-        raise ValueError("A VQGANModel whose `decoder_channel_multiplier` differs has no equivalent in diffusers.")
+    for name in ("channel_multiplier", "num_res_blocks", "attn_resolutions", "latent_channels"):
+        if config.of_decoder(name) != getattr(config, name):
+            raise ValueError(f"A VQGANModel whose `decoder_{name}` differs has no equivalent in diffusers.")
     if config.decoder_norm == "spatial" and config.norm_num_groups != 32:
         raise ValueError(f"Spatial norms of diffusers have 32 groups, got norm_num_groups={config.norm_num_groups}.")
     if config.decoder_norm == "spatial" and config.embed_dim != config.latent_channels:

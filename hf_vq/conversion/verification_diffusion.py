@@ -1,5 +1,6 @@
 """What converted diffusion models compute of an original program's outputs, by its names; see `verification`."""
 
+import math
 from typing import Any
 
 import torch
@@ -102,10 +103,10 @@ def of_codec(model: VQGANModel, tensors: Any) -> Tensors:
     latents = model.encode(tensors["img"] / 127.5 - 1).latents
     indices = model.quantize(latents).indices.flatten(1)
     computed = {"patch.h": latents, "patch.index": indices, name: indices}
-    side = model.config.image_size[0] // model.config.downsample_factor
+    grid = tuple(side // model.config.downsample_factor for side in model.config.image_size)
     for source, target in (("codec_tokens", "codec_decoded"), ("gen.tokens", "gen.content")):
-        if source in tensors and tensors[source].shape[1] == side**2:
-            sample = model.decode_indices(tensors[source].unflatten(1, (side, side))).sample
+        if source in tensors and tensors[source].shape[1] == math.prod(grid):
+            sample = model.decode_indices(tensors[source].unflatten(1, grid)).sample
             computed[target] = (sample.clamp(-1, 1) + 1) * 127.5
     return computed
 

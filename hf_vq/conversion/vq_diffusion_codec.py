@@ -9,6 +9,7 @@ from .reading import Options, is_count
 from .taming_tokenizer import remapped, tokenizer_config
 
 
+DECODER_FIELDS = ("num_res_blocks", "attn_resolutions", "latent_channels")
 TRAINING_PARAMS = ("ckpt_path", "data_info", "ignore_keys", "lossconfig", "token_shape", "trainable")
 
 
@@ -62,7 +63,7 @@ def _patch_config(params: Options) -> VQGANConfig:
 
 
 def _patch_networks(params: Options) -> dict:
-    """The fields of `VQGANConfig` for the encoder and the decoder, which may differ in their widths alone."""
+    """The fields of `VQGANConfig` for the encoder and the decoder."""
     encoder, decoder = (_patch_network(params, f"{part}_config") for part in ("encoder", "decoder"))
     widths = [decoder["base_channels"] * multiplier for multiplier in decoder.pop("channel_multiplier")]
     multipliers, base = encoder.pop("channel_multiplier"), encoder["base_channels"]
@@ -71,18 +72,20 @@ def _patch_networks(params: Options) -> dict:
             f"`codec_config` must have as many widths in its decoder as in its encoder, all multiples of "
             f"{base} (the encoder's ch), got {widths}."
         )
-    decoder["base_channels"], decoder["in_channels"] = base, encoder["in_channels"]
+    shorter = min(encoder["resolution"])
+    for network in (encoder, decoder):  # the sizes say where attention is, and nothing else
+        network["attn_resolutions"] = [shorter // 2**level for level in network.pop("attended_levels")]
+    own = {f"decoder_{name}": decoder[name] for name in DECODER_FIELDS if decoder[name] != encoder[name]}
+    decoder |= {name: encoder[name] for name in (*DECODER_FIELDS, "base_channels", "in_channels", "resolution")}
     encoder["out_channels"] = decoder["out_channels"]  # which the encoder does not read, as the decoder the other
     differing = [name for name, value in encoder.items() if decoder[name] != value]
     if differing:
         raise ValueError(
-            f"`codec_config` must have one encoder and decoder but for their widths; they differ in {differing}."
+            f"`codec_config` must have one encoder and decoder but for their widths, depths and attention; they "
+            f"differ in {differing}."
         )
-    return {
-        **encoder,
-        "channel_multiplier": multipliers,
-        "decoder_channel_multiplier": [width // base for width in widths],
-    }
+    own["decoder_channel_multiplier"] = [width // base for width in widths]
+    return {**encoder, "channel_multiplier": multipliers, **own}
 
 
 def _patch_network(params: Options, name: str) -> dict:
@@ -100,7 +103,10 @@ def _patch_network(params: Options, name: str) -> dict:
             f"`codec_config` must have scale_by_2=None, or one that halves between all levels, in {network.where}, "
             f"got {scaled}: hf_vq has no other."
         )
-    resolution = network.take("resolution")
+    resolution = _sides(network.take("resolution"), "resolution")
+    if name[0] == "d":  # which begins at the lowest level
+        factor = 2 ** (len(multipliers) - 1)
+        resolution = [side // factor * factor for side in resolution]
     fields = {
         "channel_multiplier": multipliers,
         "base_channels": network.count("ch"),
@@ -110,24 +116,26 @@ def _patch_network(params: Options, name: str) -> dict:
         "out_channels": network.count("out_ch"),
         "dropout": network.number("dropout", 0.0, below=1),
         "resamp_with_conv": network.flag("resamp_with_conv", True),
-        "resolution": _side(resolution),
-        "attn_resolutions": [_side(size) for size in _listed(network.take("attn_resolutions"))],
+        "resolution": resolution,
+        "attended_levels": _attended_levels(network.take("attn_resolutions"), resolution, len(multipliers)),
     }
     network.finish()
     return fields
 
 
-def _listed(sizes) -> list:
+def _attended_levels(sizes: list, resolution: list[int], num_levels: int) -> list[int]:
+    """The levels, 0 the highest, whose height and width are among the sizes."""
     if not isinstance(sizes, (list, tuple)):
         raise ValueError(f"`codec_config` must have a list as attn_resolutions, got {sizes!r}.")
-    return list(sizes)
+    pairs = [_sides(size, "attn_resolutions") for size in sizes]
+    return [level for level in range(num_levels) if [side // 2**level for side in resolution] in pairs]
 
 
-def _side(size: int | list[int]) -> int:
-    sides = list(size) if isinstance(size, (list, tuple)) else [size]
-    if not sides or not all(is_count(side) and side == sides[0] for side in sides):
-        raise ValueError(f"`codec_config` must have square resolutions, got {size!r}.")
-    return sides[0]
+def _sides(size: int | list[int], name: str) -> list[int]:
+    sides = list(size) if isinstance(size, (list, tuple)) else [size, size]
+    if len(sides) != 2 or not all(map(is_count, sides)):
+        raise ValueError(f"`codec_config` must have an int or [height, width] as {name}, got {size!r}.")
+    return sides
 
 
 def first_codes(mapping: torch.Tensor, num_embeddings: int, num_used: int) -> torch.LongTensor:

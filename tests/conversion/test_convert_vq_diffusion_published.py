@@ -235,8 +235,11 @@ def test_tables_are_not_taken_on_trust():
             1,
             r"in model.params.encoder_config.params that are not known: \['surprise'\]",
         ),
-        ("encoder_config/params/resolution", [8, 4], r"must have square resolutions, got \[8, 4\]"),
-        ("encoder_config/params/z_channels", 4, r"but for their widths; they differ in \['latent_channels'\]"),
+        ("encoder_config/params/resolution", [8], r"an int or \[height, width\] as resolution, got \[8\]"),
+        ("encoder_config/params/resolution", [8, 5], r"`resolution` must be a multiple of 2 .* got \[8, 5\]"),
+        ("encoder_config/params/attn_resolutions", [[4, 0]], r"as attn_resolutions, got \[4, 0\]"),
+        ("encoder_config/params/z_channels", 4, "has encoder.conv_out.weight"),
+        ("encoder_config/params/resamp_with_conv", False, r"they differ in \['resamp_with_conv'\]"),
     ],
 )
 def test_codecs_that_are_refused(path, value, message):

@@ -10,6 +10,7 @@ from hf_vq import VQDiffusionImagePipeline, VQDiffusionTransformer2DModel
 from hf_vq.cli import main
 from hf_vq.conversion.reading import load_checkpoint, read_model
 from hf_vq.conversion.vq_diffusion_codec import convert_codec
+from hf_vq.models.autoencoders.configuration_vqgan import VQGANConfig
 from hf_vq.models.autoencoders.modeling_vqgan import VQGANModel
 from tests.conversion.golden import GOLDEN, Golden
 from tests.conversion.original_networks import decode, encode
@@ -74,6 +75,52 @@ def test_a_decoder_of_other_widths():
     compare(tokenizer, weights, 2)
     decoder["ch"] = 48
     with pytest.raises(ValueError, match=r"all multiples of 32 \(the encoder's ch\), got \[48, 96\]"):
+        convert_codec(model, weights)
+
+
+@pytest.mark.parametrize(
+    ("options", "fields", "attended"),
+    [
+        ({"num_res_blocks": 3}, {"num_res_blocks": 3}, {1}),
+        ({"z_channels": 16}, {"latent_channels": 16}, {1}),
+        ({"attn_resolutions": [8]}, {"attn_resolutions": [8]}, {0}),
+        ({"attn_resolutions": [[8, 8], 4]}, {"attn_resolutions": [8, 4]}, {0, 1}),
+        # its resolution only places attention, from the lowest level on
+        ({"resolution": 33, "attn_resolutions": [32]}, {"attn_resolutions": [8]}, {0}),
+    ],
+)
+@torch.no_grad()
+def test_a_decoder_of_another_depth_or_attention(options, fields, attended):
+    model, weights = read()
+    fields = {f"decoder_{name}": value for name, value in fields.items()}
+    config = convert_codec(model, weights)[0].config.to_dict()
+    torch.manual_seed(0)
+    random = VQGANModel(VQGANConfig(**{**config, **fields})).state_dict()
+    names = ("dec.decoder.", "dec.post_quant_conv.")
+    weights = {key: v for key, v in weights.items() if not key.startswith(names)}
+    weights |= {f"dec.{key}": v for key, v in random.items() if f"dec.{key}".startswith(names)}
+    assert {key[15] for key in weights if key.startswith("dec.decoder.up") and ".attn." in key} == {
+        *map(str, attended)
+    }
+    list(networks(model))[1].update(options)
+    tokenizer, _ = convert_codec(model, weights)
+    assert {name: getattr(tokenizer.config, name) for name in fields} == fields
+    compare(tokenizer, weights, 2)
+
+
+@pytest.mark.parametrize("sizes", [[[4, 8]], [[8, 4], [4, 8]]])
+@torch.no_grad()
+def test_a_rectangle(sizes):
+    """Attention is where the height and the width of a level are those of a pair."""
+    model, weights = read()
+    for network in networks(model):
+        network |= {"resolution": [8, 16], "attn_resolutions": sizes}
+    tokenizer, _ = convert_codec(model, weights)
+    assert tokenizer.config.image_size == (8, 16)
+    compare(tokenizer, weights, 2)
+    for network in networks(model):
+        network["attn_resolutions"] = [4, [8, 4]]
+    with pytest.raises(ValueError, match="has the unknown key decoder.up.1.attn"):
         convert_codec(model, weights)
 
 

@@ -27,6 +27,8 @@ class VQGANConfig(VQTokenizerConfig):
         mid_attention: attention at the lowest resolution (latent diffusion's "noattn" models have none).
         attention_type: "vanilla" or "linear" (latent diffusion's option).
         latent_channels: channels between encoder and `quant_conv` ("z_channels").
+        decoder_num_res_blocks, decoder_attn_resolutions, decoder_latent_channels: the decoder's; None means the
+            encoder's.
         resamp_with_conv: convolve where the resolution changes; False takes means of 2×2 and plain nearest neighbours.
         decoder_norm: "group", or "spatial" for the norms of MoVQ, whose scale and shift are read off the codes.
         spatial_norm_conv: a 3×3 convolution of the codes in each spatial norm (MoVQ's "add_conv").
@@ -54,6 +56,9 @@ class VQGANConfig(VQTokenizerConfig):
         mid_attention: bool = True,
         attention_type: str = "vanilla",
         latent_channels: int = 256,
+        decoder_num_res_blocks: int | None = None,
+        decoder_attn_resolutions: Sequence[int] | None = None,
+        decoder_latent_channels: int | None = None,
         resamp_with_conv: bool = True,
         decoder_norm: str = "group",
         spatial_norm_conv: bool = False,
@@ -96,6 +101,14 @@ class VQGANConfig(VQTokenizerConfig):
         self.mid_attention = mid_attention
         self.attention_type = attention_type
         self.latent_channels = check_integer("latent_channels", latent_channels, minimum=1)
+        for name, value in (
+            ("decoder_num_res_blocks", decoder_num_res_blocks),
+            ("decoder_latent_channels", decoder_latent_channels),
+        ):
+            setattr(self, name, None if value is None else check_integer(name, value, minimum=1))
+        if decoder_attn_resolutions is not None:
+            decoder_attn_resolutions = _integers("decoder_attn_resolutions", decoder_attn_resolutions)
+        self.decoder_attn_resolutions = decoder_attn_resolutions
         self.resamp_with_conv = resamp_with_conv
         self.decoder_norm = decoder_norm
         self.spatial_norm_conv = spatial_norm_conv
@@ -109,6 +122,11 @@ class VQGANConfig(VQTokenizerConfig):
     def downsample_factor(self) -> int:
         """Pixels a code, along each side."""
         return 2 ** (len(self.channel_multiplier) - 1)
+
+    def of_decoder(self, name: str) -> Any:
+        """The decoder's value of a field that it may have its own of, such as `num_res_blocks`."""
+        own = getattr(self, f"decoder_{name}")
+        return getattr(self, name) if own is None else own
 
     @property
     def block_out_channels(self) -> tuple[int, ...]:

@@ -178,14 +178,14 @@ class Level(nn.Module):
     `upsample`.
     """
 
-    def __init__(self, config: VQGANConfig, channels: list[int], side: int, norm_layers: NormLayers):
+    def __init__(self, config: VQGANConfig, channels: list[int], has_attention: bool, norm_layers: NormLayers):
         super().__init__()
         self.block = nn.ModuleList(
             ResnetBlock(c_in, c_out, config.dropout, norm_layers)
             for c_in, c_out in zip(channels[:-1], channels[1:], strict=True)
         )
         attention = ATTENTION_BLOCKS[config.attention_type]
-        attended = channels[1:] if side in config.attn_resolutions else []
+        attended = channels[1:] if has_attention else []
         self.attn = nn.ModuleList(attention(width, norm_layers) for width in attended)
 
     def layers(self) -> Iterator[nn.Module]:
@@ -224,7 +224,8 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList()
         previous, side = config.base_channels, min(config.image_size)
         for i, width in enumerate(widths):
-            level = Level(config, [previous] + [width] * config.num_res_blocks, side, norm_layers)
+            has_attention = side in config.attn_resolutions
+            level = Level(config, [previous] + [width] * config.num_res_blocks, has_attention, norm_layers)
             if i < len(widths) - 1:
                 level.downsample = Downsample(width, config.resamp_with_conv)
                 side //= 2
@@ -257,11 +258,13 @@ class Decoder(nn.Module):
         widths = [config.base_channels * multiplier for multiplier in config.decoder_channel_multiplier]
         norm_layers = NormLayers(config, spatial=config.decoder_norm == "spatial")
         previous, side = widths[-1], min(config.image_size) // 2 ** (len(widths) - 1)
-        self.conv_in = nn.Conv2d(config.latent_channels, previous, 3, padding=1)
+        depth = config.of_decoder("num_res_blocks") + 1
+        self.conv_in = nn.Conv2d(config.of_decoder("latent_channels"), previous, 3, padding=1)
         self.mid = MidBlock(config, previous, norm_layers)
         levels = []
         for i, width in reversed(list(enumerate(widths))):
-            level = Level(config, [previous] + [width] * (config.num_res_blocks + 1), side, norm_layers)
+            has_attention = side in config.of_decoder("attn_resolutions")
+            level = Level(config, [previous] + [width] * depth, has_attention, norm_layers)
             if i > 0:
                 level.upsample = Upsample(width, config.resamp_with_conv)
                 side *= 2
@@ -301,7 +304,7 @@ class VQGANModel(VQTokenizerModel):
         self.encoder = Encoder(config)
         self.quant_conv = nn.Conv2d(config.latent_channels, config.embed_dim, 1)
         self.quantize = build_quantizer_of(config)
-        self.post_quant_conv = nn.Conv2d(config.embed_dim, config.latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(config.embed_dim, config.of_decoder("latent_channels"), 1)
         self.decoder = Decoder(config)
         self.post_init()
 

@@ -355,6 +355,21 @@ def test_a_decoder_of_other_widths_and_channels():
     assert output.reconstruction_loss.item() == pytest.approx((output.sample - depth).square().mean().item(), rel=1e-5)
 
 
+@torch.no_grad()
+def test_a_decoder_of_another_depth(tmp_path):
+    own = {"decoder_num_res_blocks": 2, "decoder_attn_resolutions": (8,), "decoder_latent_channels": 5}
+    model = vqgan(**own)
+    assert [len(level.block) for level in model.encoder.down] == [1, 1]
+    assert [len(level.block) for level in model.decoder.up] == [3, 3]
+    assert [len(level.attn) for level in model.encoder.down] == [0, 1]
+    assert [len(level.attn) for level in model.decoder.up] == [3, 0]
+    assert model.quant_conv.in_channels == 6 and model.post_quant_conv.out_channels == 5
+    model.save_pretrained(tmp_path)
+    assert torch.equal(VQGANModel.from_pretrained(tmp_path)(pixels()).sample, model(pixels()).sample)
+    with pytest.raises(ValueError, match="`decoder_num_res_blocks` differs has no equivalent in diffusers"):
+        model.to_diffusers(tmp_path)
+
+
 SPATIAL = {
     "base_channels": 32,
     "norm_num_groups": 32,
@@ -576,6 +591,7 @@ def test_wrong_inputs_are_refused(call, message):
         ("vqgan", {"attention_type": "none"}, "`attention_type` must be 'vanilla' or 'linear', got 'none'"),
         ("vqgan", {"decoder_norm": "layer"}, "`decoder_norm` must be 'group' or 'spatial', got 'layer'"),
         ("vqgan", {"decoder_channel_multiplier": (1, 2)}, "must be as many numbers"),
+        ("vqgan", {"decoder_num_res_blocks": 0}, "`decoder_num_res_blocks` must be an int of at least 1, got 0"),
         ("vqgan", {"num_res_blocks": 0}, "`num_res_blocks` must be an int of at least 1, got 0"),
         ("vqgan", {"dropout": math.nan}, "`dropout` must be .* got nan"),
         ("vqgan", {"quantizer": "ema", "quantizer_kwargs": {"decay": math.nan}}, "`decay` must be .* got nan"),
