@@ -295,7 +295,7 @@ def convert_text(
     options = text_options(params["condition_codec_config"], diffusion["condition_emb_config"])
     if not state_dict:
         return options, {}
-    text_encoder, dropped = convert_text_encoder(state_dict)
+    text_encoder, dropped = convert_text_encoder(state_dict, options["text_pooled"])
     for name, option, limit in (
         ("context_length", "text_max_length", text_encoder.config.max_position_embeddings),
         ("pad_value", "text_pad_token_id", text_encoder.config.vocab_size - 1),

@@ -4,7 +4,7 @@ import math
 import re
 
 import torch
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from .checkpoints import drop_keys, load_exactly
 from .vq_diffusion_network import NETWORKS, with_defaults
@@ -40,7 +40,6 @@ ENCODER_DEFAULTS = {
     "embed_dim": 1024,
 }
 ENCODER_VALUES = {
-    "pick_last_embedding": (False, "one state for a whole text"),
     "additional_last_embedding": (False, "a second output"),
 }
 CODEC_DEFAULTS = {
@@ -87,12 +86,18 @@ def text_options(condition_codec: dict | None, condition_emb: dict | None) -> di
                 )
         found.append(params)
     codec, encoder = found
+    if encoder["pick_last_embedding"] and not encoder["keep_seq_len_dim"]:
+        raise ValueError(
+            "`config` must have keep_seq_len_dim=True with pick_last_embedding=True in condition_emb_config, got "
+            "False: the original's cross-attention, too, reads a sequence."
+        )
     return {
         "text_max_length": codec["context_length"],
         "text_lower_case": True,
         "text_normalize": encoder["normalize"],
         "text_mask": False,
         "text_pad_token_id": codec["pad_value"],
+        "text_pooled": encoder["pick_last_embedding"],
     }
 
 
@@ -106,19 +111,17 @@ def with_single_states(diffusion: dict, network: dict, text: dict, learned_null:
     Args:
         diffusion: `params` of the YAML's `diffusion_config`.
         network: the keys under `transformer.`, of the denoiser.
-        text: the keys under `condition_emb.`.
+        text: the keys under `condition_emb.`, see `convert_text_encoder`.
         learned_null: see `convert_transformer`.
 
     Raises:
-        ValueError: for a denoiser of other states, or a null text beside states that are given twice.
+        ValueError: for a denoiser of other states, or a null text that is not like them.
     """
     options = with_defaults(
         diffusion["condition_emb_config"].get("params") or {}, ENCODER_DEFAULTS, "condition_emb_config"
     )
-    for key in ("text_projection", "ln_final.weight"):
-        if key not in text:
-            raise ValueError(f"`checkpoint` lacks the key transformer.condition_emb.{key}.")
-    projected, width = text["text_projection"].shape[1], len(text["ln_final.weight"])
+    width, projected = text["text_projection"].shape
+    width = projected if options["pick_last_embedding"] else width
     # 512 channels of the projection make 1024 by the default embed_dim, and 1024 channels do by any other
     is_twice = projected * (2 if options["embed_dim"] == 1024 else 1) == 1024
     section = diffusion["transformer_config"]
@@ -129,13 +132,13 @@ def with_single_states(diffusion: dict, network: dict, text: dict, learned_null:
             f"`config` must have condition_dim={wanted} in transformer_config, as many channels as the text encoder's "
             f"states{' twice' * is_twice}, got {params['condition_dim']}."
         )
+    if learned_null and (is_twice or options["pick_last_embedding"]):
+        raise ValueError(
+            "`config` must have learnable_cf=False with pick_last_embedding=True or states of 1024 channels, got "
+            "True: the original's learned null text is 77 states of 512."
+        )
     if not is_twice:
         return diffusion, network
-    if learned_null:
-        raise ValueError(
-            "`config` must have learnable_cf=False where the text encoder's states have 1024 channels, got True: the "
-            "original's learned null text has 512."
-        )
     scale = math.sqrt(0.5) if options["normalize"] else 1.0
     folded = {
         key: (value[:, :width] + value[:, width:]) * scale
@@ -146,9 +149,12 @@ def with_single_states(diffusion: dict, network: dict, text: dict, learned_null:
     return {**diffusion, "transformer_config": section}, {**network, **folded}
 
 
-def convert_text_encoder(state_dict: dict) -> tuple[CLIPTextModel, dict[str, str]]:
+def convert_text_encoder(
+    state_dict: dict, pooled: bool = False
+) -> tuple[CLIPTextModel | CLIPTextModelWithProjection, dict[str, str]]:
     """
-    The text tower of CLIP; the original's half-precision weights become float32.
+    The text tower of CLIP, with its projection if a text is one state (`pooled`); the original's half-precision
+    weights become float32.
 
     Returns:
         the model, and for each key that it does not use, why.
@@ -156,17 +162,24 @@ def convert_text_encoder(state_dict: dict) -> tuple[CLIPTextModel, dict[str, str
     Raises:
         ValueError: for a key that is missing or unknown.
     """
+    if "text_projection" not in state_dict:
+        raise ValueError("`checkpoint` lacks the key transformer.condition_emb.text_projection.")
     weights, dropped = drop_keys(
         state_dict, {"text_projection": "the projection of a whole text, which per-token states do not need"}
     )
     new = {}
     for key, value in weights.items():
         new |= _renamed(key, value.float())
+    if pooled:
+        return clip_text_model(new, "quick_gelu", state_dict["text_projection"].float()), {}
     return clip_text_model(new, "quick_gelu"), dropped
 
 
-def clip_text_model(weights: dict, activation: str) -> CLIPTextModel:
-    """CLIP's text transformer from its weights under transformers' names, with heads of 64 as all of CLIP's have.
+def clip_text_model(
+    weights: dict, activation: str, projection: torch.Tensor | None = None
+) -> CLIPTextModel | CLIPTextModelWithProjection:
+    """CLIP's text transformer from its weights under transformers' names, with heads of 64 as all of CLIP's have; and
+    with the `projection` `(width, projection_dim)` of a whole text, if that is given.
 
     Raises:
         ValueError: for a key that is missing or unknown.
@@ -193,10 +206,15 @@ def clip_text_model(weights: dict, activation: str) -> CLIPTextModel:
         eos_token_id=vocabulary - 1,
         pad_token_id=0,
     )
+    if projection is not None:
+        config.projection_dim = projection.shape[1]
+        weights = {f"text_model.{key}": value for key, value in weights.items()}
+        weights["text_projection.weight"] = projection.T.contiguous()
     with torch.device("meta"):
-        encoder = CLIPTextModel(config)
+        encoder = CLIPTextModel(config) if projection is None else CLIPTextModelWithProjection(config)
+    text_model = encoder if projection is None else encoder.text_model
     # the one tensor that no checkpoint of it holds
-    encoder.embeddings.position_ids = torch.arange(config.max_position_embeddings)[None]
+    text_model.embeddings.position_ids = torch.arange(config.max_position_embeddings)[None]
     load_exactly(encoder, weights)
     return encoder.eval()
 

@@ -109,6 +109,7 @@ def encode_text(
     device: torch.device | None = None,
     mask_padding: bool = True,
     pad_token_id: int | None = None,
+    pooled: bool = False,
 ) -> TextCondition:
     """
     Tokenizes, encodes and pads prompts. The part of a prompt that is too long is cut, and named in a warning.
@@ -123,6 +124,7 @@ def encode_text(
         device: where the encoder runs; by default where it is.
         mask_padding: the encoder passes over padding. The original VQ-Diffusion's CLIP reads it like any token.
         pad_token_id: pads in place of the tokenizer's own token; 0 is the original CLIP's.
+        pooled: the condition is the one projected vector of the whole text, `text_embeds`, so that S is 1.
 
     Raises:
         ValueError: `prompts` or `max_length` is not of the right kind, or the tokenizer cannot pad.
@@ -147,7 +149,9 @@ def encode_text(
     input_ids, mask = tokens["input_ids"].to(device), tokens["attention_mask"].to(device)
     if pad_token_id is not None:
         input_ids = input_ids.masked_fill(mask == 0, pad_token_id)
-    hidden = text_encoder(input_ids=input_ids, attention_mask=mask if mask_padding else None).last_hidden_state
+    output = text_encoder(input_ids=input_ids, attention_mask=mask if mask_padding else None)
+    hidden = output.text_embeds.unsqueeze(1) if pooled else output.last_hidden_state
+    mask = torch.ones_like(mask[:, :1]) if pooled else mask
     if normalize:
         hidden = hidden / hidden.norm(dim=-1, keepdim=True)
     return TextCondition(hidden, mask.bool())

@@ -66,6 +66,7 @@ class VQDiffusionImagePipeline(DenoisingPipeline):
         text_max_length, text_lower_case, text_normalize, text_pad_token_id: see `encode_text`. The original's CLIP
             normalises, and pads with id 0.
         text_mask: the text encoder and the transformer's cross-attention pass over padding; the original's do not.
+        text_pooled: a text is its one projected vector, of a `CLIPTextModelWithProjection`.
 
     Raises:
         ValueError: parts that do not belong together.
@@ -90,6 +91,7 @@ class VQDiffusionImagePipeline(DenoisingPipeline):
         text_normalize: bool = False,
         text_mask: bool = True,
         text_pad_token_id: int | None = None,
+        text_pooled: bool = False,
     ):
         super().__init__()
         check_tokenizer(vqvae)
@@ -98,6 +100,10 @@ class VQDiffusionImagePipeline(DenoisingPipeline):
         attributes = ("config.num_embeddings", "config.num_train_timesteps", "initial_sample", "step")
         check_part("scheduler", scheduler, attributes, "a MaskReplaceScheduler")
         check_text_parts(text_encoder, tokenizer)
+        if text_pooled and text_encoder is not None and not hasattr(text_encoder, "text_projection"):
+            raise ValueError(
+                f"`text_pooled` needs a text encoder with a projection, got a {type(text_encoder).__name__}."
+            )
         for name, part in (("transformer", transformer), ("scheduler", scheduler)):
             if part is not None and vqvae is not None and part.config.num_embeddings != vqvae.config.num_embeddings:
                 raise ValueError(
@@ -121,6 +127,7 @@ class VQDiffusionImagePipeline(DenoisingPipeline):
             text_normalize=text_normalize,
             text_mask=text_mask,
             text_pad_token_id=text_pad_token_id,
+            text_pooled=text_pooled,
         )
 
     @classmethod

@@ -30,6 +30,7 @@ def encode_prompt(pipeline: DiffusionPipeline, prompt: str | list[str], name: st
         device=pipeline._execution_device,
         mask_padding=pipeline.encoder_passes_over_padding,
         pad_token_id=config.text_pad_token_id,
+        pooled=config.get("text_pooled", False),
     )
 
 

@@ -70,7 +70,7 @@ class StartingPoint:
         *("condition_vocab_size", "condition_length", "n_positions", "max_position_embeddings"),
         *("coordinate_scale", "bounding_boxes", "n_unmasked"),
     )
-    TEXT_OPTIONS = ("text_lower_case", "text_normalize", "text_mask", "text_pad_token_id")
+    TEXT_OPTIONS = ("text_lower_case", "text_normalize", "text_mask", "text_pad_token_id", "text_pooled")
 
     def __init__(self, source: str, part: str, kinds: tuple[type[nn.Module], ...]):
         self.source = source

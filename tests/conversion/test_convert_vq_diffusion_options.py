@@ -272,6 +272,40 @@ def test_states_of_1024_channels_are_given_twice(embed_dim, projected, times, no
     assert verify(pipe, tmp_path / "io")[0]["logits.a"] < 2e-5
 
 
+@pytest.mark.parametrize(("projected", "times"), [(48, 1), (512, 2)])
+@torch.no_grad()
+def test_a_text_as_one_state(projected, times):
+    """pick_last_embedding: the projected state of the end of the text, which has the highest id."""
+    pieces, _ = text_pieces(1024, projected, 1)
+    diffusion, params, content = sections(pieces)
+    diffusion["condition_emb_config"]["params"] |= {"pick_last_embedding": True, "keep_seq_len_dim": True}
+    params["condition_dim"] = projected * times
+    generator = torch.Generator().manual_seed(3)
+    projection = torch.randn(64, projected, generator=generator)
+    pieces["checkpoint"]["model"]["transformer.condition_emb.text_projection"] = projection
+    weights = changed_network(
+        pieces,
+        lambda weights: {
+            key: torch.randn(32, projected * times, generator=generator) if value.shape == (32, 64) else value
+            for key, value in weights.items()
+        },
+    )
+    pipe, dropped = convert_model(**pieces)
+    assert "transformer.condition_emb.text_projection" not in dropped
+    golden = Golden("vqdiff_text_clip")
+    tokens = golden["condition_token"]
+    output = pipe.text_encoder(tokens)
+    one = output.last_hidden_state[torch.arange(2), tokens.argmax(1)] @ projection
+    torch.testing.assert_close(output.text_embeds, one, atol=1e-5, rtol=1e-5)
+    assert pipe.config.text_pooled and pipe.config.text_normalize
+    state, given = one[:, None], torch.cat([one] * times, dim=-1)[:, None]
+    state, given = (states / states.norm(dim=-1, keepdim=True) for states in (state, given))
+    x, t = golden["x_t.a"], golden["t.a"]
+    expected = original_logits(weights, params, content, x, t, text=given)
+    actual = pipe.transformer(x.view(2, 4, 4), t, encoder_hidden_states=state).sample.flatten(1, 2)
+    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=2e-5)
+
+
 def test_states_that_the_denoiser_does_not_read():
     pieces, _ = text_pieces(1024, 512, 1)
     with pytest.raises(ValueError, match="condition_dim=128 .* as the text encoder's states twice, got 64"):
@@ -281,7 +315,10 @@ def test_states_that_the_denoiser_does_not_read():
         convert_model(**pieces)
     pieces, _ = text_pieces(1024, 512, 2)
     sections(pieces)[0]["learnable_cf"] = True
-    with pytest.raises(ValueError, match="must have learnable_cf=False where .* 1024 channels"):
+    with pytest.raises(ValueError, match="must have learnable_cf=False with .* states of 1024 channels"):
+        convert_model(**pieces)
+    del pieces["checkpoint"]["model"]["transformer.condition_emb.text_projection"]
+    with pytest.raises(ValueError, match="lacks the key transformer.condition_emb.text_projection"):
         convert_model(**pieces)
 
 

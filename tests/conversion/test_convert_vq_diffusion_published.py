@@ -250,7 +250,7 @@ def test_codecs_that_are_refused(path, value, message):
 def test_texts_that_are_refused(vocabulary):
     pieces = pieces_of("vqdiff_text_clip")
     wrong = changed(pieces, f"{DIFFUSION}/condition_emb_config/params/pick_last_embedding", True)
-    with pytest.raises(ValueError, match="must have pick_last_embedding=False"):
+    with pytest.raises(ValueError, match="must have keep_seq_len_dim=True with pick_last_embedding=True"):
         convert_model(**wrong)
     codec = "model/params/condition_codec_config/params"
     for name, value in (("add_start_and_end", False), ("clip_embedding", True)):

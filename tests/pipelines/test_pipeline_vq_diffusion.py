@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from hf_vq import MaskReplaceScheduler, VQDiffusionImagePipeline, VQVAE2Config, VQVAE2Model
 from tests.pipelines.latent_diffusion_parts import make_text_parts, make_vqvae
@@ -155,6 +156,29 @@ def test_text_options_reach_the_encoder():
         states = pipeline.text_encoder(input_ids=tokens).last_hidden_state
         other = make_pipeline("text", **options, text_pad_token_id=4).prepare_condition(1, "a red cat")[0]
     torch.testing.assert_close(other["encoder_hidden_states"], states / states.norm(dim=-1, keepdim=True))
+
+
+@torch.no_grad()
+def test_a_text_as_one_vector(tmp_path):
+    """The projected state at the end of the text, which is [unk] here."""
+    config = CLIPTextConfig(**{**make_text_parts(start=True)[0].config.to_dict(), "projection_dim": 8})
+    torch.manual_seed(0)
+    options = {"text_pooled": True, "text_normalize": True, "text_max_length": 5}
+    make_pipeline("text", text_encoder=CLIPTextModelWithProjection(config), **options).save_pretrained(tmp_path)
+    pipeline = VQDiffusionImagePipeline.from_pretrained(tmp_path)
+    tokens = torch.tensor([[7, 2, 3, 5, 1], [7, 6, 1, 0, 0], [7, 1, 0, 0, 0]])  # [start] a red cat [unk], …
+    encoder = pipeline.text_encoder
+    states = encoder(input_ids=tokens, attention_mask=(tokens > 0).long()).last_hidden_state
+    expected = states[torch.arange(3), torch.tensor([4, 2, 1])] @ encoder.text_projection.weight.T
+    expected = (expected / expected.norm(dim=-1, keepdim=True))[:, None]
+    inputs = pipeline.prepare_condition(2, ["a red cat !", "dog !"], negative_prompt="!", guided=True)
+    torch.testing.assert_close(inputs[0]["encoder_hidden_states"], expected[:2])
+    torch.testing.assert_close(inputs[1]["encoder_hidden_states"], expected[2:].expand(2, -1, -1))
+    assert inputs[0]["encoder_attention_mask"].shape == (2, 1)
+    pipeline.set_progress_bar_config(disable=True)
+    assert indices_of(pipeline, prompt="a red cat", guidance_scale=2.0).shape == (1, 4, 4)
+    with pytest.raises(ValueError, match="`text_pooled` needs a text encoder with a projection, got a CLIPTextModel"):
+        make_pipeline("text", text_pooled=True)
 
 
 # --------------------------------------------------------------------------------------------- the call
