@@ -70,7 +70,8 @@ PREDICTION_TYPES = {"eps": "epsilon", "x0": "sample"}
 
 
 def convert_schedule(params: dict, state_dict: dict) -> DDIMScheduler:
-    """The noise schedule, with the steps of the original's DDIM sampler.
+    """The noise schedule, with the steps of the original's DDIM sampler where their number divides the timesteps; for
+    any other, see `timesteps` of the pipeline.
 
     Raises:
         ValueError: if the checkpoint's betas are not those of the configuration, or its parameterization is unknown.

@@ -7,7 +7,7 @@ import torch
 
 from ..models.autoencoders.modeling_vqgan import VQGANModel
 from ..models.priors.transformer_vq_diffusion import VQDiffusionTransformer2DModel
-from ..pipelines.pipeline_vq_latent_diffusion import VQLatentDiffusionPipeline
+from ..pipelines.pipeline_vq_latent_diffusion import VQLatentDiffusionPipeline, ddim_steps
 from ..schedulers.scheduling_mask_replace import MaskReplaceScheduler
 from ..training.objectives.gaussian_bound import GaussianBound
 
@@ -68,7 +68,12 @@ def _of_denoiser(pipe: VQLatentDiffusionPipeline, tensors: Any, live: bool) -> T
 
 def _ddim(pipe: VQLatentDiffusionPipeline, tensors, suffix: str) -> Tensors:
     """The deterministic chain, whose last latents the original gives scaled, and what it passes through."""
-    seen, steps = [tensors["x_T"]], len(tensors["ddim_timesteps"])
+    seen, timesteps = [tensors["x_T"]], tensors["ddim_timesteps"].flip(0).tolist()
+    # a number of steps that does not divide the timesteps gives more of them in the original
+    given = {"num_inference_steps": len(timesteps)}
+    is_usual = pipe.set_timesteps(pipe.own_scheduler(), **given).tolist() == timesteps
+    if not is_usual and ddim_steps(timesteps, pipe.scheduler.config.num_train_timesteps):
+        given = {"timesteps": timesteps}
 
     def remember(pipe, i, t, inner):
         seen.append(inner["latents"])
@@ -78,15 +83,15 @@ def _ddim(pipe: VQLatentDiffusionPipeline, tensors, suffix: str) -> Tensors:
     output = pipe(
         num_images_per_prompt=len(tensors["x_T"]),
         latents=tensors["x_T"],
-        num_inference_steps=steps,
         output_type="pt",
         callback_on_step_end=remember,
+        **given,
     )
     pipe.set_progress_bar_config(**bar)
     computed = {f"ddim_eta0{suffix}": output.latents * pipe.vqvae.config.scaling_factor}
     if not suffix:
         computed["ddim_eta0_x_inter"] = torch.stack(seen)
-    computed["ddim_timesteps"] = pipe.set_timesteps(pipe.own_scheduler(), steps).flip(0)
+    computed["ddim_timesteps"] = pipe.set_timesteps(pipe.own_scheduler(), **given).flip(0)
     computed["ddim_alphas"] = pipe.scheduler.alphas_cumprod[tensors["ddim_timesteps"]]
     return computed
 

@@ -249,13 +249,19 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
         sigmas: Sequence[float] | None = None,
         tokens: int = 0,
     ) -> torch.Tensor:
-        """Sets the scheduler's steps, given in number or as `timesteps` or `sigmas`, and returns its timesteps."""
+        """
+        Sets the scheduler's steps, given in number or as `timesteps` or `sigmas`, and returns its timesteps.
+
+        Raises:
+            ValueError: steps that the scheduler does not take.
+        """
         if timesteps is not None and sigmas is not None:
             raise ValueError("Only one of `timesteps` and `sigmas` can be given.")
         accepted = inspect.signature(scheduler.set_timesteps).parameters
         own = {name: value for name, value in (("timesteps", timesteps), ("sigmas", sigmas)) if value is not None}
+        is_ddim = isinstance(scheduler, DDIMScheduler)
         for name, values in own.items():
-            if name not in accepted:
+            if name not in accepted and not (name == "timesteps" and is_ddim):
                 raise ValueError(f"`{name}` cannot be given to a {type(scheduler).__name__}.")
             numbers = [check_real(name, value, minimum=0) for value in check_sequence(name, values)]
             most = scheduler.config.num_train_timesteps if name == "timesteps" else math.inf
@@ -265,6 +271,8 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
             own[name] = [
                 int(number) if name == "timesteps" and number == int(number) else number for number in numbers
             ]
+        if "timesteps" in own and is_ddim:
+            return set_ddim_timesteps(scheduler, own["timesteps"], self._execution_device)
         if not own:
             own["num_inference_steps"] = check_integer("num_inference_steps", num_inference_steps, 1)
         config = scheduler.config
@@ -431,7 +439,9 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
             keep_fraction: in place of a mask, the share of the latents that is kept, in random places: a variation.
             outpaint: pixels `(top, bottom, left, right)` to add around the image.
             strength: for `image` without mask, the share of the steps that is taken.
-            num_inference_steps, timesteps, sigmas: the scheduler's steps.
+            num_inference_steps, timesteps, sigmas: the scheduler's steps. A DDIMScheduler takes `timesteps` that fall
+                evenly, see [`ddim_steps`]. Those of the original for S steps of T timesteps are `range(1, T + 1, T //
+                S)[::-1]`, which are more than S where S does not divide T.
             guidance_scale: see `predict`; 1 is off.
             guidance_start, guidance_end: the share of the schedule's steps that is guided, whatever `strength` leaves
                 of them; the others see the condition alone, and cost half. Guidance at the noisiest steps costs
@@ -605,6 +615,37 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
         return images_as(images if mask is None else paste(images, image, mask), output_type)
 
 
+def ddim_steps(timesteps: Sequence[float], num_train_timesteps: int) -> int | None:
+    """
+    The number n of steps with which a `DDIMScheduler` goes through falling `timesteps`: each step leads down by T // n
+    of its T timesteps, and one from below that to the data. None if there is no such n.
+    """
+    strides = {a - b for a, b in pairwise(timesteps)} or {num_train_timesteps}
+    stride = strides.pop()
+    if strides or not all(isinstance(t, int) for t in timesteps) or not timesteps[-1] < stride:
+        return None
+    steps = num_train_timesteps // stride
+    return steps if timesteps[0] < num_train_timesteps and num_train_timesteps // steps == stride else None
+
+
+def set_ddim_timesteps(scheduler: DDIMScheduler, timesteps: Sequence[float], device: torch.device) -> torch.Tensor:
+    """Sets falling timesteps, which `DDIMScheduler.set_timesteps` itself does not take, and returns them.
+
+    Raises:
+        ValueError: those that its step does not go through.
+    """
+    total = scheduler.config.num_train_timesteps
+    steps = ddim_steps(timesteps, total)
+    if steps is None:
+        raise ValueError(
+            f"`timesteps` of a {type(scheduler).__name__} must be ints that fall evenly by {total} // n, for an int "
+            f"n, from at most {total - 1} to one below that stride, got {list(timesteps)}."
+        )
+    scheduler.set_timesteps(steps, device=device)  # its step reads nothing but the stride from the number of steps
+    scheduler.timesteps = torch.tensor(timesteps, device=device)
+    return scheduler.timesteps
+
+
 @dataclass
 class KnownLatents:
     """
@@ -644,4 +685,4 @@ def add_noise(
     return scheduler.add_noise(latents, noise, timesteps)
 
 
-__all__ = ["VQLatentDiffusionPipeline", "VQLatentDiffusionPipelineOutput"]
+__all__ = ["VQLatentDiffusionPipeline", "VQLatentDiffusionPipelineOutput", "ddim_steps"]

@@ -15,6 +15,7 @@ from hf_vq.conversion.reading import load_state_dict
 from hf_vq.conversion.verification import verify
 from tests.conversion.golden import GOLDEN
 from tests.conversion.test_llamagen_prior import ARGUMENTS, CODES_GIVEN, original, original_logits
+from tests.pipelines.latent_diffusion_parts import D, latents_of, make_pipeline, seeded
 
 
 # Of each golden case, what is compared at least, and the largest error that is allowed: of pictures in 0 … 255 and of
@@ -110,6 +111,19 @@ def test_wrong_outputs_are_seen(tmp_path, capsys):
     save_file({"y": torch.zeros(1)}, tmp_path / "other.safetensors")
     assert main([*given, "--verify", str(tmp_path / "other.safetensors")]) == 1
     assert "holds no output that this model computes" in capsys.readouterr().err
+
+
+def test_a_chain_of_a_number_of_steps_that_does_not_divide(tmp_path):
+    """Of 7 steps the original takes 8."""
+    pipe = make_pipeline()
+    start, timesteps = torch.randn(1, D, 4, 4, generator=seeded()), torch.arange(1, 1001, 142)
+    latents = latents_of(pipe, latents=start, timesteps=timesteps.flip(0))
+    save_file(
+        {"x_T": start, "ddim_timesteps": timesteps, "ddim_eta0": latents * pipe.vqvae.config.scaling_factor},
+        tmp_path / "io.safetensors",
+    )
+    errors, others = verify(pipe, tmp_path / "io.safetensors")
+    assert errors == {"ddim_eta0": 0, "ddim_timesteps": 0} and not others
 
 
 # ---------------------------------------------------------------------------------------------------------------------

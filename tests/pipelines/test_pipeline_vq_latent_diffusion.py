@@ -208,6 +208,44 @@ def test_quantized_steps_by_hand():
         latents_of(make_pipeline(scheduler="euler"), quantize_denoised=True)
 
 
+@pytest.mark.parametrize("quantize", [False, True])
+@pytest.mark.parametrize(("count", "steps"), [(7, 8), (30, 31), (10, 10), (1, 1)])
+def test_the_originals_steps_of_any_number_by_hand(count, steps, quantize):
+    """`range(0, T, T // S) + 1` and ᾱ of timestep 0 in the end: more than S steps where S does not divide T."""
+    scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    pipeline = make_pipeline()
+    pipeline.scheduler = scheduler
+    alphas = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+    times = np.arange(0, 1000, 1000 // count) + 1
+    previous = [alphas[0], *alphas[times[:-1]]]
+    assert len(times) == steps
+    x = noise = torch.randn(1, D, 4, 4, generator=seeded())
+    with torch.no_grad():
+        for t, b in reversed(list(zip(times, previous, strict=True))):
+            eps, a = pipeline.unet(x, torch.tensor(t)).sample, alphas[t]
+            x0 = (x - (1 - a) ** 0.5 * eps) / a**0.5
+            x0 = pipeline.vqvae.quantize(x0 / 2.5).quantized * 2.5 if quantize else x0
+            x = b**0.5 * x0 + (1 - b) ** 0.5 * eps
+    given = range(1, 1001, 1000 // count)[::-1]
+    found = latents_of(pipeline, latents=noise, timesteps=given, quantize_denoised=quantize)
+    torch.testing.assert_close(found, x / 2.5, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "timesteps",
+    [
+        [800, 500, 200, 50],  # not even
+        [857, 714, 571, 428, 285, 142],  # even by 143, and neither 1000 // 6 nor 1000 // 7
+        [900, 700, 500, 300],  # the data are two strides below the last
+        [1000, 500],
+        [600.5, 100.5],
+    ],
+)
+def test_timesteps_that_ddim_cannot_take(timesteps):
+    with pytest.raises(ValueError, match=r"`timesteps` of a DDIMScheduler must be ints that fall evenly by 1000 // n"):
+        latents_of(make_pipeline(), timesteps=timesteps)
+
+
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_every_scheduler(scheduler):
     """Finite and repeatable images; a list of generators makes an image independent of its batch."""
