@@ -358,7 +358,12 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
     def step_arguments(self, scheduler: SchedulerMixin, generator: Any, eta: float) -> dict:
         """What `scheduler.step` takes beside its inputs."""
         accepted = inspect.signature(scheduler.step).parameters
-        needed = [name for name, parameter in accepted.items() if parameter.default is inspect.Parameter.empty]
+        needed = [
+            name
+            for name, parameter in accepted.items()
+            if parameter.default is parameter.empty
+            and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        ]
         if unknown := set(needed) - {"model_output", "timestep", "sample"}:
             raise ValueError(
                 f"`scheduler`: the step of a {type(scheduler).__name__} needs {sorted(unknown)}, which this pipeline "
