@@ -6,6 +6,7 @@ import torch
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
 from transformers import CLIPTextModel, PreTrainedTokenizerBase
 
+from ..pipelines.conditioning import RESIZE_METHODS
 from .checkpoints import check_agrees, drop_keys, load_exactly
 from .reading import Options
 from .vq_diffusion_text import clip_text_model
@@ -131,7 +132,7 @@ def convert_conditioner(
         changes, arguments = _class_table(options, cond_stage, null_class_id)
         width = changes["weights"]["encoder_hid_proj.bias"].shape[0]
     elif target == "SpatialRescaler":
-        changes = _spatial_rescaler(options, cond_stage, live, latent_channels)
+        changes, arguments = _spatial_rescaler(options, cond_stage, live, latent_channels)
     elif target == "FrozenCLIPEmbedder":
         encoder, arguments, dropped = convert_clip_embedder(options, cond_stage)
         width = encoder.config.hidden_size
@@ -179,30 +180,20 @@ def _class_table(options: Options, cond_stage: dict, null_class_id: int | None) 
     return changes, {"null_class_id": null_class_id}
 
 
-def _spatial_rescaler(options: Options, cond_stage: dict, live: dict, latent_channels: int) -> dict:
-    """The pipeline takes means of pixels (`resize_map`), which bilinear halvings and the method "area" are."""
-    stages, multiplier = options.take("n_stages", 1), options.take("multiplier", 0.5)
-    method, bias = options.take("method", "bilinear"), options.take("bias", False)
-    inputs, outputs = options.take("in_channels", 3), options.take("out_channels", None)
-    takes_means = (method == "bilinear" and multiplier == 0.5) or (
-        method == "area" and 0 < multiplier <= 1 and (1 / multiplier).is_integer()
+def _spatial_rescaler(options: Options, cond_stage: dict, live: dict, latent_channels: int) -> tuple[dict, dict]:
+    """The 1×1 convolution goes into the denoiser's first one. Its bias becomes the weight of a channel of ones: at the
+    borders of the map, where the denoiser pads with zeros, no bias of the denoiser can stand for it.
+    """
+    arguments = _stages(options)
+    inputs, outputs, bias = (
+        options.count("in_channels", 3),
+        options.take("out_channels", None),
+        options.flag("bias", False),
     )
-    if stages and not takes_means:
-        raise ValueError(
-            f"`config` must have method=bilinear with multiplier=0.5, or method=area with 1/k, for "
-            f"its SpatialRescaler, got "
-            f"{method} with {multiplier}: maps are resized by the mean of their pixels here."
-        )
-    if outputs is None:
+    if outputs is None:  # there is no convolution, whatever its options
         _only_keys("SpatialRescaler", cond_stage)
-        return {}
-    if bias or "channel_mapper.bias" in cond_stage:
-        raise ValueError(
-            "`config` must have bias=False for its SpatialRescaler: at the borders of the map, where "
-            "the denoiser pads with "
-            "zeros, no weight of the denoiser can stand for it."
-        )
-    _only_keys("SpatialRescaler", cond_stage, "channel_mapper.weight")
+        return {}, arguments
+    _only_keys("SpatialRescaler", cond_stage, "channel_mapper.weight", *["channel_mapper.bias"] * bias)
     mapper = cond_stage["channel_mapper.weight"][:, :, 0, 0]
     check_agrees("in_channels", inputs, mapper.shape[1])
     check_agrees("out_channels", outputs, mapper.shape[0])
@@ -213,9 +204,29 @@ def _spatial_rescaler(options: Options, cond_stage: dict, live: dict, latent_cha
             f"{latent_channels} of the latents "
             f"and out_channels={outputs} of the SpatialRescaler in `config`."
         )
+    if bias:
+        mapper = torch.cat([mapper, cond_stage["channel_mapper.bias"][:, None]], dim=1)
+        arguments["condition_ones"] = True
     mapped = torch.einsum("oikl,ic->ockl", weight[:, latent_channels:], mapper.to(weight))
     folded = torch.cat([weight[:, :latent_channels], mapped], dim=1)
-    return {"in_channels": folded.shape[1], "weights": {"conv_in.weight": folded}}
+    return {"in_channels": folded.shape[1], "weights": {"conv_in.weight": folded}}, arguments
+
+
+def _stages(options: Options) -> dict:
+    """The pipeline's argument for how maps are resized: none where the stages together are the mean of the pixels that
+    fall on a latent, which it takes of maps of any size (`resize_map`).
+    """
+    stages = {
+        "method": options.only("method", *RESIZE_METHODS, default="bilinear"),
+        "multiplier": options.number("multiplier", 0.5),
+        "n_stages": options.count("n_stages", 1, minimum=0),
+    }
+    method, multiplier, count = stages.values()
+    if not count or (method == "bilinear" and multiplier == 0.5):
+        return {}
+    if method == "area" and 0 < multiplier <= 1 and (1 / multiplier).is_integer():
+        return {}
+    return {"condition_stages": stages}
 
 
 def convert_bert_embedder(options: Options, state_dict: dict) -> tuple[LDMBertModel, dict]:

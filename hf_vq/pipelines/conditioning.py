@@ -1,5 +1,6 @@
 """Conditions: classes, texts and maps, from what a user gives to the rows of tensors that a network takes."""
 
+import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from diffusers.utils import logging
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..argument_checks import check_integer
+from ..argument_checks import check_integer, check_real
 from ..images import to_pixel_values
 
 
@@ -249,6 +250,36 @@ def resize_map(values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return F.interpolate(values, size=size, mode="bilinear", align_corners=False)
 
 
+RESIZE_METHODS = ("nearest", "bilinear", "bicubic", "area")
+
+
+def check_stages(name: str, stages: Any) -> dict:
+    """The arguments of `resize_by_stages`, or a ValueError that names `stages` for anything else."""
+    if not isinstance(stages, dict) or set(stages) != {"method", "multiplier", "n_stages"}:
+        raise ValueError(f"`{name}` must be a dict with method, multiplier and n_stages, got {stages!r}.")
+    if stages["method"] not in RESIZE_METHODS:
+        raise ValueError(f"`{name}` must have a method of {RESIZE_METHODS}, got {stages['method']!r}.")
+    return {
+        "method": stages["method"],
+        "multiplier": check_real(f"{name}.multiplier", stages["multiplier"], above=0),
+        "n_stages": check_integer(f"{name}.n_stages", stages["n_stages"], 1, 1000),
+    }
+
+
+def size_after_stages(size: tuple[int, int], multiplier: float, n_stages: int) -> tuple[int, int]:
+    """Height and width times `multiplier`, rounded down, `n_stages` times."""
+    for _ in range(n_stages):
+        size = tuple(math.floor(side * multiplier) for side in size)
+    return size
+
+
+def resize_by_stages(values: torch.Tensor, method: str, multiplier: float, n_stages: int) -> torch.Tensor:
+    """`(B, C, H, W)` to the size of `size_after_stages`, each stage by torch's own `method`."""
+    for _ in range(n_stages):
+        values = F.interpolate(values, scale_factor=multiplier, mode=method)
+    return values
+
+
 def repeat_rows(
     rows: dict[str, Sequence[torch.Tensor]], num_images_per_prompt: int, batch_size: int | None = None
 ) -> dict[str, list[torch.Tensor]]:
@@ -316,6 +347,7 @@ def count_inputs(batch_size: int | None, *values: Any) -> int:
 __all__ = [
     "TextCondition",
     "as_texts",
+    "check_stages",
     "class_ids",
     "class_names",
     "count_inputs",
@@ -323,7 +355,9 @@ __all__ = [
     "repeat_inputs",
     "repeat_rows",
     "repeat_to",
+    "resize_by_stages",
     "resize_map",
+    "size_after_stages",
     "text_length",
     "to_map",
     "to_mask",

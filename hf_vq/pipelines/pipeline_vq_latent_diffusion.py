@@ -19,7 +19,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..argument_checks import check_integer, check_real, check_sequence
 from ..images import images_as
 from .completion import Given, check_painted, check_whole_size, grids_of, kept_codes, paste, random_mask, read_given
-from .conditioning import class_names, count_inputs, repeat_inputs, repeat_to, resize_map, to_map
+from .conditioning import (
+    check_stages,
+    class_names,
+    count_inputs,
+    repeat_inputs,
+    repeat_to,
+    resize_by_stages,
+    resize_map,
+    size_after_stages,
+    to_map,
+)
 from .denoising_pipeline import DenoisingPipeline, GuidanceInterval, last_steps
 from .text_condition import check_text_parts
 from .vq_pipeline import (
@@ -68,6 +78,9 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
         null_class_id (*optional*): the class that stands for none, which guidance needs.
         text_max_length, text_lower_case, text_normalize, text_pad_token_id: see `encode_text`.
         text_mask: cross-attention passes over padding, as the text encoder does.
+        condition_stages (*optional*): how maps come to the size of the latents, as the arguments of
+            [`~conditioning.resize_by_stages`]; by default see [`~conditioning.resize_map`].
+        condition_ones: the maps are followed by a channel of ones, which carries a bias up to their borders.
 
     Raises:
         ValueError: parts that do not belong together.
@@ -90,6 +103,8 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
         text_normalize: bool = False,
         text_mask: bool = True,
         text_pad_token_id: int | None = None,
+        condition_stages: dict[str, str | float | int] | None = None,
+        condition_ones: bool = False,
     ):
         super().__init__()
         check_tokenizer(vqvae)
@@ -105,6 +120,11 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
                 raise ValueError(
                     f"`unet` must have {wanted} output channels and at least as many input channels, as the latents "
                     f"of `vqvae` have, got {unet.config.out_channels} and {unet.config.in_channels}."
+                )
+            if condition_ones and unet.config.in_channels < wanted + 2:
+                raise ValueError(
+                    "`condition_ones` needs a `unet` that takes a map and the ones beside the latents, got one of "
+                    f"{unet.config.in_channels} input channels for latents of {wanted}."
                 )
         if unet is not None and unet.config.get("cross_attention_dim") and unet.config.get("num_class_embeds"):
             raise ValueError(
@@ -126,6 +146,8 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
             text_normalize=text_normalize,
             text_mask=text_mask,
             text_pad_token_id=text_pad_token_id,
+            condition_stages=None if condition_stages is None else check_stages("condition_stages", condition_stages),
+            condition_ones=condition_ones,
         )
 
     # The condition
@@ -197,12 +219,14 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
 
         Inpainting (`mask` `(B, 1, H, W)`, or of latents, 1 is painted): the latents of the image with its masked
         pixels black, not scaled, and the mask in {-1, 1}, nearest. Otherwise `condition_image`, resized to the
-        latents.
+        latents. A channel of ones follows with `condition_ones`.
 
         Raises:
-            ValueError: maps of other channels than the denoiser has beside the latents, or of other proportions.
+            ValueError: maps of other channels than the denoiser has beside the latents, or of a size that is not
+                brought to theirs.
         """
-        channels = self.unet.config.in_channels - self.vqvae.config.embed_dim
+        ones = int(self.config.condition_ones)
+        channels = self.unet.config.in_channels - self.vqvae.config.embed_dim - ones
         maps = None
         if mask is not None:
             mask = F.interpolate(mask, size=image.shape[-2:])
@@ -210,13 +234,7 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
             hidden = F.interpolate(mask * 2 - 1, size=size, mode="nearest")
             maps = torch.cat([self.encode_image(masked), hidden.to(self._execution_device)], dim=1)
         elif condition_image is not None:
-            height, width = condition_image.shape[-2:]
-            if height * size[1] != width * size[0]:
-                raise ValueError(
-                    f"`condition_image` must have the proportions of the {size[0]}x{size[1]} latents, got "
-                    f"{height}x{width}; crop it, or give `height` and `width`."
-                )
-            maps = resize_map(condition_image.to(self._execution_device), size)
+            maps = self.resize_condition(condition_image.to(self._execution_device), size)
         if maps is None and channels:
             raise ValueError(
                 f"`condition_image`, or `image` with `mask_image`, must be given: the denoiser takes {channels} "
@@ -228,7 +246,30 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
             raise ValueError(
                 f"`{name}` must give the {channels} channels that the denoiser takes beside the latents, got {found}."
             )
-        return maps
+        return torch.cat([maps, torch.ones_like(maps[:, :1])], dim=1) if ones else maps
+
+    def resize_condition(self, condition_image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """A map `(B, C, H, W)` to the size `(h, w)` of the latents.
+
+        Raises:
+            ValueError: it has other proportions, or `condition_stages` bring it to another size.
+        """
+        stages, given = self.config.condition_stages, tuple(condition_image.shape[-2:])
+        if stages is not None:
+            multiplier, times = stages["multiplier"], stages["n_stages"]
+            if size_after_stages(given, multiplier, times) != tuple(size):
+                raise ValueError(
+                    f"`condition_image` must have a size that {times} times {multiplier:g} is the {size[0]}x{size[1]} "
+                    f"of the latents (`condition_stages`), got {given[0]}x{given[1]}; resize it, or give `height` and "
+                    "`width`."
+                )
+            return resize_by_stages(condition_image, **stages)
+        if given[0] * size[1] != given[1] * size[0]:
+            raise ValueError(
+                f"`condition_image` must have the proportions of the {size[0]}x{size[1]} latents, got "
+                f"{given[0]}x{given[1]}; crop it, or give `height` and `width`."
+            )
+        return resize_map(condition_image, size)
 
     # Preparing
 

@@ -299,30 +299,45 @@ def read():
     return yaml.safe_load((folder / "config.yaml").read_text())["model"], load_state_dict(folder / "checkpoint.ckpt")
 
 
-def test_a_semantic_map_goes_into_the_first_convolution():
-    """Against two bilinear halvings, the 1×1 convolution, and the concatenation."""
+@pytest.mark.parametrize(
+    ("options", "bias"),
+    [
+        ({"n_stages": 2}, False),
+        ({"n_stages": 2}, True),
+        ({"n_stages": 2, "method": "nearest"}, False),
+        ({"n_stages": 2, "method": "bicubic"}, True),
+        ({"multiplier": 0.25}, False),
+        ({"method": "area", "multiplier": 0.26}, False),
+    ],
+)
+def test_a_semantic_map_goes_into_the_first_convolution(options, bias, tmp_path):
+    """Against torch's own resizing, the 1×1 convolution, and the concatenation; up to the borders, and of any map."""
     model, state_dict = read()
     params, generator = model["params"], torch.Generator().manual_seed(0)
-    mapper = torch.randn(3, 7, 1, 1, generator=generator)
+    mapper, offset = torch.randn(3, 7, 1, 1, generator=generator), torch.randn(3, generator=generator) * bias
     wide = torch.randn(32, 6, 3, 3, generator=generator) / 7
     state_dict |= {
         "model.diffusion_model.input_blocks.0.0.weight": wide,
         "cond_stage_model.channel_mapper.weight": mapper,
+        **({"cond_stage_model.channel_mapper.bias": offset} if bias else {}),
     }
     params["unet_config"]["params"]["in_channels"] = 6
     params["cond_stage_config"] = {
         "target": "ldm.modules.encoders.modules.SpatialRescaler",
-        "params": {"n_stages": 2, "in_channels": 7, "out_channels": 3},
+        "params": {"in_channels": 7, "out_channels": 3, "bias": bias, **options},
     }
-    pipe, _ = convert_model(model, state_dict, use_ema=False)
-    segmentation = torch.randn(2, 7, 32, 32, generator=generator)
+    convert_model(model, state_dict, use_ema=False)[0].save_pretrained(tmp_path)
+    pipe = VQLatentDiffusionPipeline.from_pretrained(tmp_path)
+    small = segmentation = torch.randn(2, 7, 32, 32, generator=generator)
     x = torch.randn(2, 3, 8, 8, generator=generator)
-    small = segmentation
-    for _ in range(2):
-        small = F.interpolate(small, scale_factor=0.5, mode="bilinear")
-    expected = F.conv2d(torch.cat([x, F.conv2d(small, mapper)], 1), wide, pipe.unet.conv_in.bias, padding=1)
+    for _ in range(options.get("n_stages", 1)):
+        small = F.interpolate(
+            small, scale_factor=options.get("multiplier", 0.5), mode=options.get("method", "bilinear")
+        )
+    expected = F.conv2d(torch.cat([x, F.conv2d(small, mapper, offset)], 1), wide, pipe.unet.conv_in.bias, padding=1)
     maps = pipe.prepare_concatenated((8, 8), segmentation)
-    torch.testing.assert_close(pipe.unet.conv_in(torch.cat([x, maps], 1)), expected, atol=1e-5, rtol=1e-5)
+    found = pipe.unet.conv_in(torch.cat([x, maps], 1))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_table_of_classes():

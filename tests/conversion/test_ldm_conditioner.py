@@ -132,15 +132,29 @@ def test_maps_are_resized_as_the_original_does(arguments):
     torch.testing.assert_close(resize_map(maps, expected.shape[-2:]), expected, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("arguments", [{"method": "nearest"}, {"method": "bicubic", "n_stages": 2}, {"multiplier": 2},
+                                       {"method": "area", "multiplier": 0.3}, {"multiplier": 0.25}])  # fmt: skip
+def test_other_ways_to_resize_are_the_pipelines_stages(arguments):
+    changes, options, _ = convert(params_of("SpatialRescaler", "concat", arguments), {})
+    expected = {"method": "bilinear", "multiplier": 0.5, "n_stages": 1, **arguments}
+    assert (changes, options) == ({}, {"condition_stages": expected})
+
+
 MAPPER = {"channel_mapper.weight": torch.zeros(2, 7, 1, 1)}
+BIASED = {**MAPPER, "channel_mapper.bias": torch.zeros(2)}
 
 
 @pytest.mark.parametrize(
     ("arguments", "weights", "message"),
     [
-        ({"method": "nearest"}, {}, "must have method=bilinear with multiplier=0.5.*got nearest with 0.5"),
-        ({"multiplier": 0.25}, {}, "got bilinear with 0.25"),
-        ({"in_channels": 7, "out_channels": 2, "bias": True}, MAPPER, "must have bias=False for its SpatialRescaler"),
+        ({"method": "trilinear"}, {}, "must have method=nearest or bilinear or bicubic or area in .* got 'trilinear'"),
+        ({"multiplier": "2"}, {}, "must have a number of at least 0 as multiplier in .*, got '2'"),
+        (
+            {"in_channels": 7, "out_channels": 2, "bias": True},
+            MAPPER,
+            "lacks the key cond_stage_model.channel_mapper.b",
+        ),
+        ({"in_channels": 7, "out_channels": 2}, BIASED, "unknown key cond_stage_model.channel_mapper.bias beside"),
         ({"in_channels": 6, "out_channels": 2}, MAPPER, "in_channels=6, but the weights in `checkpoint` are of 7"),
         ({"in_channels": 7, "out_channels": 3}, MAPPER, "out_channels=3, but the weights in `checkpoint` are of 2"),
         ({"in_channels": 7}, MAPPER, "unknown key cond_stage_model.channel_mapper.weight beside its SpatialRescaler"),

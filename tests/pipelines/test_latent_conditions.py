@@ -1,11 +1,14 @@
 """Concatenated maps and text as conditions of latent diffusion."""
 
+import json
+
 import numpy as np
 import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
 
+from hf_vq import VQLatentDiffusionPipeline
 from hf_vq.pipelines.conditioning import encode_text, resize_map
 from tests.pipelines.latent_diffusion_parts import (
     D,
@@ -48,6 +51,50 @@ def test_maps_are_concatenated():
     assert found.shape == (4, D, 4, 4)
     expected = F.avg_pool2d(maps, 2).repeat_interleave(2, dim=0)
     assert all(torch.allclose(sample[:, D:], expected) for sample in seen)
+
+
+STAGES = {"method": "nearest", "multiplier": 0.5, "n_stages": 2}
+
+
+def test_maps_by_stages_and_ones(tmp_path):
+    """Every fourth pixel, and ones after them; a folder keeps both options, and one without them has neither."""
+    options = {"condition_stages": STAGES, "condition_ones": True}
+    make_pipeline(unet=make_unet(in_channels=D + 6), **options).save_pretrained(tmp_path)
+    pipeline, seen = VQLatentDiffusionPipeline.from_pretrained(tmp_path), []
+    spy(pipeline, seen)
+    maps = torch.rand(2, 5, 16, 16, generator=seeded())
+    latents_of(pipeline, condition_image=maps, generator=seeded())
+    expected = torch.cat([maps[..., ::4, ::4], torch.ones(2, 1, 4, 4)], dim=1)
+    assert seen and all(torch.equal(sample[:, D:], expected) for sample in seen)
+    wide = torch.rand(1, 5, 16, 32, generator=seeded())
+    assert latents_of(pipeline, condition_image=wide, height=8, width=16).shape == (1, D, 4, 8)
+    with pytest.raises(ValueError, match="have a size that 2 times 0.5 is the 4x4 of the latents .* got 16x32"):
+        latents_of(pipeline, condition_image=wide)
+    with pytest.raises(ValueError, match="`condition_image` must give the 5 channels .* got 6"):
+        latents_of(pipeline, condition_image=torch.rand(1, 6, 16, 16))
+    with pytest.raises(ValueError, match="the denoiser takes 5 channels beside the latents"):
+        latents_of(pipeline)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    old = {name: value for name, value in index.items() if not name.startswith("condition_")}
+    (tmp_path / "model_index.json").write_text(json.dumps(old))
+    maps = VQLatentDiffusionPipeline.from_pretrained(tmp_path).prepare_concatenated((4, 4), torch.rand(1, 6, 8, 8))
+    assert len(old) == len(index) - 2 and maps.shape == (1, 6, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"condition_stages": "nearest"}, "must be a dict with method, multiplier and n_stages, got 'nearest'"),
+        ({"condition_stages": {**STAGES, "mode": 1}}, "must be a dict with method, multiplier and n_stages"),
+        ({"condition_stages": {**STAGES, "method": "linear"}}, "`condition_stages` must have a method of .* 'linear'"),
+        ({"condition_stages": {**STAGES, "multiplier": 0}}, "`condition_stages.multiplier` must be .* above 0"),
+        ({"condition_stages": {**STAGES, "n_stages": 0.5}}, "`condition_stages.n_stages` must be an int"),
+        ({"condition_ones": True}, "`condition_ones` needs a `unet` that takes a map .* got one of 5 input channels"),
+    ],
+)
+def test_stages_and_ones_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        make_pipeline(unet=make_unet(in_channels=D + 1), **options)
 
 
 def test_inputs_are_paired_in_order():
