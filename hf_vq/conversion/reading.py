@@ -416,14 +416,14 @@ class Options:
         return Options(self.take(name, default), f"{self.where}.{name}", self.argument)
 
     def node(self, name: str, default: Any = _REQUIRED) -> tuple[str, "Options"]:
-        """The class that a `target` names, without its module, and its `params`."""
+        """The class that a `target` names, without its module, and its `params`. What stands beside these two, such as
+        a learning rate, the originals do not read either (`instantiate_from_config`).
+        """
         value = self.section(name, default)
         target = value.take("target")
         if not isinstance(target, str):
             raise ValueError(f"`{self.argument}` must have a class as {value.where}.target, got {target!r}.")
-        params = value.section("params", {})
-        value.finish()
-        return target.rpartition(".")[2], params
+        return target.rpartition(".")[2], value.section("params", {})
 
     def training_only(self, *names: str) -> None:
         """Options that change nothing of what a trained model computes."""

@@ -62,6 +62,16 @@ def test_the_denoiser_takes_the_condition(key, unet, message):
         convert(params_of("Identity", key, **unet), {})
 
 
+def test_what_stands_beside_target_and_params():
+    """The original reads neither a learning rate there nor anything else, of no part."""
+    params = params_of("SpatialRescaler", "concat")
+    params["first_stage_config"] = {"target": "ldm.models.autoencoder.VQModelInterface"}
+    for name in ("first_stage_config", "cond_stage_config", "unet_config"):
+        params[name] = {"base_learning_rate": 1e-6, **params[name]}
+    check_params(params)
+    assert convert(params, {}) == ({}, {}, {})
+
+
 def test_classes_of_the_denoiser_itself():
     changes, arguments, dropped = convert(params_of("Identity", "adm", num_classes=5), {}, null_class_id=4)
     assert (changes, arguments, dropped) == ({}, {"null_class_id": 4}, {})

@@ -124,7 +124,8 @@ def test_right_configurations(tmp_path):
 
 
 def test_every_option_is_read():
-    options = Options({"depth": 3, "stage": {"target": "a.b.C", "params": {"width": 2}}, "lr": 1}, "model.params")
+    stage = {"target": "a.b.C", "params": {"width": 2}, "base_learning_rate": 1e-4}
+    options = Options({"depth": 3, "stage": stage, "lr": 1}, "model.params")
     assert options.take("depth") == 3 and options.take("dropout", 0.1) == 0.1
     target, stage = options.node("stage")
     assert target == "C" and stage.only("width", 2, 4) == 2
