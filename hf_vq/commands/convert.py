@@ -28,7 +28,7 @@ SIGNS = (
     ("latent_diffusion", ("model.diffusion_model.",)),
     ("vq_diffusion", ("content_codec.", "transformer.transformer.")),
     ("taming", ("transformer.blocks.", "first_stage_model.")),
-    ("rosinality", ("enc_b.", "background", "module.enc_b.", "module.background")),
+    ("rosinality", ("enc_b.", "background")),
     ("zalando", ("_vq_vae.",)),
     ("llamagen", ("encoder.conv_blocks.", "tok_embeddings.", "cls_embedding.")),
     ("diffusers", ("encoder.down_blocks.", "model.vqmodel.", "gen_vision_model.", "ema_encoder.")),
@@ -185,6 +185,7 @@ def recognise(checkpoint: str) -> str | None:
     while isinstance(content, dict):
         keys += [key for key in content if isinstance(key, str)]
         content = next((content[name] for name in ("state_dict", "model", "module", "ema") if name in content), None)
+    keys = [key.removeprefix("module.") for key in keys]  # of DistributedDataParallel
     # a flat file of VQ-Diffusion says of each key which entry it is from
     keys += [key.removeprefix(entry) for key in keys for entry in ("model.", "ema.") if key.startswith(entry)]
     return next((name for name, signs in SIGNS if any(key.startswith(signs) for key in keys)), None)

@@ -90,9 +90,10 @@ def convert_schedule(params: dict, state_dict: dict) -> DDIMScheduler:
         found = state_dict.get(name)
         if found is None or found.is_meta:
             continue
-        rtol = (
-            max(1e-4, 2 * torch.finfo(found.dtype).eps) if found.is_floating_point() else 0
-        )  # it may be in half precision
+        # values that half precision holds to the last digit were saved in it
+        kinds = (torch.bfloat16, torch.float16, torch.float32)
+        kind = next((kind for kind in kinds if torch.equal(found.to(kind).to(found.dtype), found)), torch.float32)
+        rtol = max(1e-4, 2 * torch.finfo(kind).eps)
         if found.shape != computed.shape or not torch.allclose(found.float(), computed, atol=1e-6, rtol=rtol):
             raise ValueError(
                 f"`checkpoint` has other {name} than `config` says (timesteps, beta_schedule, "

@@ -37,8 +37,7 @@ from .reading import Options, load_checkpoint, read_arguments, tensors_of
 
 
 def load(path: str | Path, name: str = "checkpoint") -> tuple[dict[str, torch.Tensor], dict]:
-    """The weights of a checkpoint, without the prefix of distributed training, and the arguments of the training
-    script.
+    """The weights of a checkpoint, and the arguments of the training script.
 
     Raises:
         ValueError: naming the argument `name`, as `load_state_dict`.
@@ -47,7 +46,7 @@ def load(path: str | Path, name: str = "checkpoint") -> tuple[dict[str, torch.Te
     state_dict = tensors_of(checkpoint, path, name, entries=("model",))
     arguments = checkpoint.get("args", {})
     arguments = arguments if isinstance(arguments, dict) else vars(arguments)
-    return {key.removeprefix("module."): value for key, value in state_dict.items()}, arguments
+    return state_dict, arguments
 
 
 def is_pixelsnail(state_dict: dict) -> bool:

@@ -22,7 +22,7 @@ from .checkpoints import (
     split_by_prefix,
     written_folder,
 )
-from .reading import check_finite, load_checkpoint, read_model
+from .reading import check_finite, in_float32, load_checkpoint, read_model, without_wrapper
 from .vq_diffusion_codec import convert_codec
 from .vq_diffusion_network import (
     DIFFUSION_DEFAULTS,
@@ -74,16 +74,19 @@ def trainer_entries(checkpoint: dict) -> dict[str, dict]:
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
         found = sorted(map(str, checkpoint))[:5] if isinstance(checkpoint, dict) else f"a {type(checkpoint).__name__}"
         raise ValueError(f"`checkpoint` must hold the entry `model`, got {found}.")
-    entries = {name: checkpoint.get(name) or {} for name in ("model", "ema")}
-    for name, entry in entries.items():
+    entries = {}
+    for name in ("model", "ema"):
+        entry = checkpoint.get(name) or {}
         others = [key for key, value in entry.items() if not isinstance(value, torch.Tensor)]
         if others:
             raise ValueError(
                 f"`checkpoint` must hold weights in its entry {name}, got a "
                 f"{type(entry[others[0]]).__name__} as {others[0]}."
             )
+        entry, where = without_wrapper(entry), f"`checkpoint`, in its entry {name},"
         weights = {key: value for key, value in entry.items() if not key.endswith(SCHEDULE_KEYS)}
-        check_finite(weights, f"`checkpoint`, in its entry {name},")  # the schedule has logarithms of 0
+        check_finite(weights, where)  # the schedule has logarithms of 0
+        entries[name] = entry | in_float32(weights, where)
     return entries
 
 

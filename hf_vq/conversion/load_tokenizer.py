@@ -26,7 +26,7 @@ from .layouts import (
     renamed,
     reversed_levels,
 )
-from .reading import check_finite, file_format, load_checkpoint, tensors_of
+from .reading import check_finite, file_format, in_float32, load_checkpoint, tensors_of
 from .taming_tokenizer import DROPPED_KEYS, EMA_CODEBOOK, choose_averages
 
 
@@ -161,12 +161,12 @@ def _read_shards(source, index: dict[str, str], subfolder: str | None, options: 
             shard = {key: whole[key] for key in wanted}
         weights |= shard
     check_finite(weights, f"`{source}`")
-    return weights
+    return in_float32(weights, f"`{source}`")
 
 
 def _read_file(path: Path) -> dict[str, torch.Tensor]:
     if file_format(path, "source") == "msgpack":
-        return from_flax(_read_msgpack(path))
+        return in_float32(from_flax(_read_msgpack(path)), f"`source` {path}")
     return tensors_of(load_checkpoint(path, "source"), path, "source", ENTRIES)
 
 
@@ -231,7 +231,6 @@ def _convert(weights: dict, name: str, layout: str | None, resolution: int, use_
         weights = from_llamagen(weights)
     elif "decoder.up.0.upsample.conv.weight" in weights:  # the levels are numbered from the lowest resolution
         weights = reversed_levels(renamed(weights, LLAMAGEN_NAMES))
-    weights = {key: value.float() if value.is_floating_point() else value for key, value in weights.items()}
     return _build(weights, layout, resolution)
 
 

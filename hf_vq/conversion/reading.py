@@ -5,6 +5,7 @@ Whatever is wrong with a file is one `ValueError` that says which file, what it 
 
 import argparse
 import json
+import logging
 import math
 import pickle
 import re
@@ -18,6 +19,8 @@ import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 
+
+logger = logging.getLogger(__name__)
 
 # Classes of trainers that old checkpoints name beside their weights. Each becomes an empty stand-in: the trainer need
 # not be installed, and none of its code runs.
@@ -185,7 +188,8 @@ def _load_safetensors(path: Path, name: str) -> dict[str, torch.Tensor]:
 def load_state_dict(
     path: str | Path, name: str = "checkpoint", entries: tuple[str, ...] = ("state_dict",)
 ) -> dict[str, torch.Tensor]:
-    """The weights of a checkpoint: all that is in it, or in the first of `entries` that it has.
+    """The weights of a checkpoint: all that is in it, or in the first of `entries` that it has; under their own names
+    (see `without_wrapper`), in float32 (see `in_float32`).
 
     Raises:
         ValueError: as `load_checkpoint`; if it holds no dict of tensors; for a weight that is not finite.
@@ -209,7 +213,34 @@ def tensors_of(
         has = f"{others[0]!r} is {_described(state_dict[others[0]])}" if others else "it is empty"
         raise ValueError(f"{where} must hold weights by name, and nothing else: {has}.")
     check_finite(state_dict, where)
-    return state_dict
+    return in_float32(without_wrapper(state_dict), where)
+
+
+def without_wrapper(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights without the prefix `module.` that DistributedDataParallel gives to the names of all of them."""
+    if not all(key.startswith("module.") for key in state_dict):
+        return state_dict
+    return {key.removeprefix("module."): value for key, value in state_dict.items()}
+
+
+def in_float32(state_dict: dict[str, torch.Tensor], where: str = "`checkpoint`") -> dict[str, torch.Tensor]:
+    """Weights of any floating precision in float32, that of the models which the originals load them into.
+
+    A warning says where digits are lost.
+
+    Raises:
+        ValueError: for a weight that is beyond float32.
+    """
+    found = {key: value.float() if value.is_floating_point() else value for key, value in state_dict.items()}
+    rounded = [key for key, value in state_dict.items() if value.dtype == torch.float64 and not value.is_meta]
+    rounded = [key for key in rounded if not torch.equal(found[key].double(), state_dict[key])]
+    beyond = [key for key in rounded if not found[key].isfinite().all()]
+    if beyond:
+        raise ValueError(f"{where} has values in {beyond[0]} that float32 cannot hold.")
+    if rounded:
+        more = f" and {len(rounded) - 1} more" if len(rounded) > 1 else ""
+        logger.warning("%s has %s%s in float64, rounded to float32.", where, rounded[0], more)
+    return found
 
 
 def _described(value) -> str:
@@ -442,6 +473,7 @@ __all__ = [
     "Options",
     "check_finite",
     "file_format",
+    "in_float32",
     "is_count",
     "is_depth",
     "load_checkpoint",
@@ -450,4 +482,5 @@ __all__ = [
     "read_config",
     "read_model",
     "tensors_of",
+    "without_wrapper",
 ]

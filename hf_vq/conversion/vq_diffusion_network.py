@@ -451,7 +451,8 @@ def convert_schedule(diffusion: dict, state_dict: dict) -> MaskReplaceScheduler:
         table = state_dict[name]
         if table.is_meta:
             continue
-        # the last entry stands for the data; the tables are float32 logarithms
-        if table.shape != (steps + 1,) or not torch.allclose(table[:-1].double().exp(), values, atol=1e-6):
+        # the last entry stands for the data; the tables are float32 logarithms, or were saved in half precision
+        atol = max(1e-6, torch.finfo(table.dtype).eps) if table.is_floating_point() else 0
+        if table.shape != (steps + 1,) or not torch.allclose(table[:-1].double().exp(), values, atol=atol):
             raise ValueError(f"`checkpoint` has another {name} than `config` says (alpha_init_type, diffusion_step).")
     return scheduler

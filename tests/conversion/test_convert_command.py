@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from hf_vq import VQAutoregressivePipeline, VQGANModel
 from hf_vq.cli import main
 from hf_vq.commands.convert import recognise
+from hf_vq.conversion.reading import load_checkpoint
 from tests.conversion.golden import GOLDEN
 
 
@@ -29,6 +31,46 @@ def files(case):
 @pytest.mark.parametrize("case", SOURCES)
 def test_the_source_is_recognised(case):
     assert recognise(files(case)[0]) == SOURCES[case]
+
+
+def arguments_of(case, checkpoint):
+    folder = GOLDEN / case
+    found = {"checkpoint": checkpoint, "config": files(case)[1]}
+    found |= {"codec_config": folder / "codec_config.yaml"} if (folder / "codec_config.yaml").exists() else {}
+    found |= {"mapping": folder / "codec_mapping.pt"} if (folder / "codec_mapping.pt").exists() else {}
+    return ["convert", *(text for name, path in found.items() for text in (f"--{name}", str(path)))]
+
+
+def changed(content, change):
+    """What a file holds with another name and value of every weight."""
+    if isinstance(content, dict) and content and all(isinstance(value, torch.Tensor) for value in content.values()):
+        return dict(change(name, value) for name, value in content.items())
+    if isinstance(content, dict):
+        return {name: changed(value, change) for name, value in content.items()}
+    return content
+
+
+def weights_of(folder):
+    found = {str(path.relative_to(folder)): load_file(path) for path in folder.rglob("*.safetensors")}
+    return {(path, name): value for path, weights in found.items() for name, value in weights.items()}
+
+
+def in_half(name, value):
+    return name, value.half() if value.is_floating_point() else value
+
+
+@pytest.mark.parametrize("change", [lambda name, value: (f"module.{name}", value), in_half], ids=["module", "half"])
+@pytest.mark.parametrize("case", SOURCES)
+def test_every_source_in_half_precision_and_of_distributed_training(case, change, tmp_path):
+    """Is recognised, and gives the same weights as the file itself, in float32, up to what half precision rounds."""
+    torch.save(changed(load_checkpoint(files(case)[0]), change), tmp_path / "checkpoint.pt")
+    for name, checkpoint in (("own", files(case)[0]), ("changed", tmp_path / "checkpoint.pt")):
+        assert main([*arguments_of(case, checkpoint), "--output", str(tmp_path / name)]) == 0
+    own, found = weights_of(tmp_path / "own"), weights_of(tmp_path / "changed")
+    assert own.keys() == found.keys() and all(own[key].dtype == found[key].dtype for key in own)
+    for key, value in own.items():
+        limits = {"atol": 1e-3, "rtol": 2e-3} if change is in_half else {"atol": 0, "rtol": 0}
+        torch.testing.assert_close(found[key], value, **limits)
 
 
 def test_converts_verifies_and_describes(tmp_path, capsys):

@@ -557,14 +557,20 @@ def test_schedules_with_and_without_buffers(params, reference):
         assert scheduler.config.num_train_timesteps == len(reference.betas)
 
 
-def test_a_checkpoint_in_half_precision():
-    """Its tables are rounded too."""
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_checkpoint_in_another_precision(kind, tmp_path):
+    """Its weights become float32, as in the original; its tables are rounded too."""
     model, state_dict = read()
-    half = {name: value.half() if value.is_floating_point() else value for name, value in state_dict.items()}
-    pipe, _ = convert_model(model, half)
-    assert pipe.unet.conv_out.bias.dtype == torch.float16
+    other = {name: value.to(kind) if value.is_floating_point() else value for name, value in state_dict.items()}
+    torch.save({"state_dict": other}, tmp_path / "last.ckpt")
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump({"model": model}))
+    convert(tmp_path / "last.ckpt", tmp_path / "model.yaml", tmp_path / "out", use_ema=False)
+    pipe = VQLatentDiffusionPipeline.from_pretrained(tmp_path / "out")
+    bias = other["model.diffusion_model.out.2.bias"].float()
+    assert pipe.unet.dtype == pipe.vqvae.dtype == torch.float32 and torch.equal(pipe.unet.conv_out.bias, bias)
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump({"model": changed(model, "linear_end", 0.0200)}))
     with pytest.raises(ValueError, match="other betas than"):
-        convert_model(changed(model, "linear_end", 0.0200), half)
+        convert(tmp_path / "last.ckpt", tmp_path / "model.yaml", tmp_path / "out")
 
 
 def test_tokenizers_that_cannot_be_read(tmp_path):

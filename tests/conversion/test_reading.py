@@ -97,6 +97,34 @@ def test_right_files(tmp_path):
     assert torch.equal(load_state_dict(tmp_path / "weights.ckpt")["conv.weight"], WEIGHTS["conv.weight"])
 
 
+def test_names_of_distributed_training(tmp_path):
+    """All of them have the prefix; a part of a model may be called so too."""
+    other = {"module.a": torch.zeros(1), "b": torch.ones(1)}
+    for name, content in (("all", {f"module.{key}": value for key, value in WEIGHTS.items()}), ("some", other)):
+        torch.save({"state_dict": content}, tmp_path / f"{name}.ckpt")
+    assert list(load_state_dict(tmp_path / "all.ckpt")) == list(WEIGHTS)
+    assert load_state_dict(tmp_path / "some.ckpt") == other
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_become_float32(kind, tmp_path, caplog):
+    """Half precision exactly, double rounded to the nearest, and said so where that is another number."""
+    third = torch.tensor([1 / 3, -2.5, 6e4], dtype=torch.float64)
+    content = {"a": third.to(kind), "exact": torch.ones(2).to(kind), "n": torch.arange(3)}
+    torch.save(content, tmp_path / "last.ckpt")
+    found = load_state_dict(tmp_path / "last.ckpt")
+    assert found["a"].dtype == found["exact"].dtype == torch.float32 and found["n"].dtype == torch.int64
+    assert found["a"].tolist() == np.float32(content["a"].tolist()).tolist()
+    said = f"`checkpoint` {tmp_path / 'last.ckpt'} has a in float64, rounded to float32."
+    assert [record.getMessage() for record in caplog.records] == ([said] if kind == torch.float64 else [])
+
+
+def test_double_weights_beyond_float32(tmp_path):
+    torch.save({"state_dict": {"a": torch.tensor([1e39], dtype=torch.float64)}}, tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match="entry 'state_dict', has values in a that float32 cannot hold"):
+        load_state_dict(tmp_path / "last.ckpt")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
