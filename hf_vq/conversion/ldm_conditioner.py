@@ -9,6 +9,7 @@ from transformers import CLIPTextModel, PreTrainedTokenizerBase
 from ..pipelines.conditioning import RESIZE_METHODS
 from .checkpoints import check_agrees, drop_keys, load_exactly
 from .reading import Options
+from .taming_tokenizer import convert_tokenizer
 from .vq_diffusion_text import clip_text_model
 
 
@@ -34,6 +35,7 @@ CONDITIONING_KEYS = {
     "FrozenCLIPEmbedder": ("crossattn",),
     "TransformerEmbedder": ("crossattn",),
     "SpatialRescaler": ("concat",),
+    "VQModelInterface": ("concat",),
     "__is_first_stage__": ("concat",),
     "Identity": ("concat", "crossattn", "adm"),
     "__is_unconditional__": (None,),
@@ -99,7 +101,8 @@ def convert_conditioner(
     """
     The conditioning stage as changes of the denoiser, since stock denoisers can hold it: a table of classes
     (ClassEmbedder) becomes `encoder_hid_proj`, which one-hot classes go through; the 1×1 convolution of a semantic map
-    (SpatialRescaler) goes into `conv_in`. Transformers over tokens become the pipeline's text encoder.
+    (SpatialRescaler) goes into `conv_in`. Transformers over tokens become the pipeline's text encoder, and a tokenizer
+    of the condition (VQModelInterface) its `condition_vqvae`.
 
     Args:
         params: of the original's `LatentDiffusion`.
@@ -128,6 +131,12 @@ def convert_conditioner(
     changes, arguments, dropped, width = {}, {}, {}, None
     if target == "__is_first_stage__":
         dropped = dict.fromkeys(cond_stage, "the first stage once more")
+        arguments = {"encode_condition": True}
+    elif target == "VQModelInterface":
+        weights, dropped = drop_keys(cond_stage, {"model_ema.": "averages that the denoiser was not trained with"})
+        arguments["condition_vqvae"], reasons = convert_tokenizer(stage, weights)
+        dropped |= reasons
+        options.training_only(*options.values)  # which that has read
     elif target == "ClassEmbedder":
         changes, arguments = _class_table(options, cond_stage, null_class_id)
         width = changes["weights"]["encoder_hid_proj.bias"].shape[0]

@@ -78,15 +78,19 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
         null_class_id (*optional*): the class that stands for none, which guidance needs.
         text_max_length, text_lower_case, text_normalize, text_pad_token_id: see `encode_text`.
         text_mask: cross-attention passes over padding, as the text encoder does.
-        condition_stages (*optional*): how maps come to the size of the latents, as the arguments of
-            [`~conditioning.resize_by_stages`]; by default see [`~conditioning.resize_map`].
+        condition_stages (*optional*): how maps that no tokenizer encodes come to the size of the latents, as the
+            arguments of [`~conditioning.resize_by_stages`]; by default see [`~conditioning.resize_map`].
         condition_ones: the maps are followed by a channel of ones, which carries a bias up to their borders.
+        condition_vqvae (*optional*): a tokenizer whose latents of `condition_image`, or of the masked image, are
+            concatenated in place of the image.
+        encode_condition: `vqvae` encodes `condition_image`, where there is no `condition_vqvae`.
 
     Raises:
         ValueError: parts that do not belong together.
     """
 
-    model_cpu_offload_seq = "text_encoder->unet->vqvae"
+    model_cpu_offload_seq = "text_encoder->condition_vqvae->unet->vqvae"
+    _optional_components = ["text_encoder", "tokenizer", "condition_vqvae"]
     _callback_tensor_inputs = ["latents"]
 
     def __init__(
@@ -105,9 +109,12 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
         text_pad_token_id: int | None = None,
         condition_stages: dict[str, str | float | int] | None = None,
         condition_ones: bool = False,
+        condition_vqvae: PreTrainedModel | None = None,
+        encode_condition: bool = False,
     ):
         super().__init__()
         check_tokenizer(vqvae)
+        check_tokenizer(condition_vqvae, "condition_vqvae")
         attributes = ("config.in_channels", "config.out_channels", "time_embedding", "down_blocks")
         check_part("unet", unet, attributes, "a UNet2DModel or a UNet2DConditionModel")
         check_part("scheduler", scheduler, ("set_timesteps", "step", "config"), "a scheduler of diffusers")
@@ -132,7 +139,12 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
                 "are its `encoder_hid_proj`."
             )
         self.register_modules(
-            vqvae=vqvae, unet=unet, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer
+            vqvae=vqvae,
+            unet=unet,
+            scheduler=scheduler,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            condition_vqvae=condition_vqvae,
         )
         self.id2label = class_names(id2label)
         if unet is not None and null_class_id is not None:
@@ -148,6 +160,7 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
             text_pad_token_id=text_pad_token_id,
             condition_stages=None if condition_stages is None else check_stages("condition_stages", condition_stages),
             condition_ones=condition_ones,
+            encode_condition=encode_condition,
         )
 
     # The condition
@@ -199,13 +212,21 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
         tokens = F.one_hot(ids, self.class_rows)[:, None]
         return {"encoder_hidden_states": tokens.to(self._execution_device, self.unet.dtype)}
 
-    def encode_image(self, pixel_values: torch.Tensor, batch_size: int = 16) -> torch.Tensor:
+    @property
+    def condition_encoder(self) -> PreTrainedModel | None:
+        """The tokenizer that encodes `condition_image`, if one does."""
+        return self.vqvae if self.condition_vqvae is None and self.config.encode_condition else self.condition_vqvae
+
+    def encode_image(
+        self, pixel_values: torch.Tensor, batch_size: int = 16, encoder: PreTrainedModel | None = None
+    ) -> torch.Tensor:
         """Images `(B, C, H, W)` in [-1, 1] to latents before quantization, unscaled, float32; `batch_size` at a
-        time.
+        time; by `vqvae`, or by `encoder`.
         """
-        onload(self.vqvae)
-        pixels = pixel_values.to(self._execution_device, self.vqvae.dtype)
-        return torch.cat([self.vqvae.encode(part).latents.float() for part in pixels.split(batch_size)])
+        encoder = self.vqvae if encoder is None else encoder
+        onload(encoder)
+        pixels = pixel_values.to(self._execution_device, encoder.dtype)
+        return torch.cat([encoder.encode(part).latents.float() for part in pixels.split(batch_size)])
 
     def prepare_concatenated(
         self,
@@ -218,8 +239,8 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
         The maps `(B, C, h, w)` that are concatenated to the noisy latents, or None.
 
         Inpainting (`mask` `(B, 1, H, W)`, or of latents, 1 is painted): the latents of the image with its masked
-        pixels black, not scaled, and the mask in {-1, 1}, nearest. Otherwise `condition_image`, resized to the
-        latents. A channel of ones follows with `condition_ones`.
+        pixels black, not scaled, and the mask in {-1, 1}, nearest. Otherwise `condition_image`, encoded or resized
+        to the latents. A channel of ones follows with `condition_ones`.
 
         Raises:
             ValueError: maps of other channels than the denoiser has beside the latents, or of a size that is not
@@ -232,9 +253,11 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
             mask = F.interpolate(mask, size=image.shape[-2:])
             masked = (1 - mask) * (image + 1) - 1
             hidden = F.interpolate(mask * 2 - 1, size=size, mode="nearest")
-            maps = torch.cat([self.encode_image(masked), hidden.to(self._execution_device)], dim=1)
+            encoded = self.encode_image(masked, encoder=self.condition_vqvae)
+            maps = torch.cat([encoded, hidden.to(self._execution_device)], dim=1)
         elif condition_image is not None:
-            maps = self.resize_condition(condition_image.to(self._execution_device), size)
+            to_size = self.resize_condition if self.condition_encoder is None else self.condition_latents
+            maps = to_size(condition_image.to(self._execution_device), size)
         if maps is None and channels:
             raise ValueError(
                 f"`condition_image`, or `image` with `mask_image`, must be given: the denoiser takes {channels} "
@@ -247,6 +270,23 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
                 f"`{name}` must give the {channels} channels that the denoiser takes beside the latents, got {found}."
             )
         return torch.cat([maps, torch.ones_like(maps[:, :1])], dim=1) if ones else maps
+
+    def condition_latents(self, condition_image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """Images `(B, C, H, W)` to latents `(B, D', h, w)` of `condition_encoder`, or these as they are.
+
+        Raises:
+            ValueError: neither images that it encodes to the size `(h, w)`, nor latents of it.
+        """
+        config, given = self.condition_encoder.config, tuple(condition_image.shape[1:])
+        wanted = (config.in_channels, *(side * config.downsample_factor for side in size))
+        if given == wanted:
+            return self.encode_image(condition_image, encoder=self.condition_encoder)
+        if given[1:] == tuple(size):
+            return condition_image
+        raise ValueError(
+            f"`condition_image` must be (B, {', '.join(map(str, wanted))}), which a tokenizer encodes to the size "
+            f"{size[0]}x{size[1]} of the latents, or latents of that size, got {tuple(condition_image.shape)}."
+        )
 
     def resize_condition(self, condition_image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """A map `(B, C, H, W)` to the size `(h, w)` of the latents.
@@ -473,7 +513,8 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
             class_labels: a class or a list of classes, ids or names of `id2label`; None is the null class.
             condition_image: a map for each image that is resized to the latents, whose proportions it has, and
                 concatenated: a tensor `(B, C, H, W)` (one-hot classes of a semantic map; a low-resolution image in
-                [-1, 1]), or images, see [`~images.to_pixel_values`].
+                [-1, 1]), or images, see [`~images.to_pixel_values`]. Where a tokenizer encodes it, images of the size
+                whose latents are as large as those that are drawn, or its latents, unscaled.
             image: images, see [`~images.to_pixel_values`]: with `strength`, where sampling starts; with `mask_image`,
                 what is painted into.
             mask_image: a mask of pixels or of latents, see [`~conditioning.to_mask`]: 1 (white) is painted anew, the

@@ -269,22 +269,24 @@ def check_part(name: str, part: Any, attributes: Sequence[str], wanted: str):
         raise ValueError(f"`{name}` must be {wanted}, got a {type(part).__name__}.")
 
 
-def check_tokenizer(vqvae: Any):
-    """A ValueError unless `vqvae` is an image tokenizer with one level of codes, one code at each position."""
-    check_any_tokenizer(vqvae)
+def check_tokenizer(vqvae: Any, name: str = "vqvae"):
+    """A ValueError unless `vqvae`, or the component `name`, is an image tokenizer with one level of codes, one code at
+    each position.
+    """
+    check_any_tokenizer(vqvae, name)
     if vqvae is not None and len(vqvae.config.downsample_factors) > 1:
         raise ValueError(
-            f"`vqvae` must have one level of codes, got {len(vqvae.config.downsample_factors)}: several need a prior "
+            f"`{name}` must have one level of codes, got {len(vqvae.config.downsample_factors)}: several need a prior "
             "for each, see `VQVAE2Pipeline`."
         )
 
 
-def check_any_tokenizer(vqvae: Any):
+def check_any_tokenizer(vqvae: Any, name: str = "vqvae"):
     """A ValueError unless `vqvae` is an image tokenizer with one code at each position of each level."""
     attributes = ("encode", "decode_indices", "quantize", "config.num_embeddings", "config.downsample_factors")
-    check_part("vqvae", vqvae, attributes, "an image tokenizer (VQGANModel, VQVAEModel, VQVAE2Model)")
+    check_part(name, vqvae, attributes, "an image tokenizer (VQGANModel, VQVAEModel, VQVAE2Model)")
     if vqvae is not None and vqvae.config.quantizer == "residual":
-        raise ValueError("`vqvae` must have one code at each position, got the quantizer 'residual'.")
+        raise ValueError(f"`{name}` must have one code at each position, got the quantizer 'residual'.")
 
 
 def as_levels(indices: torch.LongTensor | Sequence[torch.LongTensor]) -> tuple[torch.LongTensor, ...]:

@@ -340,6 +340,26 @@ def test_a_semantic_map_goes_into_the_first_convolution(options, bias, tmp_path)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("stage", ["__is_first_stage__", "VQModelInterface"])
+def test_a_condition_is_encoded(stage, golden, tmp_path):
+    """By the first stage, or by another tokenizer, here one with the first stage's weights beside a changed one."""
+    model, state_dict = read()
+    params, start = model["params"], "first_stage_model."
+    tokenizer = {name.removeprefix(start): value for name, value in state_dict.items() if name.startswith(start)}
+    if stage == "VQModelInterface":
+        state_dict |= {start + name: value * 1.5 for name, value in tokenizer.items() if value.is_floating_point()}
+        stage = {**params["first_stage_config"], "target": "ldm.models.autoencoder.VQModelInterface", "lr": 1e-4}
+    state_dict |= {f"cond_stage_model.{name}": value for name, value in tokenizer.items()}
+    state_dict["model.diffusion_model.input_blocks.0.0.weight"] = torch.randn(32, 6, 3, 3)
+    params["unet_config"]["params"]["in_channels"] = 6
+    params |= {"cond_stage_config": stage, "concat_mode": True}
+    convert_model(model, state_dict, use_ema=False)[0].save_pretrained(tmp_path)
+    pipe = VQLatentDiffusionPipeline.from_pretrained(tmp_path)
+    with torch.no_grad():
+        golden.compare("fs.h", pipe.prepare_concatenated(golden["fs.h"].shape[-2:], golden["x"]))
+    assert (pipe.condition_vqvae is None) == (stage == "__is_first_stage__")
+
+
 def test_a_table_of_classes():
     """A class reaches cross-attention as its row of the table."""
     torch.manual_seed(0)

@@ -17,6 +17,7 @@ from tests.pipelines.latent_diffusion_parts import (
     make_pipeline,
     make_text_parts,
     make_unet,
+    make_vqvae,
     seeded,
 )
 
@@ -75,10 +76,11 @@ def test_maps_by_stages_and_ones(tmp_path):
     with pytest.raises(ValueError, match="the denoiser takes 5 channels beside the latents"):
         latents_of(pipeline)
     index = json.loads((tmp_path / "model_index.json").read_text())
-    old = {name: value for name, value in index.items() if not name.startswith("condition_")}
+    new = ("condition_stages", "condition_ones", "condition_vqvae", "encode_condition")
+    old = {name: value for name, value in index.items() if name not in new}
     (tmp_path / "model_index.json").write_text(json.dumps(old))
     maps = VQLatentDiffusionPipeline.from_pretrained(tmp_path).prepare_concatenated((4, 4), torch.rand(1, 6, 8, 8))
-    assert len(old) == len(index) - 2 and maps.shape == (1, 6, 4, 4)
+    assert len(old) == len(index) - len(new) and maps.shape == (1, 6, 4, 4)
 
 
 @pytest.mark.parametrize(
@@ -95,6 +97,44 @@ def test_maps_by_stages_and_ones(tmp_path):
 def test_stages_and_ones_that_cannot_be(options, message):
     with pytest.raises(ValueError, match=message):
         make_pipeline(unet=make_unet(in_channels=D + 1), **options)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_condition_is_encoded(own, tmp_path):
+    """By its own tokenizer, of 4 pixels per latent, or by that of the images, of 2. Latents are taken as they are."""
+    pixels = image(size=16 if own else 8)
+    part = make_vqvae(channel_multiplier=(1, 1, 1), embed_dim=3, latent_channels=3)
+    options = {"condition_vqvae": part} if own else {"encode_condition": True}
+    channels = 3 if own else D
+    make_pipeline(unet=make_unet(in_channels=D + channels), **options).save_pretrained(tmp_path)
+    pipeline, seen = VQLatentDiffusionPipeline.from_pretrained(tmp_path), []
+    spy(pipeline, seen)
+    with torch.no_grad():
+        expected = (part if own else pipeline.vqvae).encode(pixels).latents
+    found = latents_of(pipeline, condition_image=pixels, generator=seeded())
+    assert len(seen) == 3 and all(torch.equal(sample[:, D:], expected) for sample in seen)
+    assert torch.equal(latents_of(pipeline, condition_image=expected, generator=seeded()), found)
+    with pytest.raises(
+        ValueError, match=r"`condition_image` must be \(B, 3, (8, 8|16, 16)\), .* got \(1, 3, 12, 12\)"
+    ):
+        latents_of(pipeline, condition_image=image(size=12))
+    with pytest.raises(ValueError, match=f"`condition_image` must give the {channels} channels"):
+        latents_of(pipeline, condition_image=torch.zeros(1, 5, 4, 4))
+    with pytest.raises(ValueError, match="`condition_vqvae` must be an image tokenizer"):
+        make_pipeline(unet=make_unet(in_channels=2 * D), condition_vqvae=make_unet())
+
+
+def test_inpainting_with_a_tokenizer_of_the_condition():
+    """It encodes the masked image."""
+    part = make_vqvae(embed_dim=3, latent_channels=3)
+    pipeline, seen = make_pipeline(unet=make_unet(in_channels=D + 4), condition_vqvae=part), []
+    spy(pipeline, seen)
+    pixels, mask = image(), torch.zeros(1, 1, 8, 8)
+    mask[..., :4] = 1
+    pipeline(image=pixels, mask_image=mask, num_inference_steps=1)
+    with torch.no_grad():
+        expected = part.encode(torch.where(mask.bool(), torch.tensor(-1.0), pixels)).latents
+    torch.testing.assert_close(seen[0][:, D : D + 3], expected)
 
 
 def test_inputs_are_paired_in_order():

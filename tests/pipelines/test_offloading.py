@@ -43,11 +43,14 @@ def test_codes():
 
 
 def test_latents():
+    unet = latent_diffusion_parts.make_text_unet(in_channels=2 * latent_diffusion_parts.D)
+    parts = {"unet": unet, "condition_vqvae": latent_diffusion_parts.make_vqvae()}
+    pipeline = latent_diffusion_parts.make_pipeline("text", **parts)
+    seen = record(pipeline)
+    pipeline(prompt="cat", condition_image=latent_diffusion_parts.image(), num_inference_steps=2)
+    assert in_order(seen) == pipeline.model_cpu_offload_seq
     pipeline = latent_diffusion_parts.make_pipeline("text")
     seen = record(pipeline)
-    pipeline(prompt="cat", num_inference_steps=2)
-    assert in_order(seen) == pipeline.model_cpu_offload_seq
-    seen.clear()
     pipeline(prompt="cat", image=latent_diffusion_parts.image(), strength=0.5, num_inference_steps=2)
     assert in_order(seen) == "text_encoder->vqvae->unet->vqvae"
 
