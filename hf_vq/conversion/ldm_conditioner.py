@@ -194,11 +194,8 @@ def _spatial_rescaler(options: Options, cond_stage: dict, live: dict, latent_cha
     borders of the map, where the denoiser pads with zeros, no bias of the denoiser can stand for it.
     """
     arguments = _stages(options)
-    inputs, outputs, bias = (
-        options.count("in_channels", 3),
-        options.take("out_channels", None),
-        options.flag("bias", False),
-    )
+    inputs, outputs = options.count("in_channels", 3), options.take("out_channels", None)
+    bias = options.flag("bias", False)
     if outputs is None:  # there is no convolution, whatever its options
         _only_keys("SpatialRescaler", cond_stage)
         return {}, arguments
