@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from ..argument_checks import check_integer
 from ..evaluation.generation import PUBLISHED
@@ -131,7 +132,7 @@ def _split_arguments(options: argparse.Namespace) -> dict:
     return {"train_split": options.split or "train", "validation_share": options.validation_share}
 
 
-def class_names_of(model) -> list[str] | None:
+def class_names_of(model: Any) -> list[str] | None:
     """Those of a pipeline's prior, in the order of its numbers; None without them."""
     names = getattr(model, "id2label", None) or {}
     return [names[number] for number in range(len(names))] if sorted(names) == list(range(len(names))) else None
