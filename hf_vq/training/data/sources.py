@@ -25,6 +25,10 @@ _KINDS = {
     ".arrow": "arrow",
 }
 _IMAGES = (".zip", ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+HOLD_OUT = (
+    " Hold a share of it out to validate on, by --validation_share 0.05 in training; `hf-vq evaluate` takes "
+    "--validation-share 0.05 for the same images, or --split train for all."
+)
 # names in a path, as `datasets` finds them in a folder
 _SPLITS = {"validation": r"validation|valid|val|dev", "test": r"testing|test|evaluation|eval"}
 
@@ -44,6 +48,11 @@ def open_rows(arguments: "DataArguments", split: str) -> "datasets.Dataset | dat
     try:
         if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
             return _open_saved(folder, split, streaming)
+        if streaming and re.search(r"[\[+]", split):
+            raise ValueError(
+                f"the split {split!r} must be a whole one with streaming=True, which cannot cut or join splits: read "
+                "without it, or give training and validation files of their own; `max_samples` takes the first rows."
+            )
         if folder.is_dir():
             return _open_folder(folder, split, arguments)
         files = _files(source)
@@ -52,8 +61,17 @@ def open_rows(arguments: "DataArguments", split: str) -> "datasets.Dataset | dat
         if is_from_hub(source):
             return datasets.load_dataset(source, arguments.dataset_config_name, split=split, streaming=streaming)
     except (KeyError, ValueError) as error:
-        if "split" in str(error).lower():
-            raise ValueError(f"dataset_name_or_path={source!r} has no split {split!r}: {error}") from error
+        reason = str(error)
+        if re.search("(unknown|bad) split", reason.lower()):
+            found = re.findall(r"'([^']+)'", reason.rpartition("[")[2])  # the names that `datasets` lists
+            hint = HOLD_OUT if len(found) == 1 and not streaming else ""
+            raise ValueError(
+                f"dataset_name_or_path={source!r} has no split {split!r}; it has {found}.{hint}"
+            ) from error
+        if re.search("instruction format|slice boundaries|split name", reason.lower()):
+            raise ValueError(
+                f"the split must be a name, or a part of one such as 'train[5%:]' or 'train[:100]', got {split!r}."
+            ) from error
         raise
     raise ValueError(
         f"dataset_name_or_path={source!r} is neither a folder, a file, a pattern, an address with files, nor a Hub id."

@@ -270,6 +270,20 @@ def test_bad_arguments(options, message):
         DataArguments("x", **options)
 
 
+def test_a_share_of_a_folder_of_one_split_is_to_be_held_out(parquet, tmp_path):
+    (tmp_path / "data" / "validation.parquet").unlink()
+    with pytest.raises(
+        ValueError, match=r"no split 'validation'; it has \['train'\]\. Hold .* --validation_share 0.05"
+    ):
+        load_image_dataset(arguments(parquet), "validation")
+    for split in ("train[20:", "train[:150%]"):
+        with pytest.raises(ValueError, match="the split must be a name, or a part of one such as"):
+            load_image_dataset(arguments(parquet, train_split=split))
+    for split in ("train[20%:]", "train+validation"):
+        with pytest.raises(ValueError, match="must be a whole one with streaming=True"):
+            load_image_dataset(arguments(parquet, train_split=split, streaming=True))
+
+
 def test_a_missing_folder():
     for source in ("./nowhere", "/nowhere/at/all", "a/b/c"):
         with pytest.raises(ValueError, match="neither a folder, a file"):
