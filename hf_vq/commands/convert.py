@@ -34,6 +34,8 @@ SIGNS = (
     ("diffusers", ("encoder.down_blocks.", "model.vqmodel.", "gen_vision_model.", "ema_encoder.")),
     ("taming", ("encoder.down.",)),
 )
+# Of files, where a name without one may be a repository's.
+CHECKPOINT_ENDINGS = (".ckpt", ".pt", ".pth", ".bin", ".safetensors", ".msgpack")
 # Sources whose first stages are saved alike.
 ALIKE = {"taming", "latent_diffusion"}
 # The options of each source's converter.
@@ -157,9 +159,12 @@ def chosen_source(options: argparse.Namespace) -> str:
     """The source that is named, or the one that the checkpoint looks like.
 
     Raises:
-        ValueError: if it looks like another one, or like none.
+        ValueError: if it does not exist, looks like another one, or like none.
     """
-    found, named = recognise(options.checkpoint), options.source
+    path, named = Path(options.checkpoint), options.source
+    if not path.exists() and (named not in (None, "diffusers") or path.suffix in CHECKPOINT_ENDINGS):
+        raise ValueError(f"`--checkpoint` must be a file, got {options.checkpoint!r}, which does not exist.")
+    found = recognise(options.checkpoint)
     if found == "taming" and options.config is not None and _is_of_latent_diffusion(options.config):
         found = "latent_diffusion"
     if found is None and named is None:

@@ -112,6 +112,13 @@ def test_folders_of_another_kind_are_refused(tmp_path, capsys):
     assert [path.name for path in (tmp_path / "photos").iterdir()] == ["cat.png"]
 
 
+@pytest.mark.parametrize("source", [("taming", "--config", "model.yaml"), ("diffusers",), ()])
+def test_a_checkpoint_that_does_not_exist(tmp_path, capsys, source):
+    assert main(["convert", *source, "--checkpoint", "last.ckpt", "--output", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert error == "hf-vq convert: `--checkpoint` must be a file, got 'last.ckpt', which does not exist.\n"
+
+
 def test_another_source_than_named(tmp_path, capsys):
     checkpoint, _, _ = files("zalando_ema")
     assert main(["convert", "rosinality", "--checkpoint", checkpoint, "--output", str(tmp_path / "out")]) == 1
