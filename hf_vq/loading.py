@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
@@ -107,49 +107,65 @@ def stock_class(name: str) -> type | None:
 def class_name(source: str) -> str | None:
     """The class of what is saved in a folder or Hub repository; None where no file of `CLASS_KEYS` is there."""
     for file, key in CLASS_KEYS.items():
-        content = read_json(source, file, needed=file == "config.json")
+        content = read_json(source, file)
         if content is not None:
             name = content.get(key, content.get("_class_name"))
             return name[-1] if isinstance(name, list) and name else name  # with code, [module, class]
     return None
 
 
-def read_json(source: str, name: str, needed: bool = False) -> dict | None:
-    """A JSON file of a folder or Hub repository; None if it is not there.
+def find_file(source: str | Path, name: str, subfolder: str | None = None, **options: Any) -> Path | None:
+    """A file of a folder or Hub repository; None if it is not there.
 
-    Without the Hub its cache is read; whether a file that is not in it exists is then unknown, an error if it is
-    `needed`.
+    Without the Hub its cache is read: a repository that is in it lacks the files that are not.
+
+    Args:
+        source: the folder or repository.
+        name: of the file.
+        subfolder: where it lies.
+        options: of `huggingface_hub.hf_hub_download`, such as `revision`.
+
+    Raises:
+        ValueError: there is no such folder, repository or revision, or the Hub cannot be reached.
     """
     if Path(source).is_dir():
-        path = Path(source) / name
-    elif Path(source).is_file():
+        path = Path(source, subfolder or "", name)
+        return path if path.is_file() else None
+    if Path(source).is_file():
         raise ValueError(f"`{source}` must be a folder or the name of a repository, got a file.")
-    else:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import (
-            EntryNotFoundError,
-            HFValidationError,
-            LocalEntryNotFoundError,
-            RepositoryNotFoundError,
-        )
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
+    missing = f"The folder `{source}` does not exist, and "
+    try:
+        return Path(hf_hub_download(str(source), name, subfolder=subfolder, **options))
+    except HFValidationError as error:
+        raise ValueError(f"{missing}it is not the name of a repository.") from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(f"{missing}the Hub has no repository of this name that you may read.") from error
+    except RevisionNotFoundError as error:
+        raise ValueError(f"`revision` must be one of `{source}`, got {options.get('revision')!r}.") from error
+    except LocalEntryNotFoundError as error:
+        place = {key: options[key] for key in ("revision", "cache_dir") if key in options}
         try:
-            path = Path(hf_hub_download(source, name))
-        except HFValidationError as error:
-            raise ValueError(
-                f"The folder `{source}` does not exist, and it is not the name of a repository."
-            ) from error
-        except RepositoryNotFoundError as error:
-            raise ValueError(
-                f"The folder `{source}` does not exist, and the Hub has no repository of this name that you may read."
-            ) from error
-        except LocalEntryNotFoundError as error:
-            if needed:
-                raise ValueError(f"The folder `{source}` does not exist, and the Hub could not be reached.") from error
-            return None
-        except EntryNotFoundError:
-            return None
-    if not path.is_file():
+            snapshot_download(str(source), local_files_only=True, allow_patterns=[], **place)  # is there a cached one?
+        except LocalEntryNotFoundError:
+            raise ValueError(f"{missing}the Hub could not be reached.") from error
+        return None
+    except EntryNotFoundError:
+        return None
+
+
+def read_json(source: str, name: str) -> dict | None:
+    """A JSON file of a folder or Hub repository; None if it is not there; see `find_file`."""
+    path = find_file(source, name)
+    if path is None:
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -162,4 +178,4 @@ def read_json(source: str, name: str, needed: bool = False) -> dict | None:
     return content
 
 
-__all__ = ["class_name", "image_processor_of", "load", "load_part", "read_json", "stock_class"]
+__all__ = ["class_name", "find_file", "image_processor_of", "load", "load_part", "read_json", "stock_class"]

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
+from ..loading import find_file
 from ..models.autoencoders.configuration_vqgan import VQGANConfig
 from ..models.autoencoders.modeling_vqgan import VQGANModel
 from .checkpoints import load_exactly
@@ -19,25 +18,6 @@ from .reading import load_state_dict
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 DOWN_BLOCKS = {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True}  # whether it has attention
 UP_BLOCKS = {"UpDecoderBlock2D": False, "AttnUpDecoderBlock2D": True}
-
-
-def find_file(source: str | Path, name: str, subfolder: str | None = None, **options: Any) -> Path | None:
-    """A file of a folder or of a repository on the Hub; None if it is not there.
-
-    Raises:
-        ValueError: if there is no such folder or repository, or the Hub cannot be reached.
-    """
-    if Path(source).is_dir():
-        path = Path(source, subfolder or "", name)
-        return path if path.is_file() else None
-    try:
-        return Path(hf_hub_download(str(source), name, subfolder=subfolder, **options))
-    except HFValidationError as error:
-        raise ValueError(f"`{source}` is no folder, and not the name of a repository.") from error
-    except LocalEntryNotFoundError:
-        return None  # without the Hub its cache is read, which does not say whether the repository has the file
-    except EntryNotFoundError:
-        return None
 
 
 def read_vqmodel_config(source: str | Path, subfolder: str | None = None, **options: Any) -> dict:
@@ -51,7 +31,7 @@ def read_vqmodel_config(source: str | Path, subfolder: str | None = None, **opti
     path = find_file(source, "config.json", subfolder, **options)
     where = f"`{source}`" + (f", subfolder {subfolder!r}," if subfolder else "")
     if path is None:
-        raise ValueError(f"{where} has no config.json that can be reached.")
+        raise ValueError(f"{where} has no config.json.")
     config = json.loads(path.read_text(encoding="utf-8"))
     if config.get("_class_name") != "VQModel":
         found = config.get("_class_name") or config.get("model_type")

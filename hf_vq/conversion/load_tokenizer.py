@@ -13,9 +13,10 @@ from torch import nn
 
 import hf_vq
 
+from ..loading import find_file
 from ..models.autoencoders.modeling_vqgan import VQGANModel
 from .checkpoints import drop_keys, load_exactly
-from .diffusers_tokenizer import find_file, load_vqmodel
+from .diffusers_tokenizer import load_vqmodel
 from .layouts import (
     LLAMAGEN_NAMES,
     build,

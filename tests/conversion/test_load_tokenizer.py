@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from diffusers import VQModel
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import save_file
 from transformers import ChameleonVQVAE, ChameleonVQVAEConfig, JanusVQVAE, JanusVQVAEConfig, set_seed
 
@@ -228,7 +229,43 @@ def test_others_are_refused_by_name(weights, message, tmp_path):
 def test_sources_that_hold_nothing(tmp_path):
     with pytest.raises(ValueError, match="must hold one of"):
         load_tokenizer(tmp_path)
-    with pytest.raises(ValueError, match="is no folder, and not the name of a repository"):
+    with pytest.raises(ValueError, match="does not exist, and it is not the name of a repository"):
         load_tokenizer(tmp_path / "no" / "where")
     with pytest.raises(ValueError, match="`layout` must be one of"):
         load_tokenizer(tmp_path, layout="other")
+
+
+def test_a_repository_that_cannot_be_had(tmp_path, monkeypatch):
+    """Of a Hub that is out of reach, no file after the first is asked for."""
+    asked = []
+
+    def unreachable(source, name, **options):
+        asked.append(name)
+        raise LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", unreachable)
+    with pytest.raises(ValueError, match="folder `user/name` does not exist, and the Hub could not be reached"):
+        load_tokenizer("user/name", cache_dir=str(tmp_path))
+    assert asked == ["config.json"]
+    snapshot = tmp_path / "models--user--name" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--user--name" / "refs").mkdir()
+    (tmp_path / "models--user--name" / "refs" / "main").write_text("0" * 40)
+    with pytest.raises(ValueError, match="`user/name` must hold one of"):  # of what the cache has
+        load_tokenizer("user/name", cache_dir=str(tmp_path))
+
+
+class Refusal(RepositoryNotFoundError):
+    def __init__(self):
+        OSError.__init__(self, "401 Client Error")
+
+
+def test_a_repository_that_does_not_exist(monkeypatch):
+    def refuse(source, name, **options):
+        raise Refusal
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
+    with pytest.raises(
+        ValueError, match="`user/mistyped` .* the Hub has no repository of this name that you may read"
+    ):
+        load_tokenizer("user/mistyped")
