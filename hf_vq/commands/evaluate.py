@@ -12,12 +12,23 @@ from ..loading import load
 from .sources import check_call, check_output_file, device
 
 
+# What the command calls the arguments of `evaluate_model`.
+FLAGS = {
+    "dataset": "--data",
+    "extractor": "--features none",
+    "num_samples": "--num-samples",
+    "label_key": "--label-column",
+    "caption_key": "--caption-column",
+    "condition": "--conditioning-image-column",
+}
+
+
 def evaluate(options: argparse.Namespace) -> None:
     """Prints the figures; writes them to `--output` and into the card of a local folder by `--update-card`."""
     import torch
 
     from ..distributed import is_main_process
-    from ..evaluation.evaluate_pipeline import applicable_metrics, evaluate_model
+    from ..evaluation.evaluate_pipeline import applicable_metrics, check_measurable, evaluate_model
     from ..evaluation.inception import ReferenceBatch
     from ..pipelines.annotators import load_annotator
     from ..training.data.image_datasets import DataArguments, load_image_dataset
@@ -60,22 +71,32 @@ def evaluate(options: argparse.Namespace) -> None:
     missing = {"agreement"} if annotator is None else set()
     missing |= {"generation"} if extractor is None and classifier is None else set()  # `--features none`
     metrics = options.metrics or [name for name in applicable_metrics(model) if name not in missing]
+    needed = {
+        "extractor": extractor,
+        "num_samples": options.num_samples,
+        "label_key": "label" if options.label_column else None,
+        "caption_key": options.caption_column,
+        "reference": None if options.reference is None else ReferenceBatch.from_npz(options.reference),
+    }
+    check_measurable(
+        model,
+        dataset,
+        metrics,
+        **needed,
+        names=FLAGS if options.inception is None else {**FLAGS, "extractor": "--features none, without --inception"},
+    )
     figures = evaluate_model(
         model,
         dataset,
         metrics,
+        **needed,
         perceptual=None if perceptual is None else perceptual.to(where),
-        extractor=extractor,
         classifier=classifier,
-        num_samples=options.num_samples,
         batch_size=options.batch_size,
         seed=options.seed,
-        label_key="label" if options.label_column else None,
-        caption_key=options.caption_column,
         num_timesteps=options.num_timesteps,
         annotator=annotator,
         progress=not options.json,
-        reference=None if options.reference is None else ReferenceBatch.from_npz(options.reference),
         **sampling,
     )
     is_main = is_main_process()  # asked while there are several

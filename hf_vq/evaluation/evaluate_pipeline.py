@@ -1,8 +1,9 @@
 """Any tokenizer or pipeline, measured over a data set: what `hf-vq evaluate` prints."""
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ from .codebook import PositionCounts
 from .diffusion_likelihood import DiffusionLikelihood
 from .evaluate import evaluate_prior, evaluate_tokenizer, evaluation_mode, progress_bar
 from .features import FeatureCollector, FeatureExtractor
-from .generation import Measurement, classifier_score, compare_features, compare_with_reference
+from .generation import LEAST_REAL, Measurement, classifier_score, compare_features, compare_with_reference
 from .hierarchy import evaluate_hierarchy
 from .inception import ORIGINAL_NETWORK, ReferenceBatch
 
@@ -100,6 +101,7 @@ def evaluate_model(
     for name in metrics:
         if name not in possible:
             raise ValueError(f"`metrics` must be among {possible} for a {type(model).__name__}, got {name!r}.")
+    check_measurable(model, dataset, metrics, extractor, num_samples, label_key, caption_key, reference)
     batch_size = check_integer("batch_size", batch_size, 1)
     tokenizer = getattr(model, "vqvae", model)
     result = {}
@@ -137,6 +139,48 @@ def evaluate_model(
             agreement.update(images, torch.stack(rows))
         result |= agreement.compute()
     return result
+
+
+def check_measurable(
+    model: "PreTrainedModel | DiffusionPipeline",
+    dataset: Dataset,
+    metrics: Sequence[str],
+    extractor: FeatureExtractor | None = None,
+    num_samples: int | None = None,
+    label_key: str | None = None,
+    caption_key: str | None = None,
+    reference: ReferenceBatch | None = None,
+    names: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Refuses, before anything is measured, data that lack what a metric needs.
+
+    Args:
+        model, dataset, metrics, extractor, num_samples, label_key, caption_key, reference: as in `evaluate_model`.
+        names: what the caller calls these arguments, for errors; `condition` is what adds conditions to the data set,
+            `extractor` what says that there is none.
+
+    Raises:
+        ValueError: no classes, captions or conditions, or too few images.
+    """
+    if "likelihood" in metrics:
+        _condition_key(_condition_type(model), label_key, caption_key, names)
+    needs_condition = {"likelihood", "generation", "agreement"} & set(metrics)
+    if needs_condition and getattr(model, "condition_tokenizer", None) is not None and "condition" not in dataset[0]:
+        raise _without_condition(names)
+    if extractor is None:
+        return
+    names = {"dataset": "dataset", "extractor": "extractor=None", "num_samples": "num_samples", **names}
+    compares_reconstructions = "reconstruction" in metrics or "codebook" in metrics
+    if len(dataset) < LEAST_REAL and (compares_reconstructions or "generation" in metrics and reference is None):
+        raise ValueError(
+            f"`{names['dataset']}` must have at least {LEAST_REAL} images for distances of features, got "
+            f"{len(dataset)}; `{names['extractor']}` leaves them out."
+        )
+    count = len(dataset) if num_samples is None else check_integer("num_samples", num_samples, 1)
+    if "generation" in metrics and count < LEAST_REAL // 2:
+        raise ValueError(
+            f"`{names['num_samples']}` must be at least {LEAST_REAL // 2} for distances of features, got {count}."
+        )
 
 
 @torch.no_grad()
@@ -178,10 +222,9 @@ def evaluate_likelihood(
     priors = getattr(pipeline, "priors", None)
     codes = _codes(pipeline.vqvae, _loader(dataset, batch_size))
     if hasattr(pipeline, "transformer"):
-        condition_type = pipeline.transformer.config.condition_type
-        key = _condition_key(condition_type, label_key, caption_key)
+        key = _condition_key(_condition_type(pipeline), label_key, caption_key)
         prepare = None
-        if condition_type == "text":
+        if _condition_type(pipeline) == "text":
 
             def prepare(prompts):
                 return pipeline.prepare_condition(len(prompts), prompt=list(prompts))
@@ -189,14 +232,14 @@ def evaluate_likelihood(
         generator = torch.Generator().manual_seed(seed)
         prior = DiffusionLikelihood(pipeline.transformer, pipeline.scheduler, prepare, num_timesteps, generator)
         return evaluate_prior(prior, codes, key, pixel_dims, progress)
-    if priors[0].config.condition_type == "codes":
+    if _condition_type(pipeline) == "codes":
         codes = ({**batch, CONDITION_CODES: condition_codes(pipeline, batch)} for batch in codes)
         return evaluate_prior(priors[0], codes, CONDITION_CODES, pixel_dims, progress)
-    if priors[0].config.condition_type == "coordinates":
+    if _condition_type(pipeline) == "coordinates":
         whole = pipeline.prepare_coordinates(height, width)
         codes = ({**batch, CONDITION_CODES: whole.expand(len(batch["indices"]), -1, -1)} for batch in codes)
         return evaluate_prior(priors[0], codes, CONDITION_CODES, pixel_dims, progress)
-    key = _condition_key(priors[0].config.condition_type, label_key, caption_key)
+    key = _condition_key(_condition_type(pipeline), label_key, caption_key)
     if len(priors) > 1:
         return evaluate_hierarchy(priors, codes, key, pixel_dims, progress)
     return evaluate_prior(priors[0], codes, key, pixel_dims, progress)
@@ -252,11 +295,17 @@ def condition_codes(pipeline: "DiffusionPipeline", batch: dict) -> torch.LongTen
     if tokenizer is None or pipeline.condition_processor is None:
         raise ValueError("`pipeline` must have `condition_tokenizer` and `condition_processor` to be measured.")
     if "condition" not in batch:
-        raise ValueError(
-            "`dataset` must have the entry 'condition' of each image: load it with the pipeline's processor."
-        )
+        raise _without_condition()
     values = condition_values(batch["condition"], pipeline.condition_processor)
     return tokenizer.encode(values.to(tokenizer.device, tokenizer.dtype)).indices
+
+
+def _without_condition(names: Mapping[str, str] = MappingProxyType({})) -> ValueError:
+    if "condition" in names:
+        return ValueError(f"`{names['condition']}` must name the column that holds the condition of each image.")
+    return ValueError(
+        "`dataset` must have the entry 'condition' of each image: load it with the pipeline's processor."
+    )
 
 
 def _stacked(rows: list[dict], key: str) -> dict:
@@ -320,12 +369,26 @@ def _codes(vqvae, batches: Iterable[dict]) -> Iterator[dict]:
             yield {**batch, "indices": indices}
 
 
-def _condition_key(condition_type: str | None, label_key: str | None, caption_key: str | None) -> str | None:
+def _condition_type(pipeline: "DiffusionPipeline") -> str | None:
+    """Of the prior whose likelihood is measured, the first one of a hierarchy."""
+    prior = pipeline.transformer if hasattr(pipeline, "transformer") else pipeline.priors[0]
+    return prior.config.condition_type
+
+
+def _condition_key(
+    condition_type: str | None,
+    label_key: str | None,
+    caption_key: str | None,
+    names: Mapping[str, str] = MappingProxyType({}),
+) -> str | None:
     wanted = {"class": ("label_key", label_key), "text": ("caption_key", caption_key)}.get(condition_type)
     if wanted is None:
         return None
     if wanted[1] is None:
-        raise ValueError(f"`{wanted[0]}` must name the entry that holds the {condition_type} of each image, got None.")
+        name = names.get(wanted[0], wanted[0])
+        raise ValueError(
+            f"`{name}` must name what holds the {condition_type} of each image, for the likelihood, got None."
+        )
     return wanted[1]
 
 
@@ -349,6 +412,7 @@ __all__ = [
     "DISTANCES",
     "METRICS",
     "applicable_metrics",
+    "check_measurable",
     "condition_codes",
     "draw_images",
     "entropy_per_position",

@@ -17,6 +17,7 @@ from .features import FeatureExtractor, FeatureSet, extract_features
 
 
 PUBLISHED = {"frechet_distance": "FID", "kernel_distance": "KID"}
+LEAST_REAL = 8  # real pictures: precision and recall of one half against the other need four in each
 BLOCK_ELEMENTS = 2**22  # of the pairwise matrices: 32 MB in float64
 
 
@@ -76,8 +77,10 @@ def compare_features(
     """
     if real.network != generated.network:
         raise ValueError(f"`generated` must come from {real.network!r} as `real` does, got {generated.network!r}")
-    if len(real) < 8:
-        raise ValueError(f"`real` must have at least 8 pictures, to be halved for the floor, got {len(real)}")
+    if len(real) < LEAST_REAL:
+        raise ValueError(
+            f"`real` must have at least {LEAST_REAL} pictures, to be halved for the floor, got {len(real)}"
+        )
     order = torch.randperm(len(real), generator=torch.Generator().manual_seed(check_integer("seed", seed)))
     half = len(real) // 2
     halves = real.features[order[:half]], real.features[order[half : 2 * half]]

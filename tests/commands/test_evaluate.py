@@ -123,6 +123,17 @@ def test_images_are_measured_at_the_size_of_the_prior(tmp_path, owls, capsys):
     assert figures["data"] == "photos, split 40 % of train, at random" and figures["num_images"] in (1, 2)
 
 
+def test_what_the_data_lack_is_said_by_the_options_of_the_command(folder, tmp_path, capsys):
+    for number in range(5):
+        Image.radial_gradient("L").rotate(40 * number).resize((12, 12)).save(tmp_path / f"{number}.png")
+    arguments = ("--data", tmp_path, "--split", "train", "--perceptual", "none", "--size", 12)
+    assert run("evaluate", folder / "pipeline", *arguments, "--features", "none") == 1
+    assert "`--label-column` must name what holds the class of each image" in capsys.readouterr().err
+    assert run("evaluate", folder / "vqgan", *arguments) == 1
+    error = capsys.readouterr().err
+    assert "`--data` must have at least 8 images for distances of features, got 5; `--features none` leaves" in error
+
+
 def evaluate_in_this_process(arguments):
     """What the process prints."""
     with contextlib.redirect_stdout(io.StringIO()) as printed:

@@ -1,5 +1,6 @@
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -121,10 +122,26 @@ def test_what_does_not_apply_is_refused(pipeline, dataset):
     assert applicable_metrics(pipeline.vqvae) == ["reconstruction", "codebook"]
     with pytest.raises(ValueError, match="`metrics` must be among .* for a VQGANModel, got 'likelihood'"):
         evaluate_model(pipeline.vqvae, dataset, ["likelihood"])
-    with pytest.raises(ValueError, match="`label_key` must name the entry that holds the class"):
+    with pytest.raises(ValueError, match="`label_key` must name what holds the class"):
         evaluate_model(pipeline, dataset, ["likelihood"], progress=False)
     with pytest.raises(ValueError, match="`extractor` or `classifier` must be given"):
         evaluate_model(pipeline, dataset, ["generation"], progress=False)
+
+
+def test_data_that_lack_something_are_refused_before_the_work(pipeline, dataset):
+    class Tokenizer(torch.nn.Module):
+        def encode(self, pixel_values):
+            raise AssertionError("the work has begun")
+
+    model = SimpleNamespace(vqvae=Tokenizer(), priors=(pipeline.prior,), prior=pipeline.prior, components={})
+    with pytest.raises(ValueError, match="`label_key` must name what holds the class of each image"):
+        evaluate_model(model, dataset, progress=False)
+    measured = {"label_key": "label", "extractor": Means(), "progress": False}
+    for metrics in (["codebook"], ["generation"]):
+        with pytest.raises(ValueError, match="`dataset` must have at least 8 images for distances of features, got 7"):
+            evaluate_model(model, dataset[:7], metrics, **measured)
+    with pytest.raises(ValueError, match="`num_samples` must be at least 4 for distances of features, got 3"):
+        evaluate_model(model, dataset, ["generation"], num_samples=3, **measured)
 
 
 def test_entropy_of_each_position():
