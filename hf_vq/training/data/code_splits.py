@@ -56,8 +56,9 @@ def load_code_splits(
 
     Raises:
         ValueError: an augmentation that codes, which are written once, cannot have; a tokenizer of several levels
-            where one is wanted.
+            where one is wanted, or of several codes a position.
     """
+    check_single_codes("tokenizer", tokenizer)
     levels = len(tokenizer.config.downsample_factors)
     if levels > 1 and not several_levels:
         raise ValueError(
@@ -137,8 +138,18 @@ def make_on_meta(make: Callable[..., Any], *arguments: Any) -> None:
         make(*arguments)
 
 
+def check_single_codes(name: str, tokenizer: nn.Module) -> None:
+    """A ValueError for a tokenizer, the argument `name`, of several codes a position."""
+    if tokenizer.config.quantizer == "residual":
+        raise ValueError(
+            f"`{name}` must have one code at each position, got a {type(tokenizer).__name__} with "
+            "quantizer='residual': no prior reads its several codes."
+        )
+
+
 def check_condition_tokenizer(tokenizer: nn.Module, processor: VQConditionProcessor) -> None:
-    """A ValueError unless `tokenizer` has one level of codes, and the channels that `processor` gives."""
+    """A ValueError unless `tokenizer` has one code a position of one grid, and the channels of `processor`."""
+    check_single_codes("condition_tokenizer", tokenizer)
     levels = len(tokenizer.config.downsample_factors)
     if levels > 1:
         raise ValueError(f"`condition_tokenizer` must have one level of codes, got {levels}.")
@@ -230,4 +241,4 @@ def training_inputs(
     return inputs
 
 
-__all__ = ["check_condition_tokenizer", "count_classes", "load_code_splits", "training_inputs"]
+__all__ = ["check_condition_tokenizer", "check_single_codes", "count_classes", "load_code_splits", "training_inputs"]

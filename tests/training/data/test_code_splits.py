@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_vq import VQVAE2Config, VQVAE2Model, VQVAEConfig, VQVAEModel
-from hf_vq.training.data.code_splits import count_classes, load_code_splits
+from hf_vq.training.data.code_splits import check_condition_tokenizer, count_classes, load_code_splits
 from hf_vq.training.data.image_datasets import DataArguments
 from hf_vq.training.run import RunArguments, TrainingRun
 from tests.training.data.image_rows import arguments, expected_pixels, make_rows
@@ -52,6 +52,16 @@ def make_tokenizer():
 def test_several_levels_must_be_asked_for(run, tmp_path):
     with pytest.raises(ValueError, match="tokenizer: it must have one level of codes, got a VQVAE2Model with 2"):
         load_code_splits(run, DataArguments(str(tmp_path)), make_tokenizer(), random_flip=False)
+
+
+def test_several_codes_a_position_are_refused_before_the_data_are_read(run, tmp_path):
+    config = {"hidden_size": 8, "residual_hidden_size": 4, "num_residual_layers": 1, "embed_dim": 4, "resolution": 8}
+    residual = {"quantizer": "residual", "quantizer_kwargs": {"depth": 2}}
+    tokenizer = VQVAEModel(VQVAEConfig(num_embeddings=8, **config, **residual))
+    with pytest.raises(ValueError, match="`tokenizer` must have one code at each position, got a VQVAEModel"):
+        load_code_splits(run, DataArguments("nowhere"), tokenizer, random_flip=False)
+    with pytest.raises(ValueError, match="`condition_tokenizer` must have one code at each position"):
+        check_condition_tokenizer(tokenizer, None)
 
 
 def test_augmentations_that_change_the_codes_are_refused(run, tmp_path):
