@@ -46,11 +46,11 @@ def prepare_columns(
     if rows.features is None:  # a stream of a format without a schema: the first rows tell
         rows = rows._resolve_features()
     features = rows.features
-    wanted = {arguments.image_column: "image"}
+    wanted = {_image_column(arguments.image_column, features): "image"}
     if arguments.label_column is not None:
         wanted[arguments.label_column] = "label"
     if arguments.conditioning_image_column is not None:
-        wanted[arguments.conditioning_image_column] = CONDITION
+        wanted[_image_column(arguments.conditioning_image_column, features)] = CONDITION
     wanted.update({column: column for column in arguments.carried_columns})
     for column in wanted:
         if column not in features:
@@ -79,6 +79,12 @@ def prepare_columns(
         if column != name:
             rows = rows.rename_column(column, name)
     return rows, class_names
+
+
+def _image_column(column: str, features: Any) -> str:
+    """The column, or the one that names the files of its images, as the metadata of a folder of images does."""
+    names = "file_name" if column == "image" else f"{column}_file_name"
+    return names if column not in features and names in features else column
 
 
 def _check_captions(feature: Any, column: str) -> None:

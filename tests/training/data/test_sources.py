@@ -10,6 +10,7 @@ import fsspec
 import pytest
 import torch
 
+from hf_vq.training.data.columns import prepare_columns
 from hf_vq.training.data.image_datasets import DataArguments, load_image_dataset
 from hf_vq.training.data.sources import is_from_hub, open_rows, path_rules
 from tests.training.data.image_rows import encoded, expected_pixels, make_rows
@@ -88,6 +89,21 @@ def test_files_and_patterns(tmp_path, write, streaming):
     check(file, options)
     write(tmp_path / "more" if write is write_zip else tmp_path, "validation")
     check(f"{source}/**/{pattern}" if write is write_zip else f"{source}/{pattern}", options, "validation")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_list_may_name_its_images_as_the_metadata_of_a_folder_does(tmp_path, streaming):
+    write_jsonl(tmp_path, "train")
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    lines = [json.dumps({"file_name": row["file"], "map_file_name": row["file"], "kind": row["kind"]}) for row in rows]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    source = str(tmp_path / "metadata.jsonl")
+    check(source, {"label_column": "kind", "streaming": streaming})
+    data = DataArguments(source, conditioning_image_column="map", streaming=streaming)
+    rows, _ = prepare_columns(open_rows(data, "train"), data)
+    assert set(next(iter(rows))) == {"image", "conditioning_image"}
+    with pytest.raises(ValueError, match="no column 'picture'"):
+        load_image_dataset(DataArguments(source, image_column="picture", streaming=streaming), "train")
 
 
 def test_what_is_no_data_set(tmp_path):
