@@ -139,6 +139,8 @@ def test_a_resumed_run_is_an_unbroken_one(inputs, tmp_path):
         (["--level", "middle"], {"levels": 2}, "choose from top, bottom"),
         (["--level", "bottom"], {"levels": 2}, "needs prior=pixelsnail"),
         (["--prior_kwargs", '{"num_blocks": 1}'], {}, "no fields of PixelCNNConfig"),
+        (["--prior_kwargs", '{"hidden_size": 16}'], {}, "must be given as arguments of their own: --hidden_size"),
+        (["--prior_kwargs", '{"codebook_size": 9}'], {}, "which follow from the tokenizer and the data"),
         (["--random_flip", "true"], {}, "random_flip_codes"),
     ],
 )

@@ -59,6 +59,9 @@ class VQTokenizerConfig(PreTrainedConfig):
         self.num_embeddings = check_integer("num_embeddings", num_embeddings, minimum=1)
         self.quantizer = quantizer
         self.quantizer_kwargs = dict(quantizer_kwargs or {})
+        for name in ("num_embeddings", "embed_dim"):
+            if name in self.quantizer_kwargs:
+                raise ValueError(f"`quantizer_kwargs` must leave {name!r} out, which is given as `{name}`.")
         self.commitment_cost = check_real("commitment_cost", commitment_cost, minimum=0)
         self.legacy_beta = legacy_beta
         if remapped_from is not None:

@@ -38,6 +38,10 @@ PRIORS = {
     "pixelcnn": (PixelCNNConfig, PixelCNNForCausalLM),
     "pixelsnail": (PixelSNAILConfig, PixelSNAILForCausalLM),
 }
+OF_CODES = {
+    *("codebook_size", "grid_size", "condition_type", "condition_vocab_size", "id2label"),
+    *("conditioning_codebook_size", "conditioning_grid_size"),
+}
 LEVELS = {1: ("single",), 2: ("top", "bottom"), 3: ("top", "middle", "bottom")}
 
 
@@ -83,6 +87,14 @@ class PriorArguments:
         check_guidance(self.guidance_scale, self.condition_dropout)
         known = {item.name for item in fields(PRIORS[self.prior][0])}
         unknown = sorted(set(self.prior_kwargs) - known)
+        given = sorted({"hidden_size", "kernel_size", "dropout", "condition_dropout"} & set(self.prior_kwargs))
+        if given:
+            raise ValueError(f"prior_kwargs has {given}, which must be given as arguments of their own: --{given[0]}.")
+        found = sorted(OF_CODES & set(self.prior_kwargs))
+        if found:
+            raise ValueError(
+                f"prior_kwargs has {found}, which follow from the tokenizer and the data: leave them out."
+            )
         if unknown:
             raise ValueError(f"prior_kwargs has {unknown}, which are no fields of {PRIORS[self.prior][0].__name__}.")
 

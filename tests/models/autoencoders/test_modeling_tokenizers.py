@@ -575,6 +575,7 @@ def test_wrong_inputs_are_refused(call, message):
         ("vqvae", {"data_variance": 0.0}, "data_variance"),
         ("vqvae", {"quantizer": "vqq"}, "`quantizer` must be one of"),
         ("vqvae", {"quantizer_kwargs": {"decay_rate": 0.5}}, "decay_rate"),
+        ("vqvae", {"quantizer_kwargs": {"embed_dim": 4}}, "must leave 'embed_dim' out, which is given as `embed_dim`"),
         ("vqvae", {"quantizer": "ema", "quantizer_kwargs": {"decay_rate": 0.5}}, "decay_rate"),
         ("vqvae", {"quantizer": "residual", "quantizer_kwargs": {"decay_rate": 0.5}}, "decay_rate"),
         ("vqvae", {"quantizer": "ema", "legacy_beta": True}, "legacy_beta"),
