@@ -3,6 +3,7 @@
 Arguments are dataclasses, filled from a YAML or JSON file, from the command line, or from both.
 """
 
+import difflib
 import json
 import math
 import sys
@@ -182,7 +183,8 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None 
         argv: the command line without the program's name; `None` takes that of this process.
 
     Raises:
-        OSError: the file is not there, or holds something else.
+        SystemExit: with the code 2, for wrong usage: an argument that does not exist, a file that is not there.
+        OSError: the file holds something else.
         ValueError: the file has a key that no dataclass has, is not a mapping, or has a value of another kind than
             the field's.
     """
@@ -190,13 +192,24 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None 
     parser = _ArgumentParser(tuple(dataclass_types))
     if argv and argv[0].endswith((".yaml", ".yml", ".json")):
         file = Path(argv.pop(0))
+        if not file.is_file():
+            parser.exit(2, f"{parser.prog}: error: the file of arguments `{file}` does not exist\n")
         values = _read_values(file, dataclass_types)
         for action in parser._actions:  # a switch that is on by default has two
             if action.dest in values:
                 action.required = False
                 # a number in exponent form, such as 1e-4, is a string in YAML: argparse converts strings only
                 action.default = values[action.dest]
-    return parser.parse_args_into_dataclasses(argv)
+    *found, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        name, known = (
+            unknown[0].partition("=")[0],
+            [name for action in parser._actions for name in action.option_strings],
+        )
+        close = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {close[0]}?" if close else "--help lists those there are"
+        parser.exit(2, f"{parser.prog}: error: unrecognized arguments: {' '.join(unknown)}; {hint}\n")
+    return tuple(found)
 
 
 def _read_values(file: Path, dataclass_types: Sequence[type]) -> dict[str, Any]:

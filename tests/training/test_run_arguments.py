@@ -26,6 +26,21 @@ def test_help_shows_percent_signs_as_they_are_written(capsys):
     assert 'Such as "train[5%:]", 100 %(all) or %s. (default: 5%)' in text and text.count("At 100%.") == 2
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--bogus", "3"], "unrecognized arguments: --bogus 3; --help lists those there are"),
+        (["--stepps=3"], "unrecognized arguments: --stepps=3; did you mean --steps?"),
+        (["nowhere.yaml"], "the file of arguments `nowhere.yaml` does not exist"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_the_exit_code_2(arguments, message, capsys):
+    with pytest.raises(SystemExit, match="^2$"):
+        parse_arguments((Numbers,), arguments)
+    error = capsys.readouterr().err
+    assert error.endswith(f": error: {message}\n") and error.count("\n") == 1
+
+
 @pytest.mark.parametrize("text", ["", "# nothing but a comment\n"])
 def test_an_empty_file_changes_nothing(tmp_path, text):
     (tmp_path / "empty.yaml").write_text(text)
