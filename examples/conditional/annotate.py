@@ -10,6 +10,7 @@ of depth 16 bits between the map's own minimum and maximum, of edges 0 and 255.
 """
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from hf_vq.pipelines.annotators import ANNOTATORS, load_annotator
 from hf_vq.training.data.columns import CONDITION
 from hf_vq.training.data.image_datasets import DataArguments
 from hf_vq.training.data.image_decoding import decode_image
-from hf_vq.training.data.sources import open_rows, path_rules
+from hf_vq.training.data.sources import MissingSplitError, open_rows, path_rules
 
 
 def as_picture(condition: np.ndarray | Image.Image, kind: str) -> Image.Image:
@@ -43,10 +44,22 @@ def annotate(images: list[Image.Image], annotator: Callable, kind: str) -> list[
     return [as_picture(condition, kind) for condition in annotator(images)]
 
 
+def open_splits(arguments: DataArguments, names: list[str] | None) -> dict:
+    """The rows of these splits; without names, of the training and the validation split, if there is one."""
+    splits = {}
+    for name in names or ("train", "validation"):
+        try:
+            splits[name] = open_rows(arguments, name)
+        except MissingSplitError:
+            if names is not None or name == "train":
+                raise
+    return splits
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset_name_or_path", required=True)
-    parser.add_argument("--splits", nargs="+", default=["train", "validation"])
+    parser.add_argument("--splits", nargs="+", help="(default: those of train and validation that there are)")
     parser.add_argument("--image_column", default="image")
     parser.add_argument("--annotator", required=True, choices=sorted(ANNOTATORS))
     parser.add_argument(
@@ -57,13 +70,13 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     import datasets
 
+    arguments = DataArguments(args.dataset_name_or_path, image_column=args.image_column)
+    splits = open_splits(arguments, args.splits)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     annotator = load_annotator(args.annotator, args.model_id, device)
-    arguments = DataArguments(args.dataset_name_or_path, image_column=args.image_column)
     rules = path_rules(args.dataset_name_or_path)
     args.output.mkdir(parents=True, exist_ok=True)
-    for split in args.splits:
-        rows = open_rows(arguments, split)
+    for split, rows in splits.items():
         rows = rows.cast_column(args.image_column, datasets.Image(decode=False))
         features = datasets.Features({**rows.features, CONDITION: datasets.Image()})
 
@@ -78,4 +91,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:  # which says what to change
+        sys.exit(f"annotate.py: {error}")

@@ -215,8 +215,7 @@ def load_annotator(
         device: where its models go.
 
     Raises:
-        ValueError: another name.
-        OSError: the model cannot be had.
+        ValueError: another name, or the model cannot be had.
     """
     if callable(annotator):
         return annotator
@@ -226,7 +225,14 @@ def load_annotator(
         )
     if annotator == "edges":
         return EdgeAnnotator()
-    loaded = ANNOTATORS[annotator].from_pretrained(model_id or DEFAULT_MODELS[annotator])
+    model = model_id or DEFAULT_MODELS[annotator]
+    try:
+        loaded = ANNOTATORS[annotator].from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"the annotator {annotator!r} needs the model {model!r}, which is neither a folder with a model nor to be "
+            "had from the Hub or its cache; `model_id` names another."
+        ) from error
     for part in (loaded.model, getattr(loaded, "detector", None)):
         if part is not None and device is not None:
             part.to(device)

@@ -83,9 +83,13 @@ def test_a_column_of_edges(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     places = ["--dataset_name_or_path", str(tmp_path / "photos"), "--output", str(tmp_path / "pairs")]
     module = example("conditional/annotate.py")
-    module.main([*places, "--annotator", "edges", "--splits", "train"])
+    module.main([*places, "--annotator", "edges"])
     pairs = datasets.load_dataset("parquet", data_files=str(tmp_path / "pairs/train.parquet"), split="train")
     assert pairs["number"][:] == [0, 1, 2]
+    places[-1] = str(tmp_path / "none")
+    with pytest.raises(ValueError, match="has no split 'validation'"):
+        module.main([*places, "--annotator", "edges", "--splits", "train", "validation"])
+    assert not (tmp_path / "none").exists()
     for pixel, pair in zip(pixels, pairs, strict=True):
         np.testing.assert_array_equal(np.asarray(pair["conditioning_image"]) > 0, canny(pixel / 255.0, sigma=2))
         np.testing.assert_array_equal(np.asarray(pair["image"]), pixel)

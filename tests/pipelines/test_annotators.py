@@ -181,3 +181,8 @@ def test_names_and_callables():
     assert load_annotator(own) is own and isinstance(load_annotator("edges"), EdgeAnnotator)
     with pytest.raises(ValueError, match="`annotator` must be a callable or one of 'segmentation', 'depth'"):
         load_annotator("normals")
+
+
+def test_a_model_that_cannot_be_had(tmp_path):
+    with pytest.raises(ValueError, match="the annotator 'depth' needs the model '.*', which is neither a folder with"):
+        load_annotator("depth", str(tmp_path))

@@ -33,11 +33,16 @@ HOLD_OUT = (
 _SPLITS = {"validation": r"validation|valid|val|dev", "test": r"testing|test|evaluation|eval"}
 
 
+class MissingSplitError(ValueError):
+    """A data set has no split of a name."""
+
+
 def open_rows(arguments: "DataArguments", split: str) -> "datasets.Dataset | datasets.IterableDataset":
     """The rows of one split as `datasets` gives them, with every column.
 
     Raises:
-        ValueError: there is no such data set or split.
+        MissingSplitError: there is no such split.
+        ValueError: there is no such data set.
     """
     import datasets
 
@@ -65,7 +70,7 @@ def open_rows(arguments: "DataArguments", split: str) -> "datasets.Dataset | dat
         if re.search("(unknown|bad) split", reason.lower()):
             found = re.findall(r"'([^']+)'", reason.rpartition("[")[2])  # the names that `datasets` lists
             hint = HOLD_OUT if len(found) == 1 and not streaming else ""
-            raise ValueError(
+            raise MissingSplitError(
                 f"dataset_name_or_path={source!r} has no split {split!r}; it has {found}.{hint}"
             ) from error
         if re.search("instruction format|slice boundaries|split name", reason.lower()):
