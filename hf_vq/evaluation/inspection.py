@@ -274,9 +274,13 @@ def loss_curves(metrics: str | Path, names: Sequence[str] | None = None):
                 curves.setdefault(name, []).append((step, value))
     if names is None:
         names = [name for name, points in curves.items() if len({value for _, value in points}) > 1]
+        if max(map(len, curves.values()), default=0) < 2:
+            raise ValueError(f"`{path}` must have at least two rows of a metric for a curve, got only one so far.")
+        if not names:
+            raise ValueError(f"`{path}` must have a metric that changes, got the same values in every row.")
     unknown = sorted(set(names) - curves.keys())
     if unknown or not names:
-        raise ValueError(f"`names` must be among {sorted(curves)}, got {unknown or 'none that changes'}.")
+        raise ValueError(f"`names` must be among {sorted(curves)}, got {unknown or 'none'}.")
     columns = min(3, len(names))
     rows = math.ceil(len(names) / columns)
     figure = Figure(figsize=(5 * columns, 3 * rows), layout="constrained")

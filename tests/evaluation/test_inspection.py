@@ -119,6 +119,15 @@ def test_loss_curves(tmp_path):
         loss_curves(tmp_path, ["fid"])
     with pytest.raises(ValueError, match="`metrics` must be a run's folder"):
         loss_curves(tmp_path / "missing")
+    with pytest.raises(ValueError, match="`names` must be among .*, got none"):
+        loss_curves(tmp_path, [])
+    for text, message in (
+        ('{"step": 1, "loss": 2}', "at least two rows of a metric for a curve, got only one so far"),
+        ('{"step": 1, "loss": 2}\n{"step": 2, "loss": 2}', "a metric that changes, got the same values in every row"),
+    ):
+        (tmp_path / "metrics.jsonl").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            loss_curves(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2}\n{"ste')
     with pytest.raises(ValueError, match="line 2 must be a JSON object"):
         loss_curves(tmp_path)
