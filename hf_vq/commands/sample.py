@@ -1,6 +1,7 @@
 """``hf-vq sample``."""
 
 import argparse
+import inspect
 import secrets
 from typing import Any
 
@@ -26,6 +27,11 @@ def sample(options: argparse.Namespace) -> None:
     flags = {"class_labels": "class-label"}
     for name in given:
         check_call(pipeline, [name], f"`--{flags.get(name, name.replace('_', '-'))}`")
+    if "mask_image" in given and "image" not in given:
+        raise ValueError("`--mask-image` needs the `--image` that it is for.")
+    varies = "strength" in inspect.signature(type(pipeline).__call__).parameters
+    if "image" in given and "mask_image" not in given and not varies:
+        raise ValueError(f"`--image` needs `--mask-image`, which says what a {type(pipeline).__name__} paints anew.")
     for name, (_, several) in SAMPLING_OPTIONS.items():
         if several and len(given.get(name, ())) == 1:
             (given[name],) = given[name]

@@ -111,7 +111,12 @@ def test_every_subcommand_that_prints_has_json():
         (("encode", "vqgan", "*.tif"), "`IMAGE` must be a pattern that matches a file, got `*.tif`"),
         (("reconstruct", "vqgan", "a.png", "--output", "sheet.xyz"), "`--output` must end as an image file does"),
         (("info", "broken"), "broken/config.json` must be a JSON file"),
-        (("sample", "pipeline", "--image", "pipeline/model_index.json"), "`--image` "),
+        (
+            ("sample", "pipeline", "--image", "pipeline/model_index.json", "--mask-image", "a.png"),
+            "`--image` must be an",
+        ),
+        (("sample", "pipeline", "--image", "a.png"), "`--image` needs `--mask-image`, which says what a VQAutoreg"),
+        (("sample", "pipeline", "--mask-image", "a.png"), "`--mask-image` needs the `--image` that it is for"),
         (("sample", "pipeline", "--image", "a.png", "--mask-image", "b.png"), "`--mask-image` must have the shape"),
         (("sample", "pipeline", "--condition-image", "prior"), "`--condition-image` "),
         (("sample", "pipeline", "--output", "sheet.xyz"), "`--output` must end as an image file does"),
