@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_model, save_model
 from torch import nn
 
@@ -238,6 +239,17 @@ def _bytes_of(state: Any) -> int:
     return sum(_bytes_of(value) for value in state) if isinstance(state, (list, tuple)) else 0
 
 
+def _difference(module: nn.Module, file: Path) -> str:
+    """The first weight in which a module and a file differ."""
+    with safe_open(file, "pt") as weights:
+        found = {key: tuple(weights.get_slice(key).get_shape()) for key in weights.keys()}
+    own = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    for key in [*(key for key in own if key in found), *own, *found]:  # other sizes tell more than other names
+        if own.get(key) != found.get(key):
+            return f"its `{key}` is {found.get(key, 'not there')}, the run's {own.get(key, 'not there')}"
+    return "its weights differ in their names"
+
+
 def load_parts(folder: Path, parts: dict) -> None:
     """Gives every part its state from what `save_parts` has written.
 
@@ -253,7 +265,8 @@ def load_parts(folder: Path, parts: dict) -> None:
                 load_model(part, str(file))
             except RuntimeError as error:
                 raise ValueError(
-                    f"{file} holds the weights of another model than this run's {name!r}: {error}"
+                    f"{file} holds the weights of another model than this run's {name!r}: {_difference(part, file)}. "
+                    "Give the arguments that the run began with, or another output_dir."
                 ) from error
             continue
         state = torch.load(file, map_location="cpu", weights_only=True)

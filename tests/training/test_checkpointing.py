@@ -8,9 +8,11 @@ from hf_vq.training.checkpointing import (
     atomic_folder,
     find_checkpoints,
     get_random_state,
+    load_parts,
     preserved_random_state,
     remove_unfinished,
     rotate_checkpoints,
+    save_parts,
     set_aside_after,
     set_random_state,
     write_file_atomically,
@@ -95,3 +97,17 @@ def test_later_checkpoints_are_set_aside(tmp_path):
         set_aside_after(tmp_path, 1)
         assert list(find_checkpoints(tmp_path)) == [1]
     assert len(list(tmp_path.glob("*-superseded-*"))) == 4
+
+
+def test_weights_of_another_model_are_one_line(tmp_path):
+    save_parts(tmp_path, {"model": torch.nn.Linear(2, 3)})
+    load_parts(tmp_path, {"model": torch.nn.Linear(2, 3)})
+    for other, difference in (
+        (torch.nn.Linear(2, 4), r"its `weight` is \(3, 2\), the run's \(4, 2\)"),
+        (torch.nn.Linear(2, 3, bias=False), r"its `bias` is \(3,\), the run's not there"),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"model.safetensors holds the weights of another .*: {difference}\. "
+        ) as caught:
+            load_parts(tmp_path, {"model": other})
+        assert "\n" not in str(caught.value)
