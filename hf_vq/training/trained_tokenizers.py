@@ -33,4 +33,10 @@ def load_condition_tokenizer(source: str) -> tuple[VQTokenizerModel, VQCondition
     return tokenizer.float().eval(), processor
 
 
-__all__ = ["TOKENIZER_HELP", "load_condition_tokenizer", "load_tokenizer"]
+def load_starting_tokenizer(source: str, kind: type[VQTokenizerModel]) -> VQTokenizerModel:
+    """`--model_name_or_path` of a tokenizer's training: one of the class `kind`, in float32; as `load_tokenizer`."""
+    tokenizer, _ = load_part("model_name_or_path", source, "vqvae", (kind,))
+    return tokenizer.float()
+
+
+__all__ = ["TOKENIZER_HELP", "load_condition_tokenizer", "load_starting_tokenizer", "load_tokenizer"]

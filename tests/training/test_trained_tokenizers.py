@@ -3,8 +3,16 @@
 import pytest
 import torch
 
-from hf_vq import VQConditionProcessor, VQGPTConfig, VQGPTForCausalLM, VQImageProcessor, VQVAEConfig, VQVAEModel
-from hf_vq.training.trained_tokenizers import load_condition_tokenizer, load_tokenizer
+from hf_vq import (
+    VQConditionProcessor,
+    VQGANModel,
+    VQGPTConfig,
+    VQGPTForCausalLM,
+    VQImageProcessor,
+    VQVAEConfig,
+    VQVAEModel,
+)
+from hf_vq.training.trained_tokenizers import load_condition_tokenizer, load_starting_tokenizer, load_tokenizer
 
 
 SHIPPED = "examples/checkpoints/emoji-32-segmentation"
@@ -38,6 +46,20 @@ def test_the_tokenizers_of_a_pipeline():
     for source in (SHIPPED, f"{SHIPPED}/condition_tokenizer"):
         tokenizer, processor = load_condition_tokenizer(source)
         assert tokenizer.config.in_channels == processor.num_labels == 10
+
+
+def test_the_tokenizer_that_a_training_begins_with(tmp_path):
+    of_pipeline, alone = (load_starting_tokenizer(f"{SHIPPED}{part}", VQGANModel) for part in ("", "/vqvae"))
+    assert all(torch.equal(a, b) for a, b in zip(of_pipeline.parameters(), alone.parameters(), strict=True))
+    with pytest.raises(
+        ValueError, match="model_name_or_path='.*': it must be a VQVAEModel, or a pipeline that has one"
+    ):
+        load_starting_tokenizer(SHIPPED, VQVAEModel)
+    small_tokenizer().half().save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "metrics.jsonl").touch()
+    assert load_starting_tokenizer(str(tmp_path / "tokenizer"), VQVAEModel).dtype == torch.float32
+    with pytest.raises(ValueError, match="It is the folder of a run: give `.*/tokenizer`"):
+        load_starting_tokenizer(str(tmp_path), VQVAEModel)
 
 
 def test_what_is_no_tokenizer(tmp_path):

@@ -36,6 +36,7 @@ from hf_vq.training.run_arguments import (
     parse_mapping,
 )
 from hf_vq.training.sharing import save_trained
+from hf_vq.training.trained_tokenizers import load_starting_tokenizer
 from hf_vq.training.validation import ConditionsAlone, draw_atlas, validate_segmentation, validate_tokenizer
 
 
@@ -47,7 +48,10 @@ class VQGANArguments:
     """The model, its losses and its discriminator."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Start from this tokenizer; the fields up to `quantizer_kwargs` are its own."}
+        default=None,
+        metadata={
+            "help": "Start from this tokenizer, or that of this pipeline; the fields up to `quantizer_kwargs` are its."
+        },
     )
     train: str = field(
         default="all",
@@ -195,7 +199,7 @@ class VQGANArguments:
 def build_model(args: VQGANArguments, resolution: int | Sequence[int]) -> VQGANModel:
     """The tokenizer that the arguments name, or a new one of their sizes."""
     if args.model_name_or_path is not None:
-        tokenizer = VQGANModel.from_pretrained(args.model_name_or_path, dtype=torch.float32)
+        tokenizer = load_starting_tokenizer(args.model_name_or_path, VQGANModel)
         check_agrees("in_channels", args.in_channels, tokenizer.config.in_channels, args.model_name_or_path)
         return tokenizer
     config = VQGANConfig(

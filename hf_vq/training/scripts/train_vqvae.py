@@ -26,6 +26,7 @@ from hf_vq.training.run_arguments import (
     parse_mapping,
 )
 from hf_vq.training.sharing import save_trained
+from hf_vq.training.trained_tokenizers import load_starting_tokenizer
 from hf_vq.training.validation import draw_atlas, validate_tokenizer
 
 
@@ -35,7 +36,9 @@ class VQVAEArguments:
 
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "Start from this tokenizer; the sizes and the quantizer are its own."},
+        metadata={
+            "help": "Start from this tokenizer, or that of this pipeline; the sizes and the quantizer are its own."
+        },
     )
     train: str = field(
         default="all",
@@ -90,7 +93,7 @@ def build_model(
         model_class, options: of a relative of VQ-VAE, with what its configuration has beside.
     """
     if args.model_name_or_path is not None:
-        tokenizer = model_class.from_pretrained(args.model_name_or_path, dtype=torch.float32)
+        tokenizer = load_starting_tokenizer(args.model_name_or_path, model_class)
         check_agrees("in_channels", args.in_channels, tokenizer.config.in_channels, args.model_name_or_path)
         return tokenizer
     config = model_class.config_class(
