@@ -30,7 +30,9 @@ def load(source: str, stock: bool = False):
 
     name = class_name(source)
     if name is None:
-        raise ValueError(f"`{source}` must hold one of {', '.join(CLASS_KEYS)}, with the name of its class.")
+        raise ValueError(
+            f"`{source}` must hold one of {', '.join(CLASS_KEYS)}, with the name of its class.{run_hint(source)}"
+        )
     if name in hf_vq.__all__:
         return getattr(hf_vq, name).from_pretrained(source)
     found = stock_class(name) if stock else None
@@ -41,6 +43,14 @@ def load(source: str, stock: bool = False):
     for path in sorted(Path(source).glob("*.safetensors")):  # the classes of hf_vq check their own
         check_safetensors(path)
     return found.from_pretrained(source)
+
+
+def run_hint(source: str | Path) -> str:
+    """For errors: what to give in place of the folder of a training run; empty for any other."""
+    made = [name for name in ("pipeline", "tokenizer", "prior") if (Path(source) / name).is_dir()]
+    if not made or not (Path(source) / "metrics.jsonl").is_file():
+        return ""
+    return f" It is the folder of a run: give {' or '.join(f'`{Path(source) / name}`' for name in made)}."
 
 
 def load_part(
@@ -178,4 +188,13 @@ def read_json(source: str, name: str) -> dict | None:
     return content
 
 
-__all__ = ["class_name", "find_file", "image_processor_of", "load", "load_part", "read_json", "stock_class"]
+__all__ = [
+    "class_name",
+    "find_file",
+    "image_processor_of",
+    "load",
+    "load_part",
+    "read_json",
+    "run_hint",
+    "stock_class",
+]

@@ -13,7 +13,7 @@ from torch import nn
 
 import hf_vq
 
-from ..loading import find_file
+from ..loading import find_file, run_hint
 from ..models.autoencoders.modeling_vqgan import VQGANModel
 from .checkpoints import drop_keys, load_exactly
 from .diffusers_tokenizer import load_vqmodel
@@ -141,7 +141,14 @@ def _read_folder(source, subfolder: str | None, options: dict) -> dict[str, torc
         found = sorted(path for path in Path(source, subfolder or "").iterdir() if path.suffix in known)
         if len(found) == 1:
             return _read_file(found[0])
-    raise ValueError(f"`{source}` must hold one of {FILES}; give the file of weights itself, if it has another name.")
+    if subfolder is None and find_file(source, "model_index.json", **options) is not None:
+        raise ValueError(
+            f"`{source}` is a pipeline: `subfolder` must name the part that is its tokenizer, such as 'vqvae'."
+        )
+    raise ValueError(
+        f"`{source}` must hold one of {FILES}; give the file of weights itself, if it has another name."
+        f"{run_hint(source)}"
+    )
 
 
 def _read_shards(source, index: dict[str, str], subfolder: str | None, options: dict) -> dict[str, torch.Tensor]:

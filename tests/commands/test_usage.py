@@ -125,6 +125,8 @@ def test_every_subcommand_that_prints_has_json():
         (("evaluate", "pipeline", "--data", ".", "--sampling", "nonsense=2"), "`--sampling nonsense` has no meaning"),
         (("evaluate", "pipeline", "--data", ".", "--sampling", "generator=2"), "`--sampling generator` has no"),
         (("sample", "vqgan"), "is not a pipeline"),
+        (("sample", "run"), "It is the folder of a run: give `run/pipeline` or `run/tokenizer`."),
+        (("push", "run", "user/name"), "It is the folder of a run: give `run/pipeline` or `run/tokenizer`."),
         (("sample", "pipeline", "--class-label", "cow"), "cow"),
         (("decode", "vqgan", "outside.safetensors"), "below 16"),
         (("decode", "vqgan", "other.safetensors"), "a tensor `indices`"),
@@ -140,6 +142,9 @@ def test_errors_a_user_can_mend(folder, arguments, message, capsys, monkeypatch)
     save_file({"codes": torch.zeros(1, 4, 4)}, folder / "other.safetensors")
     save_file({"indices": torch.zeros(1, 4, dtype=torch.int64)}, folder / "flat.safetensors")
     (folder / "broken").mkdir(exist_ok=True)
+    for part in ("pipeline", "tokenizer"):
+        (folder / "run" / part).mkdir(parents=True, exist_ok=True)
+    (folder / "run" / "metrics.jsonl").touch()
     (folder / "broken" / "config.json").write_text('{"architectures": ["VQGANM')
     monkeypatch.chdir(folder)
     assert run(*arguments) == 1

@@ -233,6 +233,9 @@ def test_sources_that_hold_nothing(tmp_path):
         load_tokenizer(tmp_path / "no" / "where")
     with pytest.raises(ValueError, match="`layout` must be one of"):
         load_tokenizer(tmp_path, layout="other")
+    (tmp_path / "model_index.json").touch()
+    with pytest.raises(ValueError, match="is a pipeline: `subfolder` must name the part that is its tokenizer"):
+        load_tokenizer(tmp_path)
 
 
 def test_a_repository_that_cannot_be_had(tmp_path, monkeypatch):
