@@ -69,7 +69,7 @@ def export_onnx(tokenizer: PreTrainedModel, folder: str | Path, size: int | Sequ
             shapes = (batch,) if file == "encoder.onnx" else (tuple(batch for _ in inputs),)
             with _quiet():
                 program = torch.onnx.export(
-                    module,
+                    module.eval(),  # the wrapper: its tokenizer is already
                     inputs,
                     dynamo=True,
                     dynamic_shapes=shapes,

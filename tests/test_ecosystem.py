@@ -266,7 +266,9 @@ def check_onnx(model, folder, capsys):
     from hf_vq.cli import main
 
     model.save_pretrained(folder / "tokenizer")
-    assert main(["export", str(folder / "tokenizer"), "--output", str(folder / "onnx")]) == 0
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Exporting a model while it is in training mode")
+        assert main(["export", str(folder / "tokenizer"), "--output", str(folder / "onnx")]) == 0
     assert "equal indices" in capsys.readouterr().out
     import onnxruntime
 
