@@ -99,6 +99,10 @@ def test_filters_and_guidance_act():
     pipeline = make_pipeline()
     prompt = pipeline.prior.prepare_condition([0, 1])
     greedy = pipeline.prior.extract_indices(pipeline.prior.generate(prompt, do_sample=False))
+    output = pipeline.prior.generate(prompt, do_sample=False, return_dict_in_generate=True)
+    assert torch.equal(pipeline.prior.extract_indices(output), greedy)
+    with pytest.raises(ValueError, match="`sequences` must be a tensor, got a list"):
+        pipeline.prior.extract_indices([0])
     options = {"class_labels": [0, 1], "output_type": "indices"}
     for filters in ({"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-6}):
         assert torch.equal(pipeline(**options, **filters).indices, greedy)

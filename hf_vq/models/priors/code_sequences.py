@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
-from ...argument_checks import check_integer, check_real
+from ...argument_checks import check_integer, check_real, check_tensor
 from .code_decoding import CodeDecoder, preallocated_cache, sample_codes
 
 
@@ -167,10 +167,12 @@ class CodeSequenceMixin:
             "labels": torch.cat([torch.full_like(prefix, -100), codes], dim=1),
         }
 
-    def extract_indices(self, sequences: torch.LongTensor) -> torch.LongTensor:
+    def extract_indices(self, sequences: torch.LongTensor | ModelOutput) -> torch.LongTensor:
         """The grid `(B, h, w)` of codes in full sequences `(B, condition_length + h * w)`, such as `generate`
-        returns.
+        returns, also by `return_dict_in_generate=True`.
         """
+        sequences = getattr(sequences, "sequences", sequences)
+        check_tensor("sequences", sequences)
         start, length = self.config.condition_length, self.config.image_seq_length
         if sequences.ndim != 2 or sequences.shape[1] != start + length:
             raise ValueError(f"`sequences` must have shape (B, {start + length}), got {tuple(sequences.shape)}.")
