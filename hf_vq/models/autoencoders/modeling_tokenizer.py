@@ -84,6 +84,11 @@ class VQTokenizerModel(CheckedLoadingMixin, PreTrainedModel):
         check_tensor("pixel_values", pixel_values)
         if not pixel_values.is_floating_point():
             raise ValueError(f"`pixel_values` must be floating-point values in [-1, 1], got {pixel_values.dtype}.")
+        weight = next(self.parameters())  # a plain one: wrappers that shard or quantize weights cast by themselves
+        is_plain = type(weight) is nn.Parameter and weight.is_floating_point() and weight.element_size() > 1
+        is_plain = is_plain and not weight.is_meta
+        if is_plain and pixel_values.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
+            raise ValueError(f"`pixel_values` must be {weight.dtype} as the tokenizer is, got {pixel_values.dtype}.")
         if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
             raise ValueError(f"`pixel_values` must have shape (B, {channels}, H, W), got {tuple(pixel_values.shape)}.")
         if any(side % factor or not side for side in pixel_values.shape[2:]):

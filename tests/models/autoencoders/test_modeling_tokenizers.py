@@ -542,6 +542,15 @@ def test_stock_kandinsky_pipeline_decodes_with_it():
 # ------------------------------------------------------------------------------------------------------------- errors
 
 
+def test_autocast_takes_any_floating_point_pixels():
+    model = make_case("vqgan", "vq").make().eval()
+    pixels = torch.rand(2, 3, 8, 8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(
+            model.encode(pixels.bfloat16().float()).latents, model.encode(pixels.bfloat16()).latents
+        )
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -550,6 +559,14 @@ def test_stock_kandinsky_pipeline_decodes_with_it():
             r"`pixel_values` must have shape \(B, 3, H, W\), got \(2, 1, 8, 8\)",
         ),
         (lambda model: model.encode(torch.zeros(3, 8, 8)), r"`pixel_values` must have shape"),
+        (
+            lambda model: model.encode(torch.zeros(2, 3, 8, 8, dtype=torch.float64)),
+            "`pixel_values` must be torch.float32 as the tokenizer is, got torch.float64",
+        ),
+        (
+            lambda model: model.half()(torch.zeros(2, 3, 8, 8)),
+            "`pixel_values` must be torch.float16 as the tokenizer is, got torch.float32",
+        ),
         (lambda model: model(torch.zeros(2, 3, 8, 9)), r"multiples of 2 .* got 8x9"),
         (lambda model: model.decode(torch.zeros(2, 3, 4, 4)), r"`latents` must have shape \(B, 4, h, w\)"),
         (lambda model: model.decode_indices(torch.zeros(2, 16, dtype=torch.int64)), r"`indices` must have shape"),
