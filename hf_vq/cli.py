@@ -239,7 +239,11 @@ def add_evaluate(add: Callable[..., argparse.ArgumentParser]) -> None:
         "user/pipeline --data photos/ --split train --inception weights-inception-2015-12-05-6726825d.pth",
     )
     add_tokenizer(command)
-    command.add_argument("--tokenizer", metavar="MODEL", help="of a prior alone: its tokenizer")
+    command.add_argument(
+        "--tokenizer",
+        metavar="MODEL",
+        help="of a prior alone: its tokenizer; of a level of VQ-VAE-2 give the pipeline instead",
+    )
     command.add_argument("--data", required=True, help="data set of the Hub, or a folder of images")
     command.add_argument("--split", help="(default: validation; with --validation-share: train)")
     command.add_argument(

@@ -14,7 +14,8 @@ from PIL import Image
 
 import hf_vq
 from hf_vq.hub_cards import model_card
-from tests.commands.command_line import run
+from tests.commands.command_line import SUBCOMMANDS, run
+from tests.pipelines import vqvae2_parts
 from tests.pipelines.autoregressive_parts import make_tiny_prior, make_tiny_tokenizer
 from tests.process_groups import in_processes
 
@@ -121,6 +122,16 @@ def test_images_are_measured_at_the_size_of_the_prior(tmp_path, owls, capsys):
     height, width = pipeline.image_size
     assert height != width and figures["image_size"].startswith(f"{height}x{width}, ")
     assert figures["data"] == "photos, split 40 % of train, at random" and figures["num_images"] in (1, 2)
+
+
+def test_a_level_of_a_hierarchy_is_measured_by_its_pipeline(tmp_path, capsys):
+    vqvae2_parts.make_pipeline().save_pretrained(tmp_path / "hierarchy")
+    for level, message in (("top_prior", "several need a prior for each"), ("bottom_prior", "give the pipeline that")):
+        arguments = ("--tokenizer", tmp_path / "hierarchy" / "vqvae", "--data", "images")
+        assert run("evaluate", tmp_path / "hierarchy" / level, *arguments) == 1
+        assert message in capsys.readouterr().err
+    (help,) = [action.help for action in SUBCOMMANDS["evaluate"]._actions if action.dest == "tokenizer"]
+    assert "of a level of VQ-VAE-2 give the pipeline instead" in help
 
 
 def test_what_the_data_lack_is_said_by_the_options_of_the_command(folder, tmp_path, capsys):
