@@ -179,7 +179,7 @@ def test_several_codes_a_position_are_refused(inputs, tmp_path):
         resolution=8, hidden_size=8, residual_hidden_size=4, embed_dim=4, quantizer="residual", num_embeddings=8
     )
     VQVAEModel(config).save_pretrained(tmp_path / "residual")
-    with pytest.raises(ValueError, match="must have one code at each position of one grid"):
+    with pytest.raises(ValueError, match="must have one code at each position, got a"):
         train(inputs, tmp_path / "run", "--tokenizer", str(tmp_path / "residual"))
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_vq import VQLatentDiffusionPipeline
+from hf_vq import VQLatentDiffusionPipeline, VQVAEConfig, VQVAEModel
 from hf_vq.training.data.latents_cache import LatentsDataset
 from tests.examples.runs import COMMON, finish, kill_at, places_and_length, rows, script
 
@@ -206,3 +206,17 @@ def test_three_kills_change_nothing(tmp_path):
     assert rows(tmp_path / "killed") == rows(tmp_path / "unbroken") and len(rows(tmp_path / "killed")) == 22
     index = json.loads((tmp_path / "killed/pipeline/model_index.json").read_text())
     assert index["null_class_id"] == len(index["id2label"])
+
+
+def test_a_residual_tokenizer_is_refused_before_its_latents_are_written(inputs, tmp_path):
+    sizes = {
+        "hidden_size": 8,
+        "residual_hidden_size": 4,
+        "num_residual_layers": 1,
+        "embed_dim": 4,
+        "num_embeddings": 8,
+    }
+    VQVAEModel(VQVAEConfig(resolution=16, quantizer="residual", **sizes)).save_pretrained(tmp_path / "residual")
+    with pytest.raises(ValueError, match="`tokenizer` must have one code at each position"):
+        train(inputs, tmp_path / "run", "--tokenizer", str(tmp_path / "residual"))
+    assert not (tmp_path / "run" / "latents").exists()

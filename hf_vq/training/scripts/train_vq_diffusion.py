@@ -21,7 +21,13 @@ from hf_vq.distributed import share_of_process
 from hf_vq.evaluation.diffusion_likelihood import DiffusionLikelihood
 from hf_vq.evaluation.evaluate import evaluate_prior
 from hf_vq.pipelines.conditioning import TextCondition, encode_text, text_length
-from hf_vq.training.data.code_splits import code_grids, count_classes, load_code_splits, make_on_meta
+from hf_vq.training.data.code_splits import (
+    check_single_codes,
+    code_grids,
+    count_classes,
+    load_code_splits,
+    make_on_meta,
+)
 from hf_vq.training.data.columns import NO_LABEL
 from hf_vq.training.data.image_datasets import CaptionedDataArguments, DataArguments, collate, load_image_dataset
 from hf_vq.training.fine_tuning import START_HELP, StartingPoint
@@ -135,8 +141,9 @@ class Codes:
         start: StartingPoint | None = None,
     ):
         self.run, self.tokenizer = run, tokenizer
-        if len(tokenizer.config.downsample_factors) > 1 or tokenizer.config.quantizer == "residual":
-            raise ValueError(f"tokenizer={args.tokenizer!r}: it must have one code at each position of one grid.")
+        check_single_codes("tokenizer", tokenizer)
+        if len(tokenizer.config.downsample_factors) > 1:
+            raise ValueError(f"tokenizer={args.tokenizer!r}: it must have one level of codes.")
 
         def try_transformer(grids):
             has_classes = int(data.label_column is not None)  # how many there are is known when the data are open

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from hf_vq import VQLatentDiffusionPipeline
 from hf_vq.distributed import all_reduced, share_of_process
 from hf_vq.pipelines.conditioning import encode_text
-from hf_vq.training.data.code_splits import code_grids, count_classes, make_on_meta
+from hf_vq.training.data.code_splits import check_single_codes, code_grids, count_classes, make_on_meta
 from hf_vq.training.data.columns import NO_LABEL
 from hf_vq.training.data.image_datasets import CaptionedDataArguments, DataArguments, collate, load_image_dataset
 from hf_vq.training.data.latents_cache import LatentsDataset, encode_latents, write_latents
@@ -419,6 +419,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer, processor = load_tokenizer(args.tokenizer)
     data_args.default_resolution(tokenizer.config.resolution)
     tokenizer.to(run.device)
+    check_single_codes("tokenizer", tokenizer)
     if len(tokenizer.config.downsample_factors) > 1:
         raise ValueError(f"tokenizer={args.tokenizer!r}: it must have one level of codes.")
     # how many classes there are is known when the data are open
