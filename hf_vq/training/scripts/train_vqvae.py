@@ -179,8 +179,9 @@ def train_tokenizer(
     )
     if args.model_name_or_path is None and args.data_variance is None:
         tokenizer.config.data_variance = pixel_variance(validation)
-    trained = train_part(tokenizer, args.train)
+    train_part(tokenizer, args.train)
     model = run.add_model("model", tokenizer, ema=True)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]  # sharded ones are others
     optimizer = run.add_optimizer("optimizer", torch.optim.Adam(trained, lr=run_args.learning_rate))
 
     run.on_validation(lambda: validate(run, tokenizer, validation, judge))
