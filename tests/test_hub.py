@@ -18,6 +18,7 @@ from transformers import BertConfig, BertModel
 import hf_vq
 from hf_vq.hub import save_for_sharing, save_with_code
 from hf_vq.hub_cards import CARD_TEMPLATE, facts, model_card
+from hf_vq.training.data.image_datasets import DataArguments
 from hf_vq.training.data.indices_cache import write_indices
 from hf_vq.training.sharing import save_trained
 from tests.pipelines.autoregressive_parts import make_tiny_prior, make_tiny_tokenizer
@@ -241,7 +242,7 @@ def test_a_trained_pipeline_has_the_card_of_its_folder(pipeline, tmp_path, monke
         (tmp_path / "pictures" / f"samples-{step:07d}.png").write_bytes(str(step).encode())
     arguments = SimpleNamespace(hub_model_id="tester/a", hub_license="mit", train_batch_size=2, push_to_hub=True)
     trained = SimpleNamespace(output_dir=tmp_path, arguments=arguments, global_step=3)
-    data = SimpleNamespace(dataset_name_or_path=str(tmp_path), validation_split="validation")
+    data = DataArguments(str(tmp_path))
     folder = save_trained(trained, pipeline, "pipeline", data, hf_vq.VQImageProcessor(size=12))
     assert not list(folder.rglob("*.py")) and "trust_remote_code" not in (folder / "README.md").read_text()
     card = pushed["README.md"].decode()
