@@ -250,7 +250,10 @@ def add_evaluate(add: Callable[..., argparse.ArgumentParser]) -> None:
         "--validation-share", type=float, metavar="SHARE", help="what a training with this validation_share held out"
     )
     command.add_argument("--image-column", default="image", help="(default: %(default)s)")
-    command.add_argument("--label-column", help="the classes, for conditional priors")
+    command.add_argument("--label-column", help="the classes, for conditional priors; told by their names")
+    command.add_argument(
+        "--classes-by-number", action="store_true", help="number the classes as the data do, whatever their names"
+    )
     command.add_argument("--caption-column", help="the prompts, for conditional priors")
     command.add_argument("--conditioning-image-column", help="the spatial conditions, for priors that have some")
     command.add_argument(

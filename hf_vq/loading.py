@@ -127,7 +127,7 @@ def class_name(source: str) -> str | None:
 def find_file(source: str | Path, name: str, subfolder: str | None = None, **options: Any) -> Path | None:
     """A file of a folder or Hub repository; None if it is not there.
 
-    Without the Hub its cache is read: a repository that is in it lacks the files that are not.
+    Without the Hub its cache is read: a repository that is in it is taken to lack the files that are not.
 
     Args:
         source: the folder or repository.

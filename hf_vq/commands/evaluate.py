@@ -61,10 +61,10 @@ def evaluate(options: argparse.Namespace) -> None:
     dataset = load_image_dataset(
         data,
         "validation",
-        class_names=class_names_of(model),
+        class_names=None if options.classes_by_number else class_names_of(model),
         channels=tokenizer.config.in_channels,
         condition_processor=processor,
-    ).readable()
+    )
     annotator = None if options.annotator is None else load_annotator(options.annotator, device=where)
     perceptual = build_perceptual(options.perceptual, argument="--perceptual")
     extractor, classifier = feature_networks(options, where)
@@ -78,13 +78,10 @@ def evaluate(options: argparse.Namespace) -> None:
         "caption_key": options.caption_column,
         "reference": None if options.reference is None else ReferenceBatch.from_npz(options.reference),
     }
-    check_measurable(
-        model,
-        dataset,
-        metrics,
-        **needed,
-        names=FLAGS if options.inception is None else {**FLAGS, "extractor": "--features none, without --inception"},
-    )
+    names = FLAGS if options.inception is None else {**FLAGS, "extractor": "--features none, without --inception"}
+    check_measurable(model, dataset, metrics, **needed, names=names)
+    dataset = dataset.readable()
+    check_measurable(model, dataset, metrics, **needed, names=names)
     figures = evaluate_model(
         model,
         dataset,

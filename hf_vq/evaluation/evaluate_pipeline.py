@@ -94,13 +94,9 @@ def evaluate_model(
     Raises:
         ValueError: a metric that does not exist or does not apply, or data without what it needs.
     """
-    possible = applicable_metrics(model)
     if metrics is None:
-        metrics = [name for name in possible if name != "agreement" or annotator is not None]
+        metrics = [name for name in applicable_metrics(model) if name != "agreement" or annotator is not None]
     metrics = list(metrics)
-    for name in metrics:
-        if name not in possible:
-            raise ValueError(f"`metrics` must be among {possible} for a {type(model).__name__}, got {name!r}.")
     check_measurable(model, dataset, metrics, extractor, num_samples, label_key, caption_key, reference)
     batch_size = check_integer("batch_size", batch_size, 1)
     tokenizer = getattr(model, "vqvae", model)
@@ -152,7 +148,7 @@ def check_measurable(
     reference: ReferenceBatch | None = None,
     names: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Refuses, before anything is measured, data that lack what a metric needs.
+    """Refuses, before anything is measured, metrics that do not apply and data that lack what one needs.
 
     Args:
         model, dataset, metrics, extractor, num_samples, label_key, caption_key, reference: as in `evaluate_model`.
@@ -160,8 +156,12 @@ def check_measurable(
             `extractor` what says that there is none.
 
     Raises:
-        ValueError: no classes, captions or conditions, or too few images.
+        ValueError: another metric, no classes, captions or conditions, or too few images.
     """
+    possible = applicable_metrics(model)
+    for name in metrics:
+        if name not in possible:
+            raise ValueError(f"`metrics` must be among {possible} for a {type(model).__name__}, got {name!r}.")
     if "likelihood" in metrics:
         _condition_key(_condition_type(model), label_key, caption_key, names)
     needs_condition = {"likelihood", "generation", "agreement"} & set(metrics)

@@ -230,8 +230,8 @@ def load_annotator(
         loaded = ANNOTATORS[annotator].from_pretrained(model)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"the annotator {annotator!r} needs the model {model!r}, which is neither a folder with a model nor to be "
-            "had from the Hub or its cache; `model_id` names another."
+            f"the annotator {annotator!r} needs the model {model!r}, which cannot be loaded from a folder, the Hub or "
+            f"its cache; `model_id` names another. {error}"
         ) from error
     for part in (loaded.model, getattr(loaded, "detector", None)):
         if part is not None and device is not None:

@@ -202,11 +202,8 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None 
                 action.default = values[action.dest]
     *found, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
-        name, known = (
-            unknown[0].partition("=")[0],
-            [name for action in parser._actions for name in action.option_strings],
-        )
-        close = difflib.get_close_matches(name, known, 1, 0.8)
+        known = [name for action in parser._actions for name in action.option_strings]
+        close = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1, 0.8)
         hint = f"did you mean {close[0]}?" if close else "--help lists those there are"
         parser.exit(2, f"{parser.prog}: error: unrecognized arguments: {' '.join(unknown)}; {hint}\n")
     return tuple(found)

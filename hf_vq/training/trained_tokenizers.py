@@ -1,8 +1,9 @@
 """The trained tokenizers that a prior is trained on, by the arguments of the training scripts."""
 
+import torch
 from transformers import BaseImageProcessor
 
-from hf_vq.loading import image_processor_of, load_part
+from hf_vq.loading import image_processor_of, load_part, read_json
 from hf_vq.models.autoencoders.image_processing_vq_condition import VQConditionProcessor
 from hf_vq.models.autoencoders.modeling_tokenizer import VQTokenizerModel
 
@@ -35,6 +36,8 @@ def load_condition_tokenizer(source: str) -> tuple[VQTokenizerModel, VQCondition
 
 def load_starting_tokenizer(source: str, kind: type[VQTokenizerModel]) -> VQTokenizerModel:
     """`--model_name_or_path` of a tokenizer's training: one of the class `kind`, in float32; as `load_tokenizer`."""
+    if read_json(source, "model_index.json") is None and read_json(source, "config.json") is not None:
+        return kind.from_pretrained(source, dtype=torch.float32)
     tokenizer, _ = load_part("model_name_or_path", source, "vqvae", (kind,))
     return tokenizer.float()
 

@@ -110,6 +110,11 @@ def test_classes_are_told_by_their_names(folder, owls, capsys):
     (owls.parent / "two" / "dog").rename(owls.parent / "two" / "cow")
     assert run(*arguments, "--data", owls.parent / "two") == 1
     assert "label_column='label' holds ['cow']: the classes are ['cat', 'dog', 'owl']" in capsys.readouterr().err
+    assert run(*arguments, "--data", owls.parent / "two", "--classes-by-number") == 0
+    assert json.loads(capsys.readouterr().out)["bits_per_image"] != pytest.approx(figures["two"]["bits_per_image"])
+    tokenizer = ("evaluate", folder / "vqgan", "--data", owls.parent / "two", "--split", "train", *QUICK)
+    assert run(*tokenizer, "--metrics", "likelihood") == 1
+    assert "`metrics` must be among ['reconstruction', 'codebook'] for a VQGANModel" in capsys.readouterr().err
 
 
 def test_images_are_measured_at_the_size_of_the_prior(tmp_path, owls, capsys):

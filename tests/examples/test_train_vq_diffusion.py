@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -243,3 +244,9 @@ def test_three_kills_change_nothing(tmp_path):
     assert rows(tmp_path / "killed") == rows(tmp_path / "unbroken") and len(rows(tmp_path / "killed")) == 22
     index = json.loads((tmp_path / "killed/pipeline/model_index.json").read_text())
     assert len(index["id2label"]) == 9
+
+
+def test_texts_of_one_vector_are_not_trained_on():
+    start = SimpleNamespace(source="user/pooled", text_options={"text_pooled": True})
+    with pytest.raises(ValueError, match=r"model_name_or_path='user/pooled': its texts are one projected vector"):
+        script("vq_diffusion").load_text(SimpleNamespace(text_encoder="any"), torch.device("cpu"), start)

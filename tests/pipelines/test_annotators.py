@@ -184,5 +184,7 @@ def test_names_and_callables():
 
 
 def test_a_model_that_cannot_be_had(tmp_path):
-    with pytest.raises(ValueError, match="the annotator 'depth' needs the model '.*', which is neither a folder with"):
+    with pytest.raises(
+        ValueError, match="the annotator 'depth' needs the model '.*', which cannot be loaded from a folder"
+    ):
         load_annotator("depth", str(tmp_path))

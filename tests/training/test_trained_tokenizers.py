@@ -1,5 +1,7 @@
 """The tokenizers that the scripts of priors are given."""
 
+import json
+
 import pytest
 import torch
 
@@ -58,6 +60,10 @@ def test_the_tokenizer_that_a_training_begins_with(tmp_path):
     small_tokenizer().half().save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "metrics.jsonl").touch()
     assert load_starting_tokenizer(str(tmp_path / "tokenizer"), VQVAEModel).dtype == torch.float32
+    config = tmp_path / "tokenizer" / "config.json"
+    fields = json.loads(config.read_text())
+    config.write_text(json.dumps({name: value for name, value in fields.items() if name != "architectures"}))
+    assert type(load_starting_tokenizer(str(tmp_path / "tokenizer"), VQVAEModel)) is VQVAEModel
     with pytest.raises(ValueError, match="It is the folder of a run: give `.*/tokenizer`"):
         load_starting_tokenizer(str(tmp_path), VQVAEModel)
 

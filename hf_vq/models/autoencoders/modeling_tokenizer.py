@@ -84,7 +84,8 @@ class VQTokenizerModel(CheckedLoadingMixin, PreTrainedModel):
         check_tensor("pixel_values", pixel_values)
         if not pixel_values.is_floating_point():
             raise ValueError(f"`pixel_values` must be floating-point values in [-1, 1], got {pixel_values.dtype}.")
-        weight = next(self.parameters())  # a plain one: wrappers that shard or quantize weights cast by themselves
+        # replicas of DataParallel have no parameters; what shards, quantizes or offloads weights casts by itself
+        weight = next(self.parameters(), None)
         is_plain = type(weight) is nn.Parameter and weight.is_floating_point() and weight.element_size() > 1
         is_plain = is_plain and not weight.is_meta
         if is_plain and pixel_values.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):

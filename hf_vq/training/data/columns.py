@@ -81,8 +81,21 @@ def prepare_columns(
     return rows, class_names
 
 
+def class_names_of(rows: "datasets.Dataset", arguments: "DataArguments") -> list[str] | None:
+    """The names of the classes, in the order of the numbers that `prepare_columns` gives them."""
+    column = arguments.label_column
+    if column not in rows.features:
+        return None  # as `prepare_columns` says, where one was wanted
+    labels = _exclude(rows, arguments.exclude).select_columns([column])
+    return _integer_labels(labels, column, rows.features[column], arguments.class_names)[1]
+
+
 def _image_column(column: str, features: Any) -> str:
     """The column, or the one that names the files of its images, as the metadata of a folder of images does."""
+    import datasets
+
+    if any(isinstance(feature, datasets.Image) for feature in features.values()):
+        return column  # these are meant, under another name
     names = "file_name" if column == "image" else f"{column}_file_name"
     return names if column not in features and names in features else column
 
@@ -215,19 +228,24 @@ def _renumbered(rows, column: str, names: list[str], class_names: list[str]):
     """The classes of `rows`, numbered among `names`, with the numbers that they have among `class_names`."""
     import datasets
 
-    is_stream = isinstance(rows, datasets.IterableDataset)
-    occurring = range(len(names)) if is_stream else set(rows.unique(column)) - {None, NO_LABEL}
-    unknown = sorted(names[number] for number in occurring if names[number] not in class_names)
+    labels = datasets.ClassLabel(names=class_names)
+    numbers = {None: None, NO_LABEL: NO_LABEL}
+    numbers |= {i: class_names.index(name) for i, name in enumerate(names) if name in class_names}
+    if isinstance(rows, datasets.IterableDataset):
+        renumber = partial(_renumber, column=column, numbers=numbers, names=names, class_names=class_names)
+        return rows.map(renumber, features=datasets.Features({**rows.features, column: labels}))
+    unknown = sorted(names[number] for number in set(rows.unique(column)) - set(numbers))
     if unknown:
         raise ValueError(f"label_column={column!r} holds {unknown}: the classes are {class_names}.")
-    numbers = {i: class_names.index(name) for i, name in enumerate(names) if name in class_names}
-    renumber = partial(_renumber, column=column, numbers=numbers)
-    features = datasets.Features({**rows.features, column: datasets.ClassLabel(names=class_names)})
-    return rows.map(renumber, features=features)
+    renumbered = [numbers[number] for number in rows[column]]
+    return rows.remove_columns(column).add_column(column, renumbered, feature=labels)  # images are not copied
 
 
-def _renumber(row: dict, column: str, numbers: dict[int, int]) -> dict:
-    return {column: numbers.get(row[column], row[column])}
+def _renumber(row: dict, column: str, numbers: dict, names: list[str], class_names: list[str]) -> dict:
+    value = row[column]
+    if value not in numbers:
+        raise ValueError(f"label_column={column!r} holds {names[value]!r}: the classes are {class_names}.")
+    return {column: numbers[value]}
 
 
 def _distinct(rows, column: str) -> set[str]:

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from ...argument_checks import check_real
 from ...distributed import share_of_process, union_over_processes
 from ...models.autoencoders.image_processing_vq_condition import VQConditionProcessor
-from .columns import CONDITION, NO_LABEL, draw_caption, prepare_columns, without_gaps
+from .columns import CONDITION, NO_LABEL, class_names_of, draw_caption, prepare_columns, without_gaps
 from .conditions import ConditionReader, build_reader, check_mirrored, decode_pair, seen_through
 from .image_decoding import (
     ANY_PATH,
@@ -228,7 +228,7 @@ def load_image_dataset(
     if arguments.validation_share is not None and split in ("train", "validation"):
         rows = open_rows(arguments, arguments.train_split)
         if class_names is None:  # a class may be drawn whole
-            _, class_names = prepare_columns(rows, arguments)
+            class_names = class_names_of(rows, arguments)
         rows = divided(rows, arguments.validation_share)[split]
     else:
         name = {"train": arguments.train_split, "validation": arguments.validation_split}.get(split, split)

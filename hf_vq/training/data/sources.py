@@ -27,7 +27,7 @@ _KINDS = {
 _IMAGES = (".zip", ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 HOLD_OUT = (
     " Hold a share of it out to validate on, by --validation_share 0.05 in training; `hf-vq evaluate` takes "
-    "--validation-share 0.05 for the same images, or --split train for all."
+    "--validation-share 0.05 for those, or --split train for all."
 )
 # names in a path, as `datasets` finds them in a folder
 _SPLITS = {"validation": r"validation|valid|val|dev", "test": r"testing|test|evaluation|eval"}
@@ -69,7 +69,8 @@ def open_rows(arguments: "DataArguments", split: str) -> "datasets.Dataset | dat
         reason = str(error)
         if re.search("(unknown|bad) split", reason.lower()):
             found = re.findall(r"'([^']+)'", reason.rpartition("[")[2])  # the names that `datasets` lists
-            hint = HOLD_OUT if len(found) == 1 and not streaming else ""
+            is_possible = len(found) == 1 and not streaming and arguments.validation_share is None
+            hint = HOLD_OUT if is_possible else ""
             raise MissingSplitError(
                 f"dataset_name_or_path={source!r} has no split {split!r}; it has {found}.{hint}"
             ) from error

@@ -252,6 +252,11 @@ def load_text(args: VQDiffusionArguments, device: torch.device, start: StartingP
     """
     if args.text_encoder is None:
         return {}
+    if start is not None and start.text_options.get("text_pooled"):
+        raise ValueError(
+            f"model_name_or_path={start.source!r}: its texts are one projected vector each (text_pooled), which "
+            "training does not make; give one that reads the states of its text encoder."
+        )
     encoder = AutoModelForTextEncoding.from_pretrained(args.text_encoder, dtype=torch.float32)
     options = {
         "text_encoder": encoder.to(device).eval().requires_grad_(False),

@@ -181,8 +181,8 @@ def train_tokenizer(
         tokenizer.config.data_variance = pixel_variance(validation)
     train_part(tokenizer, args.train)
     model = run.add_model("model", tokenizer, ema=True)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]  # sharded ones are others
-    optimizer = run.add_optimizer("optimizer", torch.optim.Adam(trained, lr=run_args.learning_rate))
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]  # those of its shards
+    optimizer = run.add_optimizer("optimizer", torch.optim.Adam(parameters, lr=run_args.learning_rate))
 
     run.on_validation(lambda: validate(run, tokenizer, validation, judge))
     run.start()

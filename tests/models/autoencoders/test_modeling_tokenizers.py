@@ -329,6 +329,16 @@ def test_linear_attention_is_its_definition():
 
 
 @torch.no_grad()
+def test_a_replica_without_parameters_is_called():
+    """`DataParallel`, by which `Trainer` takes several GPUs, makes replicas whose weights are plain tensors."""
+    model = vqgan()
+    replica = model._replicate_for_data_parallel()
+    replica.__dict__.update(dict(model.named_children()))
+    replica._parameters, replica._modules = {}, {}
+    torch.testing.assert_close(replica(pixels()).sample, model(pixels()).sample)
+
+
+@torch.no_grad()
 def test_tanh_out_and_give_pre_end():
     plain, bounded, features = vqgan(), vqgan(tanh_out=True), vqgan(give_pre_end=True)
     assert_equal = torch.testing.assert_close

@@ -153,6 +153,15 @@ def test_validation_has_the_classes_of_the_training_data(tmp_path):
     assert [sample["label"] for sample in streamed][:4] == [1, 0, 1, 0]
     with pytest.raises(ValueError, match=r"label_column='animal' holds \['dog'\]: the classes are \['cat'\]"):
         load_image_dataset(of_animals, class_names=["cat"])
+    of_cats = arguments(str(tmp_path / "saved"), label_column="animal", exclude=["animal=dog"])
+    assert load_image_dataset(of_cats, class_names=["owl", "cat"]).labels.tolist() == [1] * 5  # a name without images
+
+
+def test_file_names_are_no_images_where_there_are_some(tmp_path):
+    rows = make_rows(2).rename_columns({"img": "picture", "text": "file_name"})
+    rows.to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match=r"no column 'image'.*images: \['picture'\]"):
+        load_image_dataset(arguments(str(tmp_path), image_column="image"))
 
 
 @pytest.mark.parametrize("label_column", ["animal", "text"])
