@@ -7,7 +7,8 @@ import torch
 
 from ..models.autoencoders.modeling_vqgan import VQGANModel
 from ..models.priors.transformer_vq_diffusion import VQDiffusionTransformer2DModel
-from ..pipelines.pipeline_vq_latent_diffusion import VQLatentDiffusionPipeline, ddim_steps
+from ..pipelines.continuous_schedulers import ddim_steps
+from ..pipelines.pipeline_vq_latent_diffusion import VQLatentDiffusionPipeline
 from ..schedulers.scheduling_mask_replace import MaskReplaceScheduler
 from ..training.objectives.gaussian_bound import GaussianBound
 

@@ -30,6 +30,7 @@ from .conditioning import (
     size_after_stages,
     to_map,
 )
+from .continuous_schedulers import KnownLatents, add_noise, check_scheduler, set_ddim_timesteps
 from .denoising_pipeline import DenoisingPipeline, GuidanceInterval, last_steps
 from .text_condition import check_text_parts
 from .vq_pipeline import (
@@ -438,24 +439,8 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
 
     def step_arguments(self, scheduler: SchedulerMixin, generator: Any, eta: float) -> dict:
         """What `scheduler.step` takes beside its inputs."""
+        check_scheduler(scheduler)
         accepted = inspect.signature(scheduler.step).parameters
-        needed = [
-            name
-            for name, parameter in accepted.items()
-            if parameter.default is parameter.empty
-            and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        ]
-        if unknown := set(needed) - {"model_output", "timestep", "sample"}:
-            raise ValueError(
-                f"`scheduler`: the step of a {type(scheduler).__name__} needs {sorted(unknown)}, which this pipeline "
-                "has not; give one that steps as a DDIMScheduler does."
-            )
-        prediction = scheduler.config.get("prediction_type")  # of the scheduler that it was made from
-        if type(scheduler).__name__.startswith("FlowMatch") and prediction in ("epsilon", "v_prediction", "sample"):
-            raise ValueError(
-                f"`scheduler`: a {type(scheduler).__name__} takes a velocity from data to noise, which this denoiser, "
-                f"of prediction_type={prediction!r}, does not predict."
-            )
         eta = check_real("eta", eta, 0, 1)
         if eta != 0 and "eta" not in accepted:
             raise ValueError(f"`eta` has no meaning for a {type(scheduler).__name__}; leave it at 0.")
@@ -527,8 +512,8 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
             outpaint: pixels `(top, bottom, left, right)` to add around the image.
             strength: for `image` without mask, the share of the steps that is taken.
             num_inference_steps, timesteps, sigmas: the scheduler's steps. A DDIMScheduler takes `timesteps` that fall
-                evenly, see [`ddim_steps`]. Those of the original for S steps of T timesteps are `range(1, T + 1, T //
-                S)[::-1]`, which are more than S where S does not divide T.
+                evenly, see [`~continuous_schedulers.ddim_steps`]. Those of the original for S steps of T timesteps are
+                `range(1, T + 1, T // S)[::-1]`, which are more than S where S does not divide T.
             guidance_scale: see `predict`; 1 is off.
             guidance_start, guidance_end: the share of the schedule's steps that is guided, whatever `strength` leaves
                 of them; the others see the condition alone, and cost half. Guidance at the noisiest steps costs
@@ -702,74 +687,4 @@ class VQLatentDiffusionPipeline(DenoisingPipeline):
         return images_as(images if mask is None else paste(images, image, mask), output_type)
 
 
-def ddim_steps(timesteps: Sequence[float], num_train_timesteps: int) -> int | None:
-    """
-    The number n of steps with which a `DDIMScheduler` goes through falling `timesteps`: each step leads down by T // n
-    of its T timesteps, and one from below that to the data. None if there is no such n.
-    """
-    strides = {a - b for a, b in pairwise(timesteps)} or {num_train_timesteps}
-    stride = strides.pop()
-    if strides or not all(isinstance(t, int) for t in timesteps) or not timesteps[-1] < stride:
-        return None
-    steps = num_train_timesteps // stride
-    return steps if timesteps[0] < num_train_timesteps and num_train_timesteps // steps == stride else None
-
-
-def set_ddim_timesteps(scheduler: DDIMScheduler, timesteps: Sequence[float], device: torch.device) -> torch.Tensor:
-    """Sets falling timesteps, which `DDIMScheduler.set_timesteps` itself does not take, and returns them.
-
-    Raises:
-        ValueError: those that its step does not go through.
-    """
-    total = scheduler.config.num_train_timesteps
-    steps = ddim_steps(timesteps, total)
-    if steps is None:
-        raise ValueError(
-            f"`timesteps` of a {type(scheduler).__name__} must be ints that fall evenly by {total} // n, for an int "
-            f"n, from at most {total - 1} to one below that stride, got {list(timesteps)}."
-        )
-    scheduler.set_timesteps(steps, device=device)  # its step reads nothing but the stride from the number of steps
-    scheduler.timesteps = torch.tensor(timesteps, device=device)
-    return scheduler.timesteps
-
-
-@dataclass
-class KnownLatents:
-    """
-    Latents that are kept at every step, with the noise of that step, as in the original's DDIM sampler.
-
-    Args:
-        latents: `(B, D, h, w)`, scaled.
-        kept: bool `(B, 1, h, w)`.
-        noise: `(B, D, h, w)`.
-    """
-
-    latents: torch.FloatTensor
-    kept: torch.BoolTensor
-    noise: torch.FloatTensor
-
-    def put_into(
-        self, sample: torch.FloatTensor, scheduler: SchedulerMixin, timestep: torch.Tensor
-    ) -> torch.FloatTensor:
-        """`sample` with the known latents at `timestep`, of one element, or of none for the data."""
-        known = add_noise(scheduler, self.latents, self.noise, timestep) if len(timestep) else self.latents
-        return torch.where(self.kept, known, sample)
-
-
-def add_noise(
-    scheduler: SchedulerMixin, latents: torch.FloatTensor, noise: torch.FloatTensor, timestep: torch.Tensor
-) -> torch.FloatTensor:
-    """Latents with the noise of `timestep`, of one element.
-
-    Raises:
-        ValueError: a scheduler that cannot add noise.
-    """
-    timesteps = timestep.repeat(len(latents))
-    if hasattr(scheduler, "scale_noise"):  # of flow matching
-        return scheduler.scale_noise(latents, timesteps, noise)
-    if not hasattr(scheduler, "add_noise"):
-        raise ValueError(f"`image` needs a scheduler that adds noise to it; a {type(scheduler).__name__} does not.")
-    return scheduler.add_noise(latents, noise, timesteps)
-
-
-__all__ = ["VQLatentDiffusionPipeline", "VQLatentDiffusionPipelineOutput", "ddim_steps"]
+__all__ = ["VQLatentDiffusionPipeline", "VQLatentDiffusionPipelineOutput"]
