@@ -31,7 +31,6 @@ def evaluate(options: argparse.Namespace) -> None:
     from ..evaluation.evaluate_pipeline import applicable_metrics, check_measurable, evaluate_model
     from ..evaluation.inception import ReferenceBatch
     from ..pipelines.annotators import load_annotator
-    from ..training.data.image_datasets import DataArguments, load_image_dataset
     from ..training.objectives.perceptual import build_perceptual
 
     if options.output is not None:
@@ -43,28 +42,7 @@ def evaluate(options: argparse.Namespace) -> None:
     model = load_measured(options).to(where)
     sampling = dict(_pair(pair) for pair in options.sampling)
     check_call(model, sampling, "`--sampling {}`", own=("generator", "output_type", "num_images_per_prompt"))
-    tokenizer = getattr(model, "vqvae", model)
-    resolution = options.size or list(getattr(model, "image_size", None) or tokenizer.config.image_size)
-    data = DataArguments(
-        options.data,
-        **_split_arguments(options),
-        image_column=options.image_column,
-        label_column=options.label_column,
-        extra_columns=[options.caption_column] if options.caption_column else [],
-        resolution=resolution,
-        max_samples=options.max_images,
-        conditioning_image_column=options.conditioning_image_column,
-    )
-    processor = getattr(model, "condition_processor", None)
-    if processor is not None and processor.condition != "edges" and options.conditioning_image_column is None:
-        processor = None  # what needs conditions will say so
-    dataset = load_image_dataset(
-        data,
-        "validation",
-        class_names=None if options.classes_by_number else class_names_of(model),
-        channels=tokenizer.config.in_channels,
-        condition_processor=processor,
-    )
+    data, dataset = open_images(options, model)
     annotator = None if options.annotator is None else load_annotator(options.annotator, device=where)
     perceptual = build_perceptual(options.perceptual, argument="--perceptual")
     extractor, classifier = feature_networks(options, where)
@@ -79,9 +57,9 @@ def evaluate(options: argparse.Namespace) -> None:
         "reference": None if options.reference is None else ReferenceBatch.from_npz(options.reference),
     }
     names = FLAGS if options.inception is None else {**FLAGS, "extractor": "--features none, without --inception"}
-    check_measurable(model, dataset, metrics, **needed, names=names)
+    check_measurable(model, dataset, metrics, **needed, names=names)  # before every image is read
     dataset = dataset.readable()
-    check_measurable(model, dataset, metrics, **needed, names=names)
+    check_measurable(model, dataset, metrics, **needed, names=names)  # of fewer images, maybe too few
     figures = evaluate_model(
         model,
         dataset,
@@ -143,6 +121,34 @@ def load_measured(options: argparse.Namespace):
     return VQAutoregressivePipeline(vqvae=tokenizer, prior=model)
 
 
+def open_images(options: argparse.Namespace, model: Any) -> tuple:
+    """The `DataArguments` of what is measured, and its images, as large as the model's and with its classes."""
+    from ..training.data.image_datasets import DataArguments, load_image_dataset
+
+    tokenizer = getattr(model, "vqvae", model)
+    data = DataArguments(
+        options.data,
+        **_split_arguments(options),
+        image_column=options.image_column,
+        label_column=options.label_column,
+        extra_columns=[options.caption_column] if options.caption_column else [],
+        resolution=options.size or list(getattr(model, "image_size", None) or tokenizer.config.image_size),
+        max_samples=options.max_images,
+        conditioning_image_column=options.conditioning_image_column,
+    )
+    processor = getattr(model, "condition_processor", None)
+    if processor is not None and processor.condition != "edges" and options.conditioning_image_column is None:
+        processor = None  # what needs conditions will say so
+    dataset = load_image_dataset(
+        data,
+        "validation",
+        class_names=None if options.classes_by_number else names_of_classes(model),
+        channels=tokenizer.config.in_channels,
+        condition_processor=processor,
+    )
+    return data, dataset
+
+
 def _split_arguments(options: argparse.Namespace) -> dict:
     """Which images of the data set are measured, as the validation of `DataArguments`."""
     if options.validation_share is None:
@@ -150,7 +156,7 @@ def _split_arguments(options: argparse.Namespace) -> dict:
     return {"train_split": options.split or "train", "validation_share": options.validation_share}
 
 
-def class_names_of(model: Any) -> list[str] | None:
+def names_of_classes(model: Any) -> list[str] | None:
     """Those of a pipeline's prior, in the order of its numbers; None without them."""
     names = getattr(model, "id2label", None) or {}
     return [names[number] for number in range(len(names))] if sorted(names) == list(range(len(names))) else None
